@@ -1,0 +1,394 @@
+"""Configuration: frozen dataclasses, filled from YAML and `key=value` overrides.
+
+`RunConfig` is what a person writes; `GPTConfig` is the architecture that `scaling.gpt_config` makes of it.
+An unknown key is an error that names the nearest one. Imports nothing of ours but the error type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from nanochat_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture, resolved: everything that `model.GPT` needs. Defaults are the `modern` recipe."""
+
+    vocab_size: int  # entries of the tokenizer; tables are padded to a multiple of vocab_multiple
+    n_layer: int
+    n_head: int
+    n_kv_head: int  # grouped-query attention where smaller than n_head
+    n_embd: int
+    sequence_len: int
+    window_pattern: str = (
+        "SSSL"  # tiled over layers; S = a quarter of the context, L = all; the last layer is always L
+    )
+    rope_base: float = 100_000.0
+    qk_gain: float = 1.2  # multiplies q and k after their norm
+    norm_eps: float = 1.1920928955078125e-07  # float32 machine epsilon
+    softcap: float = 15.0  # logits = softcap * tanh(z / softcap)
+    residual_scalars: bool = True
+    value_embeds: bool = True
+    smear: bool = True
+    backout: bool = True
+    vocab_multiple: int = 64
+    init: str = "modern"  # modern | classic
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Keys that a query may look back on besides itself, per layer; sequence_len means all of them."""
+        short = -(-self.sequence_len // 4 // 128) * 128
+        tiled = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer)]
+        tiled[-1] = "L"
+        return tuple(short if c == "S" else self.sequence_len for c in tiled)
+
+    def has_value_embed(self, layer: int) -> bool:
+        """Value embeddings stand in every second layer, the last one included."""
+        return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a person says of the model. None means: as depth or arch says."""
+
+    arch: str = "modern"  # modern | classic (the $100 run of October 2025)
+    depth: int = 4
+    width: int | None = None  # 64 * depth, rounded up to whole heads
+    head_dim: int = 128
+    n_kv_head: int | None = None
+    sequence_len: int = 2048
+    window_pattern: str | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    vocab_size: int = 32768
+    sample_chars: int = 100_000_000  # characters that the trainer sees; it holds all of them in memory
+    max_doc_chars: int = 10_000  # of any one document
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = "auto"  # auto | embedded | local | hub; auto is local where dir is set, else embedded
+    dir: str | None = None  # local: pretrain/*.parquet, chat/*.jsonl.gz, tasks/*.parquet, core/, words/
+    cache_dir: str | None = None  # packed rows and downloads; default: `cache` beside the run directory
+    hub_pretrain: str = "karpathy/climbmix-400b-shuffle"
+    hub_shards: int = (
+        8  # training shards to download; the last shard of the dataset is always the validation shard
+    )
+    max_train_tokens: int | None = None  # stop packing there
+    pack_buffer: int = 1000  # documents that best-fit packing chooses from
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Base rates at a batch of 2^19 tokens and width 768; optim.py scales them."""
+
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    scalar_lr: float = 0.5
+    weight_decay: float | None = None  # of Muon's matrices; None: the scaling rule
+    lr_scale: float = 1.0  # multiplies every rate
+    warmup_steps: int = 40
+    warmdown: float = 0.65  # share of the steps over which the rate falls
+    final_lr: float = 0.05  # as a share of the peak
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ratio: float = 12.0  # training tokens per scaling parameter
+    tokens: int | None = None  # overrides ratio
+    batch_tokens: int | None = None  # tokens per optimizer step; None: the scaling rule
+    micro_batch: int = 8  # rows per data-parallel device and micro-step
+    eval_every: int = 250  # steps between validation passes
+    eval_tokens: int = 10_485_760  # of the validation shard; at most what it holds
+    save_every: int = 500  # steps between checkpoints; the last step is always saved
+    core_every: int = 0  # steps between CORE evaluations; 0: only in the eval stage
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """mid and sft."""
+
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            embedding_lr=0.2,
+            unembedding_lr=0.004,
+            weight_decay=0.0,
+            warmup_steps=0,
+            warmdown=0.2,
+            final_lr=0.0,
+        )
+    )
+    epochs: float = 1.0
+    max_rows: int | None = None  # cap on packed rows, for small machines
+    mixture: dict[str, int] | None = (
+        None  # task name -> how many times it is repeated (or, negative, rows taken)
+    )
+    batch_tokens: int | None = None  # None: as in base
+    micro_batch: int = 8
+    eval_every: int = 200
+    save_every: int = 500
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            embedding_lr=0.2,
+            unembedding_lr=0.004,
+            weight_decay=0.0,
+            lr_scale=0.05,
+            warmup_steps=0,
+            warmdown=1.0,
+            final_lr=0.0,
+        )
+    )
+    task: str | None = None  # None: gsm8k, or arithmetic with the embedded data
+    questions: int = 16  # per step
+    samples: int = 16  # per question
+    steps: int | None = None  # None: one epoch over the questions
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 50
+    micro_batch: int = 16  # sequences per training micro-step
+    eval_every: int = 60
+    eval_questions: int = 400
+    eval_samples: int = 8  # pass@k for k up to this
+    save_every: int = 60
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    chat_tasks: tuple[str, ...] | None = None  # None: all that the data source has
+    core: bool = True  # CORE on the base model, where the bundle is at hand
+    core_dir: str | None = None  # default: data.dir/core
+    max_per_task: int | None = None  # examples per task; None: all
+    max_new_tokens: int = 512
+    batch: int = 32  # slots of the engine, and rows of a scoring batch
+    stages: tuple[str, ...] = ("base", "mid", "sft", "rl")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int = 1337
+    dtype: str = (
+        "auto"  # of the matrix products: float32 | bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
+    )
+    price_per_hour: float | None = None  # of the whole machine, in dollars; for the report
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    mid: FinetuneConfig = field(default_factory=FinetuneConfig)
+    sft: FinetuneConfig = field(default_factory=FinetuneConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+# ---------------------------------------------------------------------------------------------- building
+
+
+def _convert(value, hint, where: str):
+    """`value` from YAML as the annotated type `hint`; a UserError that names `where` if it does not fit."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
+        return _convert(value, hint, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(
+                f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}"
+            )
+        return from_dict(hint, value, where)
+    if origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            raise UserError(f"{where} takes a list such as a,b and not {value!r}")
+        return tuple(_convert(v, typing.get_args(hint)[0], where) for v in items)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where} takes a mapping such as {{name: 1}} and not {value!r}")
+        return {str(k): _convert(v, typing.get_args(hint)[1], f"{where}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not hint:
+        raise UserError(f"{where} takes {'an' if hint is int else 'a'} {hint.__name__} and not {value!r}")
+    return value
+
+
+def from_dict(cls, values: dict, where: str = ""):
+    """A dataclass from nested dictionaries. Raises UserError for an unknown key (naming the nearest) or a wrong type."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    kwargs = {}
+    for key, value in (values or {}).items():
+        path = f"{where}.{key}" if where else str(key)
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
+            raise UserError(f"unknown setting {path}: {hint}")
+        kwargs[key] = _convert(value, hints[key], path)
+    return cls(**kwargs)
+
+
+def to_dict(config) -> dict:
+    """Nested plain dictionaries and lists, as YAML and JSON take them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _merge(into: dict, other: dict) -> dict:
+    out = dict(into)
+    for key, value in other.items():
+        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if nested else value
+    return out
+
+
+def _read_yaml(path: str | Path) -> dict:
+    path = Path(path)
+    if not path.is_file():
+        folder = path.parent if path.parent.is_dir() else Path("configs")
+        near = ", ".join(sorted(str(p) for p in folder.glob("*.yaml"))) or "none"
+        raise UserError(f"no configuration file {path}; at hand: {near}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as e:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a mapping of settings")
+    return values
+
+
+def _parse_override(text: str) -> dict:
+    key, sep, value = text.partition("=")
+    if not sep or not key:
+        raise UserError(f"cannot read {text!r}: settings are written key=value, for example model.depth=6")
+    try:
+        parsed = yaml.safe_load(value) if value else None
+    except yaml.YAMLError:
+        parsed = value
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    return parsed
+
+
+def load_config(
+    path: str | Path | None = None, mesh: str | Path | None = None, overrides: typing.Sequence[str] = ()
+) -> RunConfig:
+    """The run's configuration: defaults, then the file, then the mesh file, then `key=value` overrides.
+
+    Keys that later parts share with earlier ones win. Raises UserError with a line that says what to change.
+    """
+    values: dict = _read_yaml(path) if path else {}
+    if mesh:
+        values = _merge(values, {"mesh": _read_yaml(mesh)})
+    for text in overrides:
+        values = _merge(values, _parse_override(text))
+    config = from_dict(RunConfig, values)
+    check(config)
+    return config
+
+
+def check(config: RunConfig) -> None:
+    """Sizes that cannot be. Raises UserError."""
+    m = config.model
+    one_of = {
+        "model.arch": (m.arch, ("modern", "classic")),
+        "data.source": (config.data.source, ("auto", "embedded", "local", "hub")),
+        "dtype": (config.dtype, ("auto", "float32", "bfloat16")),
+    }
+    for name, (value, allowed) in one_of.items():
+        if value not in allowed:
+            raise UserError(f"{name}={value} is not one of {', '.join(allowed)}")
+    positive = {
+        "model.depth": m.depth,
+        "model.sequence_len": m.sequence_len,
+        "model.head_dim": m.head_dim,
+        "base.micro_batch": config.base.micro_batch,
+        "mid.micro_batch": config.mid.micro_batch,
+        "sft.micro_batch": config.sft.micro_batch,
+        "rl.micro_batch": config.rl.micro_batch,
+        "rl.questions": config.rl.questions,
+        "evals.batch": config.evals.batch,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    if m.head_dim % 2:
+        raise UserError(f"model.head_dim={m.head_dim} must be even: rotary embeddings rotate pairs")
+    if m.width is not None and m.width % m.head_dim:
+        raise UserError(f"model.width={m.width} must be a multiple of model.head_dim={m.head_dim}")
+    if m.sequence_len < 16:
+        raise UserError(
+            f"model.sequence_len={m.sequence_len} is too short for a conversation; take 16 or more"
+        )
+    if m.window_pattern is not None and (not m.window_pattern or set(m.window_pattern) - set("SL")):
+        raise UserError(f"model.window_pattern={m.window_pattern} may hold only the letters S and L")
+    if config.tokenizer.vocab_size < 512:
+        raise UserError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} is too small: 256 bytes, 9 control symbols and the "
+            "characters of the text need 512 or more"
+        )
+    if config.tokenizer.vocab_size > 65536:
+        raise UserError(
+            f"tokenizer.vocab_size={config.tokenizer.vocab_size} does not fit 16 bits; take 65536 or less"
+        )
+    if config.data.source == "local" and not config.data.dir:
+        raise UserError("data.source=local needs data.dir=<folder>")
+    if config.data.dir and not Path(config.data.dir).is_dir():
+        raise UserError(f"data.dir={config.data.dir} is not a folder; leave it out for the embedded data")
+    for name, s in (("base", config.base), ("mid", config.mid), ("sft", config.sft)):
+        if s.batch_tokens is not None and s.batch_tokens % m.sequence_len:
+            raise UserError(
+                f"{name}.batch_tokens={s.batch_tokens} must be a multiple of model.sequence_len={m.sequence_len}"
+            )
+
+
+def dump_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
+
+
+def fingerprint(value) -> str:
+    """12 hex digits of a stable hash of a dataclass or of plain JSON data."""
+    plain = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
