@@ -30,9 +30,7 @@ class GPTConfig:
     n_kv_head: int  # grouped-query attention where smaller than n_head
     n_embd: int
     sequence_len: int
-    window_pattern: str = (
-        "SSSL"  # tiled over layers; S = a quarter of the context, L = all; the last layer is always L
-    )
+    window_pattern: str = "SSSL"  # tiled over layers; S = a quarter of the context, L = all; the last layer is always L
     rope_base: float = 100_000.0
     qk_gain: float = 1.2  # multiplies q and k after their norm
     norm_eps: float = 1.1920928955078125e-07  # float32 machine epsilon
@@ -91,9 +89,7 @@ class DataConfig:
     dir: str | None = None  # local: pretrain/*.parquet, chat/*.jsonl.gz, tasks/*.parquet, core/, words/
     cache_dir: str | None = None  # packed rows and downloads; default: `cache` beside the run directory
     hub_pretrain: str = "karpathy/climbmix-400b-shuffle"
-    hub_shards: int = (
-        8  # training shards to download; the last shard of the dataset is always the validation shard
-    )
+    hub_shards: int = 8  # training shards to download; the last shard of the dataset is always the validation shard
     max_train_tokens: int | None = None  # stop packing there
     pack_buffer: int = 1000  # documents that best-fit packing chooses from
 
@@ -142,9 +138,7 @@ class FinetuneConfig:
     )
     epochs: float = 1.0
     max_rows: int | None = None  # cap on packed rows, for small machines
-    mixture: dict[str, int] | None = (
-        None  # task name -> how many times it is repeated (or, negative, rows taken)
-    )
+    mixture: dict[str, int] | None = None  # task name -> how many times it is repeated (or, negative, rows taken)
     batch_tokens: int | None = None  # None: as in base
     micro_batch: int = 8
     eval_every: int = 200
@@ -201,9 +195,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class RunConfig:
     seed: int = 1337
-    dtype: str = (
-        "auto"  # of the matrix products: float32 | bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
-    )
+    dtype: str = "auto"  # of the matrix products: float32 | bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
     price_per_hour: float | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -229,9 +221,7 @@ def _convert(value, hint, where: str):
         return _convert(value, hint, where)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise UserError(
-                f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}"
-            )
+            raise UserError(f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}")
         return from_dict(hint, value, where)
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
@@ -359,9 +349,7 @@ def check(config: RunConfig) -> None:
     if m.width is not None and m.width % m.head_dim:
         raise UserError(f"model.width={m.width} must be a multiple of model.head_dim={m.head_dim}")
     if m.sequence_len < 16:
-        raise UserError(
-            f"model.sequence_len={m.sequence_len} is too short for a conversation; take 16 or more"
-        )
+        raise UserError(f"model.sequence_len={m.sequence_len} is too short for a conversation; take 16 or more")
     if m.window_pattern is not None and (not m.window_pattern or set(m.window_pattern) - set("SL")):
         raise UserError(f"model.window_pattern={m.window_pattern} may hold only the letters S and L")
     if config.tokenizer.vocab_size < 512:
@@ -370,9 +358,7 @@ def check(config: RunConfig) -> None:
             "characters of the text need 512 or more"
         )
     if config.tokenizer.vocab_size > 65536:
-        raise UserError(
-            f"tokenizer.vocab_size={config.tokenizer.vocab_size} does not fit 16 bits; take 65536 or less"
-        )
+        raise UserError(f"tokenizer.vocab_size={config.tokenizer.vocab_size} does not fit 16 bits; take 65536 or less")
     if config.data.source == "local" and not config.data.dir:
         raise UserError("data.source=local needs data.dir=<folder>")
     if config.data.dir and not Path(config.data.dir).is_dir():
