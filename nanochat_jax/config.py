@@ -247,7 +247,7 @@ def _convert(value, hint, where: str):
 
 
 def from_dict(cls, values: dict, where: str = ""):
-    """A dataclass from nested dictionaries. Raises UserError for an unknown key (naming the nearest) or a wrong type."""
+    """A dataclass from nested dictionaries. UserError for an unknown key (it names the nearest) or a wrong type."""
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     kwargs = {}

@@ -1,0 +1,233 @@
+"""The GPT: configuration to logits, and nothing else.
+
+One module with plain switches: `modern` (windows, residual scalars, value embeddings, smear, backout) and `classic`
+(none of these) differ in `GPTConfig` alone. Weights are float32 masters stored (out, in); products run in `dtype`.
+How keys and values meet queries is the caller's: training passes causal attention, the engine its cache.
+
+Shapes: B batch, T time, D width, H query heads, K key/value heads, N head size, V vocabulary (padded where stored).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nanochat_jax.attention import causal_attention
+from nanochat_jax.config import GPTConfig
+
+GATE_CHANNELS = 12  # leading channels that the value-embedding gate looks at
+SMEAR_CHANNELS = 24  # leading channels that the smear gate looks at
+
+# (layer, q (B, T, H, N), k (B, T, K, N), v (B, T, K, N)) -> (B, T, H, N)
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def rms_norm(x: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square along the last axis, no parameters; computed in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin (..., T, 1, N/2) for positions (..., T). RoPE: Su et al., arXiv 2104.09864."""
+    frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + N/2}) by minus the angle. x (B, T, heads, N)."""
+    cos, sin = (t.astype(x.dtype) for t in rope)
+    x1, x2 = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+
+
+# ------------------------------------------------------------------------------------------ initialisers
+
+
+def _uniform(bound):
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _positive(bound):
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, 0.0, bound)
+
+
+def _normal(std):
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def _spectral(key, shape):
+    """N(0, min(1, sqrt(out / in)) / sqrt(in)): the classic matrices."""
+    out, inner = shape
+    return _normal(min(1.0, math.sqrt(out / inner)) / math.sqrt(inner))(key, shape)
+
+
+def _zeros(key, shape):
+    return jnp.zeros(shape, jnp.float32)
+
+
+def _initialisers(cfg: GPTConfig) -> dict[str, Callable]:
+    if cfg.init == "classic":
+        return {"wte": _normal(1.0), "head": _zeros, "qkv": _spectral, "fc": _spectral, "value": _zeros}
+    s = math.sqrt(3 / cfg.n_embd)
+    return {
+        "wte": _normal(0.8),
+        "head": _normal(0.001),
+        "qkv": _uniform(s),
+        "fc": _uniform(0.4 * s),
+        "value": _uniform(s),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- modules
+
+
+class Linear(nnx.Module):
+    """x (..., in) -> (..., out) in x's dtype, no bias."""
+
+    def __init__(self, n_in: int, n_out: int, init: Callable, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), (n_out, n_in)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+
+
+class Embedding(nnx.Module):
+    """ids (...) -> rows (..., D)."""
+
+    def __init__(self, rows: int, width: int, init: Callable, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(init(rngs.params(), (rows, width)))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[...].at[ids].get(mode="clip")
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: GPTConfig, layer: int, rngs: nnx.Rngs):
+        self.cfg = cfg
+        init, D, kv = _initialisers(cfg), cfg.n_embd, cfg.n_kv_head * cfg.head_dim
+        self.q = Linear(D, D, init["qkv"], rngs)
+        self.k = Linear(D, kv, init["qkv"], rngs)
+        self.v = Linear(D, kv, init["qkv"], rngs)
+        self.proj = Linear(D, D, _zeros, rngs)
+        self.ve_gate = (
+            Linear(GATE_CHANNELS, cfg.n_kv_head, _positive(0.02), rngs) if cfg.has_value_embed(layer) else None
+        )
+
+    def __call__(self, x, rope, attend, value_embed=None):
+        """x (B, T, D); value_embed (B, T, K * N) or None. ResFormer's value residual: arXiv 2410.17897."""
+        cfg, (B, T, D) = self.cfg, x.shape
+        q = self.q(x).reshape(B, T, cfg.n_head, cfg.head_dim)
+        k = self.k(x).reshape(B, T, cfg.n_kv_head, cfg.head_dim)
+        v = self.v(x).reshape(B, T, cfg.n_kv_head, cfg.head_dim)
+        if self.ve_gate is not None:
+            gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate[..., None] * value_embed.reshape(v.shape)
+        q, k = (cfg.qk_gain * rms_norm(rotate(t, rope), cfg.norm_eps) for t in (q, k))
+        return self.proj(attend(q, k, v).reshape(B, T, D))
+
+
+class MLP(nnx.Module):
+    """relu(x)^2, four times as wide (Primer: arXiv 2109.08668)."""
+
+    def __init__(self, cfg: GPTConfig, rngs: nnx.Rngs):
+        self.fc = Linear(cfg.n_embd, 4 * cfg.n_embd, _initialisers(cfg)["fc"], rngs)
+        self.proj = Linear(4 * cfg.n_embd, cfg.n_embd, _zeros, rngs)
+
+    def __call__(self, x):
+        return self.proj(jnp.square(jax.nn.relu(self.fc(x))))
+
+
+class Block(nnx.Module):
+    def __init__(self, cfg: GPTConfig, layer: int, rngs: nnx.Rngs):
+        self.eps = cfg.norm_eps
+        self.attn = Attention(cfg, layer, rngs)
+        self.mlp = MLP(cfg, rngs)
+
+    def __call__(self, x, rope, attend, value_embed=None):
+        x = x + self.attn(rms_norm(x, self.eps), rope, attend, value_embed)
+        return x + self.mlp(rms_norm(x, self.eps))
+
+
+class GPT(nnx.Module):
+    """tokens (B, T) int32 -> logits (B, T, V) float32."""
+
+    def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.cfg, self.dtype = cfg, dtype
+        init, D, V = _initialisers(cfg), cfg.n_embd, cfg.padded_vocab
+        self.wte = Embedding(V, D, init["wte"], rngs)
+        self.lm_head = Linear(D, V, init["head"], rngs)
+        self.blocks = nnx.List([Block(cfg, i, rngs) for i in range(cfg.n_layer)])
+        layers = np.arange(cfg.n_layer) / max(cfg.n_layer - 1, 1)
+        if cfg.residual_scalars:
+            self.resid_scalars = nnx.Param(jnp.asarray(1.15 - 0.10 * layers, jnp.float32))
+            self.x0_scalars = nnx.Param(jnp.asarray(0.20 - 0.15 * layers, jnp.float32))
+        if cfg.smear:
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1, _positive(0.02), rngs)
+            self.smear_lambda = nnx.Param(jnp.zeros((1,), jnp.float32))
+        if cfg.backout:
+            self.backout_lambda = nnx.Param(jnp.full((1,), 0.2, jnp.float32))
+        if cfg.value_embeds:
+            kv = cfg.n_kv_head * cfg.head_dim
+            self.value_embeds = nnx.Dict(
+                {str(i): Embedding(V, kv, init["value"], rngs) for i in range(cfg.n_layer) if cfg.has_value_embed(i)}
+            )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Normed token embeddings (..., D), before the smear."""
+        return rms_norm(self.wte(tokens).astype(self.dtype), self.cfg.norm_eps)
+
+    def _smear(self, x, before):
+        """Adds a gated copy of the previous position's embedding; `before` (B, D) stands left of position 0."""
+        shifted = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
+        gate = jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + self.smear_lambda[...].astype(x.dtype) * gate * shifted
+
+    def trunk(self, tokens, positions, attend: Attend, prev_tokens=None) -> jax.Array:
+        """Normed hidden states (B, T, D) that the head reads.
+
+        tokens (B, T); positions (T,) or (B, T), for the rotary embedding; prev_tokens (B,) are the tokens left of
+        position 0, negative for none.
+        """
+        cfg, scalar = self.cfg, lambda p: p[...].astype(self.dtype)
+        x = self.embed(tokens)
+        if cfg.smear:
+            before = jnp.zeros_like(x[:, 0])
+            if prev_tokens is not None:
+                before = jnp.where(prev_tokens[:, None] >= 0, self.embed(prev_tokens), before)
+            x = self._smear(x, before)
+        rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
+        x0, kept = x, None
+        for i, block in enumerate(self.blocks):
+            if cfg.residual_scalars:
+                x = scalar(self.resid_scalars)[i] * x + scalar(self.x0_scalars)[i] * x0
+            value_embed = self.value_embeds[str(i)](tokens).astype(x.dtype) if cfg.has_value_embed(i) else None
+            x = block(x, rope, lambda q, k, v, i=i: attend(i, q, k, v), value_embed)
+            if i == cfg.n_layer // 2:
+                kept = x
+        if cfg.backout:
+            x = x - scalar(self.backout_lambda) * kept
+        return rms_norm(x, cfg.norm_eps)
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """tokens (B, T) from position 0 -> (B, T, D), each position seeing itself and what its window admits."""
+        windows = self.cfg.windows
+        return self.trunk(
+            tokens,
+            jnp.arange(tokens.shape[1]),
+            lambda i, q, k, v: causal_attention(q, k, v, windows[i] if windows[i] < self.cfg.sequence_len else None),
+        )
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden (..., D) -> softcapped logits (..., V) float32, the padding sliced away."""
+        z = self.lm_head(hidden)[..., : self.cfg.vocab_size].astype(jnp.float32)
+        return self.cfg.softcap * jnp.tanh(z / self.cfg.softcap)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.logits(self.hidden(tokens))
