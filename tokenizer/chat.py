@@ -1,0 +1,135 @@
+"""Conversations as ids and a loss mask: one renderer for training, evals, RL and the server.
+
+    <|bos|> <|user_start|> ... <|user_end|> <|assistant_start|> ... <|assistant_end|> <|user_start|> ...
+
+What the assistant says is a target (mask 1): its text, its tool calls with both their delimiters, and assistant_end.
+What others say is not (mask 0): users, tool output with its delimiters, bos, and assistant_start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from nanochat_jax.errors import UserError
+from tokenizer.tokenizer import Tokenizer
+
+PART_TYPES = ("text", "python", "python_output")
+
+
+def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
+    """Checked (role, parts) turns, a system message folded into the first user turn. Raises UserError."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise UserError("a conversation needs a list of messages that is not empty")
+    turns = []
+    system = None
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise UserError(f"message {i} needs a role and a content")
+        role, content = message["role"], message["content"]
+        if role == "system":
+            if i:
+                raise UserError(f"message {i} is a system message, which only message 0 may be")
+            if not isinstance(content, str):
+                raise UserError(f"message {i}: the content of a system message must be a string")
+            system = content
+            continue
+        expected = "assistant" if len(turns) % 2 else "user"
+        if role != expected:
+            raise UserError(f"message {i} is from {role!r}, but it is the turn of {expected!r}")
+        parts = _parts(i, role, content)
+        if system is not None and not turns:
+            parts = [{"type": "text", "text": system + "\n\n" + parts[0]["text"]}]
+        turns.append((role, parts))
+    if not turns:
+        raise UserError("message 0 is a system message, and no user message follows it")
+    return turns
+
+
+def _parts(i: int, role: str, content) -> list[dict]:
+    """The content of message i as a list of parts."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, (list, tuple)):
+        raise UserError(f"message {i}: content must be a string or a list of parts, not {type(content).__name__}")
+    for part in content:
+        if not isinstance(part, dict) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
+            raise UserError(f"message {i}: a part needs a type ({', '.join(PART_TYPES)}) and a text, not {part!r:.80}")
+    if role == "user":
+        if any(part["type"] != "text" for part in content):
+            raise UserError(f"message {i}: a user message may hold text only")
+        return [{"type": "text", "text": "".join(part["text"] for part in content)}]
+    return list(content)
+
+
+def render(tok: Tokenizer, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
+    """A conversation as (ids, mask), lists of equal length, cropped at max_tokens; mask 1 where a token is a target.
+
+    Raises UserError that names the message if roles do not alternate from a user on, or a content is malformed.
+    """
+    if not isinstance(conversation, dict) or "messages" not in conversation:
+        raise UserError('a conversation is a mapping with "messages"')
+    ids, mask = _render(tok, _turns(conversation["messages"]))
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def _render(tok: Tokenizer, turns: list[tuple[str, list[dict]]]) -> tuple[list[int], list[int]]:
+    ids, mask = [tok.bos], [0]
+
+    def add(more: list[int], target: int) -> None:
+        ids.extend(more)
+        mask.extend([target] * len(more))
+
+    for role, parts in turns:
+        if role == "user":
+            add([tok.user_start, *tok.encode(parts[0]["text"]), tok.user_end], 0)
+            continue
+        add([tok.assistant_start], 0)
+        for part in parts:
+            text = tok.encode(part["text"])
+            if part["type"] == "text":
+                add(text, 1)
+            elif part["type"] == "python":
+                add([tok.python_start, *text, tok.python_end], 1)
+            else:
+                add([tok.output_start, *text, tok.output_end], 0)
+        add([tok.assistant_end], 1)
+    return ids, mask
+
+
+def render_prompt(tok: Tokenizer, messages: Sequence[dict]) -> list[int]:
+    """Ids of messages that end with a user's, then assistant_start: the model goes on from there. Raises UserError."""
+    turns = _turns(messages)
+    if turns[-1][0] != "user":
+        raise UserError(f"message {len(messages) - 1} must be from the user, for the assistant to answer")
+    return _render(tok, turns)[0] + [tok.assistant_start]
+
+
+def parse_completion(tok: Tokenizer, ids: Iterable[int]) -> tuple[str, list[dict]]:
+    """What an assistant said as (visible text, parts). Never fails: a model may open and close tool calls at will.
+
+    The visible text is the text parts alone. Reads up to assistant_end or bos; a call that is cut off ends there.
+    """
+    kinds = {
+        tok.python_start: "python",
+        tok.output_start: "python_output",
+        tok.python_end: "text",
+        tok.output_end: "text",
+    }
+    parts: list[dict] = []
+    kind, held = "text", []
+
+    def close(next_kind: str) -> None:
+        nonlocal kind, held
+        if held or kind != "text":
+            parts.append({"type": kind, "text": tok.decode(held)})
+        kind, held = next_kind, []
+
+    for id in ids:
+        if id in (tok.assistant_end, tok.bos):
+            break
+        if id in kinds:
+            close(kinds[id])
+        else:
+            held.append(id)
+    close("text")
+    return "".join(part["text"] for part in parts if part["type"] == "text"), parts

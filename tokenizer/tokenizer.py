@@ -1,0 +1,229 @@
+"""Text to ids and back: a thin, exact wrapper around a SentencePiece BPE model.
+
+Two promises hold for every model that `train.py` makes. `decode(encode(text)) == text` for every Unicode string, and
+no text ever becomes a special token: those are control symbols, which SentencePiece never matches in its input.
+
+    tok = Tokenizer.load("runs/demo/tokenizer")
+    tok.decode(tok.encode("Hello"))
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from nanochat_jax.errors import UserError
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # begins every document
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the tool
+    "<|python_end|>",
+    "<|output_start|>",  # and the tool answers
+    "<|output_end|>",
+)
+MODEL_FILE = "tokenizer.model"
+META_FILE = "meta.json"
+
+# SentencePiece writes a space as this character, so that in a text it would come back as a space.
+SPACE_MARK = "\u2581"
+# SentencePiece slows down on long strings (its queue outgrows the caches), so longer ones are fed in stretches.
+STRETCH = 16_384
+# A stretch ends where a space follows something else: no piece of the vocabulary lies across such a place.
+_WORD_START = re.compile(r"(?<=[^ ]) ")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _stretches(text: str) -> list[str]:
+    """`text` in stretches of at most STRETCH characters, cut before the last word that begins inside each.
+
+    A function of the text alone. Where a stretch holds no beginning of a word it is cut at STRETCH.
+    """
+    out, start = [], 0
+    while len(text) - start > STRETCH:
+        cut = start + STRETCH
+        while cut > start and not (text[cut] == " " and text[cut - 1] != " "):
+            cut -= 1
+        cut = cut if cut > start else start + STRETCH
+        out.append(text[start:cut])
+        start = cut
+    out.append(text[start:])
+    return out
+
+
+class Tokenizer:
+    """A trained vocabulary. Attributes `bos`, `user_start`, ... are the ids of the special tokens."""
+
+    bos: int
+    user_start: int
+    user_end: int
+    assistant_start: int
+    assistant_end: int
+    python_start: int
+    python_end: int
+    output_start: int
+    output_end: int
+
+    def __init__(self, model: bytes, meta: dict | None = None):
+        """From the bytes of a SentencePiece model. Raises UserError if they are not one with our special tokens."""
+        self._sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self._sp.LoadFromSerializedProto(model)
+        except RuntimeError as e:
+            raise UserError(f"not a SentencePiece model: {e}") from None
+        self.model = model
+        self.meta = meta or {}
+        self.hash = hashlib.sha256(model).hexdigest()[:16]
+        self.vocab_size = self._sp.vocab_size()
+        for name in SPECIAL_TOKENS:
+            id = self._sp.piece_to_id(name)
+            if not self._sp.is_control(id):
+                raise UserError(
+                    f"this SentencePiece model has no control symbol {name}; train one: python -m tokenizer train"
+                )
+            setattr(self, name[2:-2], id)
+        self._bytes = [self._bytes_of(id) for id in range(self.vocab_size)]
+        self._space_mark_ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
+        if not all(map(self._sp.is_byte, self._space_mark_ids)):
+            raise UserError("this SentencePiece model has no byte pieces (byte_fallback), so it would lose text")
+
+    def _bytes_of(self, id: int) -> bytes:
+        """What an id stands for: UTF-8, one raw byte, or nothing for control symbols, <unk> and unused ids."""
+        sp = self._sp
+        if sp.is_control(id) or sp.is_unknown(id) or sp.is_unused(id):
+            return b""
+        piece = sp.id_to_piece(id)
+        if sp.is_byte(id):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace(SPACE_MARK, " ").encode()
+
+    # ------------------------------------------------------------------------------------------ files
+
+    @classmethod
+    def load(cls, dir: str | Path) -> Tokenizer:
+        """The tokenizer in a folder that `save` wrote. Raises UserError if there is none."""
+        path = Path(dir) / MODEL_FILE
+        if not path.is_file():
+            raise UserError(
+                f"no tokenizer in {dir} (it would hold {MODEL_FILE}); train one: python -m tokenizer train --out {dir}"
+            )
+        meta_path = Path(dir) / META_FILE
+        try:
+            meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
+        except json.JSONDecodeError:
+            raise UserError(f"{meta_path} is not valid JSON; delete it or train the tokenizer again") from None
+        return cls(path.read_bytes(), meta)
+
+    def save(self, dir: str | Path) -> None:
+        """Write tokenizer.model and meta.json; a reader sees the old files or the new ones, never half a file."""
+        folder = Path(dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = {**self.meta, "vocab_size": self.vocab_size, "hash": self.hash}
+        contents = {META_FILE: (json.dumps(meta, indent=1) + "\n").encode(), MODEL_FILE: self.model}
+        for name, data in contents.items():
+            tmp = folder / f".{name}.{os.getpid()}.tmp"
+            tmp.write_bytes(data)
+            os.replace(tmp, folder / name)
+
+    # ------------------------------------------------------------------------------------------ ids
+
+    def special(self, name: str) -> int:
+        """The id of a special token, by its name with or without the `<|` `|>`."""
+        full = name if name.startswith("<|") else f"<|{name}|>"
+        if full not in SPECIAL_TOKENS:
+            raise UserError(f"no special token {name}; there are {', '.join(SPECIAL_TOKENS)}")
+        return self._sp.piece_to_id(full)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; never a special token. Raises UserError for a lone surrogate, which is not Unicode text."""
+        return self.encode_batch([text], num_threads=1)[0]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
+        """`encode` of each text, over all cores unless told otherwise."""
+        stretches: list[str] = []
+        layout: list[list[int]] = []  # per text, the number of stretches of each of its parts between U+2581s
+        for text in texts:
+            parts = [_stretches(part) for part in text.split(SPACE_MARK)]
+            layout.append([len(part) for part in parts])
+            for part in parts:
+                stretches.extend(part)
+        try:
+            encoded = iter(self._sp.encode(stretches, num_threads=num_threads or os.cpu_count() or 1))
+        except (UnicodeEncodeError, TypeError) as e:  # which of them depends on SentencePiece's version
+            raise self._input_error(texts, e) from None
+        out = []
+        for counts in layout:
+            ids: list[int] = []
+            for i, count in enumerate(counts):
+                if i:
+                    ids += self._space_mark_ids
+                for _ in range(count):
+                    ids += next(encoded)
+            out.append(ids)
+        return out
+
+    @staticmethod
+    def _input_error(texts: Sequence[str], error: Exception) -> Exception:
+        for text in texts:
+            if found := _SURROGATE.search(text):
+                code, place = ord(found[0]), found.start()
+                return UserError(
+                    f"the text is not valid Unicode: a lone surrogate U+{code:04X} at character {place}; "
+                    "read it as UTF-8 with errors='replace'"
+                )
+        return error
+
+    # ------------------------------------------------------------------------------------------ text
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that ids stand for; special tokens stand for none. Raises UserError for an id out of range."""
+        table, size = self._bytes, self.vocab_size
+        out = []
+        for id in ids:
+            if not 0 <= id < size:
+                raise UserError(
+                    f"token id {id} is outside of this vocabulary of {size}; is this the model's tokenizer?"
+                )
+            out.append(table[id])
+        return b"".join(out)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids. Bytes that are not UTF-8, which only a model can produce, become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def stream(self) -> StreamDecoder:
+        """A decoder that takes one id at a time."""
+        return StreamDecoder(self)
+
+    def token_bytes(self) -> np.ndarray:
+        """(V,) int32: bytes of text that each id stands for, 0 for special tokens. For bits per byte."""
+        return np.array([len(b) for b in self._bytes], dtype=np.int32)
+
+
+class StreamDecoder:
+    """Text of ids as they come. Never shows part of a character: its bytes wait until the last of them is there."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, id: int) -> str:
+        """The text that is complete now, often empty."""
+        return self._utf8.decode(self._tokenizer.decode_bytes((id,)))
+
+    def flush(self) -> str:
+        """What is left at the end: empty, or U+FFFD for a character that never came whole."""
+        text = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return text
