@@ -1,0 +1,1 @@
+"""base, mid, sft, rl: each file says what is particular to its stage; `common` is what they share."""

@@ -1,0 +1,176 @@
+"""What every training stage does: build the step, take the state up where it was left, train, leave a done mark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nanochat_jax import checkpoint, devices, optim, scaling, sharding, train
+from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
+from nanochat_jax.data.documents import open_documents
+from nanochat_jax.data.packed import PackedDataset
+from nanochat_jax.data.packing import pack_documents
+from nanochat_jax.errors import UserError
+from nanochat_jax.preemption import Stop
+from nanochat_jax.tracking import RunLog, Tracker
+from tokenizer import Tokenizer
+
+
+@dataclass
+class Run:
+    """A run directory with what its stages share. Everything costly is made when first asked for."""
+
+    dir: Path
+    config: RunConfig
+    log: RunLog
+    stop: Stop
+
+    @cached_property
+    def cache_dir(self) -> Path:
+        return Path(self.config.data.cache_dir) if self.config.data.cache_dir else self.dir.parent / "cache"
+
+    @cached_property
+    def documents(self):
+        return open_documents(self.config.data, self.cache_dir)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.dir / "tokenizer")
+
+    @cached_property
+    def gpt_config(self) -> GPTConfig:
+        return scaling.gpt_config(self.config.model, self.tokenizer.vocab_size)
+
+    @cached_property
+    def dtype(self):
+        return compute_dtype(self.config.dtype)
+
+    @cached_property
+    def mesh(self):
+        return sharding.make_mesh(self.config.mesh)
+
+    def packed(self, split: str) -> PackedDataset:
+        """The packed rows of the documents' train or val split; packed now if they are not there."""
+        tokens = self.config.data.max_train_tokens if split == "train" else self.config.base.eval_tokens
+        path = pack_documents(
+            self.documents,
+            self.tokenizer,
+            self.config.model.sequence_len,
+            self.cache_dir / "packed",
+            split=split,
+            buffer=self.config.data.pack_buffer,
+            max_tokens=tokens,
+            log=self.log.say,
+        )
+        return PackedDataset(path)
+
+    def params_of(self, stage: str) -> dict:
+        """The parameters that `stage` ended with, as a nested dict."""
+        loaded = checkpoint.load_model(self.dir, stage)
+        return nnx.to_pure_dict(nnx.split(loaded.model)[1])
+
+
+def compute_dtype(name: str):
+    """The type of the matrix products: config.dtype, where auto is bfloat16 on a GPU or TPU and float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def split_rows(name: str, batch_tokens: int, sequence_len: int, micro_batch: int, mesh) -> tuple[int, int]:
+    """(accumulation, rows per micro-batch over the whole mesh), so that their product is a batch.
+
+    The micro-batch is the largest that divides the batch and is at most micro_batch rows a device.
+    """
+    rows, devices_ = batch_tokens // sequence_len, sharding.data_parallel(mesh)
+    if rows < 1 or rows % devices_:
+        raise UserError(
+            f"{name}: a batch of {batch_tokens} tokens is {rows} rows of {sequence_len}, which {devices_} "
+            f"data-parallel devices cannot share; set {name}.batch_tokens to a multiple of {devices_ * sequence_len}"
+        )
+    per_device = rows // devices_
+    micro = max(m for m in range(1, min(micro_batch, per_device) + 1) if per_device % m == 0)
+    return per_device // micro, micro * devices_
+
+
+def place(batch: dict, accumulation: int, mesh) -> dict:
+    """Host arrays (rows, T) as device arrays (accumulation, rows / accumulation, T), rows split over the mesh."""
+    put = sharding.rows(mesh, leading=1)
+    return {k: jax.device_put(v.reshape(accumulation, -1, v.shape[-1]), put) for k, v in batch.items()}
+
+
+def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, weight_decay: float):
+    schedules = optim.make_schedules(cfg, steps, weight_decay, run.config.model.arch)
+    return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=run.dtype)
+
+
+def train_stage(
+    run: Run,
+    name: str,
+    *,
+    init: Callable[[], dict] | None,
+    optimizer,
+    steps: int,
+    next_batch: Callable,
+    tokens_per_step: int,
+    save_every: int,
+    evaluate: Callable | None = None,
+    eval_every: int = 0,
+    extra: dict | None = None,
+) -> dict:
+    """Trains stage `name` to its end and writes its done mark; returns the mark. `init` gives the first parameters."""
+    cfg, stage_dir = run.gpt_config, run.dir / name
+    graph = train.graph_of(cfg, run.dtype)
+    keeper = checkpoint.Checkpointer(stage_dir / "checkpoints")
+    meta = {"stage": name, "seed": run.config.seed, "tokenizer": run.tokenizer.hash, "config": fingerprint(run.config)}
+    if keeper.latest() is None:
+        state = train.init_state(cfg, optimizer, run.config.seed, run.mesh, init() if init else None)
+    else:
+        abstract = jax.eval_shape(lambda: train.init_state(cfg, optimizer, run.config.seed, run.mesh))
+        state, saved = keeper.restore(sharding.abstract(abstract, run.mesh))
+        meta = {**meta, "seconds": saved["seconds"], "last": saved["last"]}
+        run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
+    tracker = Tracker(run.dir, name, steps, run.log, start=int(state.step))
+    peak = devices.peak_flops(jax.devices()[0].device_kind)
+    try:
+        state, metrics = train.fit(
+            state,
+            step_fn=train.make_step(graph, optimizer, run.dtype),
+            next_batch=next_batch,
+            steps=steps,
+            save_every=save_every,
+            checkpointer=keeper,
+            tracker=tracker,
+            accounting=train.Accounting(
+                tokens_per_step, scaling.flops_per_token(cfg), peak * jax.device_count() if peak else None
+            ),
+            meta=meta,
+            stop=run.stop,
+            evaluate=evaluate,
+            eval_every=eval_every,
+        )
+    finally:
+        tracker.close()
+        keeper.close()
+    done = {
+        "stage": name,
+        "steps": steps,
+        "tokens": steps * tokens_per_step,
+        "seconds": metrics.pop("seconds"),
+        "metrics": metrics,
+        **(extra or {}),
+    }
+    checkpoint.write_done(stage_dir, done)
+    return done
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """A shuffle of range(n) that is a function of its arguments alone."""
+    return np.random.default_rng([seed, epoch]).permutation(n)

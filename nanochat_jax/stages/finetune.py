@@ -1,0 +1,64 @@
+"""mid and sft: the same loop over packed conversations, for as many epochs as asked.
+
+mid continues pretraining on conversations, every token a target; sft learns from the assistant's tokens alone, and pads
+rows instead of cropping conversations.
+"""
+
+from __future__ import annotations
+
+from evals.tasks import load_task
+from evals.tasks.mixtures import mid_mixture, sft_mixture
+from nanochat_jax.checkpoint import read_done
+from nanochat_jax.config import FinetuneConfig
+from nanochat_jax.data.loader import Loader
+from nanochat_jax.data.mixture import Mixture
+from nanochat_jax.data.packed import PackedDataset
+from nanochat_jax.data.packing import pack_conversations
+from nanochat_jax.stages import common
+
+
+def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
+    recipe = (mid_mixture if name == "mid" else sft_mixture)(run.config.data, override=cfg.mixture)
+    tasks = [
+        (load_task(task, split=split, data=run.config.data, cache_dir=run.cache_dir), times)
+        for task, split, times in recipe
+    ]
+    run.log.say(
+        f"{name}: " + ", ".join(f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
+    )
+    path = pack_conversations(
+        Mixture(tasks, seed=run.config.seed),
+        run.tokenizer,
+        run.config.model.sequence_len,
+        run.cache_dir / "packed",
+        all_targets=name == "mid",
+        key=[recipe, run.config.seed],
+        max_rows=cfg.max_rows,
+        log=run.log.say,
+    )
+    return PackedDataset(path)
+
+
+def main(run: common.Run, name: str) -> dict:
+    cfg: FinetuneConfig = getattr(run.config, name)
+    before = "mid" if name == "sft" and read_done(run.dir / "mid") else "base"
+    dataset = _dataset(run, name, cfg)
+    sequence_len = run.config.model.sequence_len
+    batch_tokens = cfg.batch_tokens or run.config.base.batch_tokens or read_done(run.dir / "base")["batch_tokens"]
+    accumulation, rows = common.split_rows(name, batch_tokens, sequence_len, cfg.micro_batch, run.mesh)
+    steps = max(1, round(cfg.epochs * len(dataset) / (accumulation * rows)))
+    run.log.say(f"{name}: {steps} steps of {batch_tokens:,} tokens over {len(dataset):,} rows, from {before}")
+    with Loader(dataset, seed=run.config.seed, batch_rows=accumulation * rows) as loader:
+        return common.train_stage(
+            run,
+            name,
+            init=lambda: run.params_of(before),
+            optimizer=common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0),
+            steps=steps,
+            next_batch=lambda step, _: (common.place(loader.at(step), accumulation, run.mesh), {}),
+            tokens_per_step=batch_tokens,
+            save_every=cfg.save_every,
+            evaluate=common.bpb_evaluator(run, run.packed("val")),
+            eval_every=cfg.eval_every,
+            extra={"from": before, "batch_tokens": batch_tokens},
+        )

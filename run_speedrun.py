@@ -1,0 +1,183 @@
+"""The whole of a small ChatGPT: tokenizer, base, mid, sft, rl, eval, report.
+
+    uv run run_speedrun.py                                     # what fits this machine
+    uv run run_speedrun.py --config configs/d20.yaml --mesh configs/mesh/h100_x8.yaml
+    uv run run_speedrun.py --stages sft,rl,eval,report sft.epochs=2
+
+Stages run in order; one whose done mark stands in the run directory is skipped, and one that was stopped goes on where
+it was saved. The last line on stdout is a JSON object with the run directory, the seconds of each stage and the scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from nanochat_jax.config import dump_yaml, load_config, to_dict
+from nanochat_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
+MAY_DIFFER = ("evals", "mesh", "price_per_hour")  # settings that a finished stage does not depend on
+START_AGAIN = 75  # exit status after a stop that saved (EX_TEMPFAIL)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], epilog=f"stages: {', '.join(STAGES)}; settings: model.depth=6 and so on"
+    )
+    p.add_argument("--config", help="YAML file of settings; default: what fits this machine")
+    p.add_argument("--mesh", help="YAML file of mesh axes, such as configs/mesh/h100_x8.yaml")
+    p.add_argument("--run-dir", help="default: runs/<name of the configuration>")
+    p.add_argument("--stages", default=",".join(STAGES), help="a comma-separated choice, run in the pipeline's order")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    return p.parse_args(argv)
+
+
+def fitting_config() -> Path:
+    """demo.yaml on a CPU; else the deepest of the miniseries whose state and activations fit one device's memory."""
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return ROOT / "configs" / "demo.yaml"
+    stats = jax.devices()[0].memory_stats() or {}
+    gigabytes = stats.get("bytes_limit", 16e9) / 1e9
+    depth = next((d for d, need in ((24, 60), (20, 40), (12, 12)) if gigabytes >= need), None)
+    return ROOT / "configs" / (f"d{depth}.yaml" if depth else "demo.yaml")
+
+
+def open_run(args: argparse.Namespace):
+    """The run directory, made or taken up again. UserError where it was made with other settings."""
+    from nanochat_jax.files import atomic_write_text
+    from nanochat_jax.preemption import Stop
+    from nanochat_jax.stages.common import Run
+    from nanochat_jax.tracking import RunLog
+
+    path = Path(args.config) if args.config else fitting_config()
+    config = load_config(path, args.mesh, args.settings)
+    run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
+    existing = run_dir / "config.yaml"
+    if existing.is_file():
+        differing = differences(to_dict(load_config(existing)), to_dict(config))
+        if differing:
+            raise UserError(
+                f"{run_dir} was made with other settings ({'; '.join(differing[:3])}); "
+                "take the same ones, or another --run-dir"
+            )
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(f"{run_dir} is not empty and not a run directory; take another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(existing, dump_yaml(config))
+    return Run(run_dir, config, RunLog(run_dir), Stop())
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old, now new` for every setting that differs and that a stage depends on."""
+    out = []
+    for key in {**old, **new}:
+        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if path in MAY_DIFFER or a == b:
+            continue
+        nested = isinstance(a, dict) and isinstance(b, dict)
+        out += differences(a, b, f"{path}.") if nested else [f"{path}: {a}, now {b}"]
+    return out
+
+
+def run_stage(run, name: str) -> None:
+    if name == "tokenizer":
+        from nanochat_jax.stages import tokenize
+
+        tokenize.main(run)
+    elif name == "base":
+        from nanochat_jax.stages import base
+
+        base.main(run)
+    elif name in ("mid", "sft"):
+        from nanochat_jax.stages import finetune
+
+        finetune.main(run, name)
+    elif name == "rl":
+        from nanochat_jax.stages import rl
+
+        rl.main(run)
+    elif name == "eval":
+        from nanochat_jax.stages import evaluate
+
+        evaluate.main(run)
+    elif name == "report":
+        from evals.report import write_report
+
+        run.log.say(f"report: {write_report(run.dir)}")
+
+
+def needs(run, name: str, chosen: list[str]) -> None:
+    """UserError where an earlier stage that `name` reads has neither run nor been asked for."""
+    before = {"base": "tokenizer", "mid": "base", "sft": "base", "rl": "base", "eval": "base", "report": "base"}
+    wanted = before.get(name)
+    if wanted and wanted not in chosen and not (run.dir / wanted / "done.json").is_file():
+        raise UserError(f"stage {name} needs {wanted}, which has not run in {run.dir}; add it to --stages")
+
+
+def pipeline(args: argparse.Namespace) -> dict:
+    chosen = [s.strip() for s in args.stages.split(",") if s.strip()]
+    unknown = sorted(set(chosen) - set(STAGES))
+    if unknown or not chosen:
+        raise UserError(f"unknown stage {unknown[0] if unknown else repr(args.stages)}; stages are {', '.join(STAGES)}")
+    from nanochat_jax.checkpoint import read_done
+
+    run = open_run(args)
+    seconds = {}
+    with run.stop:
+        for name in [s for s in STAGES if s in chosen]:
+            needs(run, name, chosen)
+            if name == "report" or not read_done(run.dir / name):
+                run.log.say(f"— {name}")
+                run_stage(run, name)
+            mark = read_done(run.dir / name)
+            if mark:
+                seconds[name] = round(mark["seconds"], 1)
+    return {"run_dir": str(run.dir), "seconds": seconds, "scores": scores(run)}
+
+
+def scores(run) -> dict:
+    """stage -> score by name, from evals/<stage>.json."""
+    out = {}
+    for stage in ("base", "mid", "sft", "rl"):
+        path = run.dir / "evals" / f"{stage}.json"
+        if not path.is_file():
+            continue
+        result = json.loads(path.read_text())
+        row = {name: round(task["accuracy"], 4) for name, task in (result.get("chat") or {}).items()}
+        for name, section, key in (
+            ("bpb", "bpb", "bpb"),
+            ("core", "core", "core_metric"),
+            ("chatcore", "chatcore", "score"),
+        ):
+            if result.get(section) and result[section].get(key) is not None:
+                row[name] = round(result[section][key], 4)
+        out[stage] = row
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    from nanochat_jax.train import Interrupted
+
+    try:
+        result = pipeline(parse(argv))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(f"interrupted: {e}", file=sys.stderr)
+        return START_AGAIN
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
