@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative_error
 from flax import nnx
 
+from conftest import relative_error
 from nanochat_jax import loss as loss_lib
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
