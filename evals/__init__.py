@@ -1,0 +1,1 @@
+"""Evaluations: what a model scores, and the page that says so. `python -m evals --run-dir DIR --stage sft`."""

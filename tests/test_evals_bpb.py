@@ -1,0 +1,92 @@
+"""Bits per byte against the formula, and the byte-unigram floor."""
+
+import math
+
+import numpy as np
+import pytest
+from evals_fakes import ByteTokenizer, FullLogits, tiny_model
+
+from evals.bpb import byte_entropy, byte_histogram, evaluate_bpb
+from evals.scoring import Scorer
+
+TOK = ByteTokenizer()
+
+
+class Rows:
+    def __init__(self, tokens, mask=None):
+        self.tokens, self.mask = tokens, mask
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def rows(self, indices):
+        return {"tokens": self.tokens[indices], "mask": None if self.mask is None else self.mask[indices]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(sequence_len=64)
+
+
+@pytest.fixture(scope="module")
+def full(model):
+    return FullLogits(model)
+
+
+def make_rows(n=5, T=40, seed=0):
+    tokens = np.random.default_rng(seed).integers(97, 123, (n, T + 1)).astype(np.uint16)
+    tokens[:, 0] = TOK.bos
+    tokens[1, 20] = TOK.bos  # a document ends within a row
+    return tokens
+
+
+def expected(full, tokens, keep):
+    nll = np.stack([full.nll(row.tolist()) for row in tokens])
+    return nll[keep].sum() / (math.log(2) * keep.sum()), nll[keep].mean()
+
+
+def test_bpb_counts_text_only(model, full):
+    tokens = make_rows()
+    out = evaluate_bpb(Scorer(model, 2), Rows(tokens), TOK)
+    bpb, loss = expected(full, tokens, tokens[:, 1:] < 256)
+    assert out["bpb"] == pytest.approx(bpb, rel=1e-4) and out["loss"] == pytest.approx(loss, rel=1e-4)
+    assert out["bytes"] == out["tokens"] == 5 * 40 - 1 and out["rows"] == 5
+    counts = np.bincount(tokens[:, 1:][tokens[:, 1:] < 256], minlength=256)
+    assert out["byte_unigram"] == pytest.approx(byte_entropy(counts))
+    assert out["below_unigram"] == pytest.approx(1 - out["bpb"] / out["byte_unigram"])
+
+
+def test_masked_positions_do_not_count(model, full):
+    tokens = make_rows()
+    mask = np.ones_like(tokens, np.uint8)
+    mask[:, 30:] = 0
+    out = evaluate_bpb(Scorer(model, 4), Rows(tokens, mask), TOK)
+    keep = (tokens[:, 1:] < 256) & (mask[:, 1:] == 1)
+    assert out["bytes"] == keep.sum() and out["bpb"] == pytest.approx(expected(full, tokens, keep)[0], rel=1e-4)
+
+
+def test_max_tokens_takes_the_first_rows(model):
+    tokens = make_rows()
+    out = evaluate_bpb(Scorer(model, 2), Rows(tokens), TOK, max_tokens=3 * 40 + 7)
+    assert out["rows"] == 3 and out["bytes"] == 3 * 40 - 1
+    assert evaluate_bpb(Scorer(model, 2), Rows(tokens), TOK, max_tokens=1)["rows"] == 1
+
+
+def test_no_rows_no_figure(model):
+    out = evaluate_bpb(Scorer(model, 2), Rows(np.zeros((0, 41), np.uint16)), TOK)
+    assert out["bpb"] is None and out["bytes"] == 0
+
+
+def test_byte_entropy():
+    assert byte_entropy(np.bincount([1, 1, 2, 2], minlength=256)) == pytest.approx(1.0)
+    assert byte_entropy(np.ones(256, int)) == pytest.approx(8.0)
+    assert byte_entropy(np.bincount([7], minlength=256)) == 0.0
+
+
+def test_byte_histogram_of_tokens_of_several_bytes():
+    class Pairs:
+        def decode_bytes(self, ids):
+            return b"".join([b"", b"ab", b"b"][i] for i in ids)
+
+    got = byte_histogram(Pairs(), np.array([9, 2, 3]))
+    assert got[ord("a")] == 2 and got[ord("b")] == 5 and got.sum() == 7
