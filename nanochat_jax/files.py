@@ -1,10 +1,13 @@
-"""Files that are either whole or absent."""
+"""Files that are either whole or absent, and folders that one process at a time may write to."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
+from typing import Any, TextIO
+
+from nanochat_jax.errors import UserError
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -12,20 +15,49 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)  # where the write failed
 
 
-def atomic_write_json(path: str | Path, value) -> None:
+def atomic_write_json(path: str | Path, value: Any) -> None:
+    """`value` as indented JSON, whole or not at all. TypeError where JSON cannot say it; the file is then as it was."""
     atomic_write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: str | Path):
-    """The file's value, or None where there is no such file."""
+def read_json(path: str | Path) -> Any | None:
+    """The file's value, or None where there is no such file. UserError where it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except ValueError as e:  # not JSON, or not even text
+        raise UserError(f"{path} is not valid JSON ({e}); remove it to have it made anew") from None
+
+
+def claim(path: str | Path) -> TextIO:
+    """Claims `path` for this process until it ends or closes the returned file; UserError where another one holds it.
+
+    A POSIX record lock: it goes when its process dies, however it dies, and forked children do not inherit it. File
+    systems without locks grant it always.
+    """
+    import fcntl
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (held by the caller)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(
+            f"another process is writing to {path.parent}; wait until it ends, or take another directory"
+        ) from None
+    except OSError:  # ENOLCK, ENOSYS: the file system has no locks
+        return file
+    return file
