@@ -1,1 +1,14 @@
-"""Evaluations: what a model scores, and the page that says so. `python -m evals --run-dir DIR --stage sft`."""
+"""Evaluations: what a model scores, and the page that says so.
+
+    python -m evals --run-dir runs/demo --stage sft --tasks arithmetic,bpb --max-per-task 100
+
+`scoring` asks a model for losses and logits; `bpb`, `core` and `chat` are made of it and of the engine; `stage` runs
+what a stage needs and writes evals/<stage>.json; `report` turns a run directory into report.md. Tasks are in `tasks`.
+"""
+
+
+def evaluate_stage(*args, **kwargs) -> dict:
+    """`evals.stage.evaluate_stage`, imported when called: `evals.tasks` is read by code that needs no model."""
+    from evals.stage import evaluate_stage
+
+    return evaluate_stage(*args, **kwargs)

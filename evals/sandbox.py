@@ -31,7 +31,7 @@ from pathlib import Path
 OUTPUT_BYTES = 64 * 1024  # of each stream; more is read and thrown away
 FILE_BYTES = 16 * 1024 * 1024  # of any file that the program writes
 
-# The child's own first lines: it takes its limits, then becomes the program. A byte on `done` says that it ran to its end.
+# The child's own first lines: it takes its limits, then becomes the program. A byte on `done` says that it ran through.
 _LAUNCHER = r"""
 def _launch():
     import os, resource, sys

@@ -297,7 +297,7 @@ def _raw_abstract(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _wrap(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like)) if _is_key(like) else x
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), like.dtype))) if _is_key(like) else x
 
 
 # ---------------------------------------------------------------------------------------------- done marks
@@ -342,7 +342,6 @@ def load_model(
     one that the stage was trained with.
     """
     from nanochat_jax import scaling, sharding, train
-    from nanochat_jax.stages.common import compute_dtype
     from tokenizer import Tokenizer
 
     run_dir = Path(run_dir)
@@ -363,6 +362,13 @@ def load_model(
     params = state["params"] if mesh is not None else jax.tree.map(jnp.asarray, state["params"])
     graph = train.graph_of(cfg, compute_dtype(config.dtype) if dtype is None else dtype)
     return Loaded(train.merge(graph, params), tokenizer, config, meta, stage, step)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The type of the matrix products: config.dtype, where auto is bfloat16 on a GPU or TPU and float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def _choose_stage(run_dir: Path, stage: str | None) -> str:

@@ -1,0 +1,227 @@
+"""Everything that is measured of one stage's model, as evals/<stage>.json in its run directory.
+
+The base model gets bits per byte, CORE where the bundle is at hand, and multiple choice (on a few questions: it has not
+seen a conversation yet, so this is where the others start from). Later stages get bits per byte and all chat tasks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evals.bpb import evaluate_bpb
+from evals.chat import chatcore, evaluate_chat_task
+from evals.core import evaluate_core
+from evals.scoring import Scorer
+from nanochat_jax.checkpoint import load_model
+from nanochat_jax.config import RunConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_json, read_json
+from nanochat_jax.tracking import peak_memory_gb
+from tokenizer.chat import render_prompt
+
+CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
+BASE_QUESTIONS = 500  # per multiple-choice task of the base model
+BASE_PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "If 5*x + 3 = 13, then x is",
+)
+CHAT_PROMPTS = (
+    "Who are you?",
+    "What can you do?",
+    "Hello! How are you today?",
+    "What is 17 * 23?",
+    "How many letters r are in the word strawberry?",
+    "Why is the sky blue?",
+)
+BASE_SAMPLE_TOKENS, CHAT_SAMPLE_TOKENS = 24, 128
+
+
+def evaluate_stage(
+    run_dir: str | Path,
+    stage: str | None = None,
+    config: RunConfig | None = None,
+    *,
+    tasks: Sequence[str] | None = None,
+    max_per_task: int | None = None,
+    log: Callable[[str], None] = print,
+) -> dict:
+    """Evaluates the model that `stage` (None: the latest) ended with; writes, and returns, evals/<stage>.json.
+
+    tasks: names of chat tasks, `bpb`, `core`, `samples`; None for all that the stage and the data allow. Where given,
+    the results join those that are in the file already. max_per_task (None: config.evals's) bounds the questions of
+    each. UserError for an unknown task, or a run or stage that is not there.
+    """
+    began = time.perf_counter()
+    run_dir = Path(run_dir)
+    loaded = load_model(run_dir, stage)
+    stage, config = loaded.stage, config or loaded.config
+    bench = _Bench(run_dir, stage, config, loaded, max_per_task or config.evals.max_per_task, log)
+    chosen = bench.default_tasks() if tasks is None else bench.check(tasks)
+    out = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
+    if tasks is not None:
+        out |= read_json(run_dir / "evals" / f"{stage}.json") or {}
+    for name in chosen:
+        bench.run(name, out)
+    if stage != "base" and out["chat"]:
+        out["chatcore"] = chatcore(out["chat"], CHATCORE)
+    out["seconds"] = time.perf_counter() - began
+    out["peak_memory_gb"] = peak_memory_gb()
+    atomic_write_json(run_dir / "evals" / f"{stage}.json", out)
+    return out
+
+
+class _Bench:
+    """One loaded model, with what measures it: the scorer at once, the engine when first needed."""
+
+    def __init__(self, run_dir: Path, stage: str, config: RunConfig, loaded, max_per_task: int | None, log):
+        self.run_dir, self.stage, self.config, self.log = run_dir, stage, config, log
+        self.model, self.tok, self.max_per_task = loaded.model, loaded.tokenizer, max_per_task
+        self.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir.parent / "cache"
+        self.scorer = Scorer(self.model, config.evals.batch)
+        self._engine = None
+
+    @property
+    def engine(self):
+        if self._engine is None:
+            from nanochat_jax.calculator import CalculatorTool
+            from nanochat_jax.engine import Engine
+
+            slots, max_len = self.config.evals.batch, self.model.cfg.sequence_len
+            self._engine = Engine(self.model, slots=slots, max_len=max_len, tool=CalculatorTool(self.tok))
+        return self._engine
+
+    # ---------------------------------------------------------------------------------------------- what to run
+
+    def core_dir(self) -> Path | None:
+        """The CORE bundle, or None."""
+        evals, data = self.config.evals, self.config.data
+        if evals.core_dir:
+            return Path(evals.core_dir)
+        folder = Path(data.dir) / "core" if data.dir else None
+        return folder if folder is not None and (folder / "core.yaml").is_file() else None
+
+    def chat_tasks(self) -> list[str]:
+        """The chat tasks whose questions the data source has; config.evals.chat_tasks where set."""
+        from evals.tasks import available
+
+        return list(self.config.evals.chat_tasks or available(self.config.data, "test"))
+
+    def default_tasks(self) -> list[str]:
+        chat = self.chat_tasks()
+        if self.stage != "base":
+            return ["bpb", *chat, "samples"]
+        core = ["core"] if self.config.evals.core and self.core_dir() else []
+        return ["bpb", *core, *(name for name in chat if self.load(name).kind == "categorical"), "samples"]
+
+    def check(self, tasks: Sequence[str]) -> list[str]:
+        from evals.tasks import TASKS
+
+        known = ["bpb", "core", "samples", *TASKS]
+        for name in tasks:
+            if name not in known:
+                raise UserError(f"unknown task {name}; there are {', '.join(known)}")
+        return list(tasks)
+
+    # ---------------------------------------------------------------------------------------------- runs
+
+    def load(self, name: str):
+        from evals.tasks import load_task
+
+        return load_task(name, split="test", data=self.config.data, cache_dir=self.cache_dir)
+
+    def run(self, name: str, out: dict) -> None:
+        """Measures one task and puts its result where it belongs in `out`."""
+        if name == "bpb":
+            out["bpb"] = self.bpb()
+        elif name == "core":
+            out["core"] = self.core()
+        elif name == "samples":
+            out["samples"] = self.samples()
+        else:
+            out["chat"][name] = self.chat(name)
+
+    def bpb(self) -> dict:
+        out = evaluate_bpb(self.scorer, self.validation_rows(), self.tok)
+        if out["bpb"] is not None:
+            self.log(
+                f"{self.stage} bpb: {out['bpb']:.4f}, {100 * out['below_unigram']:.1f} % below the bytes' own entropy "
+                f"({out['byte_unigram']:.4f}), {out['bytes']:,} bytes"
+            )
+        return out
+
+    def validation_rows(self):
+        """The packed rows of the pinned validation text, the same as in training."""
+        from nanochat_jax.data.documents import open_documents
+        from nanochat_jax.data.packed import PackedDataset
+        from nanochat_jax.data.packing import pack_documents
+
+        path = pack_documents(
+            open_documents(self.config.data, self.cache_dir),
+            self.tok,
+            self.config.model.sequence_len,
+            self.cache_dir / "packed",
+            split="val",
+            buffer=self.config.data.pack_buffer,
+            max_tokens=self.config.base.eval_tokens,
+            log=self.log,
+        )
+        return PackedDataset(path)
+
+    def core(self) -> dict:
+        bundle = self.core_dir()
+        if bundle is None:
+            raise UserError("no CORE bundle: set evals.core_dir to its folder, or data.dir to one that holds core/")
+        out = evaluate_core(self.scorer, self.tok, bundle, self.max_per_task, self.log)
+        if out["core_metric"] is not None:
+            self.log(f"{self.stage} CORE: {out['core_metric']:.4f} over {out['n_tasks']} of {out['total_tasks']} tasks")
+        return out
+
+    def chat(self, name: str) -> dict:
+        task, began = self.load(name), time.perf_counter()
+        limit = self.max_per_task
+        if self.stage == "base":
+            limit = min(limit or BASE_QUESTIONS, BASE_QUESTIONS)
+        out = evaluate_chat_task(
+            task,
+            self.tok,
+            self.scorer,
+            self.engine if task.kind == "generative" else None,
+            max_per_task=limit,
+            max_new_tokens=self.config.evals.max_new_tokens,
+            records=self.run_dir / "evals" / f"{self.stage}.{name}.jsonl",
+        )
+        out["seconds"] = time.perf_counter() - began
+        self.log(
+            f"{self.stage} {name}: accuracy {out['accuracy']:.4f} ± {out['stderr']:.4f} "
+            f"({out['n']} questions, chance {out['baseline']:.2f}), {out['seconds']:.1f} s"
+        )
+        return out
+
+    def samples(self) -> list[dict]:
+        """Greedy answers to a few fixed prompts."""
+        from nanochat_jax.engine import Request
+        from tokenizer.chat import parse_completion
+
+        stop = (self.tok.assistant_end, self.tok.bos)
+        if self.stage == "base":
+            prompts, budget = BASE_PROMPTS, BASE_SAMPLE_TOKENS
+            ids = [[self.tok.bos, *self.tok.encode(p)] for p in prompts]
+        else:
+            prompts, budget = CHAT_PROMPTS, CHAT_SAMPLE_TOKENS
+            ids = [render_prompt(self.tok, [{"role": "user", "content": p}]) for p in prompts]
+        fit = [(p, i) for p, i in zip(prompts, ids) if len(i) < self.model.cfg.sequence_len]
+        done = self.engine.generate([Request(i, budget, temperature=0.0, stop_ids=stop) for _, i in fit])
+        out = []
+        for (prompt, _), completion in zip(fit, done):
+            text, parts = parse_completion(self.tok, completion.ids)
+            record = {"prompt": prompt, "completion": text, "finish_reason": completion.finish_reason}
+            if any(part["type"] != "text" for part in parts):
+                record["parts"] = parts
+            out.append(record)
+        return out

@@ -1,0 +1,50 @@
+"""What chips can do at most: dense bfloat16 products and memory bandwidth, from their makers' data sheets.
+
+A device that is not here has no MFU: n/a is better than a wrong figure.
+"""
+
+from __future__ import annotations
+
+# part of jax's device_kind, lower case -> (peak bf16 FLOP/s without sparsity, bytes/s of device memory); first match
+_CHIPS = (
+    ("h200", 989e12, 4.8e12),
+    ("h100 nvl", 835e12, 3.9e12),
+    ("h100 pcie", 756e12, 2.0e12),
+    ("h100", 989e12, 3.35e12),
+    ("h800", 989e12, 3.35e12),
+    ("gh200", 989e12, 4.0e12),
+    ("b200", 2250e12, 8.0e12),
+    ("b100", 1750e12, 8.0e12),
+    ("a100", 312e12, 2.0e12),
+    ("a800", 312e12, 2.0e12),
+    ("a10g", 70e12, 0.6e12),
+    ("a10", 125e12, 0.6e12),
+    ("a6000", 155e12, 0.77e12),
+    ("l40s", 362e12, 0.86e12),
+    ("l40", 181e12, 0.86e12),
+    ("l4", 121e12, 0.3e12),
+    ("rtx 5090", 209.5e12, 1.79e12),
+    ("rtx 4090", 165.2e12, 1.01e12),
+    ("rtx 3090", 71e12, 0.94e12),
+    ("v100", 125e12, 0.9e12),
+    ("tpu v6", 918e12, 1.64e12),
+    ("tpu v5p", 459e12, 2.77e12),
+    ("tpu v5", 197e12, 0.82e12),
+    ("tpu v4", 275e12, 1.2e12),
+)
+
+
+def _chip(kind: str):
+    return next((c for c in _CHIPS if c[0] in kind.lower()), None)
+
+
+def peak_flops(kind: str) -> float | None:
+    """Dense bf16 FLOP/s of one device of this kind, or None."""
+    chip = _chip(kind)
+    return chip[1] if chip else None
+
+
+def bandwidth(kind: str) -> float | None:
+    """Bytes/s of one device's memory, or None."""
+    chip = _chip(kind)
+    return chip[2] if chip else None
