@@ -341,7 +341,8 @@ def load_model(
     device, uncommitted. UserError, in one line, where the run or the stage is not there, or the tokenizer is not the
     one that the stage was trained with.
     """
-    from nanochat_jax import scaling, sharding, train
+    from nanochat_jax import scaling, sharding
+    from nanochat_jax.model import graph_of, init_params, merge
     from tokenizer import Tokenizer
 
     run_dir = Path(run_dir)
@@ -350,7 +351,7 @@ def load_model(
     config = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     cfg = scaling.gpt_config(config.model, tokenizer.vocab_size)
-    abstract = {"params": jax.eval_shape(lambda: train.init_params(cfg, 0))}
+    abstract = {"params": jax.eval_shape(lambda: init_params(cfg, 0))}
     if mesh is not None:
         abstract = sharding.abstract(abstract, mesh)
     state, meta, step, _ = _newest_readable(run_dir / stage / "checkpoints", abstract, None, say)
@@ -360,8 +361,8 @@ def load_model(
             f"remove {run_dir / stage} and train the stage anew"
         )
     params = state["params"] if mesh is not None else jax.tree.map(jnp.asarray, state["params"])
-    graph = train.graph_of(cfg, compute_dtype(config.dtype) if dtype is None else dtype)
-    return Loaded(train.merge(graph, params), tokenizer, config, meta, stage, step)
+    graph = graph_of(cfg, compute_dtype(config.dtype) if dtype is None else dtype)
+    return Loaded(merge(graph, params), tokenizer, config, meta, stage, step)
 
 
 def compute_dtype(name: str) -> jnp.dtype:

@@ -231,3 +231,26 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.logits(self.hidden(tokens))
+
+
+# ------------------------------------------------------------------------- the model apart from its parameters
+
+
+def graph_of(cfg: GPTConfig, dtype):
+    """The model without its parameters, to be joined with them by `nnx.merge`."""
+    return nnx.split(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype)))[0]
+
+
+def init_params(cfg: GPTConfig, seed: int) -> dict:
+    """Fresh parameters as a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.split(GPT(cfg, rngs=nnx.Rngs(params=seed)))[1])
+
+
+def merge(graph, params: dict) -> GPT:
+    """The model with `params`, a nested dict."""
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def cast_matrices(params: dict, dtype) -> dict:
+    """What the products use, in `dtype`; vectors and scalars stay float32."""
+    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)

@@ -81,7 +81,9 @@ def adamw(rate: float, betas: tuple[float, float], weight_decay: float, lr: Sche
     b1, b2 = betas
 
     def init(params):
-        zeros = lambda: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        def zeros():
+            return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
         return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(grads, state, params):

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from nanochat_jax import sharding
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.loss import weighted_nll
-from nanochat_jax.model import GPT
+from nanochat_jax.model import cast_matrices, init_params, merge
 
 
 class TrainState(NamedTuple):
@@ -32,35 +31,16 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32 scalar
 
 
-def graph_of(cfg: GPTConfig, dtype):
-    """The model without its parameters, to be joined with them by `nnx.merge`."""
-    return nnx.split(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype)))[0]
-
-
-def init_params(cfg: GPTConfig, seed: int) -> dict:
-    """Fresh parameters as a nested dict of float32 arrays."""
-    return nnx.to_pure_dict(nnx.split(GPT(cfg, rngs=nnx.Rngs(params=seed)))[1])
-
-
-def merge(graph, params: dict) -> GPT:
-    """The model with `params`, a nested dict."""
-    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
-
-
 def init_state(cfg: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh, params=None) -> TrainState:
-    """A fresh state, sharded over the mesh as it is made; `params` are taken over where given (and not copied)."""
+    """A fresh state, sharded over the mesh as it is made; from `params` (copied) where they are given."""
 
     def fresh(params):
-        params = init_params(cfg, seed) if params is None else params
+        # a copy: what jit passes through unchanged is the caller's own buffer, and the step donates it
+        params = init_params(cfg, seed) if params is None else jax.tree.map(jnp.copy, params)
         return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
     shardings = sharding.tree_shardings(jax.eval_shape(fresh, params), mesh)
     return jax.jit(fresh, out_shardings=shardings)(params)
-
-
-def cast_matrices(params: dict, dtype) -> dict:
-    """What the products use, in `dtype`; vectors and scalars stay float32."""
-    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)
 
 
 def make_step(graph, optimizer: optax.GradientTransformation, dtype) -> Callable:

@@ -354,8 +354,9 @@ def test_done_marks(tmp_path):
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     """A run with a tokenizer, a base stage that has ended and a mid stage that is under way."""
-    from nanochat_jax import scaling, train
+    from nanochat_jax import scaling
     from nanochat_jax.config import TokenizerConfig
+    from nanochat_jax.model import init_params
     from tokenizer import Tokenizer
     from tokenizer.train import train_tokenizer
 
@@ -370,7 +371,7 @@ def run_dir(tmp_path_factory):
     tokenizer = Tokenizer.load(run / "tokenizer")
     cfg = scaling.gpt_config(config.model, tokenizer.vocab_size)
     for seed, stage in enumerate(("base", "mid")):
-        params = train.init_params(cfg, seed)
+        params = init_params(cfg, seed)
         state = TrainState(params, optax.adam(1e-3).init(params), jnp.int32(9))
         keeper = Checkpointer(run / stage / "checkpoints")
         keeper.save(9, state, {"tokenizer": tokenizer.hash, "stage": stage})
@@ -386,16 +387,16 @@ def params_of(model):
 
 
 def test_load_model(run_dir):
-    from nanochat_jax import train
+    from nanochat_jax.model import init_params
 
     loaded = load_model(run_dir)  # though its data folder is gone
     assert (loaded.stage, loaded.step, loaded.meta["stage"]) == ("base", 9, "base")
     assert loaded.tokenizer.vocab_size == loaded.model.cfg.vocab_size
-    assert bits(params_of(loaded.model)) == bits(train.init_params(loaded.model.cfg, 0))
+    assert bits(params_of(loaded.model)) == bits(init_params(loaded.model.cfg, 0))
     logits = loaded.model(jnp.asarray([loaded.tokenizer.encode("def main")], jnp.int32))
     assert logits.shape[-1] == loaded.model.cfg.vocab_size and bool(jnp.isfinite(logits).all())
     under_way = load_model(run_dir, "mid")
-    assert bits(params_of(under_way.model)) == bits(train.init_params(loaded.model.cfg, 1))
+    assert bits(params_of(under_way.model)) == bits(init_params(loaded.model.cfg, 1))
 
 
 def test_loaded_parameters_join_any_mesh(run_dir):

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 
 import pytest
-from conftest import golden_files
 
+from conftest import golden_files
 from nanochat_jax import scaling
 from nanochat_jax.config import ModelConfig
 

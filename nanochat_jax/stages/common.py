@@ -18,6 +18,7 @@ from nanochat_jax.data.documents import open_documents
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_documents
 from nanochat_jax.errors import UserError
+from nanochat_jax.model import graph_of
 from nanochat_jax.preemption import Stop
 from nanochat_jax.tracking import RunLog, Tracker
 from tokenizer import Tokenizer
@@ -127,7 +128,7 @@ def train_stage(
 ) -> dict:
     """Trains stage `name` to its end and writes its done mark; returns the mark. `init` gives the first parameters."""
     cfg, stage_dir = run.gpt_config, run.dir / name
-    graph = train.graph_of(cfg, run.dtype)
+    graph = graph_of(cfg, run.dtype)
     keeper = checkpoint.Checkpointer(stage_dir / "checkpoints")
     meta = {"stage": name, "seed": run.config.seed, "tokenizer": run.tokenizer.hash, "config": fingerprint(run.config)}
     if keeper.latest() is None:

@@ -14,11 +14,11 @@ import numpy as np
 
 from evals.tasks import load_task
 from evals.tasks.base import Task
-from nanochat_jax import train
 from nanochat_jax.calculator import CalculatorTool
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.engine import Completion, Engine, Request
 from nanochat_jax.errors import UserError
+from nanochat_jax.model import graph_of, merge
 from nanochat_jax.stages import common
 from tokenizer.chat import parse_completion, render_prompt
 
@@ -129,10 +129,10 @@ def main(run: common.Run) -> dict:
     before = next((s for s in ("sft", "mid", "base") if read_done(run.dir / s)), "sft")
     steps = cfg.steps or max(1, len(task) // cfg.questions)
     rollouts_per_step = cfg.questions * cfg.samples
-    graph = train.graph_of(run.gpt_config, run.dtype)
+    graph = graph_of(run.gpt_config, run.dtype)
     start = run.params_of(before)
-    sampler = Sampler(run, task, train.merge(graph, start), slots=rollouts_per_step)
-    judge = Sampler(run, held_out, train.merge(graph, start), slots=rollouts_per_step)
+    sampler = Sampler(run, task, merge(graph, start), slots=rollouts_per_step)
+    judge = Sampler(run, held_out, merge(graph, start), slots=rollouts_per_step)
     accumulation, _ = common.split_rows(
         "rl",
         rollouts_per_step * run.config.model.sequence_len,

@@ -1,0 +1,105 @@
+"""The calculator that a model may call: arithmetic, and counting letters. A parser over the AST, never `eval`.
+
+`use_calculator` takes what stands between <|python_start|> and <|python_end|> and gives the text for between
+<|output_start|> and <|output_end|>, or None where there is nothing to say. `CalculatorTool` is the state machine that
+an engine feeds with tokens: when a call closes, it answers with the tokens that the engine must force.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+
+MAX_CHARS = 256  # of an expression
+MAX_DIGITS = 100  # of any number on the way: nothing can be made to grow without end
+_ARITHMETIC = frozenset("0123456789*+-/.() ")
+_OPERATORS = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+}
+
+
+class _Refused(Exception):
+    pass
+
+
+def use_calculator(expression: str) -> str | None:
+    """The value of an arithmetic expression or of `'text'.count('x')`, as Python prints it; None for all else.
+
+    Commas in numbers are left out; powers are refused.
+    """
+    expression = expression.strip()
+    if not expression or len(expression) > MAX_CHARS:
+        return None
+    try:
+        number = expression.replace(",", "")
+        tree = ast.parse(number if set(number) <= _ARITHMETIC else expression, mode="eval").body
+        value = _count(tree) if isinstance(tree, ast.Call) else _value(tree)
+    except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, _Refused):
+        return None
+    return str(value)
+
+
+def _value(node: ast.AST) -> int | float:
+    """The number that an expression of numbers and + - * / // stands for."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return _bounded(node.value)
+    if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
+        return _bounded(_OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in _OPERATORS:
+        return _OPERATORS[type(node.op)](_value(node.operand))
+    raise _Refused
+
+
+def _bounded(value: int | float) -> int | float:
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
+        raise _Refused
+    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+        raise _Refused
+    return value
+
+
+def _count(call: ast.Call) -> int:
+    """'text'.count('x')."""
+    f = call.func
+    if not (isinstance(f, ast.Attribute) and f.attr == "count" and len(call.args) == 1 and not call.keywords):
+        raise _Refused
+    text, part = f.value, call.args[0]
+    if not all(isinstance(n, ast.Constant) and isinstance(n.value, str) for n in (text, part)):
+        raise _Refused
+    return text.value.count(part.value)
+
+
+class CalculatorTool:
+    """Makes a state machine for each sequence that an engine decodes."""
+
+    def __init__(self, tok):
+        self.tok = tok
+
+    def start(self) -> CalculatorState:
+        return CalculatorState(self.tok)
+
+
+class CalculatorState:
+    """Where a sequence stands: outside of a call, or inside of one, whose tokens are collected."""
+
+    def __init__(self, tok):
+        self._tok, self._call = tok, None
+
+    def push(self, id: int) -> list[int]:
+        """Takes the next token; returns the tokens that must follow it, mostly none."""
+        tok = self._tok
+        if id == tok.python_start:
+            self._call = []
+        elif id == tok.python_end and self._call is not None:
+            result, self._call = use_calculator(tok.decode(self._call)), None
+            if result is not None:
+                return [tok.output_start, *tok.encode(result), tok.output_end]
+        elif self._call is not None:
+            self._call.append(id)
+        return []

@@ -1,0 +1,1 @@
+"""Data: where documents come from, packing them into rows, and rows by step."""
