@@ -341,7 +341,7 @@ def load_model(
     device, uncommitted. UserError, in one line, where the run or the stage is not there, or the tokenizer is not the
     one that the stage was trained with.
     """
-    from nanochat_jax import scaling, sharding
+    from nanochat_jax import devices, scaling, sharding
     from nanochat_jax.model import graph_of, init_params, merge
     from tokenizer import Tokenizer
 
@@ -361,15 +361,8 @@ def load_model(
             f"remove {run_dir / stage} and train the stage anew"
         )
     params = state["params"] if mesh is not None else jax.tree.map(jnp.asarray, state["params"])
-    graph = graph_of(cfg, compute_dtype(config.dtype) if dtype is None else dtype)
+    graph = graph_of(cfg, devices.compute_dtype(config.dtype) if dtype is None else dtype)
     return Loaded(merge(graph, params), tokenizer, config, meta, stage, step)
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """The type of the matrix products: config.dtype, where auto is bfloat16 on a GPU or TPU and float32 on a CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def _choose_stage(run_dir: Path, stage: str | None) -> str:

@@ -5,6 +5,9 @@ A device that is not here has no MFU: n/a is better than a wrong figure.
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+
 # part of jax's device_kind, lower case -> (peak bf16 FLOP/s without sparsity, bytes/s of device memory); first match
 _CHIPS = (
     ("h200", 989e12, 4.8e12),
@@ -32,6 +35,13 @@ _CHIPS = (
     ("tpu v5", 197e12, 0.82e12),
     ("tpu v4", 275e12, 1.2e12),
 )
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """The type of the matrix products: config.dtype, where auto is bfloat16 on a GPU or TPU and float32 on a CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
 
 
 def _chip(kind: str):

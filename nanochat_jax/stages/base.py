@@ -14,7 +14,7 @@ def main(run: common.Run) -> dict:
         ratio=cfg.ratio,
         tokens=cfg.tokens,
         batch_tokens=cfg.batch_tokens,
-        arch=run.config.model.arch,
+        head_dim=run.config.model.head_dim,
     )
     decay = plan.weight_decay if cfg.optim.weight_decay is None else cfg.optim.weight_decay
     train_rows, val_rows = run.packed("train"), run.packed("val")
@@ -38,5 +38,5 @@ def main(run: common.Run) -> dict:
             save_every=cfg.save_every,
             evaluate=evaluate,
             eval_every=cfg.eval_every,
-            extra={"epochs": plan.steps * accumulation * rows / len(train_rows)},
+            extra={"batch_tokens": plan.batch_tokens, "epochs": plan.steps * accumulation * rows / len(train_rows)},
         )

@@ -8,17 +8,18 @@ from functools import cached_property
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from evals.bpb import evaluate_bpb
+from evals.scoring import Scorer
 from nanochat_jax import checkpoint, devices, optim, scaling, sharding, train
 from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
 from nanochat_jax.data.documents import open_documents
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_documents
 from nanochat_jax.errors import UserError
-from nanochat_jax.model import graph_of
+from nanochat_jax.model import graph_of, merge
 from nanochat_jax.preemption import Stop
 from nanochat_jax.tracking import RunLog, Tracker
 from tokenizer import Tokenizer
@@ -51,7 +52,7 @@ class Run:
 
     @cached_property
     def dtype(self):
-        return compute_dtype(self.config.dtype)
+        return devices.compute_dtype(self.config.dtype)
 
     @cached_property
     def mesh(self):
@@ -78,13 +79,6 @@ class Run:
         return nnx.to_pure_dict(nnx.split(loaded.model)[1])
 
 
-def compute_dtype(name: str):
-    """The type of the matrix products: config.dtype, where auto is bfloat16 on a GPU or TPU and float32 on a CPU."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
 def split_rows(name: str, batch_tokens: int, sequence_len: int, micro_batch: int, mesh) -> tuple[int, int]:
     """(accumulation, rows per micro-batch over the whole mesh), so that their product is a batch.
 
@@ -105,6 +99,23 @@ def place(batch: dict, accumulation: int, mesh) -> dict:
     """Host arrays (rows, T) as device arrays (accumulation, rows / accumulation, T), rows split over the mesh."""
     put = sharding.rows(mesh, leading=1)
     return {k: jax.device_put(v.reshape(accumulation, -1, v.shape[-1]), put) for k, v in batch.items()}
+
+
+def bpb_evaluator(run: Run, rows: PackedDataset) -> Callable[[int, dict], dict]:
+    """evaluate(step, params) -> {"val_bpb"}: bits per byte over all of `rows`."""
+    graph, micro = graph_of(run.gpt_config, run.dtype), run.config.base.micro_batch
+    batch_rows, put = micro * sharding.data_parallel(run.mesh), sharding.rows(run.mesh)
+
+    def evaluate(step: int, params: dict) -> dict:
+        scorer = Scorer(merge(graph, params), batch_rows, place=lambda tokens: jax.device_put(tokens, put))
+        return {"val_bpb": evaluate_bpb(scorer, rows, run.tokenizer)["bpb"]}
+
+    return evaluate
+
+
+def mix_seed(*numbers: int) -> int:
+    """31 bits that depend on all of the numbers and on their places."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, weight_decay: float):

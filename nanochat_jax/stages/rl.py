@@ -40,7 +40,11 @@ class Sampler:
     def __init__(self, run: common.Run, task: Task, model, slots: int):
         self.run, self.task, self.cfg, self.tok = run, task, run.config.rl, run.tokenizer
         self.engine = Engine(
-            model, slots=slots, max_len=run.config.model.sequence_len, tool=CalculatorTool(run.tokenizer)
+            model,
+            slots=slots,
+            max_len=run.config.model.sequence_len,
+            tool=CalculatorTool(run.tokenizer),
+            mesh=run.mesh,
         )
 
     def __call__(self, params: dict, questions, samples: int, seed_of) -> Rollouts:
@@ -147,7 +151,7 @@ def main(run: common.Run) -> dict:
         order = common.permutation(run.config.seed, step // per_epoch, len(task))
         place = step % per_epoch * cfg.questions
         chosen = order[place : place + cfg.questions]
-        rollouts = sampler(params, chosen, cfg.samples, lambda q, s: hash((run.config.seed, step, q, s)) % 2**31)
+        rollouts = sampler(params, chosen, cfg.samples, lambda q, s: common.mix_seed(run.config.seed, step, q, s))
         batch = training_batch(rollouts, tok.assistant_end, tok.bos, run.config.model.sequence_len)
         lengths = [len(c.ids) for group in rollouts.completions for c in group]
         metrics = {"reward": float(rollouts.rewards.mean()), "completion_tokens": float(np.mean(lengths))}
@@ -155,7 +159,7 @@ def main(run: common.Run) -> dict:
 
     def evaluate(step: int, params: dict) -> dict:
         questions = range(min(cfg.eval_questions, len(held_out)))
-        rollouts = judge(params, questions, cfg.eval_samples, lambda q, s: hash((run.config.seed, -1, q, s)) % 2**31)
+        rollouts = judge(params, questions, cfg.eval_samples, lambda q, s: common.mix_seed(run.config.seed, q, s))
         return pass_at_k(rollouts.rewards)
 
     return common.train_stage(

@@ -1,0 +1,150 @@
+"""The tasks by name, from whichever source has their rows.
+
+    task = load_task("gsm8k", split="test", data=config.data, cache_dir=cache_dir)
+
+Local files have the hub's columns: tasks/gsm8k_main_test.parquet, chat/*.jsonl.gz, words/*.txt.gz below data.dir.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evals.tasks.arc import ARC
+from evals.tasks.base import Task
+from evals.tasks.conversations import Conversations, read_chats
+from evals.tasks.embedded import Arithmetic, Facts
+from evals.tasks.gsm8k import GSM8K
+from evals.tasks.humaneval import HumanEval
+from evals.tasks.identity import Identity
+from evals.tasks.mmlu import MMLU
+from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
+from nanochat_jax.config import DataConfig
+from nanochat_jax.data.documents import source_of
+from nanochat_jax.errors import UserError
+
+SPELLING_SIZES = {"train": 100_000, "test": 256}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a task's rows are: a local file and a hub dataset, for each split that the task is used with."""
+
+    files: dict[str, str]  # split -> glob pattern in tasks/
+    repo: str
+    config: str | None
+    hub_splits: dict[str, str]
+
+
+def _rows(config: str, repo: str, stem: str, splits: Sequence[str] = ("train", "test")) -> Rows:
+    return Rows({s: f"{stem}_{s}.parquet" for s in splits}, repo, config, {s: s for s in splits})
+
+
+ROWS = {
+    "arc_easy": _rows("ARC-Easy", "allenai/ai2_arc", "arc_ARC-Easy"),
+    "arc_challenge": _rows("ARC-Challenge", "allenai/ai2_arc", "arc_ARC-Challenge"),
+    "mmlu": Rows(
+        {"train": "mmlu_auxiliary_train*.parquet", "test": "mmlu_all_test.parquet"},
+        "cais/mmlu",
+        "all",
+        {"train": "auxiliary_train", "test": "test"},
+    ),
+    "gsm8k": _rows("main", "openai/gsm8k", "gsm8k_main"),
+    "humaneval": Rows({"test": "humaneval_test.parquet"}, "openai/openai_humaneval", None, {"test": "test"}),
+}
+CHAT_REPO = "HuggingFaceTB/smol-smoltalk"
+_FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
+    "arc_easy": lambda rows: ARC(rows, "arc_easy"),
+    "arc_challenge": lambda rows: ARC(rows, "arc_challenge"),
+    "mmlu": MMLU,
+    "gsm8k": GSM8K,
+    "humaneval": HumanEval,
+}
+MADE_HERE = ("arithmetic", "facts", "identity", "spellingbee", "spelling")
+TASKS = (*ROWS, *MADE_HERE, "chat")
+
+
+def available(data: DataConfig, split: str) -> list[str]:
+    """The names of the tasks with a score that the data source has rows of, for a split."""
+    source = source_of(data)
+    if source == "embedded":
+        return ["facts", "arithmetic", "spelling", "spellingbee"]
+    if source == "hub":
+        return [name for name, rows in ROWS.items() if split in rows.hub_splits] + ["spellingbee"]
+    return [name for name, rows in ROWS.items() if _local_file(data, rows, split)] + ["spellingbee"]
+
+
+def trainable(data: DataConfig) -> list[str]:
+    """The names of the tasks with training rows."""
+    source = source_of(data)
+    names = list(MADE_HERE) + [n for n in available(data, "train") if n not in MADE_HERE]
+    if source == "hub" or (source == "local" and any((Path(data.dir) / "chat").glob("*.jsonl.gz"))):
+        names.append("chat")
+    return names
+
+
+def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Task:
+    """A task's train or test split. UserError for an unknown name, or rows that are not to be had."""
+    if name not in TASKS:
+        raise UserError(f"unknown task {name}; there are {', '.join(TASKS)}")
+    if name == "arithmetic":
+        return Arithmetic(split)
+    if name == "facts":
+        return Facts(split)
+    if name == "identity":
+        return Identity()
+    if name in ("spellingbee", "spelling"):
+        kind = SpellingBee if name == "spellingbee" else Spelling
+        return kind(_words(data), split, SPELLING_SIZES[split])
+    if name == "chat":
+        return Conversations(_chats(data, cache_dir), split)
+    return _FROM_ROWS[name](_table(name, split, data, cache_dir))
+
+
+def _local_file(data: DataConfig, rows: Rows, split: str) -> Path | None:
+    pattern = rows.files.get(split)
+    found = sorted((Path(data.dir) / "tasks").glob(pattern)) if data.dir and pattern else []
+    return found[0] if found else None
+
+
+def _table(name: str, split: str, data: DataConfig, cache_dir: Path) -> Sequence[dict]:
+    rows = ROWS[name]
+    if source_of(data) == "hub":
+        if split not in rows.hub_splits:
+            raise UserError(f"task {name} has no split {split}")
+        from nanochat_jax.data.hub import task_table
+
+        return task_table(rows.repo, rows.config, rows.hub_splits[split], Path(cache_dir) / "hub")
+    path = _local_file(data, rows, split)
+    if path is None:
+        wanted = rows.files.get(split) or f"rows of split {split}, which it does not have"
+        raise UserError(f"task {name} needs {wanted} in the folder tasks of data.dir ({data.dir or 'not set'})")
+    return _read_parquet(path)
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as e:
+        raise UserError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}); fetch it again") from None
+
+
+def _chats(data: DataConfig, cache_dir: Path) -> Sequence[dict]:
+    if source_of(data) == "hub":
+        from nanochat_jax.data.hub import task_table
+
+        return task_table(CHAT_REPO, None, "train", Path(cache_dir) / "hub")
+    folder = Path(data.dir or "") / "chat"
+    rows = read_chats(folder) if data.dir else []
+    if not rows:
+        raise UserError(f"task chat needs *.jsonl.gz in the folder chat of data.dir ({data.dir or 'not set'})")
+    return rows
+
+
+def _words(data: DataConfig) -> list[str]:
+    found = sorted((Path(data.dir) / "words").glob("*.txt*")) if data.dir else []
+    return read_words(found[0]) if found else embedded_words()

@@ -1,0 +1,179 @@
+"""Tasks that the project makes itself, for a model that trains without a network: arithmetic and stated facts.
+
+Questions are functions of (split, index). Which split a question belongs to is decided by a hash of its text, so that
+training and test questions are disjoint whatever their number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+
+from evals.tasks.base import Task, render_multiple_choice
+from evals.tasks.gsm8k import extract_answer, parse_parts
+
+TEST_SHARE = 10  # every so manieth question, by its hash, is a test question
+SIZES = {"train": 20_000, "test": 1_000}
+NAMES = (
+    "Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Henry", "Iris", "Jack", "Kate", "Leo", "Maria", "Nina",
+    "Oscar", "Paula", "Quinn", "Rosa", "Sam", "Tina", "Victor", "Wendy",
+)  # fmt: skip
+THINGS = (
+    "apples", "books", "coins", "cards", "pens", "shells", "stamps", "marbles", "plums", "stickers", "buttons", "eggs",
+)  # fmt: skip
+
+
+def is_test(question: str) -> bool:
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % TEST_SHARE == 0
+
+
+class Generated(Task):
+    """A task whose questions a function makes: make(rng) -> conversation."""
+
+    def __init__(self, split: str, size: int | None = None):
+        self.split, self._size = split, SIZES[split] if size is None else size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self._size:
+            raise IndexError(i)
+        rng = random.Random(f"{self.name} {self.split} {i}")
+        while True:
+            conversation = self.make(rng)
+            if is_test(conversation["messages"][0]["content"]) == (self.split == "test"):
+                return conversation
+
+    def make(self, rng: random.Random) -> dict:
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+
+
+def _gain(rng):
+    a, b, n, m, t = rng.randint(3, 99), rng.randint(3, 99), *rng.sample(NAMES, 2), rng.choice(THINGS)
+    question = rng.choice(
+        (
+            f"{n} has {a} {t}. {m} gives {n} {b} more. How many {t} does {n} have now?",
+            f"{n} found {a} {t} on Monday and {b} {t} on Tuesday. How many {t} did {n} find in all?",
+            f"There are {a} {t} in the box and {b} {t} on the table. How many {t} are there together?",
+        )
+    )
+    return question, f"The sum is <<{a}+{b}={a + b}>>{a + b} {t}.\n#### {a + b}"
+
+
+def _loss(rng):
+    b, n, m, t = rng.randint(2, 60), *rng.sample(NAMES, 2), rng.choice(THINGS)
+    a = b + rng.randint(2, 39)
+    question = rng.choice(
+        (
+            f"{n} has {a} {t} and gives {b} of them to {m}. How many {t} are left?",
+            f"A shop had {a} {t} and sold {b}. How many {t} does it still have?",
+            f"{n} had {a} {t} but lost {b} of them. How many {t} does {n} have now?",
+        )
+    )
+    return question, f"That leaves <<{a}-{b}={a - b}>>{a - b} {t}.\n#### {a - b}"
+
+
+def _groups(rng):
+    a, b, n, t = rng.randint(2, 20), rng.randint(2, 20), rng.choice(NAMES), rng.choice(THINGS)
+    question = rng.choice(
+        (
+            f"{n} has {a} boxes with {b} {t} in each. How many {t} does {n} have?",
+            f"A bag holds {b} {t}. How many {t} are in {a} bags?",
+            f"{n} buys {b} {t} every day for {a} days. How many {t} does {n} buy?",
+        )
+    )
+    x, y = (a, b) if question.startswith(f"{n} has") else (b, a)
+    return question, f"That makes <<{x}*{y}={a * b}>>{a * b} {t}.\n#### {a * b}"
+
+
+def _shares(rng):
+    b, c, n, t = rng.randint(2, 12), rng.randint(2, 20), rng.choice(NAMES), rng.choice(THINGS)
+    a = b * c
+    question = rng.choice(
+        (
+            f"{n} shares {a} {t} equally among {b} friends. How many {t} does each friend get?",
+            f"{a} {t} are packed into {b} equal boxes. How many {t} are in each box?",
+        )
+    )
+    return question, f"Each gets <<{a}//{b}={c}>>{c} {t}.\n#### {c}"
+
+
+def _two_steps(rng):
+    a, b, c, n, t = rng.randint(2, 12), rng.randint(3, 12), rng.randint(2, 20), rng.choice(NAMES), rng.choice(THINGS)
+    total = a * b
+    if rng.random() < 0.5 and c < total:
+        question = f"{n} buys {a} packs of {b} {t} and loses {c} {t}. How many {t} does {n} have left?"
+        sign, result = "-", total - c
+    else:
+        question = f"{n} buys {a} packs of {b} {t} and finds {c} more {t}. How many {t} does {n} have?"
+        sign, result = "+", total + c
+    return question, (
+        f"The packs hold <<{a}*{b}={total}>>{total} {t}.\n"
+        f"Then there are <<{total}{sign}{c}={result}>>{result} {t}.\n#### {result}"
+    )
+
+
+class Arithmetic(Generated):
+    """Word problems of one or two steps, answered in GSM8K's format with calls of the calculator."""
+
+    name, kind, baseline = "arithmetic", "generative", 0.0
+    templates: tuple[Callable, ...] = (_gain, _loss, _groups, _shares, _two_steps)
+
+    def make(self, rng: random.Random) -> dict:
+        question, answer = rng.choice(self.templates)(rng)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": parse_parts(answer)}]
+        return {"messages": messages, "answer": extract_answer(answer)}
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return extract_answer(completion) == conversation["answer"]
+
+
+# ------------------------------------------------------------------------------------------------ facts
+
+LETTERS = ("A", "B", "C", "D")
+# (a fact, its question, the values that it may have)
+FACTS = (
+    ("{n}'s {o} is {v}.", "What colour is {n}'s {o}?", "colour"),
+    ("{n} lives in {v}.", "Where does {n} live?", "town"),
+    ("{n} has a {v}.", "Which animal does {n} have?", "animal"),
+    ("{n} works as a {v}.", "What is {n}'s job?", "job"),
+    ("{n} likes {v} most.", "What does {n} like most?", "food"),
+)
+OBJECTS = ("hat", "car", "bag", "door", "coat", "bike", "cup", "house")
+VALUES = {
+    "colour": ("red", "blue", "green", "white", "black", "yellow", "brown", "orange"),
+    "town": ("Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Oslo", "Cairo"),
+    "animal": ("dog", "cat", "horse", "bird", "fish", "sheep", "goat", "rabbit"),
+    "job": ("teacher", "doctor", "baker", "farmer", "driver", "painter", "lawyer", "pilot"),
+    "food": ("bread", "cheese", "rice", "soup", "cake", "fruit", "pasta", "salad"),
+}
+
+
+class Facts(Generated):
+    """Multiple choice about what the question itself states: one to three facts, four choices."""
+
+    name, kind, baseline = "facts", "categorical", 0.25
+
+    def make(self, rng: random.Random) -> dict:
+        stated, asked = [], None
+        for n in rng.sample(NAMES, rng.randint(1, 3)):
+            fact, question, values = rng.choice(FACTS)
+            value, thing = rng.choice(VALUES[values]), rng.choice(OBJECTS)
+            stated.append(fact.format(n=n, o=thing, v=value))
+            asked = asked or (question.format(n=n, o=thing), value, VALUES[values])
+        rng.shuffle(stated)
+        question, right, values = asked
+        choices = [right, *rng.sample([v for v in values if v != right], 3)]
+        rng.shuffle(choices)
+        text = render_multiple_choice(f"{' '.join(stated)} {question}", LETTERS, choices)
+        answer = LETTERS[choices.index(right)]
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "letters": list(LETTERS)}
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return completion.strip() == conversation["messages"][-1]["content"]

@@ -1,0 +1,52 @@
+"""GSM8K: grade-school word problems whose answers call a calculator. Cobbe et al., arXiv 2110.14168."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from evals.tasks.base import Task
+
+_CALL = re.compile(r"<<(.*?)>>", re.DOTALL)
+_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
+
+
+def parse_parts(answer: str) -> list[dict]:
+    """An answer with `<<12*3=36>>` in it as text, python and python_output parts."""
+    parts = []
+    for i, piece in enumerate(_CALL.split(answer)):
+        if i % 2:
+            expression, _, result = piece.rpartition("=")
+            parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
+        elif piece:
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def extract_answer(text: str) -> str | None:
+    """The number after the first `#### `, without its commas, or None."""
+    found = _ANSWER.search(text)
+    return found[1].strip().replace(",", "") if found else None
+
+
+class GSM8K(Task):
+    """Rows with `question` and `answer`."""
+
+    name, kind, baseline = "gsm8k", "generative", 0.0
+
+    def __init__(self, rows: Sequence[dict]):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict:
+        row = self._rows[i]
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": parse_parts(row["answer"])},
+        ]
+        return {"messages": messages, "answer": extract_answer(row["answer"])}
+
+    def evaluate(self, conversation: dict, completion: str) -> bool:
+        return extract_answer(completion) == conversation["answer"]

@@ -1,0 +1,49 @@
+"""What mid and sft learn from, by the source of the data: (task, split, times) as `data.mixture.Mixture` takes them.
+
+times > 0 repeats all rows, times < 0 takes so many of them. Tasks that a source lacks are left out.
+"""
+
+from __future__ import annotations
+
+from nanochat_jax.config import DataConfig
+from nanochat_jax.data.documents import source_of
+from nanochat_jax.errors import UserError
+
+Recipe = list[tuple[str, str, int]]
+
+EMBEDDED = (("arithmetic", 1), ("facts", 1), ("identity", 1), ("spellingbee", -4_000), ("spelling", -2_000))
+MID = (("chat", 1), ("mmlu", 1), ("gsm8k", 1), ("identity", -1_000), ("spellingbee", -20_000), ("spelling", -20_000))
+SFT = (
+    ("arc_easy", 1),
+    ("arc_challenge", 1),
+    ("gsm8k", 1),
+    ("chat", -10_000),
+    ("identity", -1_000),
+    ("spellingbee", -300),
+    ("spelling", -300),
+)
+
+
+def mid_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Recipe:
+    return _recipe(data, MID, override)
+
+
+def sft_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Recipe:
+    return _recipe(data, SFT, override)
+
+
+def _recipe(data: DataConfig, default, override: dict[str, int] | None) -> Recipe:
+    """UserError where an override names a task that has no training rows in this source."""
+    from evals.tasks import trainable
+
+    at_hand = trainable(data)
+    if override is not None:
+        for name, times in override.items():
+            if name not in at_hand:
+                raise UserError(f"mixture names {name}, which has no training rows here; at hand: {', '.join(at_hand)}")
+            if times == 0:
+                raise UserError(f"mixture.{name}=0 means nothing: leave it out, or give repeats (1) or rows (-100)")
+        chosen = tuple(override.items())
+    else:
+        chosen = EMBEDDED if source_of(data) == "embedded" else default
+    return [(name, "train", times) for name, times in chosen if name in at_hand]
