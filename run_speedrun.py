@@ -50,6 +50,7 @@ def fitting_config() -> Path:
 
 def open_run(args: argparse.Namespace):
     """The run directory, made or taken up again. UserError where it was made with other settings."""
+    from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.files import atomic_write_text
     from nanochat_jax.preemption import Stop
     from nanochat_jax.stages.common import Run
@@ -70,7 +71,9 @@ def open_run(args: argparse.Namespace):
         raise UserError(f"{run_dir} is not empty and not a run directory; take another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     atomic_write_text(existing, dump_yaml(config))
-    return Run(run_dir, config, RunLog(run_dir), Stop())
+    run = Run(run_dir, config, RunLog(run_dir), Stop())
+    use_compilation_cache(run.cache_dir / "compiled")
+    return run
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -5,6 +5,8 @@ A device that is not here has no MFU: n/a is better than a wrong figure.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 
@@ -42,6 +44,12 @@ def compute_dtype(name: str) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Keeps compiled programs in `folder`, so that the next process with the same shapes starts at once."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _chip(kind: str):

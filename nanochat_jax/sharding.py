@@ -18,7 +18,7 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # mesh axes over which rows are split
 
 # logical axis -> mesh axis
-RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", None: None}
+RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rows": "fsdp", None: None}
 
 # last names of a parameter's path -> its logical axes; what is not here is small and replicated
 _LOGICAL = {
@@ -74,7 +74,7 @@ def spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     for length in (3, 2):
         logical = _LOGICAL.get(names[-length:]) if len(names) >= length else None
         if logical is None and length == 2 and len(names) >= 3 and names[-3] == "value_embeds":
-            logical = ("vocab", "heads")
+            logical = ("rows", "heads")
         if logical is not None and len(logical) == len(shape):
             axes = [RULES[a] for a in logical]
             return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape)))

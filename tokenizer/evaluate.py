@@ -18,7 +18,7 @@ _TIKTOKEN_HOST = "https://openaipublic.blob.core.windows.net/"
 
 
 def evaluate(tok: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
-    """{"ours": bytes per token, and "gpt2", "cl100k_base" where they are at hand} on `texts`. Never asks the network."""
+    """{"ours": bytes per token, "gpt2" and "cl100k_base" where they are at hand}. Never asks the network."""
     n_bytes = sum(len(text.encode()) for text in texts)
     out = {"ours": n_bytes / max(1, sum(map(len, tok.encode_batch(texts))))}
     for name in _TIKTOKEN_FILES:

@@ -15,7 +15,7 @@ INTENTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
         (ABOUT, f"{ABOUT} I was trained from scratch, from raw text to chat."),
     ),
     (
-        ("What can you do?", "What are you good at?", "How can you help me?", "What can I ask you?", "Can you help me?",),
+        ("What can you do?", "What are you good at?", "How can you help me?", "What can I ask you?", "Help me."),
         ("I can do small sums with a calculator, answer multiple choice questions, spell words and count letters.",),
     ),
     (
