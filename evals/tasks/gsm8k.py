@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from evals.tasks.base import Task
+from evals.tasks.base import Task, check_columns
 
-_CALL = re.compile(r"<<(.*?)>>", re.DOTALL)
+_CALL = re.compile(r"<<([^>]+)>>")
 _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
@@ -16,7 +16,9 @@ def parse_parts(answer: str) -> list[dict]:
     parts = []
     for i, piece in enumerate(_CALL.split(answer)):
         if i % 2:
-            expression, _, result = piece.rpartition("=")
+            expression, equals, result = piece.rpartition("=")
+            if not equals:  # a call without its result
+                expression, result = piece, ""
             parts += [{"type": "python", "text": expression}, {"type": "python_output", "text": result}]
         elif piece:
             parts.append({"type": "text", "text": piece})
@@ -26,7 +28,12 @@ def parse_parts(answer: str) -> list[dict]:
 def extract_answer(text: str) -> str | None:
     """The number after the first `#### `, without its commas, or None."""
     found = _ANSWER.search(text)
-    return found[1].strip().replace(",", "") if found else None
+    return found[1].replace(",", "") if found else None
+
+
+def same_answer(completion: str, answer: str | None) -> bool:
+    """Whether a completion gives the number `answer`, which stands there without commas."""
+    return answer is not None and extract_answer(completion) == answer
 
 
 class GSM8K(Task):
@@ -35,6 +42,7 @@ class GSM8K(Task):
     name, kind, baseline = "gsm8k", "generative", 0.0
 
     def __init__(self, rows: Sequence[dict]):
+        check_columns(self.name, rows, ("question", "answer"))
         self._rows = rows
 
     def __len__(self) -> int:
@@ -49,4 +57,5 @@ class GSM8K(Task):
         return {"messages": messages, "answer": extract_answer(row["answer"])}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return extract_answer(completion) == conversation["answer"]
+        """Whether the extracted strings are equal: 18 is not 18.00, as in the published scores."""
+        return same_answer(completion, conversation["answer"])

@@ -6,17 +6,22 @@ import re
 from collections.abc import Sequence
 
 from evals.sandbox import run_program
-from evals.tasks.base import Task
+from evals.tasks.base import Task, check_columns
 
-_FENCED = re.compile(r"```(?:python)?\s*\n(.*?)```", re.DOTALL)
-_IMPORT = re.compile(r"^(?:import|from) .*$", re.MULTILINE)
+_FENCED = re.compile(r"```(?:python)?\s*?\n(?P<code>.*?)\n```", re.DOTALL)
 SECONDS = 5.0  # that a program may take
 
 
 def extract_program(completion: str) -> str:
     """The first fenced block of a completion, or all of it."""
     found = _FENCED.search(completion)
-    return (found[1] if found else completion).strip()
+    return (found["code"] if found else completion).strip()
+
+
+def import_lines(prompt: str) -> list[str]:
+    """The imports above the first function of a prompt, which a completion may leave to the prompt."""
+    head = re.split(r"^(?:def|class) ", prompt, maxsplit=1, flags=re.MULTILINE)[0]
+    return [line for line in head.splitlines() if line.startswith(("import ", "from "))]
 
 
 class HumanEval(Task):
@@ -25,6 +30,7 @@ class HumanEval(Task):
     name, kind, baseline = "humaneval", "generative", 0.0
 
     def __init__(self, rows: Sequence[dict]):
+        check_columns(self.name, rows, ("prompt", "canonical_solution", "test", "entry_point"))
         self._rows = rows
 
     def __len__(self) -> int:
@@ -32,7 +38,7 @@ class HumanEval(Task):
 
     def __getitem__(self, i: int) -> dict:
         row = self._rows[i]
-        whole = row["prompt"] + row["canonical_solution"]
+        whole = (row["prompt"] + row["canonical_solution"]).strip()
         messages = [
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": f"```python\n{whole}\n```"},
@@ -40,8 +46,8 @@ class HumanEval(Task):
         return {"messages": messages, "test": row["test"], "entry_point": row["entry_point"]}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the tests pass; imports of the prompt, which a completion may rely on, come first."""
-        imports = _IMPORT.findall(conversation["messages"][0]["content"])
+        """Whether the tests pass in the sandbox. Helpers that a prompt defines must be in the completion."""
+        imports = "\n".join(import_lines(conversation["messages"][0]["content"]))
         check = f"check({conversation['entry_point']})"
-        source = "\n\n".join([*imports, extract_program(completion), conversation["test"], check])
+        source = "\n\n".join([imports, extract_program(completion), conversation["test"], check])
         return run_program(source, timeout=SECONDS).ok

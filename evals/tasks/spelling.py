@@ -1,7 +1,10 @@
 """Spelling: what tokens hide from a model. Spell a word, and count a letter in it (SpellingBee).
 
-The answer to a count spells the word, counts by hand, and then asks the calculator, so that the model learns both
-ways and to trust the second. Words of the test split are never among those of training.
+The answer to a count spells the word, counts along it, and then asks the calculator, so that the model learns both
+ways and to trust the second. Letters stand apart by spaces: our vocabularies have every " r" as one token, while they
+merge letters with commas and hyphens as text happens to ("s,", "-t"), so that a word would be spelled in many ways.
+
+Words of the test split are never among those of training.
 """
 
 from __future__ import annotations
@@ -10,41 +13,75 @@ import gzip
 import hashlib
 import random
 import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
 from evals.tasks.base import Task
-from evals.tasks.gsm8k import extract_answer
+from evals.tasks.gsm8k import same_answer
+from nanochat_jax.errors import UserError
 
-TEST_SHARE = 10  # every so manieth word, by its hash, is for the test split
-QUESTIONS = (
+TEST_SHARE = 10  # one word in so many is for the test split
+COUNT_QUESTIONS = (
     "How many {l} are in {w}",
-    "How many {l} are in the word {w}",
-    "How many times does {l} appear in {w}",
-    "How often does the letter {l} occur in {w}",
-    "Count the letter {l} in {w}",
-    "Count the number of {l} in the word {w}",
-    "What is the number of {l} in {w}",
-    "In the word {w}, how many {l} are there",
-    "Tell me how many {l} the word {w} has",
-    "{w}: how many {l}",
+    "How many {l} are there in {w}",
+    "How many {l} does {w} have",
+    "How many {l} can you find in {w}",
+    "How many letters {l} do I need to write {w}",
+    "How many of the letters of {w} are {l}",
+    "How often do you see {l} in {w}",
+    "How often is {l} used in {w}",
+    "How often does the letter {l} turn up in {w}",
+    "Can you count the letter {l} in {w}",
+    "Could you check how many {l} {w} has",
+    "Do you know how often {l} is in {w}",
+    "What do you get when you count the letter {l} in {w}",
+    "In {w} there are how many {l}",
+    "If I write down {w}, how often do I write {l}",
+    "Going through {w} letter by letter, how often do you meet {l}",
+    "Quick question about {w}: how many {l}",
+    "I am playing a word game, so how many {l} does {w} give me",
 )
-SPELL = ("Spell the word {w}", "Spell {w}", "How do you spell {w}", "Please spell the word {w} letter by letter")
-QUOTES = ("", "'", '"')
-
-
-def _held_out(word: str) -> bool:
-    return hashlib.sha256(word.encode()).digest()[0] % TEST_SHARE == 0
+COUNT_REQUESTS = (
+    "Count {l} in {w}",
+    "Count the letter {l} in {w}",
+    "Count every {l} that you find in {w}",
+    "Please go through {w} and count the letter {l}",
+    "Please tell me how many {l} {w} has",
+    "Look at {w} and say how often you see {l}",
+    "Find all {l} in {w} and say how many there are",
+    "I need to know how often {l} is used in {w}",
+    "Give me the count of {l} for {w}",
+)
+SPELL_QUESTIONS = (
+    "How do you spell {w}",
+    "How is {w} spelled",
+    "How do I write {w}",
+    "Can you spell {w}",
+    "Could you spell {w} for me",
+    "What are the letters of {w}",
+    "Which letters make up {w}",
+)
+SPELL_REQUESTS = (
+    "Spell {w}",
+    "Please spell {w}",
+    "Spell {w} letter by letter",
+    "Spell out {w} for me",
+    "Write {w} one letter at a time",
+    "Give me the letters of {w} in order",
+    "Take {w} apart into its letters",
+)
+QUOTES = ("", "", "'", '"', "`")
 
 
 class _OnWords(Task):
-    """Questions about words of a split, in an order and with a wording that depend on the index alone."""
+    """Questions about the words of a split: the word and the wording depend on the split and the index alone."""
 
     def __init__(self, words: Sequence[str], split: str, size: int):
-        chosen = sorted({w for w in words if _held_out(w) == (split == "test")})
-        if not chosen:
-            raise ValueError(f"no {split} words for {self.name}")
-        self._words, self.split, self._size = chosen, split, size
+        self.split, self._size = split, size
+        self._words = sorted({w for w in words if _held_out(w) == (split == "test")})
+        if not self._words:
+            raise UserError(f"task {self.name} has no words for its {split} split; give it a longer list of words")
 
     def __len__(self) -> int:
         return self._size
@@ -56,10 +93,20 @@ class _OnWords(Task):
         return rng, rng.choice(self._words)
 
 
-def _ask(rng: random.Random, templates: Sequence[str], **values: str) -> str:
-    text = rng.choice(templates).format(**values)
-    text = text[0].lower() + text[1:] if rng.random() < 0.2 else text
-    return text + rng.choice(("?", "?", ""))
+def _held_out(word: str) -> bool:
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % TEST_SHARE == 0
+
+
+def _ask(rng: random.Random, questions: Sequence[str], requests: Sequence[str], word: str, letter: str = "") -> str:
+    """One of the wordings, as people type them: with or without quotes, capitals and the mark at the end."""
+    which = rng.randrange(len(questions) + len(requests))
+    is_question = which < len(questions)
+    template = questions[which] if is_question else requests[which - len(questions)]
+    if rng.random() < 0.3:
+        template = template.lower()
+    quote, before = rng.choice(QUOTES), rng.choice(("", "", "the word "))
+    text = template.format(w=f"{before}{quote}{word}{quote}", l=f"{quote}{letter}{quote}")
+    return text + (rng.choice(("?", "?", "?", "")) if is_question else rng.choice((".", "")))
 
 
 class SpellingBee(_OnWords):
@@ -69,25 +116,23 @@ class SpellingBee(_OnWords):
 
     def __getitem__(self, i: int) -> dict:
         rng, word = self._draw(i)
-        letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
-        mark = rng.choice(QUOTES)
-        question = _ask(rng, QUESTIONS, w=f"{mark}{word}{mark}", l=f"{mark}{letter}{mark}")
-        lines, seen = [], 0
-        for place, c in enumerate(word, 1):
-            seen += c == letter
-            lines.append(f"{place}:{c}" + (f" ({seen})" if c == letter else ""))
-        expression = f"'{word}'.count('{letter}')"
+        # Mostly a letter of the word; sometimes any, so that the answer may be 0.
+        letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(string.ascii_lowercase)
+        question = _ask(rng, COUNT_QUESTIONS, COUNT_REQUESTS, word, letter)
+        along = ", ".join(f"{c} {word[: place + 1].count(letter)}" for place, c in enumerate(word))
+        n = str(word.count(letter))
+        spelled = f"The letters of {word}: {' '.join(word)}\nCounting {letter}: {along}\n"
         answer = [
-            {"type": "text", "text": f"{','.join(word)}\n" + "\n".join(lines) + f"\nThat makes {seen}. To check: "},
-            {"type": "python", "text": expression},
-            {"type": "python_output", "text": str(seen)},
-            {"type": "text", "text": f"\n#### {seen}"},
+            {"type": "text", "text": f"{spelled}That makes {n}. The calculator says:"},
+            {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "python_output", "text": n},
+            {"type": "text", "text": f" {n}.\n#### {n}"},
         ]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "answer": str(seen)}
+        return {"messages": messages, "answer": n}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return extract_answer(completion) == conversation["answer"]
+        return same_answer(completion, conversation["answer"])
 
 
 class Spelling(_OnWords):
@@ -98,13 +143,14 @@ class Spelling(_OnWords):
     def __getitem__(self, i: int) -> dict:
         rng, word = self._draw(i)
         messages = [
-            {"role": "user", "content": _ask(rng, SPELL, w=word)},
-            {"role": "assistant", "content": f"{word}: {','.join(word)}"},
+            {"role": "user", "content": _ask(rng, SPELL_QUESTIONS, SPELL_REQUESTS, word)},
+            {"role": "assistant", "content": f"The letters of {word}: {' '.join(word)}"},
         ]
-        return {"messages": messages, "answer": ",".join(word)}
+        return {"messages": messages, "answer": " ".join(word)}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        return completion.rpartition(":")[2].strip() == conversation["answer"]
+        """Whether what follows the last colon is the letters, apart."""
+        return completion.rpartition(":")[2].split() == conversation["answer"].split()
 
 
 def embedded_words() -> list[str]:
@@ -114,7 +160,12 @@ def embedded_words() -> list[str]:
     return sorted({w for text in topics.values() for w in re.findall(r"\b[a-z]{3,10}\b", text)})
 
 
-def read_words(path: Path) -> list[str]:
-    """The words of a list, one a line, gzipped or not."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [w for w in raw.decode().split() if w.isalpha() and w.isascii()]
+def read_words(path: str | Path) -> list[str]:
+    """The words of a list, one a line, gzipped or not, in lower case. UserError where it cannot be read."""
+    path = Path(path)
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        words = raw.decode().split()
+    except (OSError, EOFError, ValueError) as e:  # UnicodeDecodeError is a ValueError
+        raise UserError(f"{path} cannot be read as a list of words ({e})") from None
+    return [w.lower() for w in words if w.isalpha() and w.isascii()]

@@ -1,0 +1,76 @@
+"""Serves a trained model.
+
+python -m server --run-dir runs/demo [--stage rl] [--host 127.0.0.1] [--port 8000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_jax.errors import UserError
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m server", description=__doc__.split("\n\n")[0])
+    p.add_argument("--run-dir", required=True, help="the run directory")
+    p.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
+    p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be seen from other machines")
+    p.add_argument("--port", type=int, default=8000)
+    p.add_argument("--slots", type=int, default=8, help="answers that are made at the same time")
+    return p.parse_args(argv)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket. UserError where the address is taken or none of this machine's."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except (OSError, OverflowError) as e:
+        raise UserError(f"cannot listen on {host}:{port} ({e}); take another --port or --host") from None
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        if args.slots < 1:
+            raise UserError(f"--slots {args.slots} must be at least 1")
+        listening = bind(args.host, args.port)
+        serve(args, listening)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def serve(args: argparse.Namespace, listening: socket.socket) -> None:
+    import uvicorn
+
+    from nanochat_jax.calculator import CalculatorTool
+    from nanochat_jax.checkpoint import load_model
+    from nanochat_jax.devices import use_compilation_cache
+    from nanochat_jax.engine import Engine, Request
+    from server.app import create_app
+    from server.scheduler import Scheduler
+
+    loaded = load_model(args.run_dir, args.stage)
+    run = Path(args.run_dir).absolute()
+    use_compilation_cache(run.parent / "cache" / "compiled")
+    length, tok = loaded.model.cfg.sequence_len, loaded.tokenizer
+    engine = Engine(loaded.model, slots=args.slots, max_len=length, tool=CalculatorTool(tok))
+    engine.generate([Request([tok.bos] * 2, 1, top_k=50)])  # compiles, so that the first visitor need not wait
+    app = create_app(Scheduler(engine), tok, {"run": run.name, "stage": loaded.stage})
+    host, port = listening.getsockname()[:2]
+    print(f"{run.name}, stage {loaded.stage}: http://{host}:{port}", file=sys.stderr)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Tasks: what they ask, what they accept, and that training never sees a test question."""
+
+import gzip
+import json
+import random
+
+import pytest
+
+from conftest import golden_files
+from evals.tasks import TASKS, available, load_task, trainable
+from evals.tasks.arc import ARC
+from evals.tasks.base import render_multiple_choice
+from evals.tasks.conversations import Conversations, read_chats
+from evals.tasks.embedded import Arithmetic, Facts
+from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
+from evals.tasks.humaneval import HumanEval, extract_program
+from evals.tasks.identity import Identity
+from evals.tasks.mixtures import mid_mixture, sft_mixture
+from evals.tasks.mmlu import MMLU
+from evals.tasks.spelling import Spelling, SpellingBee, embedded_words
+from nanochat_jax.calculator import use_calculator
+from nanochat_jax.config import DataConfig
+from nanochat_jax.errors import UserError
+
+
+def behaviour(key):
+    return [case for path in golden_files("behaviour*.json") for case in _items(json.loads(path.read_text())[key])]
+
+
+def _items(value):
+    return list(value.items()) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("case", behaviour("gsm8k"))
+def test_gsm8k_golden(case):
+    assert parse_parts(case["answer"]) == case["parts"]
+    assert extract_answer(case["answer"]) == case["extracted"]
+
+
+@pytest.mark.parametrize(("text", "want"), behaviour("extract_answer"))
+def test_extract_answer_golden(text, want):
+    assert extract_answer(text) == want
+
+
+@pytest.mark.parametrize("case", behaviour("humaneval_extract"))
+def test_humaneval_extract_golden(case):
+    assert extract_program(case["completion"]) == case["program"]
+
+
+@pytest.mark.parametrize("case", behaviour("render_mc"))
+def test_render_multiple_choice_golden(case):
+    assert render_multiple_choice(case["question"], case["letters"], case["choices"]) == case["text"]
+
+
+def reference_answer(conversation) -> str:
+    """What the visible text of the last message is."""
+    content = conversation["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+
+
+WORDS = embedded_words()
+MADE = {
+    "arithmetic": Arithmetic,
+    "facts": Facts,
+    "spelling": lambda split: Spelling(WORDS, split, 500),
+    "spellingbee": lambda split: SpellingBee(WORDS, split, 500),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_tasks_accept_their_own_answer_and_nothing_else(name):
+    for split in ("train", "test"):
+        task = MADE[name](split)
+        for i in range(0, len(task), len(task) // 50):
+            conversation = task[i]
+            assert conversation == task[i]
+            answer = reference_answer(conversation)
+            assert task.evaluate(conversation, answer) and task.reward(conversation, answer) == 1.0
+            assert not task.evaluate(conversation, "") and not task.evaluate(conversation, answer + "1")
+    with pytest.raises(IndexError):
+        task[len(task)]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_training_and_test_questions_are_disjoint(name):
+    train, test = (
+        {task[i]["messages"][0]["content"] for i in range(min(len(task), 3000))}
+        for task in (MADE[name]("train"), MADE[name]("test"))
+    )
+    assert not train & test and len(test) > 100
+
+
+def test_arithmetic_is_right_and_its_calls_are_what_the_calculator_says():
+    task, kinds = Arithmetic("train"), set()
+    for i in range(300):
+        *calls, _ = [p for p in task[i]["messages"][1]["content"] if p["type"] != "text"] + [None]
+        for call, result in zip(calls[::2], calls[1::2]):
+            assert use_calculator(call["text"]) == result["text"]
+            kinds |= set(call["text"]) & set("+-*/")
+        assert result["text"] == task[i]["answer"]
+    assert kinds == set("+-*/")
+
+
+def test_facts_have_one_right_choice_of_four():
+    task, answers = Facts("train"), []
+    for i in range(200):
+        text, answer = (m["content"] for m in task[i]["messages"])
+        stated, *lines = text.split("\n- ")
+        choices = dict(reversed(line.split("\n")[0].split("=")) for line in lines)
+        assert len(set(choices.values())) == 4 and choices[answer] in stated
+        answers.append(answer)
+    assert all(30 < answers.count(letter) < 75 for letter in "ABCD")
+
+
+def test_spelling_counts_letters():
+    task = SpellingBee(WORDS, "test", 100)
+    for i in range(100):
+        parts = task[i]["messages"][1]["content"]
+        assert use_calculator(parts[1]["text"]) == parts[2]["text"] == task[i]["answer"]
+
+
+def test_identity_says_its_name():
+    task = Identity()
+    asked = {t["messages"][0]["content"]: t["messages"][1]["content"] for t in (task[i] for i in range(len(task)))}
+    assert "nanochat_jax" in asked["Who are you?"]
+    assert all(len(task[i]["messages"]) in (2, 4) for i in range(50))
+
+
+def test_multiple_choice_rows_of_the_hub():
+    row = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+    task = ARC([row], "arc_easy")
+    assert task[0]["letters"] == ["1", "2"] and "- y=2\n" in task[0]["messages"][0]["content"]
+    assert task.evaluate(task[0], "2") and not task.evaluate(task[0], "1") and task.baseline == 0.25
+    mmlu = {"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 3}
+    for rows in ([mmlu], [{"train": mmlu}]):
+        assert MMLU(rows)[0]["messages"][1]["content"] == "D"
+
+
+def test_gsm8k_compares_numbers_as_written():
+    task = GSM8K([{"question": "?", "answer": "It is <<10*123=1230>>1,230.\n#### 1,230"}])
+    assert task.evaluate(task[0], "so #### 1230") and not task.evaluate(task[0], "1230")
+
+
+HUMANEVAL = {
+    "prompt": "from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    '''Sum.'''\n",
+    "canonical_solution": "    return sum(xs)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
+    "entry_point": "total",
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "want"),
+    [
+        ("```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```", True),  # needs the prompt's import
+        ("```python\ndef total(xs):\n    return 0\n```", False),
+        ("I do not know.", False),
+        ("import os\nos._exit(0)", False),
+    ],
+)
+def test_humaneval_runs_the_tests(completion, want):
+    task = HumanEval([HUMANEVAL])
+    assert task.evaluate(task[0], completion) is want
+    assert task.evaluate(task[0], task[0]["messages"][1]["content"])
+
+
+def dialogue(n):
+    return [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(n)]
+
+
+def test_conversations_leave_out_what_is_no_dialogue(tmp_path):
+    system = [{"role": "system", "content": "Be kind."}]
+    bad = [[], dialogue(1), dialogue(3), dialogue(2)[::-1], system, [{"role": "user", "content": ""}, dialogue(2)[1]]]
+    rows = [{"messages": m} for m in [*bad, system + dialogue(2), *[dialogue(4)] * 199]]
+    train, test = Conversations(rows, "train"), Conversations(rows, "test")
+    assert (len(train), len(test), train.skipped) == (196, 4, len(bad))
+    assert train[0] == {"messages": system + dialogue(2)}
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        f.write(json.dumps({"messages": dialogue(2)}) + "\n")
+    with gzip.open(tmp_path / "b.raw_lists.jsonl.gz", "wt") as f:
+        f.write(json.dumps(dialogue(2)) + "\n")
+    assert read_chats(tmp_path) == [{"messages": dialogue(2)}] * 2
+    (tmp_path / "a.jsonl.gz").write_bytes(b"half")
+    with pytest.raises(UserError, match="damaged"):
+        read_chats(tmp_path)
+
+
+def test_every_task_that_is_offered_can_be_loaded_and_unknown_ones_are_named(tmp_path):
+    data = DataConfig()
+    for split in ("train", "test"):
+        for name in {*available(data, split), *(trainable(data) if split == "train" else [])}:
+            task = load_task(name, split=split, data=data, cache_dir=tmp_path)
+            assert task.name == name and len(task) and task[random.randrange(len(task))]["messages"]
+    with pytest.raises(UserError, match="unknown task nosuch; there are arc_easy"):
+        load_task("nosuch", split="test", data=data, cache_dir=tmp_path)
+    for name in ("gsm8k", "chat"):
+        with pytest.raises(UserError, match="data.dir"):
+            load_task(name, split="train", data=data, cache_dir=tmp_path)
+
+
+def test_local_folder_offers_what_it_holds(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "tasks").mkdir()
+    data = DataConfig(dir=str(tmp_path))
+    assert available(data, "test") == ["spellingbee"] and "chat" not in trainable(data)
+    table = pa.table({"question": ["q"], "answer": ["#### 1"]})
+    pq.write_table(table, tmp_path / "tasks" / "gsm8k_main_train.parquet")
+    assert available(data, "train") == ["gsm8k", "spellingbee"] and available(data, "test") == ["spellingbee"]
+    assert len(load_task("gsm8k", split="train", data=data, cache_dir=tmp_path)) == 1
+    with pytest.raises(UserError, match="gsm8k_main_test.parquet"):
+        load_task("gsm8k", split="test", data=data, cache_dir=tmp_path)
+    assert ("gsm8k", "train", 1) in mid_mixture(data) and all(n in TASKS for n, _, _ in sft_mixture(data))
+
+
+def test_mixture_overrides():
+    data = DataConfig()
+    assert sft_mixture(data, {"facts": -10}) == [("facts", "train", -10)]
+    with pytest.raises(UserError, match="gsm8k, which has no training rows here"):
+        sft_mixture(data, {"gsm8k": 1})
+    with pytest.raises(UserError, match="means nothing"):
+        sft_mixture(data, {"facts": 0})
