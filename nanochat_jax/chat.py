@@ -9,6 +9,7 @@ Ctrl-C stops an answer; /clear starts again, /exit or Ctrl-D leaves.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import sys
 from collections.abc import Sequence
@@ -73,10 +74,8 @@ class Chat:
 
 def loop(chat: Chat, title: str, out: Console) -> None:
     """Reads questions until the end of input."""
-    try:
+    with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then has a history and can be edited)
-    except ImportError:
-        pass
     out.print(f"{title}. /clear starts again, /exit leaves, Ctrl-C stops an answer.", style="dim", markup=False)
     while True:
         try:
