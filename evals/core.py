@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from evals.scoring import Scorer
+from nanochat_jax.config import RunConfig
 from nanochat_jax.errors import UserError
 
 SHUFFLE_SEED = 1337  # of the order of a task's examples, from which max_per_task takes the first
@@ -40,6 +41,14 @@ class CoreTask:
     num_fewshot: int
     delimiter: str  # between a question and its answer
     baseline: float  # accuracy of guessing, 0 to 1
+
+
+def find_bundle(config: RunConfig) -> Path | None:
+    """The folder of the CORE bundle that the settings name, or that the data folder holds; else None."""
+    if config.evals.core_dir:
+        return Path(config.evals.core_dir)
+    folder = Path(config.data.dir) / "core" if config.data.dir else None
+    return folder if folder is not None and (folder / "core.yaml").is_file() else None
 
 
 # --------------------------------------------------------------------------------------------------- prompts

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from evals.bpb import evaluate_bpb
 from evals.chat import chatcore, evaluate_chat_task
-from evals.core import evaluate_core
+from evals.core import evaluate_core, find_bundle
 from evals.scoring import Scorer
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.config import RunConfig
@@ -98,14 +98,6 @@ class _Bench:
 
     # ---------------------------------------------------------------------------------------------- what to run
 
-    def core_dir(self) -> Path | None:
-        """The CORE bundle, or None."""
-        evals, data = self.config.evals, self.config.data
-        if evals.core_dir:
-            return Path(evals.core_dir)
-        folder = Path(data.dir) / "core" if data.dir else None
-        return folder if folder is not None and (folder / "core.yaml").is_file() else None
-
     def chat_tasks(self) -> list[str]:
         """The chat tasks whose questions the data source has; config.evals.chat_tasks where set."""
         from evals.tasks import available
@@ -116,7 +108,7 @@ class _Bench:
         chat = self.chat_tasks()
         if self.stage != "base":
             return ["bpb", *chat, "samples"]
-        core = ["core"] if self.config.evals.core and self.core_dir() else []
+        core = ["core"] if self.config.evals.core and find_bundle(self.config) else []
         return ["bpb", *core, *(name for name in chat if self.load(name).kind == "categorical"), "samples"]
 
     def check(self, tasks: Sequence[str]) -> list[str]:
@@ -174,7 +166,7 @@ class _Bench:
         return PackedDataset(path)
 
     def core(self) -> dict:
-        bundle = self.core_dir()
+        bundle = find_bundle(self.config)
         if bundle is None:
             raise UserError("no CORE bundle: set evals.core_dir to its folder, or data.dir to one that holds core/")
         out = evaluate_core(self.scorer, self.tok, bundle, self.max_per_task, self.log)

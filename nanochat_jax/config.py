@@ -119,7 +119,7 @@ class BaseConfig:
     eval_every: int = 250  # steps between validation passes
     eval_tokens: int = 10_485_760  # of the validation shard; at most what it holds
     save_every: int = 500  # steps between checkpoints; the last step is always saved
-    core_every: int = 0  # steps between CORE evaluations; 0: only in the eval stage
+    core_every: int = 2000  # steps between CORE evaluations, where eval_every divides them; 0: in the eval stage only
 
 
 @dataclass(frozen=True)

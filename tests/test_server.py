@@ -1,4 +1,4 @@
-"""The server and what lies between it and the engine, on a model of a few thousand parameters with a byte vocabulary."""
+"""The server and its scheduler: on a scripted engine, and on a real one of a few thousand parameters."""
 
 import asyncio
 import json

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from evals.core import evaluate_core, find_bundle
 from nanochat_jax import scaling
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.stages import common
+
+CORE_EXAMPLES = 500  # a task, while training; the eval stage takes all
+
+
+def _evaluator(run: common.Run, val_rows):
+    """Bits per byte, and every core_every steps CORE as well, where its bundle is at hand."""
+    bpb, bundle, every = common.bpb_evaluator(run, val_rows), find_bundle(run.config), run.config.base.core_every
+
+    def evaluate(step: int, params: dict) -> dict:
+        out = bpb(step, params)
+        if bundle and every and step and step % every == 0:
+            scorer = common.scorer(run, params, run.config.evals.batch)
+            out["core"] = evaluate_core(scorer, run.tokenizer, bundle, CORE_EXAMPLES, run.log.write)["core_metric"]
+        return out
+
+    return evaluate
 
 
 def main(run: common.Run) -> dict:
@@ -18,7 +35,7 @@ def main(run: common.Run) -> dict:
     )
     decay = plan.weight_decay if cfg.optim.weight_decay is None else cfg.optim.weight_decay
     train_rows, val_rows = run.packed("train"), run.packed("val")
-    evaluate = common.bpb_evaluator(run, val_rows)
+    evaluate = _evaluator(run, val_rows)
     accumulation, rows = common.split_rows(
         "base", plan.batch_tokens, run.config.model.sequence_len, cfg.micro_batch, run.mesh
     )

@@ -101,14 +101,19 @@ def place(batch: dict, accumulation: int, mesh) -> dict:
     return {k: jax.device_put(v.reshape(accumulation, -1, v.shape[-1]), put) for k, v in batch.items()}
 
 
+def scorer(run: Run, params: dict, rows: int) -> Scorer:
+    """What scores texts with `params`, `rows` of them at a time on each device."""
+    put = sharding.rows(run.mesh)
+    model = merge(graph_of(run.gpt_config, run.dtype), params)
+    return Scorer(model, rows * sharding.data_parallel(run.mesh), place=lambda tokens: jax.device_put(tokens, put))
+
+
 def bpb_evaluator(run: Run, rows: PackedDataset) -> Callable[[int, dict], dict]:
     """evaluate(step, params) -> {"val_bpb"}: bits per byte over all of `rows`."""
-    graph, micro = graph_of(run.gpt_config, run.dtype), run.config.base.micro_batch
-    batch_rows, put = micro * sharding.data_parallel(run.mesh), sharding.rows(run.mesh)
 
     def evaluate(step: int, params: dict) -> dict:
-        scorer = Scorer(merge(graph, params), batch_rows, place=lambda tokens: jax.device_put(tokens, put))
-        return {"val_bpb": evaluate_bpb(scorer, rows, run.tokenizer)["bpb"]}
+        made = scorer(run, params, run.config.base.micro_batch)
+        return {"val_bpb": evaluate_bpb(made, rows, run.tokenizer)["bpb"]}
 
     return evaluate
 

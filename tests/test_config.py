@@ -1,0 +1,97 @@
+"""Settings: files, overrides, and mistakes, which are one line each."""
+
+import ast
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import config as c
+from nanochat_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = ("nanochat_jax", "tokenizer", "evals", "server", "run_speedrun.py")
+
+
+def test_file_mesh_and_overrides_in_this_order(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {depth: 6}\nbase: {ratio: 8, optim: {matrix_lr: 1e-2}}\n")
+    (tmp_path / "m.yaml").write_text("fsdp: 2\n")
+    got = c.load_config(tmp_path / "a.yaml", tmp_path / "m.yaml", ["base.ratio=9.5", "rl.task=gsm8k", "sft.max_rows="])
+    assert (got.model.depth, got.base.ratio, got.mesh.fsdp, got.rl.task) == (6, 9.5, 2, "gsm8k")
+    assert got.base.optim.matrix_lr == 0.01 and got.base.optim.embedding_lr == 0.3 and got.sft.max_rows is None
+    (tmp_path / "b.yaml").write_text(c.dump_yaml(got))
+    assert c.load_config(tmp_path / "b.yaml") == got
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.dept=4", "unknown setting model.dept: did you mean depth?"),
+        ("modle.depth=4", "unknown setting modle: did you mean model?"),
+        ("model.depth=four", "model.depth takes an int and not 'four'"),
+        ("model.depth=4.5", "model.depth takes an int"),
+        ("model.depth=0", "must be at least 1"),
+        ("model=4", "model is a section"),
+        ("model.depth", "written key=value"),
+        ("model.arch=modren", "is not one of modern, classic"),
+        ("model.width=100", "must be a multiple of model.head_dim"),
+        ("model.window_pattern=SXL", "only the letters S and L"),
+        ("tokenizer.vocab_size=100", "too small"),
+        ("tokenizer.vocab_size=100000", "does not fit 16 bits"),
+        ("base.batch_tokens=1000", "must be a multiple of model.sequence_len"),
+        ("data.dir=/no/such/folder", "is not a folder"),
+        ("data.source=local", "needs data.dir"),
+        ("evals.stages=3", "takes a list"),
+        ("mid.mixture=3", "takes a mapping"),
+        ("price_per_hour=[1", "takes a float"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_to_do(override, says):
+    with pytest.raises(UserError) as e:
+        c.load_config(None, None, [override])
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(UserError, match="no configuration file .* at hand: .*demo.yaml"):
+        c.load_config(ROOT / "configs" / "nosuch.yaml")
+    (tmp_path / "x.yaml").write_text("a: [1\nb: }")
+    with pytest.raises(UserError, match="is not valid YAML"):
+        c.load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_loads(path):
+    assert isinstance(c.load_config(path), c.RunConfig)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "mesh").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_mesh_loads(path):
+    mesh = c.load_config(None, path).mesh
+    assert sum(n == -1 for n in dataclasses.astuple(mesh)) <= 1
+
+
+def attributes_read() -> set[str]:
+    """Names that any of our code outside config.py reads as attributes."""
+    names = set()
+    for place in CODE:
+        for path in [ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"):
+            if path.name != "config.py":
+                tree = ast.parse(path.read_text())
+                names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and type(n.ctx) is ast.Load}
+    return names
+
+
+def sections(cls=c.RunConfig) -> set[type]:
+    hints = typing.get_type_hints(cls)
+    nested = [t for t in hints.values() if dataclasses.is_dataclass(t)]
+    return {cls}.union(*(sections(t) for t in nested)) if nested else {cls}
+
+
+def test_every_setting_is_read_by_some_code():
+    read = attributes_read()
+    # the sections mid, sft and rl are taken by the stage's name
+    unread = [f"{s.__name__}.{f.name}" for s in sections() for f in dataclasses.fields(s) if f.name not in read]
+    assert [name for name in unread if name not in ("RunConfig.mid", "RunConfig.sft")] == []
+    assert len(sections()) == 10

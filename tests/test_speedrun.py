@@ -1,0 +1,220 @@
+"""The whole pipeline on a model of a few thousand parameters: what it leaves, how it stops, and how it goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import run_speedrun
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("base", "mid", "sft", "rl")
+CONFIG = """
+model: {depth: 2, width: 32, head_dim: 16, sequence_len: 128}
+tokenizer: {vocab_size: 600, sample_chars: 400000}
+data: {dir: %s, cache_dir: %s, max_train_tokens: 100000, pack_buffer: 20}
+base: {tokens: 61440, batch_tokens: 512, micro_batch: 2, eval_every: 60, eval_tokens: 1024, save_every: 25}
+mid: {max_rows: 320, micro_batch: 4, eval_every: 40, save_every: 25}
+sft: {max_rows: 320, micro_batch: 4, eval_every: 40, save_every: 25}
+rl: {task: arithmetic, questions: 2, samples: 4, steps: 30, max_new_tokens: 16, micro_batch: 4, eval_every: 15,
+     eval_questions: 2, eval_samples: 2, save_every: 10}
+evals: {max_per_task: 4, max_new_tokens: 16, batch: 8, chat_tasks: [facts, spellingbee]}
+price_per_hour: 2.0
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data (this project's own sources) and a configuration."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    folder = tmp_path_factory.mktemp("speedrun")
+    (folder / "data" / "pretrain").mkdir(parents=True)
+    texts = [p.read_text() for p in sorted((ROOT / "nanochat_jax").rglob("*.py"))]
+    for i, part in enumerate((texts[:-4], texts[-4:])):
+        pq.write_table(pa.table({"text": part}), folder / "data" / "pretrain" / f"shard_{i}.parquet")
+    (folder / "tiny.yaml").write_text(CONFIG % (folder / "data", folder / "cache"))
+    return folder
+
+
+def command(place, run_dir, *more):
+    return [sys.executable, "run_speedrun.py", "--config", str(place / "tiny.yaml"), "--run-dir", str(run_dir), *more]
+
+
+def environment():
+    """One device, as on a plain machine."""
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+def records(run_dir, stage):
+    path = run_dir / stage / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    out = []
+    for line in lines:
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # being written
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """A run from beginning to end without a stop: (its folder, the finished process)."""
+    run_dir = place / "whole"
+    done = subprocess.run(command(place, run_dir), cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir, done
+
+
+def test_the_last_line_is_json_with_scores(whole):
+    run_dir, done = whole
+    assert done.stdout.count("\n") == 1
+    result = json.loads(done.stdout)
+    assert result["run_dir"] == str(run_dir)
+    assert set(result["seconds"]) == {"tokenizer", *STAGES, "eval"} and min(result["seconds"].values()) > 0
+    assert set(result["scores"]) == set(STAGES)
+    assert {"bpb", "facts"} <= set(result["scores"]["base"])
+    assert {"bpb", "facts", "spellingbee", "chatcore"} <= set(result["scores"]["rl"])
+
+
+def test_everything_is_in_the_run_directory(whole):
+    run_dir, done = whole
+    for stage in STAGES:
+        steps = [r["step"] for r in records(run_dir, stage) if "loss" in r]
+        assert (
+            steps == list(range(1, len(steps) + 1))
+            and steps[-1] == json.loads((run_dir / stage / "done.json").read_text())["steps"]
+        )
+        assert (run_dir / "evals" / f"{stage}.json").is_file()
+    losses = [r["loss"] for r in records(run_dir, "base") if "loss" in r]
+    assert losses[-1] < losses[0] - 1
+    assert {"reward", "completion_tokens"} <= set(records(run_dir, "rl")[-2])
+    report = (run_dir / "report.md").read_text()
+    for text in ("BASE", "SFT", "bits per byte", "SpellingBee", "$0.0", "git commit", "Who are you?"):
+        assert text in report
+    assert (run_dir / "report" / "base_loss.png").stat().st_size > 5000
+    log = (run_dir / "log.txt").read_text()
+    assert "base 120/120  loss" in log and "MFU n/a" in log and "left: " in log
+    assert "base 120/120" in done.stderr and "\x1b[" not in done.stderr  # plain lines without a terminal
+
+
+def test_stages_that_are_done_are_skipped(whole, place, capsys):
+    run_dir, _ = whole
+    before = {s: (run_dir / s / "done.json").stat().st_mtime_ns for s in STAGES}
+    began = time.perf_counter()
+    assert run_speedrun.main(command(place, run_dir)[2:] + ["price_per_hour=3"]) == 0
+    assert time.perf_counter() - began < 60
+    assert before == {s: (run_dir / s / "done.json").stat().st_mtime_ns for s in STAGES}
+    assert json.loads(capsys.readouterr().out)["scores"]["base"]["bpb"] > 0
+
+
+def kill_at(place, run_dir, stage, step, number):
+    """Runs the command until `stage` has recorded `step`, sends the signal, and returns the exit status."""
+    process = subprocess.Popen(
+        command(place, run_dir), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    give_up = time.monotonic() + 300
+    while len(records(run_dir, stage)) < step and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.005)
+    process.send_signal(number)
+    return process.wait(timeout=120)
+
+
+def test_kill_9_in_every_stage_and_the_same_losses_bit_for_bit(whole, place):
+    reference, _ = whole
+    run_dir, rng = place / "killed", random.Random(time.time_ns())
+    for stage in STAGES:
+        steps = len(records(reference, stage))
+        at = rng.randrange(1, steps - 2)
+        assert kill_at(place, run_dir, stage, at, signal.SIGKILL) == -signal.SIGKILL, f"{stage} ended before step {at}"
+        assert not (run_dir / stage / "done.json").is_file(), f"{stage} killed at {at} of {steps}: too late"
+    done = subprocess.run(
+        command(place, run_dir, "--stages", "rl"), cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    timing = ("time", "tokens_per_second", "mfu")
+    for stage in STAGES:
+        got, want = (
+            [{k: v for k, v in r.items() if k not in timing} for r in records(d, stage)] for d in (run_dir, reference)
+        )
+        assert got == want, stage
+
+
+def test_sigterm_saves_first(whole, place):
+    run_dir = place / "stopped"
+    assert kill_at(place, run_dir, "base", 31, signal.SIGTERM) == run_speedrun.START_AGAIN
+    steps = max(r["step"] for r in records(run_dir, "base"))
+    saved = sorted(int(p.name) for p in (run_dir / "base" / "checkpoints").iterdir() if p.name.isdecimal())
+    assert 31 <= saved[-1] == steps < 120
+
+
+def fails(capsys, *argv) -> str:
+    """The one line that a mistake is worth."""
+    assert run_speedrun.main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+def test_mistakes_are_one_line(whole, place, tmp_path, capsys):
+    run_dir, _ = whole
+    config = ["--config", str(place / "tiny.yaml")]
+    assert "did you mean depth" in fails(capsys, *config, "--run-dir", str(tmp_path / "a"), "model.dept=3")
+    assert "was made with other settings (model.depth: 2, now 3)" in fails(
+        capsys, *config, "--run-dir", str(run_dir), "model.depth=3"
+    )
+    assert "unknown stage bass" in fails(capsys, *config, "--stages", "bass")
+    assert "no configuration file" in fails(capsys, "--config", "nosuch.yaml")
+    assert "needs tokenizer" in fails(capsys, *config, "--run-dir", str(tmp_path / "b"), "--stages", "base")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "thesis.txt").write_text("mine")
+    assert "not a run directory" in fails(capsys, *config, "--run-dir", str(tmp_path / "c"))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "parquet shards" in fails(capsys, *config, "--run-dir", str(tmp_path / "d"), f"data.dir={empty}")
+    assert "rl.task=facts is categorical" in fails(
+        capsys, *config, "--run-dir", str(tmp_path / "e"), "--stages", "tokenizer,base,rl", "rl.task=facts", *SHORT
+    )
+
+
+SHORT = ("base.tokens=4096", "base.batch_tokens=4096", "base.micro_batch=4", "base.eval_every=0", "mesh.data=8")
+
+
+def test_eight_devices_train_as_one_does(whole, place, tmp_path):
+    """The same seed and settings on a mesh of eight simulated devices, as this process has them."""
+    settings = ["--stages", "tokenizer,base", "base.batch_tokens=1024", "base.tokens=8192", "base.micro_batch=1"]
+    one = tmp_path / "one"
+    subprocess.run(command(place, one, *settings), cwd=ROOT, env=environment(), check=True, capture_output=True)
+    eight = tmp_path / "eight"
+    assert run_speedrun.main(command(place, eight, *settings, "mesh.fsdp=2")[2:]) == 0
+    got, want = ([r["loss"] for r in records(d, "base") if "loss" in r] for d in (eight, one))
+    assert len(got) == 8 and got == pytest.approx(want, rel=1e-5)
+
+
+def test_differences_name_what_differs():
+    old = {"a": {"b": 1, "c": 2}, "evals": {"x": 1}}
+    assert run_speedrun.differences(old, {"a": {"b": 1, "c": 3}, "evals": {"x": 2}}) == ["a.c: 2, now 3"]
+
+
+def test_unknown_device_memory_takes_a_small_config(monkeypatch):
+    class Device:
+        def __init__(self, size):
+            self.size = size
+
+        def memory_stats(self):
+            return {"bytes_limit": self.size}
+
+    import jax
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for size, want in ((79e9, "d24"), (47e9, "d20"), (23e9, "d12"), (7e9, "demo")):
+        monkeypatch.setattr(jax, "devices", lambda size=size: [Device(size)])
+        assert run_speedrun.fitting_config().stem == want
