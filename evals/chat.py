@@ -141,11 +141,11 @@ def _write_records(path: Path, asked, conversations, answers, verdicts) -> None:
 def chatcore(results: dict[str, dict], members: Sequence[str]) -> dict:
     """{"score", "stderr", "tasks", "missing", "partial"}: the mean of the centred accuracies of `members`.
 
-    Members that were not evaluated are named and the score is partial. Without any of them it is the mean over all
-    that were evaluated, which is partial too: a run on other tasks has a score to follow, not one to compare.
+    Where a member was not evaluated it is the mean over all tasks that were, and partial: a score to follow, not one
+    to compare.
     """
-    tasks = [name for name in members if name in results] or list(results)
     missing = [name for name in members if name not in results]
+    tasks = list(results if missing else members)
     if not tasks:
         return {"score": None, "stderr": None, "tasks": [], "missing": missing, "partial": True}
     variance = sum((results[t]["stderr"] / (1 - results[t]["baseline"])) ** 2 for t in tasks)

@@ -1,6 +1,8 @@
 """Downloads from a local file system of the hub's layout: resumed, checked, pinned."""
 
+import errno
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -125,3 +127,55 @@ def test_task_table_of_a_folder_of_the_hubs_layout(tmp_path):
     assert len(rows) == 1 and rows[0] == {"question": "q", "answer": "#### 1"}
     with pytest.raises(UserError, match="cannot load"):
         hub.task_table(str(folder), "main", "no-such-split", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"!" + b[1:], lambda b: b[:-1]], ids=["flipped", "truncated"])
+def test_a_damaged_file_is_fetched_again(fs, tmp_path, damage):
+    path = hub.pretrain_files(REPO, 1, tmp_path / "cache", fs)[0][0]
+    path.write_bytes(damage(path.read_bytes()))
+    asked = len(fs.opened)
+    hub.pretrain_files(REPO, 1, tmp_path / "cache", fs)
+    assert path.read_bytes() == bytes(1000) and len(fs.opened) > asked
+
+
+def test_a_copied_file_is_read_once_and_not_fetched(fs, tmp_path, monkeypatch):
+    path = hub.pretrain_files(REPO, 1, tmp_path / "cache", fs)[0][0]
+    path.write_bytes(path.read_bytes())  # the same, at another time
+    hub.pretrain_files(REPO, 1, tmp_path / "cache", None)
+    monkeypatch.setattr(hub, "_sha256", lambda path: pytest.fail("read again"))
+    hub.pretrain_files(REPO, 1, tmp_path / "cache", None)
+
+
+def test_two_at_once_download_once(fs, tmp_path):
+    source, target = f"datasets/{REPO}/shard_00001.parquet", tmp_path / "cache" / "shard"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: hub.fetch(source, target, fs), range(4)))
+    assert len({place for _, place in fs.opened}) == 1 and target.read_bytes() == b"\1" * 1000
+    assert sum(name == "shard_00001.parquet" for name, _ in fs.opened) == 1
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_shards_are_not_enough(fs, tmp_path, n):
+    with pytest.raises(UserError, match=f"hub_shards={n}"):
+        hub.pretrain_files(REPO, n, tmp_path / "cache", fs)
+
+
+@pytest.mark.parametrize("repo", ["no-owner", "../../up", "a/b/c", ""])
+def test_names_that_are_no_dataset(fs, tmp_path, repo):
+    with pytest.raises(UserError, match="no name of a dataset"):
+        hub.pretrain_files(repo, 1, tmp_path / "cache", fs)
+
+
+@pytest.mark.parametrize("error", ["offline", "full"])
+def test_what_cannot_pass_is_not_tried_again(tmp_path, error):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    asked = []
+
+    def ask():
+        asked.append(1)
+        raise OfflineModeIsEnabled("off") if error == "offline" else OSError(errno.ENOSPC, "No space left")
+
+    with pytest.raises(UserError, match="data.dir"):
+        hub._asking("x", ask)
+    assert len(asked) == 1

@@ -9,15 +9,15 @@ import pytest
 from conftest import golden_files
 from evals.tasks import TASKS, available, load_task, trainable
 from evals.tasks.arc import ARC
-from evals.tasks.base import render_multiple_choice
+from evals.tasks.base import read_rows, render_multiple_choice
 from evals.tasks.conversations import Conversations, read_chats
 from evals.tasks.embedded import Arithmetic, Facts
 from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
-from evals.tasks.humaneval import HumanEval, extract_program
+from evals.tasks.humaneval import HumanEval, extract_program, import_lines
 from evals.tasks.identity import Identity
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from evals.tasks.mmlu import MMLU
-from evals.tasks.spelling import Spelling, SpellingBee, embedded_words
+from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
 from nanochat_jax.calculator import use_calculator
 from nanochat_jax.config import DataConfig
 from nanochat_jax.errors import UserError
@@ -171,10 +171,10 @@ def dialogue(n):
 def test_conversations_leave_out_what_is_no_dialogue(tmp_path):
     system = [{"role": "system", "content": "Be kind."}]
     bad = [[], dialogue(1), dialogue(3), dialogue(2)[::-1], system, [{"role": "user", "content": ""}, dialogue(2)[1]]]
-    rows = [{"messages": m} for m in [*bad, system + dialogue(2), *[dialogue(4)] * 199]]
-    train, test = Conversations(rows, "train"), Conversations(rows, "test")
-    assert (len(train), len(test), train.skipped) == (196, 4, len(bad))
-    assert train[0] == {"messages": system + dialogue(2)}
+    rows = [{"messages": m} for m in [*bad, None, ["hi"], [{"role": "user"}], system + dialogue(2)]]
+    both = Conversations(rows, "train"), Conversations(rows, "test")
+    assert [t.skipped for t in both] == [len(bad) + 3] * 2 and len(both[0]) + len(both[1]) == 1
+    assert [task[i] for task in both for i in range(len(task))] == [{"messages": system + dialogue(2)}]
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
         f.write(json.dumps({"messages": dialogue(2)}) + "\n")
     with gzip.open(tmp_path / "b.raw_lists.jsonl.gz", "wt") as f:
@@ -183,6 +183,81 @@ def test_conversations_leave_out_what_is_no_dialogue(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):
         read_chats(tmp_path)
+
+
+def test_conversations_hold_out_by_their_text_alone():
+    def sides(rows):
+        return [{json.dumps(t[i]) for i in range(len(t))} for t in (Conversations(rows, s) for s in ("train", "test"))]
+
+    rows = [{"messages": [{"role": "user", "content": f"hello {i}"}, *dialogue(2)[1:]]} for i in range(2000)]
+    train, test = sides(rows)
+    assert not train & test and len(train | test) == 2000 and 20 < len(test) < 70
+    assert sides(rows[::-1]) == [train, test]  # neither order, nor what else is there, nor a repeat moves a row
+    assert sides(rows[:500] * 2)[1] == test & {json.dumps(r) for r in rows[:500]}
+
+
+def test_a_chat_file_of_another_layout_is_named_with_its_line(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        f.write(json.dumps({"messages": dialogue(2)}) + '\n\n{"text": "x"}\n')
+    with pytest.raises(UserError, match="a.jsonl.gz, line 3"):
+        read_chats(tmp_path)
+
+
+def test_parquet_rows_are_read_when_asked_for(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "smol.parquet"
+    want = [{"messages": [*dialogue(2), {"role": "user", "content": str(i)}, *dialogue(2)[1:]]} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(want), path, row_group_size=7)
+    rows = read_rows(path)
+    assert list(rows) == want and rows[-1] == want[-1] and [rows[i] for i in range(len(rows))] == want
+    with pytest.raises(IndexError):
+        rows[40]
+    both = Conversations(rows, "train"), Conversations(rows, "test")
+    assert len(both[0]) + len(both[1]) == 40 and both[0][0] in want
+    path.write_bytes(path.read_bytes()[:-20])
+    for bad in (path, tmp_path / "none.parquet"):
+        with pytest.raises(UserError, match=bad.name) as e:
+            read_rows(bad)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda r: ARC(r, "arc_easy"), MMLU, GSM8K, HumanEval, lambda r: Conversations(r, "test")]
+)
+def test_rows_of_another_table_are_named(make):
+    with pytest.raises(UserError, match="lack .*they have other"):
+        make([{"other": 1}])
+
+
+def test_gsm8k_without_a_number_is_never_right():
+    task = GSM8K([{"question": "?", "answer": "Nobody knows <<what>>."}])
+    assert [p["text"] for p in task[0]["messages"][1]["content"]] == ["Nobody knows ", "what", "", "."]
+    assert not task.evaluate(task[0], "nor do I")
+
+
+def test_humaneval_takes_the_imports_above_the_first_function_only():
+    prompt = "import math\nfrom typing import List\n\n\ndef f():\n    '''Reads\nfrom left to right.\n    '''\n"
+    assert import_lines(prompt) == ["import math", "from typing import List"]
+
+
+def test_spelling_accepts_letters_apart_only():
+    task = Spelling(WORDS, "test", 5)
+    word = task[0]["answer"].replace(" ", "")
+    assert task.evaluate(task[0], f"Here: {' '.join(word)}\n")
+    assert not task.evaluate(task[0], word) and not task.evaluate(task[0], f"{word}: {' '.join(word[::-1])} x")
+    with pytest.raises(UserError, match="no words for its test split"):
+        Spelling([], "test", 5)
+
+
+def test_words_are_read_gzipped_or_not(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"Ant\r\nbee\r\nit's\r\n")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"ant\nbee\n"))
+    assert read_words(tmp_path / "a.txt") == read_words(tmp_path / "a.txt.gz") == ["ant", "bee"]
+    (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="cannot be read as a list of words"):
+        read_words(tmp_path / "b.txt.gz")
 
 
 def test_every_task_that_is_offered_can_be_loaded_and_unknown_ones_are_named(tmp_path):

@@ -11,7 +11,13 @@ from nanochat_jax.errors import UserError
 
 Recipe = list[tuple[str, str, int]]
 
-EMBEDDED = (("arithmetic", 1), ("facts", 1), ("identity", 1), ("spellingbee", -4_000), ("spelling", -2_000))
+EMBEDDED = (
+    ("arithmetic", -6_000),
+    ("facts", -12_000),
+    ("identity", -2_000),
+    ("spellingbee", -1_000),
+    ("spelling", -1_000),
+)
 MID = (("chat", 1), ("mmlu", 1), ("gsm8k", 1), ("identity", -1_000), ("spellingbee", -20_000), ("spelling", -20_000))
 SFT = (
     ("arc_easy", 1),
