@@ -70,10 +70,10 @@ _CUTS = re.compile(r"(?<=[\r\n])(?=[^\r\n])|(?<=[^\W\d_])(?=[\r\n])|(?<==)(?=[^\
 # the vocabulary. The rest is spelled in bytes.
 COVERAGES = (0.9999, 0.9995, 0.999, 0.99, 0.98)  # SentencePiece takes no less
 # Words are spelled letter by letter, " i q", and each is to be one token. Text alone never joins " " and "q", as "qu"
-# is joined first. So the letters are added to the sample, often enough for vocabularies of 4096 and more, where 52
-# entries are few.
+# is joined first. So the letters are added to the sample, often enough to be pieces in vocabularies of 1024 and more;
+# in those of 4096 and more it changes bytes per token by less than 0.01 %.
 LETTERS = "".join(f" {letter}" for letter in string.ascii_letters)
-LETTERS_RARITY = 4
+LETTERS_RARITY = 4  # added chars / (4 * vocab_size) times
 LOOK_AHEAD = 20  # the sample is of the first so many times sample_chars characters: reading more takes too long
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.tasks.arc import ARC
-from evals.tasks.base import Task
+from evals.tasks.base import Task, read_rows
 from evals.tasks.conversations import Conversations, read_chats
 from evals.tasks.embedded import Arithmetic, Facts
 from evals.tasks.gsm8k import GSM8K
@@ -120,17 +120,7 @@ def _table(name: str, split: str, data: DataConfig, cache_dir: Path) -> Sequence
     if path is None:
         wanted = rows.files.get(split) or f"rows of split {split}, which it does not have"
         raise UserError(f"task {name} needs {wanted} in the folder tasks of data.dir ({data.dir or 'not set'})")
-    return _read_parquet(path)
-
-
-def _read_parquet(path: Path) -> list[dict]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as e:
-        raise UserError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}); fetch it again") from None
+    return read_rows(path)
 
 
 def _chats(data: DataConfig, cache_dir: Path) -> Sequence[dict]:
