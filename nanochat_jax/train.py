@@ -156,7 +156,7 @@ def fit(
         flush()
         paused = time.perf_counter()
         spent = seconds_before + paused - began
-        checkpointer.save(step, state, {**meta, "step": step, "seconds": spent, "last": last})
+        checkpointer.save(step, state, {**meta, "step": step, "seconds": spent, "last": dict(last)})
         mark += time.perf_counter() - paused
 
     for step in range(int(state.step), steps):
