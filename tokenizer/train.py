@@ -66,8 +66,8 @@ SPLITTING = {
     "required_chars": "".join(map(chr, range(0x21, 0x7F))) + "\n",
 }
 # A piece ends with the line break that it holds, so that a text cut at a line break is cut between tokens. Nor does a
-# letter join a line break after it, or an equals sign before it: the choices of a question end in "=A\n", and the "A"
-# there must be the token that the answer "A" is.
+# letter join a line break after it, or an equals sign between letters: the choices of a question are "- red=A\n", where
+# the "A" must be the token that the answer "A" is, and " red" the one that it is in a text.
 _BEFORE_CUT = re.compile(r"[\r\n]+|=(?=[^\W\d_])")
 # The share of the sample's characters that are pieces of their own, and what is tried where those are too many for
 # the vocabulary. The rest is spelled in bytes.
@@ -106,7 +106,7 @@ def with_cuts(text: str) -> str:
 
     def cut(found: re.Match) -> str:
         before = text[found.start() - 1 : found.start()]
-        return (CUT if found[0] != "=" and before.isalpha() else "") + found[0] + CUT
+        return (CUT if before.isalpha() else "") + found[0] + CUT
 
     return _BEFORE_CUT.sub(cut, text)
 

@@ -138,10 +138,10 @@ class Arithmetic(Generated):
 LETTERS = ("A", "B", "C", "D")
 # (a fact, its question, the values that it may have)
 FACTS = (
-    ("{n}'s {o} is {v}.", "What colour is {n}'s {o}?", "colour"),
-    ("{n} lives in {v}.", "Where does {n} live?", "town"),
-    ("{n} has a {v}.", "Which animal does {n} have?", "animal"),
-    ("{n} works as a {v}.", "What is {n}'s job?", "job"),
+    ("{n} has a {v} {o}.", "Which colour is the {o} of {n}?", "colour"),
+    ("{n} lives in {v} now.", "Where does {n} live?", "town"),
+    ("{n} has a {v} at home.", "Which animal does {n} have?", "animal"),
+    ("{n} is a {v} by trade.", "What does {n} do?", "job"),
     ("{n} likes {v} most.", "What does {n} like most?", "food"),
 )
 OBJECTS = ("hat", "car", "bag", "door", "coat", "bike", "cup", "house")

@@ -1,22 +1,41 @@
-"""The tokenizer: trained on the documents' training split, kept in the run directory."""
+"""The tokenizer: trained on the documents' training split and on some conversations, kept in the run directory."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 
+from evals.tasks import load_task
+from evals.tasks.mixtures import mid_mixture
 from nanochat_jax.checkpoint import write_done
+from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.stages.common import Run
 from tokenizer.evaluate import evaluate
 from tokenizer.train import train_tokenizer
 
 HELD_OUT_DOCUMENTS = 500  # of the validation split, for bytes per token
+CONVERSATIONS = 8_000  # of those that mid will train on: in a small sample the words of the tasks become tokens
+
+
+def conversation_texts(run: Run) -> Iterator[str]:
+    """What is said in the first conversations of the mid stage."""
+    config = run.config
+    tasks = [
+        (load_task(name, split=split, data=config.data, cache_dir=run.cache_dir), times)
+        for name, split, times in mid_mixture(config.data, config.mid.mixture)
+    ]
+    for conversation in itertools.islice(Mixture(tasks, seed=config.seed), CONVERSATIONS):
+        for message in conversation["messages"]:
+            content = message["content"]
+            yield content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 def main(run: Run) -> dict:
     began = time.perf_counter()
     out = run.dir / "tokenizer"
-    stats = train_tokenizer(run.documents.train(), out, run.config.tokenizer, log=run.log.say)
+    texts = itertools.chain(conversation_texts(run), run.documents.train())
+    stats = train_tokenizer(texts, out, run.config.tokenizer, log=run.log.say)
     held_out = list(itertools.islice(run.documents.val(), HELD_OUT_DOCUMENTS))
     compared = evaluate(run.tokenizer, held_out)
     done = {"seconds": time.perf_counter() - began, "metrics": {**stats, "bytes_per_token": compared}}
