@@ -6,10 +6,10 @@ rows instead of cropping conversations.
 
 from __future__ import annotations
 
-from evals.tasks import load_task
+from evals.tasks import VERSION, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from nanochat_jax.checkpoint import read_done
-from nanochat_jax.config import FinetuneConfig
+from nanochat_jax.config import FinetuneConfig, to_dict
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset
@@ -32,7 +32,7 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
         run.config.model.sequence_len,
         run.cache_dir / "packed",
         all_targets=name == "mid",
-        key=[recipe, run.config.seed],
+        key=[VERSION, to_dict(run.config.data), run.config.seed, [[t.name, len(t), n] for t, n in tasks]],
         max_rows=cfg.max_rows,
         log=run.log.say,
     )
