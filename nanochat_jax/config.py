@@ -220,9 +220,7 @@ def _convert(value, hint, where: str):
         (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
         return _convert(value, hint, where)
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}")
-        return from_dict(hint, value, where)
+        raise UserError(f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}")
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
@@ -246,8 +244,12 @@ def _convert(value, hint, where: str):
     return value
 
 
-def from_dict(cls, values: dict, where: str = ""):
-    """A dataclass from nested dictionaries. UserError for an unknown key (it names the nearest) or a wrong type."""
+def from_dict(cls, values: dict, where: str = "", default=None):
+    """A dataclass from nested dictionaries; what they leave out is as in `default`, an instance, where one is given.
+
+    UserError for an unknown key (it names the nearest) or a wrong type.
+    """
+    default = cls() if default is None else default
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     kwargs = {}
@@ -257,8 +259,12 @@ def from_dict(cls, values: dict, where: str = ""):
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
             raise UserError(f"unknown setting {path}: {hint}")
-        kwargs[key] = _convert(value, hints[key], path)
-    return cls(**kwargs)
+        section = getattr(default, key)
+        if dataclasses.is_dataclass(section) and isinstance(value, dict):
+            kwargs[key] = from_dict(type(section), value, path, section)
+        else:
+            kwargs[key] = _convert(value, hints[key], path)
+    return dataclasses.replace(default, **kwargs)
 
 
 def to_dict(config) -> dict:

@@ -20,6 +20,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
     got = c.load_config(tmp_path / "a.yaml", tmp_path / "m.yaml", ["base.ratio=9.5", "rl.task=gsm8k", "sft.max_rows="])
     assert (got.model.depth, got.base.ratio, got.mesh.fsdp, got.rl.task) == (6, 9.5, 2, "gsm8k")
     assert got.base.optim.matrix_lr == 0.01 and got.base.optim.embedding_lr == 0.3 and got.sft.max_rows is None
+    assert c.load_config(None, None, ["mid.optim.lr_scale=3"]).mid.optim.warmup_steps == 0  # a stage's own default
     (tmp_path / "b.yaml").write_text(c.dump_yaml(got))
     assert c.load_config(tmp_path / "b.yaml") == got
 
