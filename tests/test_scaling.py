@@ -17,7 +17,7 @@ def table_rows():
             yield pytest.param(table["settings"], int(depth), row, id=f"{path.stem}-d{depth}")
 
 
-@pytest.mark.parametrize("settings,depth,row", table_rows())
+@pytest.mark.parametrize("settings,depth,row", list(table_rows()))
 def test_golden_scaling_table(settings, depth, row):
     model = ModelConfig(depth=depth, sequence_len=settings["sequence_len"], window_pattern=settings["window_pattern"])
     cfg = scaling.gpt_config(model, settings["vocab_size"])
