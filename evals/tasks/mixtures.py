@@ -12,11 +12,11 @@ from nanochat_jax.errors import UserError
 Recipe = list[tuple[str, str, int]]
 
 EMBEDDED = (
-    ("arithmetic", -2_500),
+    ("arithmetic", -6_000),
     ("facts", -12_000),
-    ("identity", -1_500),
-    ("spellingbee", -500),
-    ("spelling", -500),
+    ("identity", -2_000),
+    ("spellingbee", -1_000),
+    ("spelling", -1_000),
 )
 MID = (("chat", 1), ("mmlu", 1), ("gsm8k", 1), ("identity", -1_000), ("spellingbee", -20_000), ("spelling", -20_000))
 SFT = (
