@@ -24,7 +24,7 @@ from nanochat_jax.config import DataConfig
 from nanochat_jax.data.documents import source_of
 from nanochat_jax.errors import UserError
 
-VERSION = 1  # of what the tasks say: part of the key of packed conversations
+VERSION = 2  # of what the tasks say: part of the key of packed conversations
 SPELLING_SIZES = {"train": 100_000, "test": 256}
 
 

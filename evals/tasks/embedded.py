@@ -155,22 +155,23 @@ VALUES = {
 
 
 class Facts(Generated):
-    """Multiple choice about what the question itself states: one fact or two, four choices."""
+    """Multiple choice about what the question itself states: one fact, four choices, the wrong ones of other kinds.
+
+    Two ways lead to the answer, so that a model of minutes finds one: the word that was stated, and the only one of the
+    kind that is asked for.
+    """
 
     name, kind, baseline = "facts", "categorical", 0.25
 
     def make(self, rng: random.Random) -> dict:
-        stated, asked = [], None
-        for n in rng.sample(NAMES, rng.choice((1, 1, 1, 2))):
-            fact, question, values = rng.choice(FACTS)
-            value, thing = rng.choice(VALUES[values]), rng.choice(OBJECTS)
-            stated.append(fact.format(n=n, o=thing, v=value))
-            asked = asked or (question.format(n=n, o=thing), value, VALUES[values])
-        rng.shuffle(stated)
-        question, right, values = asked
-        choices = [right, *rng.sample([v for v in values if v != right], 3)]
+        name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
+        fact, question, kind = rng.choice(FACTS)
+        right = rng.choice(VALUES[kind])
+        others = rng.sample([k for k in VALUES if k != kind], 3)
+        choices = [right, *(rng.choice(VALUES[k]) for k in others)]
         rng.shuffle(choices)
-        text = render_multiple_choice(f"{' '.join(stated)} {question}", LETTERS, choices)
+        stated = f"{fact.format(n=name, o=thing, v=right)} {question.format(n=name, o=thing)}"
+        text = render_multiple_choice(stated, LETTERS, choices)
         answer = LETTERS[choices.index(right)]
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         return {"messages": messages, "letters": list(LETTERS)}
