@@ -136,6 +136,7 @@ class FinetuneConfig:
             final_lr=0.0,
         )
     )
+    all_targets: bool = False  # learn every token, and not the assistant's alone
     epochs: float = 1.0
     max_rows: int | None = None  # cap on packed rows, for small machines
     mixture: dict[str, int] | None = None  # task name -> how many times it is repeated (or, negative, rows taken)
@@ -201,7 +202,7 @@ class RunConfig:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
-    mid: FinetuneConfig = field(default_factory=FinetuneConfig)
+    mid: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(all_targets=True))
     sft: FinetuneConfig = field(default_factory=FinetuneConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     evals: EvalConfig = field(default_factory=EvalConfig)

@@ -11,12 +11,13 @@ from evals.tasks import TASKS, available, load_task, trainable
 from evals.tasks.arc import ARC
 from evals.tasks.base import read_rows, render_multiple_choice
 from evals.tasks.conversations import Conversations, read_chats
-from evals.tasks.embedded import Arithmetic, Facts
+from evals.tasks.embedded import Arithmetic
 from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
 from evals.tasks.humaneval import HumanEval, extract_program, import_lines
 from evals.tasks.identity import Identity
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from evals.tasks.mmlu import MMLU
+from evals.tasks.reading import Choices, Facts, Lookup, Reading, Repeat
 from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
 from nanochat_jax.calculator import use_calculator
 from nanochat_jax.config import DataConfig
@@ -62,6 +63,10 @@ WORDS = embedded_words()
 MADE = {
     "arithmetic": Arithmetic,
     "facts": Facts,
+    "lookup": Lookup,
+    "choices": Choices,
+    "reading": Reading,
+    "repeat": lambda split: Repeat(split, WORDS),
     "spelling": lambda split: Spelling(WORDS, split, 500),
     "spellingbee": lambda split: SpellingBee(WORDS, split, 500),
 }
@@ -110,6 +115,32 @@ def test_facts_have_one_right_choice_of_four():
         assert len(set(choices.values())) == 4 and choices[answer] in stated
         answers.append(answer)
     assert all(30 < answers.count(letter) < 75 for letter in "ABCD")
+
+
+def pairs_of(text):
+    """{word: letter} of a list in a text."""
+    return dict(line[2:].split("=") for line in text.splitlines() if line.startswith("- "))
+
+
+@pytest.mark.parametrize("task", [Lookup("train"), Choices("test")])
+def test_what_is_looked_up_stands_in_the_list(task):
+    for i in range(100):
+        texts = [m["content"] for m in task[i]["messages"]]
+        letters = pairs_of(texts[0])
+        words = {letter: word for word, letter in letters.items()}
+        asked = [texts[0].rsplit("\n", 1)[1] if task.name == "lookup" else texts[0].split("\n")[0], *texts[2::2]]
+        for question, answer in zip(asked, texts[1::2], strict=True):
+            about = question.rstrip("?").rsplit(" ", 1)[1]
+            assert answer.strip() == (letters.get(about) or words[about])
+
+
+def test_what_is_read_was_stated_and_what_is_repeated_was_said():
+    for i in range(100):
+        messages = [m["content"] for m in Reading("train")[i]["messages"]]
+        assert len(messages) == 8
+        assert all(answer in question for question, answer in zip(messages[::2], messages[1::2]))
+        said, again = (m["content"] for m in Repeat("train", WORDS)[i]["messages"])
+        assert said == "Repeat:" + again
 
 
 def test_spelling_counts_letters():

@@ -14,17 +14,18 @@ from pathlib import Path
 from evals.tasks.arc import ARC
 from evals.tasks.base import Task, read_rows
 from evals.tasks.conversations import Conversations, read_chats
-from evals.tasks.embedded import Arithmetic, Facts
+from evals.tasks.embedded import Arithmetic
 from evals.tasks.gsm8k import GSM8K
 from evals.tasks.humaneval import HumanEval
 from evals.tasks.identity import Identity
 from evals.tasks.mmlu import MMLU
+from evals.tasks.reading import Choices, Facts, Lookup, Reading, Repeat
 from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.documents import source_of
 from nanochat_jax.errors import UserError
 
-VERSION = 2  # of what the tasks say: part of the key of packed conversations
+VERSION = 3  # of what the tasks say: part of the key of packed conversations
 SPELLING_SIZES = {"train": 100_000, "test": 256}
 
 
@@ -62,7 +63,15 @@ _FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
 }
-MADE_HERE = ("arithmetic", "facts", "identity", "spellingbee", "spelling")
+_GENERATED: dict[str, Callable[[str], Task]] = {
+    "arithmetic": Arithmetic,
+    "facts": Facts,
+    "lookup": Lookup,
+    "choices": Choices,
+    "reading": Reading,
+    "repeat": lambda split: Repeat(split, embedded_words()),
+}
+MADE_HERE = (*_GENERATED, "identity", "spellingbee", "spelling")
 TASKS = (*ROWS, *MADE_HERE, "chat")
 
 
@@ -70,7 +79,7 @@ def available(data: DataConfig, split: str) -> list[str]:
     """The names of the tasks with a score that the data source has rows of, for a split."""
     source = source_of(data)
     if source == "embedded":
-        return ["facts", "arithmetic", "spelling", "spellingbee"]
+        return ["facts", "lookup", "reading", "arithmetic", "spelling", "spellingbee"]
     if source == "hub":
         return [name for name, rows in ROWS.items() if split in rows.hub_splits] + ["spellingbee"]
     return [name for name, rows in ROWS.items() if _local_file(data, rows, split)] + ["spellingbee"]
@@ -89,10 +98,8 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
     """A task's train or test split. UserError for an unknown name, or rows that are not to be had."""
     if name not in TASKS:
         raise UserError(f"unknown task {name}; there are {', '.join(TASKS)}")
-    if name == "arithmetic":
-        return Arithmetic(split)
-    if name == "facts":
-        return Facts(split)
+    if name in _GENERATED:
+        return _GENERATED[name](split)
     if name == "identity":
         return Identity()
     if name in ("spellingbee", "spelling"):

@@ -1,4 +1,4 @@
-"""Tasks that the project makes itself, for a model that trains without a network: arithmetic and stated facts.
+"""Tasks that the project makes itself, for a model that trains without a network: what they share, and arithmetic.
 
 Questions are functions of (split, index). Which split a question belongs to is decided by a hash of its text, so that
 training and test questions are disjoint whatever their number.
@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable
 
-from evals.tasks.base import Task, render_multiple_choice
+from evals.tasks.base import Task
 from evals.tasks.gsm8k import extract_answer, parse_parts
 
 TEST_SHARE = 10  # every so manieth question, by its hash, is a test question
@@ -131,50 +131,3 @@ class Arithmetic(Generated):
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return extract_answer(completion) == conversation["answer"]
-
-
-# ------------------------------------------------------------------------------------------------ facts
-
-LETTERS = ("A", "B", "C", "D")
-# (a fact, its question, the values that it may have)
-FACTS = (
-    ("{n} has a {v} {o}.", "Which colour is the {o} of {n}?", "colour"),
-    ("{n} lives in {v} now.", "Where does {n} live?", "town"),
-    ("{n} has a {v} at home.", "Which animal does {n} have?", "animal"),
-    ("{n} is a {v} by trade.", "What does {n} do?", "job"),
-    ("{n} likes {v} most.", "What does {n} like most?", "food"),
-)
-OBJECTS = ("hat", "car", "bag", "door", "coat", "bike", "cup", "house")
-VALUES = {
-    "colour": ("red", "blue", "green", "white", "black", "yellow", "brown", "orange"),
-    "town": ("Paris", "London", "Rome", "Berlin", "Madrid", "Vienna", "Oslo", "Cairo"),
-    "animal": ("dog", "cat", "horse", "bird", "fish", "sheep", "goat", "rabbit"),
-    "job": ("teacher", "doctor", "baker", "farmer", "driver", "painter", "lawyer", "pilot"),
-    "food": ("bread", "cheese", "rice", "soup", "cake", "fruit", "pasta", "salad"),
-}
-
-
-class Facts(Generated):
-    """Multiple choice about what the question itself states: one fact, four choices, the wrong ones of other kinds.
-
-    Two ways lead to the answer, so that a model of minutes finds one: the word that was stated, and the only one of the
-    kind that is asked for.
-    """
-
-    name, kind, baseline = "facts", "categorical", 0.25
-
-    def make(self, rng: random.Random) -> dict:
-        name, thing = rng.choice(NAMES), rng.choice(OBJECTS)
-        fact, question, kind = rng.choice(FACTS)
-        right = rng.choice(VALUES[kind])
-        others = rng.sample([k for k in VALUES if k != kind], 3)
-        choices = [right, *(rng.choice(VALUES[k]) for k in others)]
-        rng.shuffle(choices)
-        stated = f"{fact.format(n=name, o=thing, v=right)} {question.format(n=name, o=thing)}"
-        text = render_multiple_choice(stated, LETTERS, choices)
-        answer = LETTERS[choices.index(right)]
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "letters": list(LETTERS)}
-
-    def evaluate(self, conversation: dict, completion: str) -> bool:
-        return completion.strip() == conversation["messages"][-1]["content"]

@@ -11,12 +11,16 @@ from nanochat_jax.errors import UserError
 
 Recipe = list[tuple[str, str, int]]
 
-EMBEDDED = (
-    ("arithmetic", -6_000),
-    ("facts", -12_000),
-    ("identity", -2_000),
-    ("spellingbee", -1_000),
-    ("spelling", -1_000),
+# Without a network, mid learns to find things in a text, and sft what that is good for.
+EMBEDDED_MID = (("repeat", -9_000), ("lookup", -9_500), ("facts", -1_500), ("arithmetic", -1_000), ("identity", -300))
+EMBEDDED_SFT = (
+    ("facts", -6_000),
+    ("choices", -2_500),
+    ("reading", -1_500),
+    ("arithmetic", -1_500),
+    ("identity", -1_500),
+    ("spelling", -500),
+    ("spellingbee", -500),
 )
 MID = (("chat", 1), ("mmlu", 1), ("gsm8k", 1), ("identity", -1_000), ("spellingbee", -20_000), ("spelling", -20_000))
 SFT = (
@@ -31,11 +35,11 @@ SFT = (
 
 
 def mid_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Recipe:
-    return _recipe(data, MID, override)
+    return _recipe(data, EMBEDDED_MID if source_of(data) == "embedded" else MID, override)
 
 
 def sft_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Recipe:
-    return _recipe(data, SFT, override)
+    return _recipe(data, EMBEDDED_SFT if source_of(data) == "embedded" else SFT, override)
 
 
 def _recipe(data: DataConfig, default, override: dict[str, int] | None) -> Recipe:
@@ -51,5 +55,5 @@ def _recipe(data: DataConfig, default, override: dict[str, int] | None) -> Recip
                 raise UserError(f"mixture.{name}=0 means nothing: leave it out, or give repeats (1) or rows (-100)")
         chosen = tuple(override.items())
     else:
-        chosen = EMBEDDED if source_of(data) == "embedded" else default
+        chosen = default
     return [(name, "train", times) for name, times in chosen if name in at_hand]

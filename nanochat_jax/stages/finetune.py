@@ -1,7 +1,7 @@
 """mid and sft: the same loop over packed conversations, for as many epochs as asked.
 
-mid continues pretraining on conversations, every token a target; sft learns from the assistant's tokens alone, and pads
-rows instead of cropping conversations.
+mid continues pretraining on conversations, by default with every token a target; sft learns from the assistant's tokens
+alone. Rows are padded where no further conversation fits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
         run.tokenizer,
         run.config.model.sequence_len,
         run.cache_dir / "packed",
-        all_targets=name == "mid",
+        all_targets=cfg.all_targets,
         key=[VERSION, to_dict(run.config.data), run.config.seed, [[t.name, len(t), n] for t, n in tasks]],
         max_rows=cfg.max_rows,
         log=run.log.say,
