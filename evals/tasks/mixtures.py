@@ -12,15 +12,14 @@ from nanochat_jax.errors import UserError
 Recipe = list[tuple[str, str, int]]
 
 # Without a network, mid learns to find things in a text, and sft what that is good for.
-EMBEDDED_MID = (("repeat", -9_000), ("lookup", -9_500), ("facts", -1_500), ("arithmetic", -1_000), ("identity", -300))
+EMBEDDED_MID = (("repeat", -9_500), ("lookup", -9_500), ("facts", -1_500), ("identity", -300))
 EMBEDDED_SFT = (
-    ("facts", -6_000),
-    ("choices", -2_500),
-    ("reading", -1_500),
-    ("arithmetic", -1_500),
-    ("identity", -1_500),
-    ("spelling", -500),
-    ("spellingbee", -500),
+    ("facts", -8_000),
+    ("choices", -3_000),
+    ("reading", -800),
+    ("arithmetic", -800),
+    ("identity", -1_200),
+    ("spellingbee", -600),
 )
 MID = (("chat", 1), ("mmlu", 1), ("gsm8k", 1), ("identity", -1_000), ("spellingbee", -20_000), ("spelling", -20_000))
 SFT = (
