@@ -15,6 +15,7 @@ import json
 import sys
 from pathlib import Path
 
+from nanochat_jax import hugepages
 from nanochat_jax.config import dump_yaml, load_config, to_dict
 from nanochat_jax.errors import UserError
 
@@ -183,4 +184,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hugepages.restart()
     sys.exit(main())

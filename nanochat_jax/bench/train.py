@@ -118,12 +118,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         worker(args)
         return 0
-    from nanochat_jax import scaling
+    from nanochat_jax import hugepages, scaling
     from nanochat_jax.config import ModelConfig
 
     shape = [f"--{name}={getattr(args, name)}" for name in SHAPE]
     ours = [sys.executable, "-m", "nanochat_jax.bench.train", "--worker", f"--dtype={args.dtype}", *shape]
-    sides = [Side("ours", ours)]
+    sides = [Side("ours", ours, env={**os.environ, **hugepages.environment()})]  # as run_speedrun.py starts
     if args.reference:
         script = Path(__file__).with_name("reference_worker.py")
         env = {**os.environ, "PYTHONPATH": args.reference, "NANOCHAT_DTYPE": "float32"}
