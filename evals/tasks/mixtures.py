@@ -17,7 +17,7 @@ EMBEDDED_SFT = (
     ("facts", -8_000),
     ("choices", -3_000),
     ("reading", -800),
-    ("arithmetic", -800),
+    ("arithmetic", -500),
     ("identity", -1_200),
     ("spellingbee", -600),
 )
