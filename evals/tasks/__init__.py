@@ -79,7 +79,7 @@ def available(data: DataConfig, split: str) -> list[str]:
     """The names of the tasks with a score that the data source has rows of, for a split."""
     source = source_of(data)
     if source == "embedded":
-        return ["facts", "lookup", "reading", "arithmetic", "spelling", "spellingbee"]
+        return ["facts", "lookup", "reading", "arithmetic", "spellingbee"]
     if source == "hub":
         return [name for name, rows in ROWS.items() if split in rows.hub_splits] + ["spellingbee"]
     return [name for name, rows in ROWS.items() if _local_file(data, rows, split)] + ["spellingbee"]
