@@ -182,7 +182,7 @@ def saved_steps(directory: str | Path) -> list[int]:
 
 def _newest_readable(directory: Path, abstract: Any, step: int | None, say) -> tuple[Any, dict, int, list[int]]:
     """(state, meta, step, newer steps that are damaged)."""
-    damaged: list[int] = []
+    directory, damaged = directory.absolute(), []  # Orbax takes no other paths
     steps = saved_steps(directory)
     if step is not None and step not in steps:
         raise UserError(f"{directory} holds no checkpoint of step {step}; it holds {steps or 'none'}")

@@ -413,6 +413,11 @@ def test_loaded_parameters_join_any_mesh(run_dir):
     assert jax.tree.leaves(both)[0].sharding.device_set == set(mesh.devices.flat)
 
 
+def test_load_model_from_a_relative_path(run_dir, monkeypatch):
+    monkeypatch.chdir(run_dir.parent)
+    assert bits(params_of(load_model("tiny").model)) == bits(params_of(load_model(run_dir).model))
+
+
 def test_load_model_says_what_is_wrong(run_dir, tmp_path):
     with pytest.raises(UserError, match="not a run directory"):
         load_model(tmp_path / "nowhere")
