@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import warnings
 
 MAX_CHARS = 256  # of an expression
 MAX_DIGITS = 100  # of any number on the way: nothing can be made to grow without end
@@ -38,7 +39,9 @@ def use_calculator(expression: str) -> str | None:
         return None
     try:
         number = expression.replace(",", "")
-        tree = ast.parse(number if set(number) <= _ARITHMETIC else expression, mode="eval").body
+        with warnings.catch_warnings():  # Python's opinion on what a model wrote is nobody's concern
+            warnings.simplefilter("ignore")
+            tree = ast.parse(number if set(number) <= _ARITHMETIC else expression, mode="eval").body
         value = _count(tree) if isinstance(tree, ast.Call) else _value(tree)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError, _Refused):
         return None

@@ -58,3 +58,9 @@ def test_tool_forces_the_result_and_forgets_the_call():
     assert state.push(tok.python_end) == [tok.output_start, *b"20", tok.output_end]
     assert state.push(tok.python_end) == []  # closes nothing
     assert [state.push(i) for i in [tok.python_start, *b"4*", tok.python_end]] == [[]] * 4  # no value, no output
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_python_warns_of_is_no_warning_to_the_user():
+    for expression in ("3and 4", "'\\d'.count('d')"):
+        use_calculator(expression)
