@@ -1,6 +1,7 @@
 """The calculator against the reference, against mischief, and as a state machine."""
 
 import json
+import warnings
 
 import pytest
 from evals_fakes import ByteTokenizer
@@ -60,7 +61,8 @@ def test_tool_forces_the_result_and_forgets_the_call():
     assert [state.push(i) for i in [tok.python_start, *b"4*", tok.python_end]] == [[]] * 4  # no value, no output
 
 
-@pytest.mark.filterwarnings("error")
 def test_what_python_warns_of_is_no_warning_to_the_user():
-    for expression in ("3and 4", "'\\d'.count('d')"):
-        use_calculator(expression)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert use_calculator("3and 4") is None and use_calculator("'\\d'.count('d')") == "1"
+    assert not caught
