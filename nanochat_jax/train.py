@@ -64,15 +64,18 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype) -> Callable
             weights = is_target / jnp.maximum(is_target.sum(), 1.0)
         params = cast_matrices(state.params, dtype)
 
-        def micro(carry, xs):
-            loss, grads = jax.value_and_grad(micro_loss)(params, *xs)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (loss, grads)), None
+        def micro(tokens, targets, weights):
+            found = jax.value_and_grad(micro_loss)(params, tokens, targets, weights)
+            return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 
-        zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+        def add(total, xs):
+            return jax.tree.map(jnp.add, total, micro(*xs)), None
+
         if tokens.shape[0] == 1:
-            (loss, grads), _ = micro(zeros, (tokens[0], targets[0], weights[0]))
+            loss, grads = micro(tokens[0], targets[0], weights[0])
         else:
-            (loss, grads), _ = jax.lax.scan(micro, zeros, (tokens, targets, weights))
+            zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+            (loss, grads), _ = jax.lax.scan(add, zeros, (tokens, targets, weights))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
