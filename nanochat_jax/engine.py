@@ -1,21 +1,25 @@
 """The engine: prompts in, tokens out, many at a time, through a key/value cache.
 
-A small operating system. A slot of the cache is a process's memory; the queue is what waits for one; `step` is a time
-slice: it admits prompts to free slots (prefill), then decodes CHUNK tokens for every slot in one call to the device.
+A small operating system. A slot of the cache is a process's memory, the queue is what waits for one, and `step` is a
+turn: it gives free slots to what waits, prefills a chunk of the prompts that are not in the cache yet, and decodes a
+time slice for all that are. A slice is short while somebody waits and lasts about SLICE_SECONDS otherwise.
+
+A slot keeps what it holds when its request ends. A prompt that begins like it, as the next turn of a conversation does,
+or like the prompt of a request beside it, as the samples of one question do, is prefilled from where they part.
+
 The engine knows ids only: text, tools and HTTP are the callers'. A tool is a state machine that sees each token and may
 answer with tokens to force; what was decoded past that point in the slice is thrown away, which costs nothing but its
 time: the cache is addressed by position, and those positions are written again.
 
     engine = Engine(model, slots=8, max_len=model.cfg.sequence_len)
     [completion] = engine.generate([Request(ids, max_new_tokens=100, temperature=0.0, stop_ids=(end,))])
-
-Shapes: S slots, L cache length, K key/value heads, G query heads to each, N head size.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -24,19 +28,28 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nanochat_jax import cache as kv
 from nanochat_jax import sharding
-from nanochat_jax.attention import causal_attention
+from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import cast_matrices, merge
-from nanochat_jax.sampling import Settings, mode, sample
+from nanochat_jax.quantize import dequantize, quantize
+from nanochat_jax.sampling import TOP_LOGPROBS, Settings, log_probabilities, mode, sample
 
-CHUNK = 8  # tokens per row and call: the device is asked, and the host looks, once in so many
-SHORTEST = 64  # prompts are padded to this, or a power of two times it
-PREFILL_TOKENS = 8192  # rows times padded length of one prefill call, at most
+SHORT, LONG = 8, 32  # tokens of a slice: while somebody waits, and at most
+SLICE_SECONDS = 0.04  # how long a slice lasts where nobody waits
+CHUNKS = (32, kv.SLACK)  # tokens of a prompt that one call takes in, the smaller where that holds all
+PREFILL_TOKENS = 8192  # rows times chunk of one call, at most
+PREFILL_BESIDE = 512  # the same while others decode: for so long they stand still
+SHORTEST_SPAN = 256  # positions that a call looks at: this or four times it, and so on
+WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue, and how. top_k 0 is all of them; temperature 0 is greedy."""
+    """What to continue, and how. top_k 0 is all of them; temperature 0 is greedy.
+
+    logprobs: -1 for none, n for those of the chosen tokens and of the n likeliest at each place, at most TOP_LOGPROBS.
+    """
 
     ids: Sequence[int]
     max_new_tokens: int
@@ -45,6 +58,15 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
+    logprobs: int = -1
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Natural logarithms of the model's probabilities, before temperature and filters."""
+
+    logprob: float  # of the token that was taken
+    top: tuple[tuple[int, float], ...]  # (id, logprob) of the likeliest, in falling order
 
 
 @dataclass
@@ -52,6 +74,7 @@ class Completion:
     ids: list[int] = field(default_factory=list)  # without the stop token
     mask: list[int] = field(default_factory=list)  # 0 where a tool forced the token, as long as ids
     finish_reason: str = ""  # stop | length | cancelled
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # as long as ids, where asked for
 
 
 @dataclass(eq=False)
@@ -60,20 +83,33 @@ class Ticket:
 
     request: Request
     tool: object | None
+    prompt: list[int]
     completion: Completion = field(default_factory=Completion)
     forced: deque = field(default_factory=deque)  # tokens that a tool wants next
-    slot: int | None = None
+    slot: Slot | None = None
+    filled: int = 0  # ids of the prompt that are in the cache
+    begun: bool = False  # what the cache held of the prompt has been looked for
+    leader: Ticket | None = None  # begins with what this one begins with, and is being prefilled
 
     @property
     def length(self) -> int:
-        return len(self.request.ids) + len(self.completion.ids)
+        return len(self.prompt) + len(self.completion.ids)
+
+    @property
+    def prefilling(self) -> bool:
+        """The last id is not prefilled: it is what the first decode step takes in."""
+        return self.filled < len(self.prompt) - 1
+
+    @property
+    def ready(self) -> bool:
+        return self.begun and not self.prefilling
 
     def last(self, n: int) -> int:
         """The id at place -n of prompt and completion, or -1 where there is none."""
         if n <= len(self.completion.ids):
             return self.completion.ids[-n]
         n -= len(self.completion.ids)
-        return self.request.ids[-n] if n <= len(self.request.ids) else -1
+        return self.prompt[-n] if n <= len(self.prompt) else -1
 
 
 @dataclass(frozen=True)
@@ -83,117 +119,157 @@ class Event:
     ticket: Ticket
     ids: list[int]
     completion: Completion | None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass
+class Counters:
+    """Since the engine was made."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0  # of the prompts: found in the cache
+    generated_tokens: int = 0
+    calls: int = 0  # of the device
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row of the cache, and what is in it."""
+
+    device: int
+    place: int  # among the slots of its device
+    ids: list[int] = field(default_factory=list)  # the sequence whose keys and values it holds
+    written: int = 0  # positions that were ever filled for it, thrown away ones included
+    used: int = 0  # when it was last given to a request, in calls of the device
+    ticket: Ticket | None = None
 
 
 # --------------------------------------------------------------------------------------------- on the device
 
 
-def _padded(n: int, smallest: int, largest: int) -> int:
-    """n rounded up to smallest times a power of two, at most largest: few shapes, few compilations."""
-    size = smallest
-    while size < n:
-        size *= 2
-    return min(size, largest)
+@dataclass(frozen=True)
+class Program:
+    """What the device's functions are compiled for, beside the shapes of their arguments."""
+
+    graph: nnx.GraphDef
+    cfg: GPTConfig
+    dtype: np.dtype
+    max_len: int
+
+    def trunk(self, params, rows, tokens, positions, before):
+        """Model, and hidden states (R, T, D) of tokens (R, T) at positions (R, T), -1 for none.
+
+        Keys and values go into the list `rows`; before (R,) are the tokens left of the first ones.
+        """
+        model, newest = merge(self.graph, dequantize(params, self.dtype)), positions.max(axis=1)
+        rings = kv.ring_sizes(self.cfg, self.max_len)
+
+        def attend(layer, q, k, v):
+            ring = rings[layer]
+            keys, values = (kv.append(c, x, positions, ring) for c, x in zip(rows[layer], (k, v)))
+            rows[layer] = (keys, values)
+            return kv.attend(q, keys, values, positions, newest, self.cfg.windows[layer], ring)
+
+        return model, model.trunk(tokens, positions, attend, prev_tokens=before)
 
 
-def make_cache(cfg, slots: int, max_len: int, dtype, mesh=None) -> list:
-    """[(keys, values)] per layer, each (S, K, L, N) zeros; slots are split over the mesh where it divides them."""
-    shape = (slots, cfg.n_kv_head, max_len, cfg.head_dim)
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _prefill(program: Program, span, params, cache, slots, tokens, before, start, count):
+    """The cache with the keys and values of a chunk of prompts in it.
 
-    def zeros():
-        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(cfg.n_layer)]
-
-    split = mesh is not None and slots % sharding.data_parallel(mesh) == 0
-    return jax.jit(zeros, out_shardings=sharding.rows(mesh) if split else None)()
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _prefill(graph, params, cache, tokens, source, slots):
-    """Writes keys and values of prompts tokens (R, T), from position 0, into the cache: row source[i] to slots[i].
-
-    source and slots (M,); a slot out of range is not written. What stands beyond a prompt's end is never attended to.
+    slots (D, M); tokens (D * M, C), of which the first count (D * M,) are meant, at positions from start (D * M,).
     """
-    model, made = merge(graph, params), []
-
-    def attend(layer, q, k, v):
-        made.append((k, v))
-        window = model.cfg.windows[layer]
-        return causal_attention(q, k, v, window if window < model.cfg.sequence_len else None)
-
-    T = tokens.shape[1]
-    model.trunk(tokens, jnp.arange(T), attend)
-    return [
-        tuple(c.at[slots, :, :T].set(new.transpose(0, 2, 1, 3)[source], mode="drop") for c, new in zip(pair, kv))
-        for pair, kv in zip(cache, made)
-    ]
-
-
-def _attend_to_cache(cfg, cache: list, position, layer, q, k, v):
-    """One query per slot, q (S, 1, H, N), against its cache, k and v (S, 1, K, N) written at `position` (S,) first."""
-    S, _, H, N = q.shape
-    rows, K = jnp.arange(S), k.shape[2]
-    keys, values = (c.at[rows, :, position].set(x[:, 0], mode="drop") for c, x in zip(cache[layer], (k, v)))
-    cache[layer] = (keys, values)
-    scores = jnp.einsum("skgn,skln->skgl", q.reshape(S, K, H // K, N), keys, preferred_element_type=jnp.float32)
-    distance = position[:, None] - jnp.arange(keys.shape[2])
-    seen = (distance >= 0) & (distance <= cfg.windows[layer])
-    probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores * N**-0.5, -jnp.inf), axis=-1).astype(values.dtype)
-    return jnp.einsum("skgl,skln->skgn", probs, values).reshape(S, 1, H, N)
+    steps = jnp.arange(tokens.shape[1])
+    positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
+    rows = kv.take(cache, slots, span)
+    program.trunk(params, rows, tokens, positions, before)
+    return kv.put(cache, slots, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(graph, span, how, params, cache, last, position, forced, settings: Settings):
-    """Tokens (S, n), and the cache with them in it.
+def _decode(program: Program, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
+    """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are meant, and the cache with them.
 
-    last (S, 2) the two newest ids of each slot (-1 for none), position (S,) that of the newest, whose keys are not in
-    the cache yet; forced (S, n) ids to take in place of a sample, -1 for none. span: positions that any row reaches.
+    slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
+    newest, whose keys are not in the cache yet, negative for a row that is not meant; forced (R, LONG) ids to take in
+    place of a sample, -1 for none. out: ids, and where `how` wants them `sampling.log_probabilities`.
     """
-    model = merge(graph, params)
 
-    def one(carry, wanted):
-        cache, before, token, position = carry
-        cache = list(cache)
-        hidden = model.trunk(
-            token[:, None],
-            position[:, None],
-            lambda i, q, k, v: _attend_to_cache(model.cfg, cache, position, i, q, k, v),
-            prev_tokens=before,
-        )
-        drawn = sample(model.logits(hidden[:, 0]), settings, position, how)
-        new = jnp.where(wanted >= 0, wanted, drawn)
-        return (cache, token, new, position + 1), new
+    def one(i, carry):
+        rows, before, token, position, out = carry
+        rows, here = list(rows), jnp.where(position < program.max_len, position, -1)
+        model, hidden = program.trunk(params, rows, token[:, None], here[:, None], before)
+        logits = model.logits(hidden[:, 0])
+        new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, position, how))
+        made = (new, *log_probabilities(logits, new)) if how.logprobs else (new,)
+        out = tuple(o.at[:, i].set(x) for o, x in zip(out, made))
+        return rows, token, new, jnp.where(position >= 0, position + 1, -1), out
 
-    # The slice is copied once a call, so that every step reads only what is in use.
-    short = jax.tree.map(lambda c: c[:, :, :span], cache)
-    (short, *_), tokens = jax.lax.scan(one, (short, last[:, 0], last[:, 1], position), forced.T)
-    cache = jax.tree.map(lambda c, s: jax.lax.dynamic_update_slice(c, s, (0, 0, 0, 0)), cache, short)
-    return tokens.T, cache
+    out = (jnp.zeros(forced.shape, jnp.int32),)
+    if how.logprobs:
+        likeliest = (*forced.shape, min(TOP_LOGPROBS, program.cfg.vocab_size))
+        out += (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
+    rows = kv.take(cache, slots, span)
+    rows, *_, out = jax.lax.fori_loop(0, n, one, (rows, last[:, 0], last[:, 1], position, out))
+    return out, kv.put(cache, slots, rows)
 
 
 # ----------------------------------------------------------------------------------------------- on the host
 
 
-class Engine:
-    """`slots` rows of at most `max_len` tokens each. One thread at a time may use it.
+def _grown(n: int, smallest: int, factor: int, largest: int) -> int:
+    """n rounded up to smallest times a power of factor, at most largest: few shapes, few compilations."""
+    size = smallest
+    while size < n:
+        size *= factor
+    return min(size, largest)
 
-    tool: has start(), which gives a state machine with push(id) -> ids to force; None for none.
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+
+
+class Engine:
+    """`slots` rows of at most `max_len` tokens each, split over the devices of the mesh where these divide them.
+
+    One thread at a time may use it. tool: has start(), which gives a state machine with push(id) -> ids to force; None
+    for none. int8: the blocks' matrices and the head are read as int8 (`quantize`).
     """
 
-    def __init__(self, model, *, slots: int, max_len: int, tool=None, mesh=None):
+    def __init__(self, model, *, slots: int, max_len: int, tool=None, mesh=None, int8: bool = False):
         if max_len > model.cfg.sequence_len:
             raise ValueError(f"max_len={max_len} is more than the model's context of {model.cfg.sequence_len}")
         self.slots, self.max_len, self.cfg, self._tool = slots, max_len, model.cfg, tool
-        self._graph, state = nnx.split(model)
-        self._dtype = model.dtype
-        self.update_params(nnx.to_pure_dict(state))
-        self._cache = make_cache(self.cfg, slots, max_len, model.dtype, mesh)
+        self._mesh, self._int8 = mesh, int8
+        graph, state = nnx.split(model)
+        self._program = Program(graph, model.cfg, np.dtype(model.dtype), max_len)
+        devices = sharding.data_parallel(mesh) if mesh is not None else 1
+        self._devices = devices if slots % devices == 0 else 1
+        each = slots // self._devices
+        self._cache = kv.make_cache(self.cfg, self._devices, each, max_len, model.dtype, mesh)
+        self._safe = min(kv.ring_sizes(self.cfg, max_len))  # positions up to here have overwritten nothing
+        self._slots = [Slot(d, s) for d in range(self._devices) for s in range(each)]
         self._queue: deque[Ticket] = deque()
-        self._running: dict[int, Ticket] = {}  # slot -> ticket
+        self._running: list[Ticket] = []
         self._cancelled: list[Ticket] = []
+        self._pace: dict[tuple, float] = {}  # seconds of a decoded position, by what was compiled
+        self.counters = Counters()
+        self.update_params(nnx.to_pure_dict(state))
 
     def update_params(self, params: dict) -> None:
-        """Goes on with other parameters, a nested dict; matrices are cast to the model's dtype once, here."""
-        self._params = jax.jit(cast_matrices, static_argnums=1)(params, self._dtype)
+        """Goes on with other parameters, a nested dict; matrices are cast (or quantized) once, here."""
+        if self._devices > 1:
+            params = jax.device_put(params, sharding.tree_shardings(params, self._mesh))
+
+        def cast(params):
+            params = cast_matrices(params, self._program.dtype)
+            return quantize(params) if self._int8 else params
+
+        self._params = jax.jit(cast)(params)
+        for slot in self._slots:
+            slot.ids, slot.written = [], 0
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -203,7 +279,9 @@ class Engine:
             raise ValueError(f"a prompt of {len(request.ids)} tokens does not fit: 1 to {self.max_len - 1}")
         if request.max_new_tokens < 1:
             raise ValueError("max_new_tokens must be at least 1")
-        ticket = Ticket(request, self._tool.start() if self._tool else None)
+        if not -1 <= request.logprobs <= TOP_LOGPROBS:
+            raise ValueError(f"logprobs={request.logprobs} must be -1 to {TOP_LOGPROBS}")
+        ticket = Ticket(request, self._tool.start() if self._tool else None, list(request.ids))
         self._queue.append(ticket)
         return ticket
 
@@ -211,9 +289,8 @@ class Engine:
         """Ends a request, wherever it is; the next step says so. Nothing where it has ended already."""
         if ticket in self._queue:
             self._queue.remove(ticket)
-        elif ticket.slot is not None:
-            del self._running[ticket.slot]
-            ticket.slot = None
+        elif ticket in self._running:
+            self._release(ticket)
         else:
             return
         ticket.completion.finish_reason = "cancelled"
@@ -239,83 +316,176 @@ class Engine:
             self.step()
         return [t.completion for t in tickets]
 
-    # ------------------------------------------------------------------------------------------- a time slice
+    # ------------------------------------------------------------------------------------------- a turn
 
     def step(self) -> list[Event]:
-        """Admits what is queued while slots are free, decodes a slice for all rows, and says what came of it."""
+        """Admits what is queued while slots are free, prefills a chunk, decodes a slice, and says what came of it."""
         events = [Event(t, [], t.completion) for t in self._cancelled]
         self._cancelled.clear()
         self._admit()
-        if self._running:
-            tokens = self._slice()
-            for slot, ticket in list(self._running.items()):
-                new = self._take(ticket, tokens[slot])
-                done = bool(ticket.completion.finish_reason)
-                if done:
-                    del self._running[slot]
-                    ticket.slot = None
-                events.append(Event(ticket, new, ticket.completion if done else None))
-        return events
+        self._begin()
+        self._prefill_some(PREFILL_BESIDE if any(t.ready for t in self._running) else PREFILL_TOKENS)
+        ready = [t for t in self._running if t.ready]
+        return events + self._slice(ready) if ready else events
+
+    # ------------------------------------------------------------------------------------------- slots
 
     def _admit(self) -> None:
-        free = [s for s in range(self.slots) if s not in self._running]
-        by_prompt: dict[tuple[int, ...], list[Ticket]] = {}
-        while free and self._queue:
+        while self._queue and len(self._running) < self.slots:
             ticket = self._queue.popleft()
-            ticket.slot = free.pop(0)
-            self._running[ticket.slot] = ticket
-            # The last id is not prefilled: it is what the first decode step takes in.
-            by_prompt.setdefault(tuple(ticket.request.ids[:-1]), []).append(ticket)
-        by_length: dict[int, list] = {}
-        for prompt, tickets in by_prompt.items():
-            if prompt:
-                by_length.setdefault(_padded(len(prompt), SHORTEST, self.max_len), []).append((prompt, tickets))
-        for length, group in by_length.items():
-            rows = max(1, PREFILL_TOKENS // length)
-            for at in range(0, len(group), rows):
-                self._prefill_group(length, group[at : at + rows])
+            self.counters.prompt_tokens += len(ticket.prompt)
+            self._place(ticket)
+            self._running.append(ticket)
 
-    def _prefill_group(self, length: int, group: list[tuple[tuple[int, ...], list[Ticket]]]) -> None:
-        """Prompts of one padded length; one that several tickets share is computed once."""
-        tokens = np.zeros((_padded(len(group), 1, 1 << 30), length), np.int32)
-        places = [(r, t.slot) for r, (_, tickets) in enumerate(group) for t in tickets]
-        spare = _padded(len(places), 1, 1 << 30) - len(places)
-        source, slots = np.asarray(places + [(0, self.slots)] * spare, np.int32).T
-        for r, (prompt, _) in enumerate(group):
-            tokens[r, : len(prompt)] = prompt
-        self._cache = _prefill(self._graph, self._params, self._cache, tokens, source, slots)
+    def _reusable(self, slot: Slot, prompt: Sequence[int]) -> int:
+        """From which position a sequence that begins with `prompt` may go on with what the slot holds."""
+        n = _common(slot.ids, prompt)
+        return n if slot.written <= self._safe or n >= slot.written - kv.SLACK else 0
 
-    def _slice(self) -> np.ndarray:
-        """(S, CHUNK) the next tokens of every slot; those of free slots mean nothing."""
-        rows = self._running.items()
-        last, position = np.full((self.slots, 2), -1, np.int32), np.zeros(self.slots, np.int32)
-        forced = np.full((self.slots, CHUNK), -1, np.int32)
-        settings = Settings(
-            np.zeros(self.slots, np.float32),
-            np.zeros(self.slots, np.int32),
-            np.ones(self.slots, np.float32),
-            np.zeros(self.slots, np.uint32),
-        )
+    def _place(self, ticket: Ticket) -> None:
+        """Gives a ticket the free slot that suits it best; it waits where a prompt that it shares is on its way."""
+        prompt = ticket.prompt[:-1]
+        free = [s for s in self._slots if s.ticket is None]
+        own = {s: self._reusable(s, prompt) for s in free}
+        busy = Counter(s.device for s in self._slots if s.ticket is not None)
+        slot = max(free, key=lambda s: (own[s], -busy[s.device], -s.used))
+        shared = {t: _common(t.prompt[:-1], prompt) for t in self._running if t.prefilling and t.leader is None}
+        leader = max(shared, key=shared.get, default=None)
+        if leader is not None and shared[leader] >= own[slot] + WORTH_SHARING:
+            beside = [s for s in free if s.device == leader.slot.device]
+            if beside:
+                ticket.leader, slot = leader, min(beside, key=lambda s: s.used)
+        slot.ticket, ticket.slot, slot.used = ticket, slot, self.counters.calls
+
+    def _begin(self) -> None:
+        """Has every prompt that does not wait for another begin with what its slot, or one beside it, holds of it."""
+        copies: dict[Slot, Slot] = {}  # to -> from
+        for t in self._running:
+            if t.begun or (t.leader is not None and t.leader.slot is not None and t.leader.prefilling):
+                continue
+            slot, prompt = t.slot, t.prompt[:-1]
+            kept = self._reusable(slot, prompt)
+            if t.leader is not None and t.leader.slot is not None:
+                others = [t.leader.slot]
+            else:
+                others = [s for s in self._slots if s.device == slot.device and s is not slot and s not in copies]
+            best = max(others, key=lambda s: self._reusable(s, prompt), default=slot)
+            if self._reusable(best, prompt) >= kept + WORTH_SHARING:
+                copies[slot] = best
+                slot.written, kept = best.written, self._reusable(best, prompt)
+            slot.ids, slot.written = prompt[:kept], slot.written if kept else 0
+            t.filled, t.begun, t.leader = kept, True, None
+            self.counters.reused_tokens += kept
+        if copies:
+            by_device = [[pair for pair in copies.items() if pair[0].device == d] for d in range(self._devices)]
+            each = self.slots // self._devices
+            M = _grown(max(map(len, by_device)), 1, 4, each)
+            table = np.full((2, self._devices, M), each, np.int32)
+            for d, pairs in enumerate(by_device):
+                for m, (to, source) in enumerate(pairs):
+                    table[:, d, m] = source.place, to.place
+            self._cache = kv.copy(self._cache, table[0], table[1])
+            self.counters.calls += 1
+
+    def _release(self, ticket: Ticket) -> None:
+        self._running.remove(ticket)
+        ticket.slot.ticket = ticket.slot = None
+
+    def _rows(self, tickets: Sequence[Ticket]) -> tuple[np.ndarray | None, list[int]]:
+        """The table of slots (D, M) for a call, None for all, and the row of each ticket in it."""
+        by_device: list[list[Ticket]] = [[] for _ in range(self._devices)]
+        for t in tickets:
+            by_device[t.slot.device].append(t)
+        each = self.slots // self._devices
+        width = _grown(max(map(len, by_device)), 1, 4, each)
+        if width == each:
+            return None, [t.slot.device * each + t.slot.place for t in tickets]
+        table, row = np.full((self._devices, width), each, np.int32), {}
+        for d, group in enumerate(by_device):
+            for m, t in enumerate(group):
+                table[d, m], row[id(t)] = t.slot.place, d * width + m
+        return table, [row[id(t)] for t in tickets]
+
+    # ------------------------------------------------------------------------------------------- prefill
+
+    def _prefill_some(self, limit: int) -> None:
+        """One chunk of the oldest prompts that are not in the cache yet."""
+        waiting = [t for t in self._running if t.begun and t.prefilling]
+        if not waiting:
+            return
+        longest = max(len(t.prompt) - 1 - t.filled for t in waiting)
+        chunk = CHUNKS[0] if longest <= CHUNKS[0] else CHUNKS[1]
+        tickets = waiting[: max(1, limit // chunk)]
+        table, places = self._rows(tickets)
+        n_rows = self.slots if table is None else table.size
+        tokens = np.zeros((n_rows, chunk), np.int32)
+        before, start, count = np.full(n_rows, -1, np.int32), np.zeros(n_rows, np.int32), np.zeros(n_rows, np.int32)
+        for t, row in zip(tickets, places):
+            piece = t.prompt[t.filled : min(len(t.prompt) - 1, t.filled + chunk)]
+            tokens[row, : len(piece)] = piece
+            start[row], count[row] = t.filled, len(piece)
+            before[row] = t.prompt[t.filled - 1] if t.filled else -1
+            t.filled += len(piece)
+            t.slot.ids += piece
+            t.slot.written = max(t.slot.written, t.filled)
+        span = _grown(max(t.filled for t in tickets), SHORTEST_SPAN, 4, self.max_len)
+        self._cache = _prefill(self._program, span, self._params, self._cache, table, tokens, before, start, count)
+        self.counters.calls += 1
+
+    # ------------------------------------------------------------------------------------------- decode
+
+    def _slice(self, tickets: list[Ticket]) -> list[Event]:
+        """Decodes the next few tokens of tickets whose prompts are in the cache."""
+        table, places = self._rows(tickets)
+        n_rows = self.slots if table is None else table.size
+        last, position = np.full((n_rows, 2), -1, np.int32), np.full(n_rows, -1, np.int32)
+        forced = np.full((n_rows, LONG), -1, np.int32)
+        settings = Settings.blank(n_rows)
         last[:, 1] = 0
-        for slot, ticket in rows:
-            r = ticket.request
-            last[slot] = ticket.last(2), ticket.last(1)
-            position[slot] = ticket.length - 1
-            ahead = list(ticket.forced)[:CHUNK]
-            forced[slot, : len(ahead)] = ahead
-            for array, value in zip(settings, (r.temperature, r.top_k, r.top_p, r.seed % 2**32)):
-                array[slot] = value
-        span = _padded(int(position.max()) + CHUNK, 2 * SHORTEST, self.max_len)
-        how = mode([t.request for _, t in rows], self.cfg.vocab_size)
-        tokens, self._cache = _decode(
-            self._graph, span, how, self._params, self._cache, last, position, forced, settings
+        for t, row in zip(tickets, places):
+            last[row] = t.last(2), t.last(1)
+            position[row] = t.length - 1
+            ahead = list(t.forced)[:LONG]
+            forced[row, : len(ahead)] = ahead
+            settings.fill(row, t.request)
+        how = mode([t.request for t in tickets], self.cfg.vocab_size)
+        reach = _grown(int(position.max()) + LONG, SHORTEST_SPAN, 4, self.max_len)
+        key = (n_rows, reach, how)
+        n = self._slice_length(tickets, key)
+        began = time.perf_counter()
+        out, self._cache = _decode(
+            self._program, reach, how, self._params, self._cache, table, last, position, forced, settings, n
         )
-        return np.asarray(tokens)
+        out = [np.asarray(o) for o in out]
+        self._pace[key] = (time.perf_counter() - began) / n
+        self.counters.calls += 1
+        events = []
+        for t, row in zip(tickets, places):
+            t.slot.written = max(t.slot.written, min(int(position[row]) + n, self.max_len))
+            first = len(t.completion.ids)
+            wanted = t.request.logprobs
+            logprobs = _logprobs(wanted, *(o[row, :n] for o in out[1:])) if wanted >= 0 else []
+            self._take(t, out[0][row, :n].tolist(), logprobs)
+            new, done = t.completion.ids[first:], bool(t.completion.finish_reason)
+            t.slot.ids = [*t.prompt, *t.completion.ids][: int(position[row]) + n]
+            events.append(Event(t, new, t.completion if done else None, t.completion.logprobs[first:]))
+            self.counters.generated_tokens += len(new)
+            if done:
+                self._release(t)
+        return events
 
-    def _take(self, ticket: Ticket, tokens: np.ndarray) -> list[int]:
+    def _slice_length(self, tickets: Sequence[Ticket], key: tuple) -> int:
+        """Tokens of the next slice: short while somebody waits, about SLICE_SECONDS of them otherwise."""
+        n = SHORT
+        if key in self._pace and not self._queue and len(tickets) == len(self._running):
+            n = min(max(int(SLICE_SECONDS / self._pace[key]), SHORT), LONG)
+        left = [min(t.request.max_new_tokens - len(t.completion.ids), self.max_len - t.length) for t in tickets]
+        return min(n, max(left))
+
+    def _take(self, ticket: Ticket, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> None:
         """Moves a ticket on by what was decoded for it, up to its end or to where a tool wants other tokens."""
-        out, request, first = ticket.completion, ticket.request, len(ticket.completion.ids)
-        for id in tokens.tolist():
+        out, request = ticket.completion, ticket.request
+        for i, id in enumerate(tokens):
             is_forced = bool(ticket.forced)
             if is_forced:
                 ticket.forced.popleft()
@@ -324,6 +494,7 @@ class Engine:
                 break
             out.ids.append(id)
             out.mask.append(int(not is_forced))
+            out.logprobs += logprobs[i : i + 1]
             if len(out.ids) == request.max_new_tokens or ticket.length == self.max_len:
                 out.finish_reason = "length"
                 break
@@ -331,4 +502,9 @@ class Engine:
             if wanted:
                 ticket.forced.extend(wanted)
                 break
-        return out.ids[first:]
+
+
+def _logprobs(n: int, chosen: np.ndarray, ids: np.ndarray, values: np.ndarray) -> list[TokenLogprob]:
+    """Of a row's T tokens: logprobs (T,), ids and logprobs (T, TOP_LOGPROBS) of the likeliest; n of these are kept."""
+    tops = [tuple(zip(i, v)) for i, v in zip(ids[:, :n].tolist(), values[:, :n].tolist())]
+    return [TokenLogprob(p, top) for p, top in zip(chosen.tolist(), tops)]

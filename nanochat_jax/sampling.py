@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are looked at; beyond these: the whole vocabulary
+TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
 
 class Settings(NamedTuple):
@@ -22,32 +24,58 @@ class Settings(NamedTuple):
     top_p: jax.Array  # float32 in (0, 1]; nucleus sampling, arXiv 1904.09751
     seed: jax.Array  # uint32
 
+    @classmethod
+    def blank(cls, rows: int) -> Settings:
+        """Greedy rows, as numpy arrays to be filled in."""
+        kinds = ((0, np.float32), (0, np.int32), (1, np.float32), (0, np.uint32))
+        return cls(*(np.full(rows, value, dtype) for value, dtype in kinds))
 
-def mode(rows, vocab: int) -> tuple[bool, int]:
-    """(all rows are greedy, candidates) for requests: the cheapest way to draw for all of them. Static under jit."""
-    drawn = [r for r in rows if r.temperature > 0]
-    need = 0
-    for r in drawn:
-        if r.top_p < 1 and not r.top_k:
-            need = vocab
-        need = max(need, r.top_k)
-    return not drawn, next((c for c in CANDIDATES if need <= c < vocab), vocab)
+    def fill(self, row: int, request) -> None:
+        """Sets a row to what a request says."""
+        values = (request.temperature, request.top_k, request.top_p, request.seed % 2**32)
+        for array, value in zip(self, values):
+            array[row] = value
 
 
-def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: tuple[bool, int]) -> jax.Array:
+class Mode(NamedTuple):
+    """What drawing for some rows needs: the cheapest program that is exact for all of them. Static under jit."""
+
+    drawn: bool  # a row samples at all
+    plain: bool  # a row samples from the whole distribution
+    candidates: int  # how many of the likeliest the filtered rows need; 0: there is no filtered row
+    logprobs: bool  # a row wants logprobs
+
+
+def mode(requests, vocab: int) -> Mode:
+    """The mode of requests."""
+    drawn = [r for r in requests if r.temperature > 0]
+    filtered = [r for r in drawn if r.top_k or r.top_p < 1]
+    need = max((r.top_k or vocab for r in filtered), default=0)
+    candidates = next((c for c in CANDIDATES if need <= c < vocab), vocab)
+    return Mode(bool(drawn), len(filtered) < len(drawn), candidates, any(r.logprobs >= 0 for r in requests))
+
+
+def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode) -> jax.Array:
     """logits (S, V) float32, position (S,) int32 -> ids (S,) int32. `how` is `mode` of these rows."""
-    greedy, candidates = how
-    best = logits.argmax(axis=-1).astype(jnp.int32)
-    if greedy:
-        return best
+    ids = logits.argmax(axis=-1).astype(jnp.int32)
+    if not how.drawn:
+        return ids
     keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(settings.seed, position)
     scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
-    noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-    drawn = (scaled + noise).argmax(axis=-1).astype(jnp.int32)
-    if candidates:
-        filtered = (settings.top_k > 0) | (settings.top_p < 1)
-        drawn = jnp.where(filtered, _from_the_top(scaled, settings, keys, candidates), drawn)
-    return jnp.where(settings.temperature > 0, drawn, best)
+    sampled, filtered = settings.temperature > 0, (settings.top_k > 0) | (settings.top_p < 1)
+    if how.plain:
+        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
+        ids = jnp.where(sampled & ~filtered, (scaled + noise).argmax(axis=-1).astype(jnp.int32), ids)
+    if how.candidates:
+        ids = jnp.where(sampled & filtered, _from_the_top(scaled, settings, keys, how.candidates), ids)
+    return ids
+
+
+def log_probabilities(logits: jax.Array, chosen: jax.Array):
+    """log p of chosen (S,), and of the likeliest: (S,) float32, ids (S, TOP_LOGPROBS) int32, values alike."""
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    values, ids = jax.lax.top_k(logp, min(TOP_LOGPROBS, logits.shape[-1]))
+    return jnp.take_along_axis(logp, chosen[:, None], axis=1)[:, 0], ids.astype(jnp.int32), values
 
 
 def _from_the_top(scaled, settings: Settings, keys, candidates: int):
