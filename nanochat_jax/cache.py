@@ -51,14 +51,26 @@ def take(cache: Cache, slots: jax.Array | None, span: int) -> Cache:
     return jax.tree.map(rows, cache)
 
 
-def put(cache: Cache, slots: jax.Array | None, rows: Cache) -> Cache:
-    """The cache with `rows`, as `take` gave them, in `slots`; a slot out of range is not written."""
+def put(cache: Cache, slots: jax.Array | None, rows: Cache, positions: jax.Array) -> Cache:
+    """The cache with what `rows`, as `take` gave them, hold at positions (D * M, T), -1 for none.
+
+    A slot out of range is not written. Only what is new is copied: rows that are a whole array have become the cache.
+    """
+    M = cache[0][0].shape[1] if slots is None else slots.shape[1]
+    at = jnp.arange(M)[None] if slots is None else slots
 
     def write(c, new):
-        if slots is None:
-            return jax.lax.dynamic_update_slice(c, new.reshape(*c.shape[:2], *new.shape[1:]), (0,) * 5)
-        new = new.reshape(*slots.shape, *new.shape[1:])
-        return jax.vmap(lambda c, s, n: c.at[s, :, : n.shape[2]].set(n, mode="drop"))(c, slots, new)
+        ring = c.shape[3]
+        if slots is None and new.shape[2] == ring:
+            return new.reshape(c.shape)
+        place = jnp.where(positions >= 0, positions % ring, ring)
+        found = jnp.take_along_axis(new, jnp.minimum(place, new.shape[2] - 1)[:, None, :, None], axis=2)
+        found, place = (x.reshape(-1, M, *x.shape[1:]) for x in (found, place))  # (D, M, K, T, N), (D, M, T)
+
+        def one(c, s, p, f):
+            return c.at[s[:, None], :, p].set(f.transpose(0, 2, 1, 3), mode="drop")
+
+        return jax.vmap(one)(c, jnp.broadcast_to(at, (c.shape[0], M)), place, found)
 
     return jax.tree.map(write, cache, rows)
 
@@ -66,7 +78,11 @@ def put(cache: Cache, slots: jax.Array | None, rows: Cache) -> Cache:
 @functools.partial(jax.jit, donate_argnums=0)
 def copy(cache: Cache, source: jax.Array, to: jax.Array) -> Cache:
     """The cache with slots `source` (D, M) of each device in its slots `to` as well."""
-    return put(cache, to, take(cache, source, max(keys.shape[3] for keys, _ in cache)))
+
+    def one(c):
+        return jax.vmap(lambda c, s, t: c.at[t].set(c[jnp.minimum(s, c.shape[0] - 1)], mode="drop"))(c, source, to)
+
+    return jax.tree.map(one, cache)
 
 
 def append(kept: jax.Array, new: jax.Array, positions: jax.Array, ring: int) -> jax.Array:
@@ -74,8 +90,12 @@ def append(kept: jax.Array, new: jax.Array, positions: jax.Array, ring: int) -> 
 
     `ring` is the layer's own, which is more than R where the rows were cut at a span.
     """
+    M, K, R, N = kept.shape
     place = jnp.where(positions >= 0, positions % ring, ring)
-    return kept.at[jnp.arange(kept.shape[0])[:, None], :, place].set(new, mode="drop")
+    # (M, K) as one axis: the indexed axes then lead, and XLA writes in place without a transposed copy
+    flat, rows = kept.reshape(M * K, R, N), jnp.arange(M * K)[:, None]
+    new = new.transpose(0, 2, 1, 3).reshape(M * K, -1, N)
+    return flat.at[rows, jnp.repeat(place, K, axis=0)].set(new, mode="drop").reshape(kept.shape)
 
 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, newest, window: int, ring: int):

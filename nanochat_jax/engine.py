@@ -40,7 +40,7 @@ SLICE_SECONDS = 0.04  # how long a slice lasts where nobody waits
 CHUNKS = (32, kv.SLACK)  # tokens of a prompt that one call takes in, the smaller where that holds all
 PREFILL_TOKENS = 8192  # rows times chunk of one call, at most
 PREFILL_BESIDE = 512  # the same while others decode: for so long they stand still
-SHORTEST_SPAN = 256  # positions that a call looks at: this or four times it, and so on
+SHORTEST_SPAN = 256  # positions that a call looks at: this, or a power of two times it
 WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
 
 
@@ -140,7 +140,7 @@ class Slot:
     place: int  # among the slots of its device
     ids: list[int] = field(default_factory=list)  # the sequence whose keys and values it holds
     written: int = 0  # positions that were ever filled for it, thrown away ones included
-    used: int = 0  # when it was last given to a request, in calls of the device
+    used: int = 0  # when it was last given to a request, counted in requests
     ticket: Ticket | None = None
 
 
@@ -183,7 +183,7 @@ def _prefill(program: Program, span, params, cache, slots, tokens, before, start
     positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
     rows = kv.take(cache, slots, span)
     program.trunk(params, rows, tokens, positions, before)
-    return kv.put(cache, slots, rows)
+    return kv.put(cache, slots, rows, positions)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
@@ -211,7 +211,10 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
         out += (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
     rows = kv.take(cache, slots, span)
     rows, *_, out = jax.lax.fori_loop(0, n, one, (rows, last[:, 0], last[:, 1], position, out))
-    return out, kv.put(cache, slots, rows)
+    steps = jnp.arange(forced.shape[1])
+    positions = position[:, None] + steps
+    written = (position[:, None] >= 0) & (steps < n) & (positions < program.max_len)
+    return out, kv.put(cache, slots, rows, jnp.where(written, positions, -1))
 
 
 # ----------------------------------------------------------------------------------------------- on the host
@@ -255,6 +258,7 @@ class Engine:
         self._running: list[Ticket] = []
         self._cancelled: list[Ticket] = []
         self._pace: dict[tuple, float] = {}  # seconds of a decoded position, by what was compiled
+        self._given = 0  # requests that got a slot
         self.counters = Counters()
         self.update_params(nnx.to_pure_dict(state))
 
@@ -267,7 +271,7 @@ class Engine:
             params = cast_matrices(params, self._program.dtype)
             return quantize(params) if self._int8 else params
 
-        self._params = jax.jit(cast)(params)
+        self.params = jax.jit(cast)(params)
         for slot in self._slots:
             slot.ids, slot.written = [], 0
 
@@ -295,6 +299,10 @@ class Engine:
             return
         ticket.completion.finish_reason = "cancelled"
         self._cancelled.append(ticket)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self._program.dtype
 
     @property
     def busy(self) -> bool:
@@ -346,7 +354,8 @@ class Engine:
         """Gives a ticket the free slot that suits it best; it waits where a prompt that it shares is on its way."""
         prompt = ticket.prompt[:-1]
         free = [s for s in self._slots if s.ticket is None]
-        own = {s: self._reusable(s, prompt) for s in free}
+        # a slot that holds much more than the prompt begins with is worth keeping: its part is copied
+        own = {s: n if 2 * n >= len(s.ids) else 0 for s in free for n in (self._reusable(s, prompt),)}
         busy = Counter(s.device for s in self._slots if s.ticket is not None)
         slot = max(free, key=lambda s: (own[s], -busy[s.device], -s.used))
         shared = {t: _common(t.prompt[:-1], prompt) for t in self._running if t.prefilling and t.leader is None}
@@ -355,7 +364,8 @@ class Engine:
             beside = [s for s in free if s.device == leader.slot.device]
             if beside:
                 ticket.leader, slot = leader, min(beside, key=lambda s: s.used)
-        slot.ticket, ticket.slot, slot.used = ticket, slot, self.counters.calls
+        self._given += 1
+        slot.ticket, ticket.slot, slot.used = ticket, slot, self._given
 
     def _begin(self) -> None:
         """Has every prompt that does not wait for another begin with what its slot, or one beside it, holds of it."""
@@ -428,8 +438,8 @@ class Engine:
             t.filled += len(piece)
             t.slot.ids += piece
             t.slot.written = max(t.slot.written, t.filled)
-        span = _grown(max(t.filled for t in tickets), SHORTEST_SPAN, 4, self.max_len)
-        self._cache = _prefill(self._program, span, self._params, self._cache, table, tokens, before, start, count)
+        span = _grown(max(t.filled for t in tickets), SHORTEST_SPAN, 2, self.max_len)
+        self._cache = _prefill(self._program, span, self.params, self._cache, table, tokens, before, start, count)
         self.counters.calls += 1
 
     # ------------------------------------------------------------------------------------------- decode
@@ -449,12 +459,12 @@ class Engine:
             forced[row, : len(ahead)] = ahead
             settings.fill(row, t.request)
         how = mode([t.request for t in tickets], self.cfg.vocab_size)
-        reach = _grown(int(position.max()) + LONG, SHORTEST_SPAN, 4, self.max_len)
+        reach = _grown(int(position.max()) + LONG, SHORTEST_SPAN, 2, self.max_len)
         key = (n_rows, reach, how)
         n = self._slice_length(tickets, key)
         began = time.perf_counter()
         out, self._cache = _decode(
-            self._program, reach, how, self._params, self._cache, table, last, position, forced, settings, n
+            self._program, reach, how, self.params, self._cache, table, last, position, forced, settings, n
         )
         out = [np.asarray(o) for o in out]
         self._pace[key] = (time.perf_counter() - began) / n

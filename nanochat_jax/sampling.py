@@ -40,7 +40,8 @@ class Settings(NamedTuple):
 class Mode(NamedTuple):
     """What drawing for some rows needs: the cheapest program that is exact for all of them. Static under jit."""
 
-    drawn: bool  # a row samples at all
+    greedy: bool  # a row takes the likeliest
+    drawn: bool  # a row samples
     plain: bool  # a row samples from the whole distribution
     candidates: int  # how many of the likeliest the filtered rows need; 0: there is no filtered row
     logprobs: bool  # a row wants logprobs
@@ -52,12 +53,18 @@ def mode(requests, vocab: int) -> Mode:
     filtered = [r for r in drawn if r.top_k or r.top_p < 1]
     need = max((r.top_k or vocab for r in filtered), default=0)
     candidates = next((c for c in CANDIDATES if need <= c < vocab), vocab)
-    return Mode(bool(drawn), len(filtered) < len(drawn), candidates, any(r.logprobs >= 0 for r in requests))
+    return Mode(
+        len(drawn) < len(requests),
+        bool(drawn),
+        len(filtered) < len(drawn),
+        candidates,
+        any(r.logprobs >= 0 for r in requests),
+    )
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode) -> jax.Array:
     """logits (S, V) float32, position (S,) int32 -> ids (S,) int32. `how` is `mode` of these rows."""
-    ids = logits.argmax(axis=-1).astype(jnp.int32)
+    ids = _argmax(logits) if how.greedy else jnp.zeros(logits.shape[:1], jnp.int32)
     if not how.drawn:
         return ids
     keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(settings.seed, position)
@@ -65,22 +72,42 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode
     sampled, filtered = settings.temperature > 0, (settings.top_k > 0) | (settings.top_p < 1)
     if how.plain:
         noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-        ids = jnp.where(sampled & ~filtered, (scaled + noise).argmax(axis=-1).astype(jnp.int32), ids)
+        ids = jnp.where(sampled & ~filtered, _argmax(scaled + noise), ids)
     if how.candidates:
         ids = jnp.where(sampled & filtered, _from_the_top(scaled, settings, keys, how.candidates), ids)
     return ids
 
 
+def _argmax(x: jax.Array) -> jax.Array:
+    """The first place of the maximum of each row, int32: two plain reductions, which on a CPU beat XLA's argmax."""
+    places = jnp.where(x == x.max(axis=-1, keepdims=True), jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1])
+    return places.min(axis=-1)
+
+
+def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """lax.top_k of rows (S, V), by way of the k groups with the largest maxima: they hold the k largest entries."""
+    S, V = x.shape
+    size = 64
+    if 4 * k * size > V:
+        values, ids = jax.lax.top_k(x, k)
+        return values, ids.astype(jnp.int32)
+    groups = -(-V // size)
+    grouped = jnp.pad(x, ((0, 0), (0, groups * size - V)), constant_values=-jnp.inf).reshape(S, groups, size)
+    chosen = jnp.sort(jax.lax.top_k(grouped.max(axis=-1), k)[1], axis=-1)  # sorted: of equals the first is taken
+    values, places = jax.lax.top_k(jnp.take_along_axis(grouped, chosen[..., None], axis=1).reshape(S, -1), k)
+    return values, (jnp.take_along_axis(chosen, places // size, axis=1) * size + places % size).astype(jnp.int32)
+
+
 def log_probabilities(logits: jax.Array, chosen: jax.Array):
     """log p of chosen (S,), and of the likeliest: (S,) float32, ids (S, TOP_LOGPROBS) int32, values alike."""
     logp = jax.nn.log_softmax(logits, axis=-1)
-    values, ids = jax.lax.top_k(logp, min(TOP_LOGPROBS, logits.shape[-1]))
-    return jnp.take_along_axis(logp, chosen[:, None], axis=1)[:, 0], ids.astype(jnp.int32), values
+    values, ids = _top_k(logp, min(TOP_LOGPROBS, logits.shape[-1]))
+    return jnp.take_along_axis(logp, chosen[:, None], axis=1)[:, 0], ids, values
 
 
 def _from_the_top(scaled, settings: Settings, keys, candidates: int):
     """Draws from the top_k likeliest, of these from the fewest whose probability reaches top_p."""
-    values, ids = jax.lax.top_k(scaled, candidates)  # descending
+    values, ids = _top_k(scaled, candidates)  # descending
     k = jnp.where(settings.top_k > 0, settings.top_k, candidates)[:, None]
     kept = jnp.arange(candidates) < k
     probs = jax.nn.softmax(jnp.where(kept, values, -jnp.inf), axis=-1)
@@ -90,4 +117,4 @@ def _from_the_top(scaled, settings: Settings, keys, candidates: int):
     u = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 1)))(keys)[:, None]
     # the first place where the cumulative probability passes u; places of probability 0 are never it
     place = jnp.argmax(cumulative > u * cumulative[:, -1:], axis=-1)
-    return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0].astype(jnp.int32)
+    return jnp.take_along_axis(ids, place[:, None], axis=1)[:, 0]

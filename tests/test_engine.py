@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
+from nanochat_jax import sharding
 from nanochat_jax.calculator import CalculatorTool
+from nanochat_jax.config import MeshConfig
 from nanochat_jax.engine import LONG, SHORT, Engine, Request
-from nanochat_jax.sampling import Settings, mode, sample
+from nanochat_jax.sampling import Settings, _top_k, mode, sample
 
 SLOTS, MAX_LEN = 4, 192  # shared by all tests, so that each program is compiled once
 
@@ -48,6 +50,24 @@ def test_greedy_equals_the_full_forward_for_unequal_lengths_over_windows(engine,
         assert len(completion.ids) == min(45, MAX_LEN - len(prompt)) and completion.finish_reason == "length"
         ids = prompt + completion.ids
         assert all(margin_of(full, ids, i) > -1e-4 for i in range(len(prompt), len(ids)))
+
+
+def test_a_ring_that_wraps_equals_the_full_forward_at_every_position():
+    # window 256, ring 512: prompts end at each side of every window, and rows go on for more than the ring holds
+    model = tiny_model(sequence_len=640)
+    assert model.cfg.windows == (256, 640)
+    engine, full = Engine(model, slots=SLOTS, max_len=640), FullLogits(model)
+    assert [keys.shape[3] for keys, _ in engine._cache] == [512, 640]
+    asked = prompts(1, 255, 256, 257, 300, 511, 513, 600)
+    done = engine.generate([Request(p, 640, temperature=0.0, logprobs=2) for p in asked])
+    for prompt, completion in zip(asked, done):
+        assert len(prompt) + len(completion.ids) == 640
+        ids = prompt + completion.ids
+        logits = full(ids).astype(np.float64)
+        want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for place, (id, found) in enumerate(zip(completion.ids, completion.logprobs), len(prompt) - 1):
+            assert abs(found.logprob - want[place, id]) < 1e-4
+            assert found.top[0] == (id, found.logprob) and abs(found.top[1][1] - np.sort(want[place])[-2]) < 1e-4
 
 
 def test_greedy_continuation_golden(golden):
@@ -147,6 +167,102 @@ def test_events_carry_every_token_once(engine):
     assert [e.completion is None for e in events] == [True] * (len(events) - 1) + [False]
 
 
+def alone(model, request):
+    """What an engine that has seen nothing else says."""
+    return Engine(model, slots=SLOTS, max_len=MAX_LEN).generate([request])[0].ids
+
+
+def test_the_next_turn_of_a_conversation_goes_on_from_the_cache(engine, model):
+    [first, more] = prompts(60, 25)
+    said = engine.generate([Request(first, 30, temperature=0.0)])[0].ids
+    engine.generate([Request(p, 5, temperature=0.0) for p in prompts(40, 41)])  # others, in other slots
+    before = engine.counters.reused_tokens
+    turn = Request(first + said + more, 30, temperature=0.0)
+    assert engine.generate([turn])[0].ids == alone(model, turn)
+    assert engine.counters.reused_tokens - before == len(first + said) - 1  # the last one was never taken in
+
+
+def test_a_prompt_that_parts_from_the_cache_early_is_not_misled_by_it(model):
+    long = tiny_model(sequence_len=640)
+    engine = Engine(long, slots=1, max_len=640)
+    [base] = prompts(100)
+    engine.generate([Request(base, 500, temperature=0.0)])  # 600 positions: the ring of 512 has lost the first ones
+    for kept in (50, 99):
+        turn = Request(base[:kept] + prompts(30)[0], 20, temperature=0.0)
+        fresh = Engine(long, slots=1, max_len=640).generate([turn])[0].ids
+        assert engine.generate([turn])[0].ids == fresh
+
+
+def test_requests_that_share_a_prompt_compute_it_once(engine, model):
+    [prompt] = prompts(100)
+    asked = [Request(prompt, 12, temperature=1.0, seed=i) for i in range(SLOTS)]
+    done = engine.generate(asked)
+    assert engine.counters.reused_tokens == (SLOTS - 1) * 99
+    assert [c.ids for c in done] == [alone(model, r) for r in asked]
+
+
+def test_who_waits_for_a_prompt_goes_on_where_its_leader_is_cancelled(engine, model):
+    [prompt] = prompts(150)
+    asked = [Request(prompt + [7], 5, temperature=0.0), Request(prompt + [8], 5, temperature=0.0)]
+    leader, follower = (engine.submit(r) for r in asked)
+    engine._admit()
+    assert follower.leader is leader
+    engine.cancel(leader)
+    while engine.busy:
+        engine.step()
+    assert follower.completion.ids == alone(model, asked[1])
+
+
+def test_a_long_prompt_does_not_freeze_who_is_running():
+    model = tiny_model(sequence_len=1024)
+    engine = Engine(model, slots=2, max_len=1024)
+    [short, long] = prompts(10, 1000)
+    running = engine.submit(Request(short, 200, temperature=0.0))
+    engine.step()
+    waiting, turns = engine.submit(Request(long, 5, temperature=0.0)), 0
+    while not waiting.completion.ids:
+        got = sum(len(e.ids) for e in engine.step() if e.ticket is running)
+        turns += 1
+        assert 0 < got <= SHORT  # a short slice each time, however long the prompt is
+    assert turns >= 2  # 1000 tokens came in by chunks
+
+
+def test_greedy_and_sampled_requests_say_the_same_alone_and_in_a_crowd(engine, model):
+    rng = np.random.default_rng(3)
+    asked = [
+        Request(p, int(rng.integers(5, 60)), temperature=t, top_k=k, top_p=top_p, seed=i)
+        for i, (p, (t, k, top_p)) in enumerate(
+            zip(prompts(*rng.integers(1, 120, 24)), [(0.0, 0, 1.0), (1.0, 40, 1.0), (0.8, 0, 0.9), (1.0, 0, 1.0)] * 6)
+        )
+    ]
+    together = [c.ids for c in engine.generate(asked)]
+    assert together == [alone(model, r) for r in asked]
+
+
+def test_slots_over_eight_devices_say_what_one_says(model):
+    if jax.device_count() < 8:
+        pytest.skip("needs 8 simulated devices (XLA_FLAGS=--xla_force_host_platform_device_count=8)")
+    mesh = sharding.make_mesh(MeshConfig())
+    engine = Engine(model, slots=16, max_len=MAX_LEN, mesh=mesh)
+    assert len(engine._cache[0][0].sharding.device_set) == 8
+    asked = [Request(p, 20, temperature=0.0) for p in prompts(*range(3, 100, 7))]
+    asked += asked[:4]  # shared prompts, which are copied between slots of one device
+    one = Engine(model, slots=SLOTS, max_len=MAX_LEN).generate(asked)
+    assert [c.ids for c in engine.generate(asked)] == [c.ids for c in one]
+
+
+def test_int8_weights_are_a_quarter_and_say_nearly_the_same(model, full):
+    engine = Engine(model, slots=SLOTS, max_len=MAX_LEN, int8=True)
+    weight = engine.params["lm_head"]["weight"]
+    assert weight.values.dtype == jnp.int8 and weight.values.shape == model.lm_head.weight.shape
+    [prompt] = prompts(50)
+    done = engine.generate([Request(prompt, 40, temperature=0.0, logprobs=0)])[0]
+    z = full(prompt + done.ids).astype(np.float64)
+    want = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    error = [abs(p.logprob - want[i, id]) for i, (id, p) in enumerate(zip(done.ids, done.logprobs), len(prompt) - 1)]
+    assert 1e-5 < np.mean(error) < 0.1  # rounded, and only that
+
+
 @pytest.mark.parametrize("n", [0, MAX_LEN])
 def test_prompts_that_do_not_fit_are_refused(engine, n):
     with pytest.raises(ValueError, match="does not fit"):
@@ -207,9 +323,18 @@ def test_mode_is_the_cheapest_that_is_exact():
     def how(*settings):
         return mode([Request([0], 1, **s) for s in settings], 1000)
 
-    assert how({"temperature": 0.0, "top_k": 5}) == (False, False, 0, False)
-    assert how({}) == (True, True, 0, False)
-    assert how({"top_k": 50}, {}) == (True, True, 64, False)
-    assert how({"top_k": 100}) == (True, False, 256, False)
-    assert how({"top_p": 0.9})[2] == 1000 and how({"top_k": 500})[2] == 1000
-    assert how({"top_k": 20, "top_p": 0.9}, {"temperature": 0.0, "logprobs": 0}) == (True, False, 64, True)
+    assert how({"temperature": 0.0, "top_k": 5}) == (True, False, False, 0, False)
+    assert how({}) == (False, True, True, 0, False)
+    assert how({"top_k": 50}, {}) == (False, True, True, 64, False)
+    assert how({"top_k": 100}) == (False, True, False, 256, False)
+    assert how({"top_p": 0.9}).candidates == 1000 and how({"top_k": 500}).candidates == 1000
+    assert how({"top_k": 20, "top_p": 0.9}, {"temperature": 0.0, "logprobs": 0}) == (True, True, False, 64, True)
+
+
+@pytest.mark.parametrize(("size", "k"), [(300, 64), (20_000, 64), (16_384, 20), (33_000, 256)])
+def test_top_k_by_groups_is_top_k(size, k):
+    x = jnp.asarray(np.random.default_rng(size).integers(0, 500, (3, size)), jnp.float32)  # many ties
+    got, want = jax.jit(_top_k, static_argnums=1)(x, k), jax.lax.top_k(x, k)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_array_equal(np.take_along_axis(np.asarray(x), np.asarray(got[1]), 1), want[0])
+    assert all(len(set(row)) == k for row in np.asarray(got[1]).tolist())

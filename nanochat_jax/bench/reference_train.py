@@ -4,6 +4,7 @@ It gets its tokens ready made, without its loader, and is compiled as its traini
 """
 
 import argparse
+import json
 import sys
 import time
 
@@ -42,7 +43,7 @@ def main() -> None:
     run(3)
     print("ready", flush=True)
     for line in sys.stdin:
-        print(run(int(line)), flush=True)
+        print(run(json.loads(line)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""python -m nanochat_jax.bench train|decode|serve [options]: each has --help."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+WHAT = ("train", "decode", "serve")
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] not in WHAT:
+        print(f"usage: python -m nanochat_jax.bench {'|'.join(WHAT)} [options]", file=sys.stderr)
+        return 2
+    return importlib.import_module(f"nanochat_jax.bench.{argv[0]}").main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""Two processes that do the same work in turns, so that what else the machine does falls on both alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nanochat_jax import hugepages
+
+
+class Side:
+    """A process that says "ready" and from then on answers each line of its input, JSON, with one line of JSON."""
+
+    def __init__(self, name: str, command: list[str], **popen):
+        self.name = name
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
+        while (line := self._process.stdout.readline()).strip() != "ready":
+            if not line:
+                raise SystemExit(f"error: the {name} side ended before it was ready; its message is above")
+
+    def ask(self, order):
+        """The answer to an order."""
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"error: the {self.name} side ended in the middle of the work; its message is above")
+        return json.loads(answer)
+
+    def peak_memory_gb(self) -> float:
+        """The most that it has held; n/a outside of Linux."""
+        try:
+            status = Path(f"/proc/{self._process.pid}/status").read_text()
+        except OSError:
+            return float("nan")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(do) -> None:
+    """The loop of a side: do(order) for every line of stdin."""
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(do(json.loads(line))), flush=True)
+
+
+def our_side(module: str, options: list[str]) -> Side:
+    """Ours, with the environment that run_speedrun.py gives itself."""
+    command = [sys.executable, "-m", "nanochat_jax.bench", module, "--worker", *options]
+    return Side("ours", command, env={**os.environ, **hugepages.environment()})
+
+
+def reference_side(script: str, folder: str, python: str, dtype: str, options: list[str]) -> Side:
+    """karpathy/nanochat in `folder`, run by a Python that has torch."""
+    env = {**os.environ, "PYTHONPATH": folder, "NANOCHAT_DTYPE": "float32" if dtype == "auto" else dtype}
+    return Side("reference", [python, str(Path(__file__).with_name(script)), *options], env=env, cwd=folder)
+
+
+def add_reference(parser) -> None:
+    """The options that name the reference."""
+    parser.add_argument("--reference", help="a checkout of karpathy/nanochat")
+    parser.add_argument("--reference-python", default=sys.executable, help="a Python that has torch")
