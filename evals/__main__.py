@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--max-per-task", type=_count, metavar="N", help="questions per task; default: the run's setting"
     )
+    parser.add_argument("--int8", action="store_true", help="weights rounded to int8; results go into <stage>-int8")
     args = parser.parse_args(argv)
     from evals import evaluate_stage
 
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.stage,
             tasks=tasks,
             max_per_task=args.max_per_task,
+            int8=args.int8,
             log=lambda text: print(text, file=sys.stderr),
         )
     except UserError as e:

@@ -18,6 +18,7 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.config import RunConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
+from nanochat_jax.quantize import rounded
 from nanochat_jax.tracking import peak_memory_gb
 from tokenizer.chat import render_prompt
 
@@ -49,9 +50,12 @@ def evaluate_stage(
     *,
     tasks: Sequence[str] | None = None,
     max_per_task: int | None = None,
+    int8: bool = False,
     log: Callable[[str], None] = print,
 ) -> dict:
     """Evaluates the model that `stage` (None: the latest) ended with; writes, and returns, evals/<stage>.json.
+
+    int8: with its weights rounded as they are for serving; the file is then evals/<stage>-int8.json.
 
     tasks: names of chat tasks, `bpb`, `core`, `samples`; None for all that the stage and the data allow. Where given,
     the results join those that are in the file already. max_per_task (None: config.evals's) bounds the questions of
@@ -61,27 +65,29 @@ def evaluate_stage(
     run_dir = Path(run_dir)
     loaded = load_model(run_dir, stage)
     stage, config = loaded.stage, config or loaded.config
-    bench = _Bench(run_dir, stage, config, loaded, max_per_task or config.evals.max_per_task, log)
+    name = f"{stage}-int8" if int8 else stage
+    model = rounded(loaded.model) if int8 else loaded.model
+    bench = _Bench(run_dir, name, model, loaded, config, max_per_task or config.evals.max_per_task, log)
     chosen = bench.default_tasks() if tasks is None else bench.check(tasks)
     out = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
     if tasks is not None:
-        out |= read_json(run_dir / "evals" / f"{stage}.json") or {}
-    for name in chosen:
-        bench.run(name, out)
+        out |= read_json(run_dir / "evals" / f"{name}.json") or {}
+    for task in chosen:
+        bench.run(task, out)
     if stage != "base" and out["chat"]:
         out["chatcore"] = chatcore(out["chat"], CHATCORE)
     out["seconds"] = time.perf_counter() - began
     out["peak_memory_gb"] = peak_memory_gb()
-    atomic_write_json(run_dir / "evals" / f"{stage}.json", out)
+    atomic_write_json(run_dir / "evals" / f"{name}.json", out)
     return out
 
 
 class _Bench:
     """One loaded model, with what measures it: the scorer at once, the engine when first needed."""
 
-    def __init__(self, run_dir: Path, stage: str, config: RunConfig, loaded, max_per_task: int | None, log):
-        self.run_dir, self.stage, self.config, self.log = run_dir, stage, config, log
-        self.model, self.tok, self.max_per_task = loaded.model, loaded.tokenizer, max_per_task
+    def __init__(self, run_dir: Path, name: str, model, loaded, config: RunConfig, max_per_task: int | None, log):
+        self.run_dir, self.name, self.stage, self.config, self.log = run_dir, name, loaded.stage, config, log
+        self.model, self.tok, self.max_per_task = model, loaded.tokenizer, max_per_task
         self.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir.parent / "cache"
         self.scorer = Scorer(self.model, config.evals.batch)
         self._engine = None
@@ -142,7 +148,7 @@ class _Bench:
         out = evaluate_bpb(self.scorer, self.validation_rows(), self.tok)
         if out["bpb"] is not None:
             self.log(
-                f"{self.stage} bpb: {out['bpb']:.4f}, {100 * out['below_unigram']:.1f} % below the bytes' own entropy "
+                f"{self.name} bpb: {out['bpb']:.4f}, {100 * out['below_unigram']:.1f} % below the bytes' own entropy "
                 f"({out['byte_unigram']:.4f}), {out['bytes']:,} bytes"
             )
         return out
@@ -171,7 +177,7 @@ class _Bench:
             raise UserError("no CORE bundle: set evals.core_dir to its folder, or data.dir to one that holds core/")
         out = evaluate_core(self.scorer, self.tok, bundle, self.max_per_task, self.log)
         if out["core_metric"] is not None:
-            self.log(f"{self.stage} CORE: {out['core_metric']:.4f} over {out['n_tasks']} of {out['total_tasks']} tasks")
+            self.log(f"{self.name} CORE: {out['core_metric']:.4f} over {out['n_tasks']} of {out['total_tasks']} tasks")
         return out
 
     def chat(self, name: str) -> dict:
@@ -186,11 +192,11 @@ class _Bench:
             self.engine if task.kind == "generative" else None,
             max_per_task=limit,
             max_new_tokens=self.config.evals.max_new_tokens,
-            records=self.run_dir / "evals" / f"{self.stage}.{name}.jsonl",
+            records=self.run_dir / "evals" / f"{self.name}.{name}.jsonl",
         )
         out["seconds"] = time.perf_counter() - began
         self.log(
-            f"{self.stage} {name}: accuracy {out['accuracy']:.4f} ± {out['stderr']:.4f} "
+            f"{self.name} {name}: accuracy {out['accuracy']:.4f} ± {out['stderr']:.4f} "
             f"({out['n']} questions, chance {out['baseline']:.2f}), {out['seconds']:.1f} s"
         )
         return out

@@ -18,9 +18,10 @@ time: the cache is addressed by position, and those positions are written again.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -323,6 +324,28 @@ class Engine:
         while self.busy:
             self.step()
         return [t.completion for t in tickets]
+
+    def warm_up(self, request: Request) -> Iterator[None]:
+        """Compiles, one program at each step of the iterator, what requests with such settings can come to need.
+
+        To be gone through while there is nothing else to do: a request that needs a program that is not there yet
+        waits for its compilation. Nothing is decoded and nothing in the cache changes.
+        """
+        each, how = self.slots // self._devices, mode([request], self.cfg.vocab_size)
+        widths = sorted({_grown(n, 1, 4, each) for n in range(1, each + 1)})
+        spans = sorted({_grown(n, SHORTEST_SPAN, 2, self.max_len) for n in range(1, self.max_len + 1)})
+        for span, width in itertools.product(spans, widths):
+            table = None if width == each else np.full((self._devices, width), each, np.int32)
+            R = self._devices * width
+            for chunk in CHUNKS:
+                zeros = np.zeros(R, np.int32)
+                where = (table, np.zeros((R, chunk), np.int32), zeros - 1, zeros, zeros)
+                self._cache = _prefill(self._program, span, self.params, self._cache, *where)
+                yield
+            nothing = np.full((R, 2), -1, np.int32), np.full(R, -1, np.int32), np.full((R, LONG), -1, np.int32)
+            what = (table, *nothing, Settings.blank(R), 0)
+            self._cache = _decode(self._program, span, how, self.params, self._cache, *what)[1]
+            yield
 
     # ------------------------------------------------------------------------------------------- a turn
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 
 class Int8(NamedTuple):
@@ -43,3 +44,10 @@ def dequantize(params: dict, dtype) -> dict:
         return (p.values.astype(dtype) * p.scale.astype(dtype)) if isinstance(p, Int8) else p
 
     return jax.tree.map(one, params, is_leaf=lambda p: isinstance(p, Int8))
+
+
+def rounded(model):
+    """A GPT whose weights are what the int8 ones stand for, for measuring what the rounding costs."""
+    graph, state = nnx.split(model)
+    params = jax.jit(lambda p: dequantize(quantize(p), jnp.float32))(nnx.to_pure_dict(state))
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))

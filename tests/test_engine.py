@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
+from nanochat_jax import engine as engine_module
 from nanochat_jax import sharding
 from nanochat_jax.calculator import CalculatorTool
 from nanochat_jax.config import MeshConfig
@@ -249,6 +250,20 @@ def test_slots_over_eight_devices_say_what_one_says(model):
     asked += asked[:4]  # shared prompts, which are copied between slots of one device
     one = Engine(model, slots=SLOTS, max_len=MAX_LEN).generate(asked)
     assert [c.ids for c in engine.generate(asked)] == [c.ids for c in one]
+
+
+def test_nothing_is_compiled_after_the_warm_up_and_nothing_is_lost_by_it(model):
+    engine = Engine(model, slots=2, max_len=MAX_LEN)
+    [prompt, other] = prompts(50, 60)
+    first = engine.generate([Request(prompt, 20, temperature=0.0)])[0].ids
+    steps = sum(1 for _ in engine.warm_up(Request([0], 1, temperature=0.0)))
+    sizes = engine_module._prefill._cache_size(), engine_module._decode._cache_size()
+    assert steps == 2 * 3  # widths 1 and 2, one span; two chunks and a slice of each
+    turn = [Request(prompt + first + other[:9], 20, temperature=0.0), Request(other, 20, temperature=0.0)]
+    said = [c.ids for c in engine.generate(turn)]
+    assert (engine_module._prefill._cache_size(), engine_module._decode._cache_size()) == sizes
+    assert engine.counters.reused_tokens >= len(prompt)
+    assert said == [alone(model, r) for r in turn]
 
 
 def test_int8_weights_are_a_quarter_and_say_nearly_the_same(model, full):
