@@ -3,7 +3,7 @@
     python -m nanochat_jax.chat --run-dir runs/demo
     python -m nanochat_jax.chat --run-dir runs/demo -p "Who are you?"
 
-Ctrl-C stops an answer; /clear starts again, /exit or Ctrl-D leaves.
+Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import contextlib
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -37,12 +37,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+COMMANDS = {
+    "/temperature": "X   how freely it draws; 0 always takes the likeliest token",
+    "/topk": "N          of the likeliest tokens; 0: all",
+    "/topp": "P          of the fewest tokens whose probability reaches P",
+    "/length": "N        tokens of an answer at most",
+    "/system": "TEXT     what stands before the conversation; alone: nothing",
+    "/again": "          answers the last question anew",
+    "/clear": "          starts again",
+    "/help": "           this",
+    "/exit": "           leaves",
+}
+HISTORY = Path("~/.nanochat_jax_history")  # of what was typed, for the arrow keys
+
+
 class Chat:
     """A conversation with one model."""
 
     def __init__(self, engine, tok, args: argparse.Namespace):
         self.engine, self.tok, self.args = engine, tok, args
-        self.messages: list[dict] = []
+        self.system, self.messages = "", []
         self.seed = random.randrange(2**31) if args.seed is None else args.seed
 
     def ask(self, text: str, out: Console) -> str:
@@ -52,13 +66,19 @@ class Chat:
 
         a, stop = self.args, (self.tok.assistant_end, self.tok.bos)
         asked = [*self.messages, {"role": "user", "content": text}]
-        ids = fit(self.tok, asked, prompt_limit(self.engine, a.max_tokens))
-        request = Request(ids, a.max_tokens, a.temperature, a.top_k, a.top_p, self.seed, stop)
-        said, pieces = "", answer(self.engine, self.tok, request)
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        prompt = fit(self.tok, [*system, *asked], prompt_limit(self.engine, a.max_tokens))
+        if prompt.dropped or prompt.truncated:
+            out.print("[the conversation is longer than the context; a part is left out] ", style="dim", markup=False)
+        request = Request(prompt.ids, a.max_tokens, a.temperature, a.top_k, a.top_p, self.seed, stop)
+        parts, pieces = [], answer(self.engine, self.tok, request)
         try:
             for kind, piece in pieces:
+                if parts and parts[-1]["type"] == kind:
+                    parts[-1]["text"] += piece
+                else:
+                    parts.append({"type": kind, "text": piece})
                 if kind == "text":
-                    said += piece
                     out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
                 elif out.is_terminal:  # the call in grey, its result after an equals sign
                     shown = piece if kind == "python" else f"={piece} "
@@ -68,30 +88,91 @@ class Chat:
             out.print(" [stopped]", style="dim", end="", markup=False)
         out.print()
         self.seed += 1
-        self.messages = [*asked, {"role": "assistant", "content": said}]
+        said = "".join(part["text"] for part in parts if part["type"] == "text")
+        # with its calls, so that the next prompt begins with what the engine has in its cache
+        tools = any(part["type"] != "text" for part in parts)
+        self.messages = [*asked, {"role": "assistant", "content": parts if tools else said}]
         return said
+
+    def command(self, line: str, out: Console) -> bool:
+        """Does what a line that begins with a slash says; False where that is to leave."""
+        name, _, value = line.partition(" ")
+        value = value.strip()
+        if name == "/exit":
+            return False
+        if name == "/clear":
+            self.messages = []
+        elif name == "/system":
+            self.system, self.messages = value, []
+        elif name == "/again":
+            if self.messages:
+                question, self.messages = self.messages[-2]["content"], self.messages[:-2]
+                self.ask(question, out)
+        elif name in SETTINGS:
+            self._set(name, value, out)
+        else:
+            if name != "/help":
+                out.print(f"there is no command {name}", style="dim", markup=False)
+            for known, meaning in COMMANDS.items():
+                out.print(f"{known} {meaning}", style="dim", markup=False, highlight=False)
+        return True
+
+    def _set(self, name: str, value: str, out: Console) -> None:
+        attribute, kind, allowed, rule = SETTINGS[name]
+        try:
+            number = kind(value) if value else getattr(self.args, attribute)
+            if not allowed(number):
+                raise ValueError
+        except ValueError:
+            out.print(f"{name} needs {rule}, not {value}", style="dim", markup=False)
+            return
+        setattr(self.args, attribute, number)
+        out.print(f"{name[1:]} is {number}", style="dim", markup=False)
+
+
+# command -> (attribute of the arguments, type, what is allowed, in words)
+SETTINGS = {
+    "/temperature": ("temperature", float, lambda x: 0 <= x < 100, "a number of 0 or more"),
+    "/topk": ("top_k", int, lambda x: x >= 0, "a whole number of 0 or more"),
+    "/topp": ("top_p", float, lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+    "/length": ("max_tokens", int, lambda x: x >= 1, "a whole number of 1 or more"),
+}
 
 
 def loop(chat: Chat, title: str, out: Console) -> None:
     """Reads questions until the end of input."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() then has a history and can be edited)
-    out.print(f"{title}. /clear starts again, /exit leaves, Ctrl-C stops an answer.", style="dim", markup=False)
+    out.print(f"{title}. /help lists the commands, Ctrl-C stops an answer.", style="dim", markup=False)
     while True:
         try:
             text = input("\nyou: ").strip()
         except (EOFError, KeyboardInterrupt):
             out.print()
             return
-        if text == "/exit":
-            return
-        if text == "/clear":
-            chat.messages = []
-        elif text.startswith("/"):
-            out.print("unknown command; there are /clear and /exit", style="dim")
+        if text.startswith("/"):
+            if not chat.command(text, out):
+                return
         elif text:
             out.print("nanochat: ", end="", style="bold")
             chat.ask(text, out)
+
+
+@contextlib.contextmanager
+def line_history() -> Iterator[None]:
+    """Lets input() be edited and remember what was typed, here and in the next session."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    file = HISTORY.expanduser()
+    with contextlib.suppress(OSError):
+        readline.read_history_file(file)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(file)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,7 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.prompt is not None:
             chat.ask(args.prompt, out)
         else:
-            loop(chat, f"{Path(args.run_dir).name}, stage {loaded.stage}", out)
+            with line_history():
+                loop(chat, f"{Path(args.run_dir).name}, stage {loaded.stage}", out)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

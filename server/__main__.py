@@ -1,11 +1,15 @@
 """Serves a trained model.
 
-python -m server --run-dir runs/demo [--stage rl] [--host 127.0.0.1] [--port 8000]
+    python -m server --run-dir runs/demo [--stage rl] [--host 127.0.0.1] [--port 8000]
+
+NANOCHAT_API_KEY in the environment is the key that /v1 and /metrics want as a bearer token; without it they are open.
 """
 
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -20,7 +24,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be seen from other machines")
     p.add_argument("--port", type=int, default=8000)
-    p.add_argument("--slots", type=int, default=8, help="answers that are made at the same time")
+    p.add_argument("--slots", type=int, default=16, help="answers that are made at the same time; default 16")
+    p.add_argument("--max-waiting", type=int, default=64, help="answers that may wait for a slot; default 64")
+    p.add_argument("--int8", action="store_true", help="weights as 8-bit integers: half the memory, nearly the same")
+    p.add_argument("--cors-origin", action="append", default=[], help="an origin whose pages may call; repeatable")
     return p.parse_args(argv)
 
 
@@ -41,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.slots < 1:
             raise UserError(f"--slots {args.slots} must be at least 1")
+        if args.max_waiting < 0:
+            raise UserError(f"--max-waiting {args.max_waiting} must be at least 0")
         listening = bind(args.host, args.port)
         serve(args, listening)
     except UserError as e:
@@ -63,11 +72,15 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     run = Path(args.run_dir).absolute()
     use_compilation_cache(run.parent / "cache" / "compiled")
     length, tok = loaded.model.cfg.sequence_len, loaded.tokenizer
-    engine = Engine(loaded.model, slots=args.slots, max_len=length, tool=CalculatorTool(tok))
+    engine = Engine(loaded.model, slots=args.slots, max_len=length, tool=CalculatorTool(tok), int8=args.int8)
     engine.generate([Request([tok.bos] * 2, 1, top_k=50)])  # compiles, so that the first visitor need not wait
-    app = create_app(Scheduler(engine), tok, {"run": run.name, "stage": loaded.stage})
+    scheduler = Scheduler(engine, args.max_waiting)
+    about, key = {"run": run.name, "stage": loaded.stage}, os.environ.get("NANOCHAT_API_KEY")
+    app = create_app(scheduler, tok, about, api_key=key, cors_origins=args.cors_origin)
     host, port = listening.getsockname()[:2]
     print(f"{run.name}, stage {loaded.stage}: http://{host}:{port}", file=sys.stderr)
+    if not key and not ipaddress.ip_address(host).is_loopback:
+        print("other machines can reach it, and no NANOCHAT_API_KEY is set: anybody may ask", file=sys.stderr)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
     uvicorn.Server(config).run(sockets=[listening])
 

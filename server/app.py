@@ -1,31 +1,48 @@
-"""The HTTP side: OpenAI's chat completions, streamed or whole, health, and the page."""
+"""The HTTP side: OpenAI's chat completions and completions, what watches them, and the page."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import random
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, Response
+from fastapi.staticfiles import StaticFiles
 
-from nanochat_jax import dialogue, engine
-from nanochat_jax.errors import UserError
-from server.scheduler import Busy, Job, Scheduler, Stopped, Update
-from server.schemas import ChatRequest
+from nanochat_jax import dialogue
+from server import errors, schemas
+from server.answer import Answer, engine_requests
+from server.edge import Edge
+from server.errors import Refused
+from server.metrics import Metrics
+from server.replies import ChatShape, TextShape, reply
+from server.scheduler import Scheduler
+from server.schemas import ChatRequest, CompletionRequest
 
-PAGE = Path(__file__).with_name("page.html")
-LOOK_EVERY = 0.5  # seconds between looks whether a client that waits for a whole answer is still there
+STATIC = Path(__file__).with_name("static")
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",  # asked for again each time, and answered by 304 where the ETag is the same
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+ERRORS = {
+    400: "The request cannot be answered",
+    401: "The API key is missing or wrong",
+    404: "There is no such thing",
+    408: "The body came too slowly",
+    413: "The body is too large",
+    429: "Too many requests are waiting",
+    500: "The server failed",
+}
 
 
-def create_app(scheduler: Scheduler, tok, info: dict) -> FastAPI:
+def create_app(
+    scheduler: Scheduler, tok, info: dict, *, api_key: str | None = None, cors_origins: Sequence[str] = ()
+) -> FastAPI:
     """The application over a scheduler that it starts and stops. `info`: {"run", "stage"}, for the page."""
 
     @contextlib.asynccontextmanager
@@ -34,146 +51,93 @@ def create_app(scheduler: Scheduler, tok, info: dict) -> FastAPI:
         yield
         await run_in_threadpool(scheduler.stop)
 
-    app = FastAPI(title="nanochat_jax", lifespan=lifespan)
-    model = f"{info['run']}/{info['stage']}"
+    app = FastAPI(title="nanochat_jax", lifespan=lifespan, docs_url=None, redoc_url=None, redirect_slashes=False)
+    metrics = Metrics(scheduler)
+    errors.install(app)
+    app.add_middleware(Edge, metrics=metrics, key=api_key)
+    if cors_origins:  # outside of the key: a browser asks for permission without one
+        any_ = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, **any_)
+    _add_watching(app, scheduler, metrics, info)
+    _add_api(app, scheduler, metrics, tok, f"{info['run']}/{info['stage']}")
+    _add_page(app)
+    return app
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, e: RequestValidationError):
-        first = e.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return _error(422, f"{place}: {first['msg']}" if place else first["msg"])
 
-    @app.exception_handler(UserError)
-    async def refused(request: Request, e: UserError):
-        return _error(400, str(e))
+def _documented(*statuses: int, **ok) -> dict:
+    """OpenAPI's `responses`: a 200 as given, and errors."""
+    out = {s: {"description": ERRORS[s], "model": schemas.Error} for s in statuses}
+    return ({200: ok} if ok else {}) | out
 
-    @app.get("/")
-    async def page():
-        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
 
-    @app.get("/health")
+def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: dict) -> None:
+    @app.get("/health", responses={200: {"model": schemas.Health}, 503: {"model": schemas.Health}})
     async def health():
+        """Alive: the engine has not failed."""
         state = {"status": "ok" if scheduler.alive else "failed", **info}
         state |= {"slots": scheduler.engine.slots, **scheduler.counts()}
         return JSONResponse(state, 200 if scheduler.alive else 503)
 
-    @app.get("/v1/models")
+    @app.get("/ready", responses={200: {"model": schemas.Ready}, 503: {"model": schemas.Error}})
+    async def ready():
+        """Requests are taken and worked on."""
+        if scheduler.ready:
+            return JSONResponse({"status": "ready"})
+        return errors.response(503, "the engine does not take requests")
+
+    @app.get("/metrics", response_class=Response, responses=_documented(401, content={"text/plain": {}}))
+    async def prometheus():
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: str) -> None:
+    entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "nanochat_jax"}
+    posted = (400, 401, 408, 413, 429, 500)
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    streams = {"text/event-stream": {"schema": event}}
+
+    @app.get("/v1/models", responses=_documented(401, model=schemas.ModelList))
     async def models():
-        return {"object": "list", "data": [{"id": model, "object": "model", "owned_by": "nanochat_jax"}]}
+        return JSONResponse({"object": "list", "data": [entry]})
 
-    @app.post("/v1/chat/completions")
+    @app.get("/v1/models/{id:path}", responses=_documented(401, 404, model=schemas.Model))
+    async def one_model(id: str):
+        if id != model:
+            return errors.response(404, f"there is no model {id!r}, only {model!r}", "id", "model_not_found")
+        return JSONResponse(entry)
+
+    @app.post("/v1/chat/completions", responses=_documented(*posted, model=schemas.ChatCompletion, content=streams))
     async def chat(body: ChatRequest, request: Request):
-        prompt = await run_in_threadpool(_engine_request, scheduler, tok, body)
-        try:
-            answer = Answer(scheduler, tok, prompt)
-        except Busy:
-            return _error(503, "too many requests are waiting; try again in a moment", {"Retry-After": "2"})
-        except Stopped as e:
-            return _error(500, f"the engine is down: {e}")
-        head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-        if body.stream:
-            return StreamingResponse(_stream(answer, head), media_type="text/event-stream", headers=_NO_BUFFER)
-        return await _whole(answer, head, request)
+        limit = dialogue.prompt_limit(scheduler.engine, body.limit)
+        fitted = await run_in_threadpool(dialogue.fit, tok, body.conversation(), limit)
+        answer = Answer(scheduler, tok, engine_requests(tok, fitted.ids, body), body.stops, metrics)
+        context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
+        extra = {"context": context} if fitted.dropped or fitted.truncated else {}
+        return await reply(answer, ChatShape(tok, body.logprobs), request, body, model, extra)
 
-    return app
-
-
-_NO_BUFFER = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-def _error(status: int, message: str, headers: dict | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"message": message}}, status, headers)
+    @app.post("/v1/completions", responses=_documented(*posted, model=schemas.TextCompletion, content=streams))
+    async def completions(body: CompletionRequest, request: Request):
+        ids = [tok.bos, *await run_in_threadpool(tok.encode, body.prompt)]
+        if len(ids) >= (room := scheduler.engine.max_len):
+            message = f"the prompt is {len(ids)} tokens long, and the context of {room} has to hold an answer too"
+            raise Refused(message, "prompt", "context_length_exceeded")
+        answer = Answer(scheduler, tok, engine_requests(tok, ids, body), body.stops, metrics)
+        return await reply(answer, TextShape(tok, body.logprobs is not None), request, body, model, {})
 
 
-def _engine_request(scheduler: Scheduler, tok, body: ChatRequest) -> engine.Request:
-    """The prompt, fitted into the context. UserError where the messages are no conversation."""
-    limit = dialogue.prompt_limit(scheduler.engine, body.max_tokens)
-    return engine.Request(
-        dialogue.fit(tok, [m.model_dump() for m in body.messages], limit),
-        body.max_tokens,
-        body.temperature,
-        body.top_k,
-        body.top_p,
-        random.randrange(2**31) if body.seed is None else body.seed,
-        (tok.assistant_end, tok.bos),
-    )
+def _add_page(app: FastAPI) -> None:
+    files = Files(directory=STATIC)
+    app.mount("/static", files)
+
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
+    async def page(request: Request):
+        return await files.get_response("index.html", request.scope)
 
 
-class Answer:
-    """One request on its way: updates come from the engine thread into an asyncio queue."""
+class Files(StaticFiles):
+    """The page's files."""
 
-    def __init__(self, scheduler: Scheduler, tok, request: engine.Request):
-        self.request, self._scheduler, self._pieces = request, scheduler, dialogue.Pieces(tok)
-        loop, self._updates = asyncio.get_running_loop(), asyncio.Queue()
-
-        def deliver(update: Update) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(self._updates.put_nowait, update)
-
-        self.completion: engine.Completion | None = None
-        self._job: Job = scheduler.submit(request, deliver)
-
-    async def pieces(self) -> AsyncIterator[tuple[str, str]]:
-        """(kind, text) as they are made. Stopped where the engine fails. Leaving early cancels the request."""
-        try:
-            while self.completion is None:
-                update = await self._updates.get()
-                if update.error is not None:
-                    raise update.error
-                for piece in self._pieces.push(update.ids):
-                    yield piece
-                self.completion = update.completion
-            for piece in self._pieces.flush():
-                yield piece
-        finally:
-            if self.completion is None:
-                self._scheduler.cancel(self._job)
-
-    def usage(self) -> dict:
-        prompt, made = len(self.request.ids), len(self.completion.ids)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
-
-
-def _event(value) -> str:
-    return f"data: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def _stream(answer: Answer, head: dict) -> AsyncIterator[str]:
-    """Server-sent events: chat.completion.chunk objects, then [DONE]. A tool's part comes as delta.tool."""
-
-    def chunk(delta: dict, reason: str | None = None, **more) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return _event({**head, "object": "chat.completion.chunk", "choices": [choice], **more})
-
-    yield chunk({"role": "assistant", "content": ""})
-    async with contextlib.aclosing(answer.pieces()) as pieces:
-        try:
-            async for kind, text in pieces:
-                yield chunk({"content": text} if kind == "text" else {"tool": {"type": kind, "text": text}})
-        except Stopped as e:
-            yield _event({"error": {"message": f"the engine is down: {e}"}})
-        else:
-            yield chunk({}, answer.completion.finish_reason, usage=answer.usage())
-    yield _event("[DONE]")
-
-
-async def _whole(answer: Answer, head: dict, request: Request) -> JSONResponse:
-    """The answer in one object; given up where the client has gone."""
-
-    async def collect() -> str:
-        async with contextlib.aclosing(answer.pieces()) as pieces:
-            return "".join([text async for kind, text in pieces if kind == "text"])
-
-    task = asyncio.ensure_future(collect())
-    try:
-        while not (await asyncio.wait([task], timeout=LOOK_EVERY))[0]:
-            if await request.is_disconnected():
-                return _error(499, "the client has gone")
-        text = task.result()
-    except Stopped as e:
-        return _error(500, f"the engine is down: {e}")
-    finally:
-        task.cancel()
-    message = {"role": "assistant", "content": text}
-    choice = {"index": 0, "message": message, "finish_reason": answer.completion.finish_reason}
-    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": answer.usage()})
+    def file_response(self, *args, **kwargs) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response

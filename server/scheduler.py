@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nanochat_jax.engine import Completion, Engine, Request, Ticket
+from nanochat_jax.errors import UserError
 
 
 class Busy(Exception):
-    """More requests wait than may."""
+    """More requests wait than may. `retry_after`: seconds until there should be room."""
+
+    def __init__(self, retry_after: int):
+        super().__init__(retry_after)
+        self.retry_after = retry_after
 
 
 class Stopped(Exception):
@@ -22,16 +30,22 @@ class Stopped(Exception):
 class Update:
     """New ids of a request; the completion when it has ended; an error when it never will."""
 
-    ids: list[int]
+    ids: Sequence[int] = ()
+    logprobs: Sequence = ()  # as long as ids, or empty where none were asked for
     completion: Completion | None = None
     error: Exception | None = None
+
+
+Deliver = Callable[[int, Update], None]  # (which of the requests, what is new); called in the engine thread
 
 
 @dataclass(eq=False)
 class Job:
     request: Request
-    deliver: Callable[[Update], None]  # called in the engine thread
+    index: int  # among the requests that were submitted with it
+    deliver: Deliver
     ticket: Ticket | None = None
+    began: float | None = None  # when its first ids came
     cancelled: bool = False
     ended: bool = False
 
@@ -43,7 +57,9 @@ class Scheduler:
         self.engine, self.failure = engine, None
         self._max_waiting, self._inbox = max_waiting, queue.Queue()
         self._jobs: dict[Ticket, Job] = {}  # only the engine thread touches it
-        self._lock, self._unended, self._stopping = threading.Lock(), 0, False
+        self._lock, self._stopping = threading.Lock(), False
+        self._unended: set[Job] = set()  # under the lock
+        self._took: deque[float] = deque(maxlen=32)  # seconds in a slot of those that ended last
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -58,29 +74,41 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
+        """Not failed and not stopping; it may not have been started yet."""
         return self.failure is None and not self._stopping
+
+    @property
+    def ready(self) -> bool:
+        """Requests are taken and worked on."""
+        return self.alive and self._thread.is_alive()
 
     def counts(self) -> dict[str, int]:
         """{"active": requests in slots, "queued": requests that wait for one}."""
         active = self.engine.active
-        return {"active": active, "queued": max(0, self._unended - active)}
+        return {"active": active, "queued": max(0, len(self._unended) - active)}
 
-    def submit(self, request: Request, deliver: Callable[[Update], None]) -> Job:
-        """Busy where too many wait, Stopped where the engine is down."""
+    def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Job]:
+        """All of them or none: Busy where too many wait, Stopped where the engine is down."""
+        jobs = [Job(request, i, deliver) for i, request in enumerate(requests)]
         with self._lock:
             if not self.alive:
                 raise Stopped(str(self.failure or "the server is stopping"))
-            if self._unended >= self.engine.slots + self._max_waiting:
-                raise Busy
-            self._unended += 1
-            job = Job(request, deliver)
-            self._inbox.put(job)
-        return job
+            if len(self._unended) + len(jobs) > self.engine.slots + self._max_waiting:
+                raise Busy(self._retry_after(len(jobs)))
+            self._unended.update(jobs)
+            for job in jobs:
+                self._inbox.put(job)
+        return jobs
 
     def cancel(self, job: Job) -> None:
-        """The client has gone. Nothing where the job has ended."""
+        """Nobody wants the rest. Nothing where the job has ended."""
         job.cancelled = True
         self._inbox.put(job)
+
+    def _retry_after(self, wanted: int) -> int:
+        """Whole seconds until `wanted` of those that run should have ended, from how long the last ones took."""
+        took = sum(self._took) / len(self._took) if self._took else 1.0
+        return min(60, max(1, math.ceil(took * wanted / self.engine.slots)))
 
     # ---------------------------------------------------------------------------------------------- the thread
 
@@ -92,15 +120,14 @@ class Scheduler:
                     job = self._jobs[event.ticket]
                     if event.completion is not None:
                         del self._jobs[event.ticket]
-                    self._deliver(job, Update(event.ids, event.completion))
+                    self._deliver(job, Update(event.ids, event.logprobs, event.completion))
         except Exception as e:
             self.failure = e
         with self._lock:
             self._stopping = True
         error = Stopped(str(self.failure or "the server is stopping"))
-        for job in [*self._jobs.values(), *self._drained()]:
-            if not job.ended:
-                self._deliver(job, Update([], error=error))
+        for job in list(self._unended):
+            self._deliver(job, Update(error=error))
 
     def _read_inbox(self) -> None:
         """Takes everything that has come; waits for something where there is nothing to do."""
@@ -111,23 +138,28 @@ class Scheduler:
                 return
             if job is None or job.ended:
                 continue
-            if job.ticket is None and not job.cancelled:
-                job.ticket = self.engine.submit(job.request)
-                self._jobs[job.ticket] = job
-            elif job.ticket is None:
-                self._deliver(job, Update([], Completion(finish_reason="cancelled")))
-            else:
+            if job.ticket is not None:
                 self.engine.cancel(job.ticket)
+            elif job.cancelled:
+                self._deliver(job, Update(completion=Completion(finish_reason="cancelled")))
+            else:
+                self._begin(job)
 
-    def _drained(self) -> list[Job]:
-        out = []
-        while not self._inbox.empty():
-            out.append(self._inbox.get())
-        return [job for job in dict.fromkeys(out) if job is not None and job.ticket is None]
+    def _begin(self, job: Job) -> None:
+        try:
+            job.ticket = self.engine.submit(job.request)
+        except ValueError as e:  # this request's fault, and no other's
+            return self._deliver(job, Update(error=UserError(str(e))))
+        self._jobs[job.ticket] = job
 
     def _deliver(self, job: Job, update: Update) -> None:
+        now = time.perf_counter()
+        if update.ids and job.began is None:
+            job.began = now
         if update.completion is not None or update.error is not None:
             with self._lock:
-                self._unended -= not job.ended
+                self._unended.discard(job)
+                if job.began is not None:
+                    self._took.append(now - job.began)
             job.ended = True
-        job.deliver(update)
+        job.deliver(job.index, update)

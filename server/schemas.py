@@ -1,35 +1,312 @@
-"""What the API takes: a part of OpenAI's chat completions. A field that is not here is refused, not ignored."""
+"""What the API takes and gives: OpenAI's chat completions and completions. An unknown field is refused, not ignored."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_MESSAGES = 500
-MAX_CHARS = 200_000  # of all messages together
+MAX_CHARS = 200_000  # of all messages together, or of a prompt
+MAX_LOGPROBS = 20
+UNSUPPORTED = {
+    "tools": "tools are not supported: the model has a calculator of its own, and no others",
+    "tool_choice": "tools are not supported: the model has a calculator of its own, and no others",
+    "functions": "functions are not supported: the model has a calculator of its own, and no others",
+    "logit_bias": "logit_bias is not supported",
+    "best_of": "best_of is not supported; ask for several with n",
+    "echo": "echo is not supported: the answer is what follows the prompt",
+    "suffix": "suffix is not supported: the model goes on from the end of the prompt",
+}
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    role: Literal["system", "user", "assistant"]
-    content: str
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"not valid Unicode: a lone surrogate at character {e.start}") from None
+    return text
 
 
-class ChatRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    model: str | None = None  # accepted for OpenAI's clients; there is one model
-    stream: bool = False
-    temperature: float = Field(0.6, ge=0, le=2)  # 0: greedy
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(50, ge=0, le=1000)  # 0: all
-    max_tokens: int = Field(256, ge=1, le=8192)
-    seed: int | None = Field(None, ge=0)
+Text = Annotated[str, AfterValidator(_unicode)]
+Stop = Annotated[Text, Field(max_length=500)]
+
+
+class Strict(BaseModel):
+    """Takes exactly what it declares: no other fields, no number as a string."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class AssistantPart(Strict):
+    type: Literal["text", "python", "python_output"]
+    text: Text
+
+
+class ToolCall(Strict):
+    name: str
+    input: str
+    output: str
+
+
+class SystemMessage(Strict):
+    role: Literal["system", "developer"]
+    content: Text | list[TextPart]
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: Text | list[TextPart]
+
+
+class AssistantMessage(Strict):
+    """What the model said, as a string or in the parts it said it in. `tool` may come back from an answer, unread."""
+
+    role: Literal["assistant"]
+    content: Text | list[AssistantPart]
+    tool: list[ToolCall] | None = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+
+
+class ResponseFormat(Strict):
+    type: Literal["text"]  # a small model keeps to no schema
+
+
+class Sampling(Strict):
+    """What both kinds of request share. null stands for a field's default, as clients send it."""
+
+    model: str | None = None  # there is one model, whatever this says
+    n: int | None = Field(1, ge=1, le=8)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(256, ge=1, le=1_000_000)
+    temperature: float | None = Field(0.6, ge=0, le=2)  # 0: greedy
+    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(50, ge=0, le=1_000_000)  # 0: all; not OpenAI's
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    presence_penalty: float | None = Field(0, ge=0, le=0)  # taken where they change nothing
+    frequency_penalty: float | None = Field(0, ge=0, le=0)
+    user: str | None = None  # taken from OpenAI's clients; nothing is kept
+    metadata: dict[str, str] | None = None
+    store: bool | None = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _supported(cls, data):
+        for name in data if isinstance(data, dict) else ():
+            if name in UNSUPPORTED and name not in cls.model_fields:
+                raise ValueError(UNSUPPORTED[name])
+        return data
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value, info):
+        field = cls.model_fields[info.field_name]
+        return field.default if value is None and not field.is_required() else value
 
     @model_validator(mode="after")
     def _bounded(self):
-        chars = sum(len(m.content) for m in self.messages)
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is for streams: set stream")
+        if self.store:
+            raise ValueError("store is not supported: nothing is kept")
+        chars = self.chars()
         if chars > MAX_CHARS:
-            raise ValueError(f"the messages are {chars} characters long; {MAX_CHARS} is the limit")
+            raise ValueError(f"the text is {chars} characters long; {MAX_CHARS} is the limit")
         return self
+
+    def chars(self) -> int:
+        """The length of the text to answer."""
+        raise NotImplementedError
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings; an empty one is none."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [s for s in given if s]
+
+
+class ChatRequest(Sampling):
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)  # OpenAI's new name, which wins
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _top_of_logprobs(self):
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    def chars(self) -> int:
+        return sum(len(_text(m.content)) for m in self.messages)
+
+    @property
+    def limit(self) -> int:
+        """New tokens at most."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int:
+        """Of how many likely tokens beside the chosen one; -1: none at all."""
+        return self.top_logprobs if self.logprobs else -1
+
+    def conversation(self) -> list[dict]:
+        """The messages as the renderer takes them: a developer is a system, and only an assistant has parts."""
+        out = []
+        for m in self.messages:
+            role = "system" if m.role == "developer" else m.role
+            content = m.model_dump()["content"] if role == "assistant" else _text(m.content)
+            out.append({"role": role, "content": content})
+        return out
+
+
+class CompletionRequest(Sampling):
+    prompt: Text
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    def chars(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def limit(self) -> int:
+        """New tokens at most."""
+        return self.max_tokens
+
+    @property
+    def wanted_logprobs(self) -> int:
+        """Of how many likely tokens beside the chosen one; -1: none at all."""
+        return -1 if self.logprobs is None else self.logprobs
+
+
+def _text(content) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+# ------------------------------------------------------------------- what is given, for the document of the API
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Context(BaseModel):
+    """Only where the conversation was longer than the context."""
+
+    dropped_messages: int
+    truncated: bool
+
+
+class ChatLogprob(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTopLogprob(ChatLogprob):
+    top_logprobs: list[ChatLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatTopLogprob]
+
+
+class Reply(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    tool: list[ToolCall] = []
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: Reply
+    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    context: Context | None = None
+
+
+class TextLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: TextLogprobs | None = None
+
+
+class TextCompletion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(BaseModel):
+    status: Literal["ok", "failed"]
+    run: str
+    stage: str
+    slots: int
+    active: int
+    queued: int
+
+
+class Ready(BaseModel):
+    status: Literal["ready"]
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class Error(BaseModel):
+    error: ErrorDetail

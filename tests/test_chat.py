@@ -1,4 +1,4 @@
-"""Dialogue: fitting the context, showing pieces; and chatting in the terminal."""
+"""Chatting in the terminal."""
 
 import io
 import itertools
@@ -6,45 +6,10 @@ import itertools
 import pytest
 from evals_fakes import tiny_model
 from rich.console import Console
-from test_server import TOK, Scripted
+from server_fakes import TOK, Scripted
 
 from nanochat_jax import chat, dialogue
 from nanochat_jax.engine import Engine, Request
-
-
-def talk(*lengths, system=None):
-    turns = [{"role": ("user", "assistant")[i % 2], "content": chr(97 + i) * n} for i, n in enumerate(lengths)]
-    return ([{"role": "system", "content": system}] if system else []) + turns
-
-
-@pytest.mark.parametrize("limit", [5, 6, 20, 40, 500])
-def test_fit_never_passes_the_limit_and_ends_with_the_question(limit):
-    for lengths in itertools.product((1, 30), (1, 30), (0, 1, 100)):
-        for system in (None, "be kind"):
-            ids = dialogue.fit(TOK, talk(*lengths, system=system), limit)
-            assert len(ids) <= limit and ids[0] == TOK.bos and ids[1] == TOK.user_start
-            assert ids[-2:] == [TOK.user_end, TOK.assistant_start]
-
-
-def test_fit_drops_the_oldest_and_keeps_the_system_message_and_the_end():
-    whole = dialogue.fit(TOK, talk(5, 5, 5, 5, 5, system="S"), 500)
-    assert bytes(i for i in whole if i < 256) == b"S\n\naaaaabbbbbcccccdddddeeeee"
-    shorter = dialogue.fit(TOK, talk(5, 5, 5, 5, 5, system="S"), len(whole) - 1)
-    assert bytes(i for i in shorter if i < 256) == b"S\n\ncccccdddddeeeee"
-    one = dialogue.fit(TOK, [{"role": "user", "content": "0123456789"}], 4 + 3)
-    assert bytes(i for i in one if i < 256) == b"789"
-
-
-def test_pieces_join_what_is_of_one_kind_and_wait_for_whole_characters():
-    pieces = dialogue.Pieces(TOK)
-    snow = "雪".encode()
-    assert pieces.push([*b"a", snow[0]]) == [("text", "a")]
-    assert pieces.push([*snow[1:], TOK.python_start, *b"1+1"]) == [("text", "雪"), ("python", "1+1")]
-    assert pieces.push([TOK.python_end, TOK.output_start, *b"2", TOK.output_end, *b"!", snow[0]]) == [
-        ("python_output", "2"),
-        ("text", "!"),
-    ]
-    assert pieces.flush() == [("text", "\ufffd")]
 
 
 def arguments(**changes):
@@ -60,7 +25,8 @@ def test_ask_prints_what_is_visible_and_remembers(capsys):
     talk_ = chat.Chat(engine, TOK, arguments())
     out = Console(file=io.StringIO())
     assert talk_.ask("1+2?", out) == "It is 3 – drei" and out.file.getvalue() == "It is 3 – drei\n"
-    assert [m["content"] for m in talk_.messages] == ["1+2?", "It is 3 – drei"]
+    question, reply = (m["content"] for m in talk_.messages)
+    assert question == "1+2?" and [p["type"] for p in reply] == ["text", "python", "python_output", "text"]
     talk_.ask("again", out)
     assert engine.seen[1].seed == 2 and len(engine.seen[1].ids) > len(engine.seen[0].ids) + 10
 
@@ -82,12 +48,32 @@ def test_ctrl_c_stops_the_answer_alone(monkeypatch):
 
 def test_loop_commands(monkeypatch):
     engine, out = Scripted([*b"yes"]), Console(file=io.StringIO())
-    lines = iter(["hello", "", "/what", "/clear", "bye", "/exit"])
+    lines = iter(["hello", "", "/what", "/clear", "/system be brief", "/temperature 0.1", "/topk x", "/topp 2", "bye"])
+    lines = itertools.chain(lines, ["/again", "/length 7", "/topp", "more", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     talk_ = chat.Chat(engine, TOK, arguments())
     chat.loop(talk_, "demo", out)
-    assert [m["content"] for m in talk_.messages] == ["bye", "yes"]
-    assert "unknown command" in out.file.getvalue()
+    assert [m["content"] for m in talk_.messages] == ["bye", "yes", "more", "yes"]
+    hello, bye, again, more = engine.seen
+    assert b"be brief" in TOK.decode_bytes(bye.ids) and bye.temperature == 0.1 and bye.top_k == arguments().top_k
+    assert again.ids == bye.ids and again.seed != bye.seed
+    assert more.max_new_tokens == 7 and more.ids[: len(bye.ids)] == bye.ids
+    said = out.file.getvalue()
+    assert "no command /what" in said and "/temperature" in said
+    assert "/topk needs a whole number" in said and "/topp needs" in said and "topp is 1.0" in said
+    assert next(lines) == "never"
+
+
+def test_what_was_typed_is_remembered(tmp_path, monkeypatch):
+    readline = pytest.importorskip("readline")
+    monkeypatch.setattr(chat, "HISTORY", tmp_path / "history")
+    readline.clear_history()
+    with chat.line_history():
+        readline.add_history("who are you")
+    readline.clear_history()
+    with chat.line_history():
+        assert readline.get_history_item(1) == "who are you"
+    readline.clear_history()
 
 
 def test_answer_with_the_engine_equals_generate():

@@ -1,0 +1,82 @@
+"""One request to the API on its way: n jobs of the engine, whose ids become text in the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import random
+import time
+from collections.abc import AsyncIterator
+
+from nanochat_jax import engine
+from server.choice import Choice, Shown
+from server.metrics import Metrics
+from server.scheduler import Scheduler, Update
+from server.schemas import Sampling
+
+
+def engine_requests(tok, ids: list[int], body: Sampling) -> list[engine.Request]:
+    """n requests for one prompt, with seeds that count up from the one that was given."""
+    seed = random.randrange(2**31) if body.seed is None else body.seed
+    stops = (tok.assistant_end, tok.bos)
+    first = engine.Request(
+        ids, body.limit, body.temperature, body.top_k, body.top_p, seed, stops, logprobs=body.wanted_logprobs
+    )
+    return [dataclasses.replace(first, seed=seed + i) for i in range(body.n)]
+
+
+class Answer:
+    """Submits `requests`, all or none: Busy where there is no room for them, Stopped where the engine is down.
+
+    Whoever makes one calls `close`, which frees the slots of what has not ended.
+    """
+
+    def __init__(self, scheduler: Scheduler, tok, requests: list[engine.Request], stops: list[str], metrics: Metrics):
+        self.choices = [Choice(tok, stops) for _ in requests]
+        self._scheduler, self._metrics, self._began = scheduler, metrics, time.perf_counter()
+        self._n_prompt, self._first = len(requests[0].ids), True
+        loop, self._updates = asyncio.get_running_loop(), asyncio.Queue()
+
+        def deliver(index: int, update: Update) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(self._updates.put_nowait, (index, update))
+
+        self._jobs = scheduler.submit(requests, deliver)
+
+    async def shown(self) -> AsyncIterator[tuple[int, list[Shown]]]:
+        """(index of a choice, what may be shown of it now) as it is made; the last of a choice has its `reason` set.
+
+        Raises Stopped where the engine fails.
+        """
+        while any(c.reason is None for c in self.choices):
+            index, update = await self._updates.get()
+            choice = self.choices[index]
+            if choice.reason is not None:
+                continue
+            if update.error is not None:
+                raise update.error
+            if self._first and update.ids:
+                self._first = False
+                self._metrics.first_token.observe(time.perf_counter() - self._began)
+            parts = choice.push(update.ids, update.logprobs)
+            if update.completion is not None:
+                parts += choice.finish(update.completion.finish_reason)
+            elif choice.reason is not None:  # a stop string: the engine need not go on
+                self._scheduler.cancel(self._jobs[index])
+            if parts or choice.reason is not None:
+                yield index, parts
+
+    def close(self) -> None:
+        """Cancels what has not ended."""
+        for choice, job in zip(self.choices, self._jobs):
+            if choice.reason is None:
+                self._scheduler.cancel(job)
+
+    def usage(self) -> dict:
+        made = sum(c.n_ids for c in self.choices)
+        return {
+            "prompt_tokens": self._n_prompt,
+            "completion_tokens": made,
+            "total_tokens": self._n_prompt + made,
+        }

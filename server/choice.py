@@ -1,0 +1,129 @@
+"""One answer as it is made: ids become text, text that may begin a stop string waits, and a stop string ends it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nanochat_jax.dialogue import Piece, Reader
+
+
+class Token(NamedTuple):
+    """A visible token: its log-probability, those of the likeliest ones, and where in the text it begins."""
+
+    id: int
+    logprob: float
+    top: Sequence[tuple[int, float]]
+    offset: int
+
+
+@dataclass
+class Shown:
+    """Text of one kind that may be shown now, and its tokens where log-probabilities were asked for."""
+
+    kind: str  # text, python or python_output
+    text: str
+    call: int
+    tokens: list[Token]
+
+
+class Choice:
+    """Takes ids, gives what may be shown. `reason` is set when it has ended; `text` and `calls` are what was shown.
+
+    A stop string is looked for in the visible text alone, and is not shown. What waits, waits with all that follows
+    it, so that the calls of a tool stay at their places.
+    """
+
+    def __init__(self, tok, stops: Sequence[str] = ()):
+        self.reason: str | None = None
+        self.text, self.calls, self.tokens = "", [], []
+        self.n_ids = 0  # how many were taken
+        self._tok, self._reader, self._stops = tok, Reader(tok), stops
+        self._waiting: deque[Shown] = deque()
+        self._held = ""  # the visible text of what waits
+
+    def push(self, ids: Sequence[int], logprobs: Sequence = ()) -> list[Shown]:
+        """What may be shown now. `logprobs`: as long as ids, or empty. After the end nothing is taken any more."""
+        out: list[Shown] = []
+        for i, id in enumerate(ids):
+            if self.reason is not None:
+                break
+            self.n_ids += 1
+            self._take(out, self._reader.push(id), id, logprobs[i] if logprobs else None)
+        return out
+
+    def finish(self, reason: str) -> list[Shown]:
+        """The rest, when the engine has ended it, for `reason`."""
+        out: list[Shown] = []
+        if self.reason is None:
+            self._take(out, self._reader.flush())
+        if self.reason is None:
+            self._show(out, len(self._held))
+            self.reason = reason
+        return out
+
+    def _take(self, out: list[Shown], piece: Piece, id: int = -1, logprob=None) -> None:
+        offset = len(self.text) + len(self._held)
+        visible = logprob is not None and piece.kind == "text" and self._tok.decode_bytes([id])
+        tokens = [Token(id, logprob.logprob, logprob.top, offset)] if visible else []
+        if piece.text or tokens:
+            self._waiting.append(Shown(piece.kind, piece.text, piece.call, tokens))
+        if piece.kind == "text":
+            self._held += piece.text
+        at, keep = self._stop()
+        self._show(out, len(self._held) - keep if at is None else at)
+        if at is not None:
+            self._waiting.clear()
+            self.reason = "stop"
+
+    def _stop(self) -> tuple[int | None, int]:
+        """(where in the held text the first stop string begins, or None; how many last characters may begin one)."""
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        longest = max(map(len, self._stops), default=1) - 1
+        may_begin = (
+            n
+            for n in range(min(longest, len(self._held)), 0, -1)
+            if any(stop.startswith(self._held[-n:]) for stop in self._stops)
+        )
+        return min(found, default=None), next(may_begin, 0)
+
+    def _show(self, out: list[Shown], chars: int) -> None:
+        """Moves what waits to `out`, up to `chars` characters of visible text."""
+        while self._waiting:
+            first = self._waiting[0]
+            if first.kind == "text" and len(first.text) > chars:
+                if chars == 0:
+                    return
+                first, rest = _split(first, chars)
+                self._waiting[0] = rest
+            else:
+                self._waiting.popleft()
+            if first.kind == "text":
+                chars -= len(first.text)
+                self.text += first.text
+                self._held = self._held[len(first.text) :]
+                self.tokens += first.tokens
+            else:
+                self._note(first)
+            _append(out, first)
+
+    def _note(self, part: Shown) -> None:
+        while len(self.calls) <= part.call:
+            self.calls.append({"name": "calculator", "input": "", "output": ""})
+        self.calls[part.call]["input" if part.kind == "python" else "output"] += part.text
+
+
+def _split(part: Shown, at: int) -> tuple[Shown, Shown]:
+    """A text in two; its tokens go with the first, where they begin."""
+    return Shown(part.kind, part.text[:at], part.call, part.tokens), Shown(part.kind, part.text[at:], part.call, [])
+
+
+def _append(out: list[Shown], part: Shown) -> None:
+    """Adds a part, to the last one where it goes on with it."""
+    if out and (out[-1].kind, out[-1].call) == (part.kind, part.call):
+        out[-1].text += part.text
+        out[-1].tokens += part.tokens
+    else:
+        out.append(part)

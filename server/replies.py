@@ -1,0 +1,173 @@
+"""What an answer looks like on the wire: OpenAI's chat completions and completions, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from server import errors
+from server.answer import Answer
+from server.choice import Choice, Shown, Token
+from server.scheduler import Stopped
+
+
+class ChatShape:
+    """Chat completions. The calculator's calls are in `tool`, which OpenAI has not; `content` is what is visible."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, tok, logprobs: bool):
+        self._tok, self._logprobs = tok, logprobs
+
+    def opening(self, index: int) -> dict | None:
+        """What a stream says of a choice before its first token."""
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def part(self, index: int, part: Shown) -> dict | None:
+        if part.kind == "text":
+            return self._chunk(index, {"content": part.text}, part.tokens)
+        says = "input" if part.kind == "python" else "output"
+        return self._chunk(index, {"tool": {"index": part.call, "name": "calculator", says: part.text}})
+
+    def closing(self, index: int, reason: str) -> dict:
+        return {**self._chunk(index, {}), "finish_reason": reason}
+
+    def whole(self, index: int, choice: Choice) -> dict:
+        message = {"role": "assistant", "content": choice.text}
+        if choice.calls:
+            message["tool"] = choice.calls
+        out = {"index": index, "message": message, "finish_reason": choice.reason}
+        return out | self._told(choice.tokens)
+
+    def _chunk(self, index: int, delta: dict, tokens: Sequence[Token] = ()) -> dict:
+        return {"index": index, "delta": delta, "finish_reason": None} | (self._told(tokens) if tokens else {})
+
+    def _told(self, tokens: Sequence[Token]) -> dict:
+        if not self._logprobs:
+            return {}
+        content = [
+            {**self._one(t.id, t.logprob), "top_logprobs": [self._one(id, logprob) for id, logprob in t.top]}
+            for t in tokens
+        ]
+        return {"logprobs": {"content": content}}
+
+    def _one(self, id: int, logprob: float) -> dict:
+        return {"token": self._tok.decode([id]), "logprob": logprob, "bytes": list(self._tok.decode_bytes([id]))}
+
+
+class TextShape:
+    """Completions, OpenAI's older API: text that goes on from text."""
+
+    kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(self, tok, logprobs: bool):
+        self._tok, self._logprobs = tok, logprobs
+
+    def opening(self, index: int) -> dict | None:
+        return None
+
+    def part(self, index: int, part: Shown) -> dict | None:
+        return self._chunk(index, part.text, part.tokens) if part.kind == "text" else None
+
+    def closing(self, index: int, reason: str) -> dict:
+        return self._chunk(index, "", [], reason)
+
+    def whole(self, index: int, choice: Choice) -> dict:
+        return self._chunk(index, choice.text, choice.tokens, choice.reason)
+
+    def _chunk(self, index: int, text: str, tokens: Sequence[Token], reason: str | None = None) -> dict:
+        out = {"index": index, "text": text, "finish_reason": reason}
+        if self._logprobs:
+            out["logprobs"] = {
+                "tokens": [self._tok.decode([t.id]) for t in tokens],
+                "token_logprobs": [t.logprob for t in tokens],
+                "top_logprobs": [{self._tok.decode([id]): logprob for id, logprob in t.top} for t in tokens],
+                "text_offset": [t.offset for t in tokens],
+            }
+        return out
+
+
+async def reply(answer: Answer, shape: ChatShape | TextShape, request: Request, body, model: str, extra: dict):
+    """The response to a request: `extra` is said beside the choices, once."""
+    head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    if body.stream:
+        events = _events(answer, shape, {**head, "object": shape.chunk_kind}, body.include_usage, extra)
+        return Stream(answer, events)
+    return await _whole(answer, shape, request, {**head, "object": shape.kind, **extra})
+
+
+class Stream(StreamingResponse):
+    """Server-sent events, after which the answer is closed, also where the client left before the first one."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, answer: Answer, events: AsyncIterator[str]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._answer = answer
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.close()
+
+
+async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra: dict) -> AsyncIterator[str]:
+    def event(choices: list, **more) -> str:
+        usage = {"usage": None} if include_usage else {}
+        return _data({**head, "choices": choices, **usage, **more})
+
+    opening = [chunk for i in range(len(answer.choices)) if (chunk := shape.opening(i))]
+    if opening or extra:
+        yield event(opening, **extra)
+    try:
+        async for index, parts in answer.shown():
+            for chunk in filter(None, (shape.part(index, p) for p in parts)):
+                yield event([chunk])
+            if reason := answer.choices[index].reason:
+                yield event([shape.closing(index, reason)])
+    except Stopped as e:
+        yield _data(errors.detail(500, f"the engine is down: {e}", code="engine_down"))
+    else:
+        if include_usage:
+            yield event([], usage=answer.usage())
+    yield "data: [DONE]\n\n"
+
+
+def _data(value: dict) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _whole(answer: Answer, shape, request: Request, head: dict) -> JSONResponse:
+    """The answer in one object; given up as soon as the client has gone."""
+    making = asyncio.ensure_future(_finished(answer))
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([making, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not making.done():
+            return errors.response(499, "the client has gone")
+        making.result()
+    finally:
+        making.cancel()
+        gone.cancel()
+        answer.close()
+    choices = [shape.whole(i, choice) for i, choice in enumerate(answer.choices)]
+    return JSONResponse({**head, "choices": choices, "usage": answer.usage()})
+
+
+async def _finished(answer: Answer) -> None:
+    async with contextlib.aclosing(answer.shown()) as shown:
+        async for _ in shown:
+            pass
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,176 @@
+// One message of a conversation on the page.
+
+import { copyButton, el, icon, iconButton } from "./dom.js";
+import { chipMark, Markdown, plainSource } from "./markdown.js";
+
+/** What was said, without the calculator's part. */
+export function textOf(message) {
+  if (message.role === "user") return message.text;
+  return message.parts.filter(part => part.type === "text").map(part => part.text).join("");
+}
+
+/** A message as the API takes it; of a reply with calculator calls exactly what the model said. */
+export function contentOf(message) {
+  if (message.role === "user") return message.text;
+  if (message.parts.every(part => part.type === "text")) return textOf(message);
+  return message.parts.map(({ type, text }) => ({ type, text }));
+}
+
+/** Adds what a chunk of the stream says to a reply. */
+export function take(reply, chunk) {
+  if (chunk.context) reply.context = chunk.context;
+  if (chunk.usage) Object.assign(reply, { tokens: chunk.usage.completion_tokens, exact: true });
+  const choice = chunk.choices?.[0];
+  if (!choice) return;
+  const { content, tool } = choice.delta ?? {};
+  const part = (type, index) => {
+    const last = reply.parts.at(-1);
+    if (last?.type === type && last.index === index) return last;
+    const fresh = { type, text: "", index };
+    reply.parts.push(fresh);
+    return fresh;
+  };
+  if (content) part("text").text += content;
+  if (tool?.input) part("python", tool.index).text += tool.input;
+  if (tool?.output) part("python_output", tool.index).text += tool.output;
+  if ((content || tool) && !reply.exact) reply.tokens++;  // nearly: a piece is mostly one token
+  if (choice.finish_reason) reply.finish = choice.finish_reason;
+}
+
+/** [Markdown source, calls]: the parts of a reply, a mark where each call of the calculator was. */
+function sourceOf(reply) {
+  let source = "";
+  const calls = [];
+  for (const part of reply.parts) {
+    if (part.type === "text") source += plainSource(part.text);
+    else if (part.type === "python" || !calls.length || calls.at(-1).output) {
+      source += chipMark(calls.length);
+      calls.push({ input: "", output: "", [part.type === "python" ? "input" : "output"]: part.text });
+    } else calls.at(-1).output = part.text;
+  }
+  return [source, calls];
+}
+
+function chip({ input, output }) {
+  return el("span", { className: "chip", title: "Worked out by the calculator" },
+    icon("calculator"), el("span", { className: "visually-hidden" }, "calculator: "),
+    el("span", {}, input), el("span", { className: "equals" }, " = "), el("strong", {}, output || "…"));
+}
+
+function speedOf(reply) {
+  if (!reply.tokens || !reply.seconds) return "";
+  const rate = reply.tokens / reply.seconds;
+  const speed = `${rate < 10 ? rate.toFixed(1) : Math.round(rate)} tokens/s`;
+  return reply.exact ? `${reply.tokens} tokens · ${speed}` : `≈ ${speed}`;
+}
+
+const counted = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
+
+function notesOf(reply, state) {
+  const notes = [];
+  const { dropped_messages: dropped, truncated } = reply.context ?? {};
+  const unseen = dropped && counted(dropped, "message");
+  if (unseen) notes.push(`The conversation is too long for the model: it did not see the first ${unseen}.`);
+  if (truncated) notes.push("Your message is too long for the model: it saw only a part.");
+  if (state === "stopped") notes.push("Stopped.");
+  if (state === "elsewhere") notes.push("Being written in another tab …");
+  if (state === "interrupted") notes.push("Interrupted: the page was closed or reloaded before the reply was whole.");
+  if (reply.finish === "length") notes.push("Cut off at the length set in the settings.");
+  return notes;
+}
+
+/** `actions`: edit(message, text), regenerate(), copy is its own. */
+export class MessageView {
+  constructor(message, actions) {
+    this.message = message;
+    this.actions = actions;
+    const user = message.role === "user";
+    this.body = el("div", { className: user ? "bubble" : "prose" });
+    this.tools = el("div", { className: "tools" });
+    this.tools.append(copyButton(user ? "Copy message" : "Copy reply", () => textOf(message)));
+    this.node = el("article", { className: `message ${message.role}` },
+      el("h2", { className: "visually-hidden" }, user ? "You said" : "Reply"), this.body);
+    if (user) {
+      this.body.textContent = message.text;
+      this.again = iconButton("edit", "Edit message", () => this.edit());
+    } else {
+      this.markdown = new Markdown(this.body, index => chip(this.calls[index]));
+      this.again = iconButton("again", "Regenerate reply", () => actions.regenerate());
+      this.notes = el("div", { className: "notes" });
+      this.speed = el("span", { className: "speed" });
+      this.node.append(this.notes);
+    }
+    this.tools.append(this.again);
+    if (!user) this.tools.append(this.speed);
+    this.node.append(this.tools);
+  }
+
+  /** state: the reply's status, "elsewhere" where another tab writes it. */
+  update({ state, last, busy }) {
+    const { message } = this;
+    if (message.role === "user") {
+      this.again.hidden = busy;
+      return;
+    }
+    const writing = state === "writing" || state === "elsewhere";
+    const [source, calls] = sourceOf(message);
+    this.calls = calls;
+    this.markdown.update(source);
+    this.node.classList.toggle("writing", state === "writing");
+    this.node.classList.toggle("waiting", state === "writing" && !message.parts.length);
+    const retry = last && !busy && (state === "failed" || state === "interrupted");
+    this.again.hidden = busy || !last || retry;
+    this.tools.firstChild.hidden = writing || !message.parts.length;
+    this.speed.textContent = speedOf(message);
+    const notes = notesOf(message, state);
+    const key = [...notes, state, retry].join("\n");
+    if (key === this.notesKey) return;
+    this.notesKey = key;
+    this.notes.replaceChildren(...notes.map(note => el("p", { className: "note" }, note)));
+    if (state !== "failed" && !retry) return;
+    const box = el("div", { className: state === "failed" ? "error" : "retry" });
+    const what = message.parts.length ? "The reply broke off" : "There is no reply";
+    if (state === "failed") box.append(icon("alert"), el("p", {}, `${what}: ${message.error}`));
+    if (retry) box.append(el("button", { type: "button", onclick: () => this.actions.regenerate() }, "Try again"));
+    this.notes.append(box);
+  }
+
+  edit() {
+    const text = el("textarea", { value: this.message.text, rows: 1, "aria-label": "Edit your message" });
+    const close = () => {
+      form.replaceWith(this.body);
+      this.tools.hidden = false;
+      this.again.focus();
+    };
+    const cancel = el("button", { type: "button", onclick: close }, "Cancel");
+    const form = el("form", { className: "edit" }, text,
+      el("div", { className: "edit-buttons" }, cancel, el("button", { type: "submit", className: "primary" }, "Send")));
+    form.onsubmit = event => {
+      event.preventDefault();
+      if (text.value.trim()) this.actions.edit(this.message, text.value.trim());
+    };
+    text.oninput = () => grow(text);
+    form.onkeydown = event => {
+      if (event.key === "Escape") {
+        event.stopPropagation();
+        close();
+      } else if (event.target === text) sendOnEnter(event, form);
+    };
+    this.body.replaceWith(form);
+    this.tools.hidden = true;
+    grow(text);
+    text.focus();
+  }
+}
+
+/** A text area as high as its text; the style sheet has the limit. */
+export function grow(area) {
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight}px`;
+}
+
+export function sendOnEnter(event, form) {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  form.requestSubmit();
+}
