@@ -37,11 +37,11 @@ from nanochat_jax.quantize import dequantize, quantize
 from nanochat_jax.sampling import TOP_LOGPROBS, Settings, log_probabilities, mode, sample
 
 SHORT, LONG = 8, 32  # tokens of a slice: while somebody waits, and at most
-SLICE_SECONDS = 0.04  # how long a slice lasts where nobody waits
+SLICE_SECONDS = 0.08  # how long a slice lasts where nobody waits
 CHUNKS = (32, kv.SLACK)  # tokens of a prompt that one call takes in, the smaller where that holds all
 PREFILL_TOKENS = 8192  # rows times chunk of one call, at most
 PREFILL_BESIDE = 512  # the same while others decode: for so long they stand still
-SHORTEST_SPAN = 256  # positions that a call looks at: this, or a power of two times it
+SPANS = (256, 384)  # positions that a call looks at: one of these times a power of two
 WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
 
 
@@ -333,7 +333,7 @@ class Engine:
         """
         each, how = self.slots // self._devices, mode([request], self.cfg.vocab_size)
         widths = sorted({_grown(n, 1, 4, each) for n in range(1, each + 1)})
-        spans = sorted({_grown(n, SHORTEST_SPAN, 2, self.max_len) for n in range(1, self.max_len + 1)})
+        spans = sorted({self._span(n) for n in range(1, self.max_len + 1)})
         for span, width in itertools.product(spans, widths):
             table = None if width == each else np.full((self._devices, width), each, np.int32)
             R = self._devices * width
@@ -420,6 +420,10 @@ class Engine:
             self._cache = kv.copy(self._cache, table[0], table[1])
             self.counters.calls += 1
 
+    def _span(self, n: int) -> int:
+        """How many positions a call looks at that needs n."""
+        return min(_grown(n, smallest, 2, self.max_len) for smallest in SPANS)
+
     def _release(self, ticket: Ticket) -> None:
         self._running.remove(ticket)
         ticket.slot.ticket = ticket.slot = None
@@ -461,7 +465,7 @@ class Engine:
             t.filled += len(piece)
             t.slot.ids += piece
             t.slot.written = max(t.slot.written, t.filled)
-        span = _grown(max(t.filled for t in tickets), SHORTEST_SPAN, 2, self.max_len)
+        span = self._span(max(t.filled for t in tickets))
         self._cache = _prefill(self._program, span, self.params, self._cache, table, tokens, before, start, count)
         self.counters.calls += 1
 
@@ -482,7 +486,7 @@ class Engine:
             forced[row, : len(ahead)] = ahead
             settings.fill(row, t.request)
         how = mode([t.request for t in tickets], self.cfg.vocab_size)
-        reach = _grown(int(position.max()) + LONG, SHORTEST_SPAN, 2, self.max_len)
+        reach = self._span(int(position.max()) + LONG)
         key = (n_rows, reach, how)
         n = self._slice_length(tickets, key)
         began = time.perf_counter()

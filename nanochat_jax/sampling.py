@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are looked at; beyond these: the whole vocabulary
+COLDEST = 1e-6  # a temperature below it is 0
 TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
 
@@ -32,7 +33,12 @@ class Settings(NamedTuple):
 
     def fill(self, row: int, request) -> None:
         """Sets a row to what a request says."""
-        values = (request.temperature, request.top_k, request.top_p, request.seed % 2**32)
+        values = (
+            request.temperature if _is_drawn(request) else 0.0,
+            request.top_k,
+            request.top_p,
+            request.seed % 2**32,
+        )
         for array, value in zip(self, values):
             array[row] = value
 
@@ -47,9 +53,13 @@ class Mode(NamedTuple):
     logprobs: bool  # a row wants logprobs
 
 
+def _is_drawn(request) -> bool:
+    return request.temperature >= COLDEST
+
+
 def mode(requests, vocab: int) -> Mode:
     """The mode of requests."""
-    drawn = [r for r in requests if r.temperature > 0]
+    drawn = [r for r in requests if _is_drawn(r)]
     filtered = [r for r in drawn if r.top_k or r.top_p < 1]
     need = max((r.top_k or vocab for r in filtered), default=0)
     candidates = next((c for c in CANDIDATES if need <= c < vocab), vocab)
@@ -68,7 +78,7 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode
     if not how.drawn:
         return ids
     keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(settings.seed, position)
-    scaled = logits / jnp.maximum(settings.temperature, 1e-6)[:, None]
+    scaled = logits / jnp.maximum(settings.temperature, COLDEST)[:, None]
     sampled, filtered = settings.temperature > 0, (settings.top_k > 0) | (settings.top_p < 1)
     if how.plain:
         noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)

@@ -73,8 +73,9 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     use_compilation_cache(run.parent / "cache" / "compiled")
     length, tok = loaded.model.cfg.sequence_len, loaded.tokenizer
     engine = Engine(loaded.model, slots=args.slots, max_len=length, tool=CalculatorTool(tok), int8=args.int8)
-    engine.generate([Request([tok.bos] * 2, 1, top_k=50)])  # compiles, so that the first visitor need not wait
-    scheduler = Scheduler(engine, args.max_waiting)
+    likely = Request([tok.bos] * 2, 1, top_k=50)
+    engine.generate([likely])  # compiles, so that the first visitor need not wait
+    scheduler = Scheduler(engine, args.max_waiting, likely)
     about, key = {"run": run.name, "stage": loaded.stage}, os.environ.get("NANOCHAT_API_KEY")
     app = create_app(scheduler, tok, about, api_key=key, cors_origins=args.cors_origin)
     host, port = listening.getsockname()[:2]

@@ -51,10 +51,14 @@ class Job:
 
 
 class Scheduler:
-    """Runs requests until `stop`. `submit` and `cancel` may be called from any thread."""
+    """Runs requests until `stop`. `submit` and `cancel` may be called from any thread.
 
-    def __init__(self, engine: Engine, max_waiting: int = 64):
+    likely: a request such as most will be; what such requests can need is compiled while there is nothing else to do.
+    """
+
+    def __init__(self, engine: Engine, max_waiting: int = 64, likely: Request | None = None):
         self.engine, self.failure = engine, None
+        self._to_compile = None if likely is None else engine.warm_up(likely)
         self._max_waiting, self._inbox = max_waiting, queue.Queue()
         self._jobs: dict[Ticket, Job] = {}  # only the engine thread touches it
         self._lock, self._stopping = threading.Lock(), False
@@ -116,11 +120,10 @@ class Scheduler:
         try:
             while not self._stopping:
                 self._read_inbox()
-                for event in self.engine.step() if self.engine.busy else ():
-                    job = self._jobs[event.ticket]
-                    if event.completion is not None:
-                        del self._jobs[event.ticket]
-                    self._deliver(job, Update(event.ids, event.logprobs, event.completion))
+                if self.engine.busy:
+                    self._step()
+                elif self._to_compile is not None and next(self._to_compile, self) is self:
+                    self._to_compile = None
         except Exception as e:
             self.failure = e
         with self._lock:
@@ -129,11 +132,18 @@ class Scheduler:
         for job in list(self._unended):
             self._deliver(job, Update(error=error))
 
+    def _step(self) -> None:
+        for event in self.engine.step():
+            job = self._jobs[event.ticket]
+            if event.completion is not None:
+                del self._jobs[event.ticket]
+            self._deliver(job, Update(event.ids, event.logprobs, event.completion))
+
     def _read_inbox(self) -> None:
         """Takes everything that has come; waits for something where there is nothing to do."""
         while not self._stopping:
             try:
-                job = self._inbox.get(block=not self.engine.busy)
+                job = self._inbox.get(block=not self.engine.busy and self._to_compile is None)
             except queue.Empty:
                 return
             if job is None or job.ended:

@@ -43,7 +43,7 @@ class Scripted:
     def __init__(self, script, slots=2, max_len=192, pace=0.0):
         self.script, self.slots, self.max_len, self.pace = list(script), slots, max_len, pace
         self.waiting, self.running, self.ended, self.seen = [], [], [], []
-        self.counters, self.broken = Counters(), False
+        self.counters, self.broken, self.compiled = Counters(), False, 0
 
     def submit(self, request):
         ticket = Ticket(request, None, list(request.ids))
@@ -58,6 +58,11 @@ class Scripted:
                 place.remove(ticket)
                 ticket.completion.finish_reason = "cancelled"
                 self.ended.append(ticket)
+
+    def warm_up(self, request):
+        for _ in range(3):
+            self.compiled += 1
+            yield
 
     @property
     def busy(self):

@@ -1,5 +1,7 @@
 """Decoding through the cache equals the full forward; slots, samples, stops, tools and cancellation."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,12 +306,9 @@ def test_update_params_changes_what_is_said(engine, model):
 def draw(logits, n=4000, **settings):
     """(n,) samples from one row of logits under n seeds."""
     r = Request([0], 1, **{"temperature": 1.0, **settings})
-    rows = Settings(
-        jnp.full(n, r.temperature, jnp.float32),
-        jnp.full(n, r.top_k, jnp.int32),
-        jnp.full(n, r.top_p, jnp.float32),
-        jnp.arange(n, dtype=jnp.uint32),
-    )
+    rows = Settings.blank(n)
+    for i in range(n):
+        rows.fill(i, replace(r, seed=i))
     z = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, len(logits)))
     return np.asarray(jax.jit(sample, static_argnums=3)(z, rows, jnp.zeros(n, jnp.int32), mode([r], len(logits))))
 
@@ -327,6 +326,7 @@ LOGITS = np.log(np.array([0.4, 0.05, 0.3, 0.05, 0.2]))
         ({"top_k": 1}, [1, 0, 0, 0, 0]),
         ({"temperature": 0.5}, np.array([0.16, 0.0025, 0.09, 0.0025, 0.04]) / 0.295),
         ({"temperature": 0.0}, [1, 0, 0, 0, 0]),
+        ({"temperature": 1e-300}, [1, 0, 0, 0, 0]),
     ],
 )
 def test_sampling_follows_its_distribution(settings, want):
