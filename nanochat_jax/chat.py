@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from nanochat_jax import hugepages
 from nanochat_jax.calculator import CalculatorTool
 from nanochat_jax.errors import UserError
 
@@ -202,4 +203,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hugepages.restart()
     sys.exit(main())

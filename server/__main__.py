@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nanochat_jax import hugepages
 from nanochat_jax.errors import UserError
 
 
@@ -24,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be seen from other machines")
     p.add_argument("--port", type=int, default=8000)
-    p.add_argument("--slots", type=int, default=16, help="answers that are made at the same time; default 16")
+    p.add_argument("--slots", type=int, default=32, help="answers that are made at the same time; default 32")
     p.add_argument("--max-waiting", type=int, default=64, help="answers that may wait for a slot; default 64")
     p.add_argument("--int8", action="store_true", help="weights as 8-bit integers: half the memory, nearly the same")
     p.add_argument("--cors-origin", action="append", default=[], help="an origin whose pages may call; repeatable")
@@ -59,20 +60,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace, listening: socket.socket) -> None:
+    import jax
     import uvicorn
 
     from nanochat_jax.calculator import CalculatorTool
     from nanochat_jax.checkpoint import load_model
+    from nanochat_jax.config import MeshConfig
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.engine import Engine, Request
+    from nanochat_jax.sharding import make_mesh
     from server.app import create_app
     from server.scheduler import Scheduler
 
-    loaded = load_model(args.run_dir, args.stage)
+    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
+    loaded = load_model(args.run_dir, args.stage, mesh=mesh)
     run = Path(args.run_dir).absolute()
     use_compilation_cache(run.parent / "cache" / "compiled")
     length, tok = loaded.model.cfg.sequence_len, loaded.tokenizer
-    engine = Engine(loaded.model, slots=args.slots, max_len=length, tool=CalculatorTool(tok), int8=args.int8)
+    slots = -(-args.slots // jax.device_count()) * jax.device_count()  # each device has as many
+    engine = Engine(loaded.model, slots=slots, max_len=length, tool=CalculatorTool(tok), mesh=mesh, int8=args.int8)
     likely = Request([tok.bos] * 2, 1, top_k=50)
     engine.generate([likely])  # compiles, so that the first visitor need not wait
     scheduler = Scheduler(engine, args.max_waiting, likely)
@@ -87,4 +93,5 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
 
 
 if __name__ == "__main__":
+    hugepages.restart()
     sys.exit(main())

@@ -533,7 +533,8 @@ def test_command_line_serves_what_was_asked_for(tmp_path, monkeypatch):
         return made["engine"]
 
     loaded = SimpleNamespace(model=SimpleNamespace(cfg=SimpleNamespace(sequence_len=192)), tokenizer=TOK, stage="sft")
-    monkeypatch.setattr("nanochat_jax.checkpoint.load_model", lambda run, stage: loaded)
+    monkeypatch.setattr("nanochat_jax.checkpoint.load_model", lambda run, stage, mesh: loaded)
+    monkeypatch.setattr("jax.device_count", lambda: 1)
     monkeypatch.setattr("nanochat_jax.devices.use_compilation_cache", lambda path: None)
     monkeypatch.setattr("nanochat_jax.engine.Engine", engine)
     monkeypatch.setattr(Scripted, "generate", lambda self, requests: None, raising=False)
