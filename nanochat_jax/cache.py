@@ -79,10 +79,10 @@ def put(cache: Cache, slots: jax.Array | None, rows: Cache, positions: jax.Array
 def copy(cache: Cache, source: jax.Array, to: jax.Array) -> Cache:
     """The cache with slots `source` (D, M) of each device in its slots `to` as well."""
 
-    def one(c):
-        return jax.vmap(lambda c, s, t: c.at[t].set(c[jnp.minimum(s, c.shape[0] - 1)], mode="drop"))(c, source, to)
-
-    return jax.tree.map(one, cache)
+    found = jax.vmap(lambda c, s: c[jnp.minimum(s, c.shape[0] - 1)])
+    rows = jax.tree.map(lambda c: found(c, source), cache)
+    cache, rows = jax.lax.optimization_barrier((cache, rows))  # all is read before anything is written: in place
+    return jax.tree.map(jax.vmap(lambda c, r, t: c.at[t].set(r, mode="drop")), cache, rows, [(to, to)] * len(cache))
 
 
 def append(kept: jax.Array, new: jax.Array, positions: jax.Array, ring: int) -> jax.Array:

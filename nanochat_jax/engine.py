@@ -38,10 +38,11 @@ from nanochat_jax.sampling import TOP_LOGPROBS, Settings, log_probabilities, mod
 
 SHORT, LONG = 8, 32  # tokens of a slice: while somebody waits, and at most
 SLICE_SECONDS = 0.08  # how long a slice lasts where nobody waits
-CHUNKS = (32, kv.SLACK)  # tokens of a prompt that one call takes in, the smaller where that holds all
+TRAFFIC_SECONDS = 1.0  # for so long after a request came beside others, another one is expected
+CHUNKS = (16, 64, kv.SLACK)  # tokens of a prompt that one call takes in: the smallest that holds all
 PREFILL_TOKENS = 8192  # rows times chunk of one call, at most
 PREFILL_BESIDE = 512  # the same while others decode: for so long they stand still
-SPANS = (256, 384)  # positions that a call looks at: one of these times a power of two
+SPANS = (128, 192)  # positions that a call looks at: one of these times a power of two
 WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
 
 
@@ -221,11 +222,11 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
 # ----------------------------------------------------------------------------------------------- on the host
 
 
-def _grown(n: int, smallest: int, factor: int, largest: int) -> int:
-    """n rounded up to smallest times a power of factor, at most largest: few shapes, few compilations."""
+def _grown(n: int, smallest: int, largest: int) -> int:
+    """n rounded up to smallest times a power of two, at most largest: few shapes, few compilations."""
     size = smallest
     while size < n:
-        size *= factor
+        size *= 2
     return min(size, largest)
 
 
@@ -260,6 +261,7 @@ class Engine:
         self._cancelled: list[Ticket] = []
         self._pace: dict[tuple, float] = {}  # seconds of a decoded position, by what was compiled
         self._given = 0  # requests that got a slot
+        self._traffic = float("-inf")  # when a request last came beside others
         self.counters = Counters()
         self.update_params(nnx.to_pure_dict(state))
 
@@ -288,6 +290,8 @@ class Engine:
             raise ValueError(f"logprobs={request.logprobs} must be -1 to {TOP_LOGPROBS}")
         ticket = Ticket(request, self._tool.start() if self._tool else None, list(request.ids))
         self._queue.append(ticket)
+        if self._running:
+            self._traffic = time.perf_counter()
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
@@ -332,8 +336,12 @@ class Engine:
         waits for its compilation. Nothing is decoded and nothing in the cache changes.
         """
         each, how = self.slots // self._devices, mode([request], self.cfg.vocab_size)
-        widths = sorted({_grown(n, 1, 4, each) for n in range(1, each + 1)})
+        widths = sorted({_grown(n, 1, each) for n in range(1, each + 1)})
         spans = sorted({self._span(n) for n in range(1, self.max_len + 1)})
+        for width in widths:
+            nowhere = np.full((self._devices, width), each, np.int32)
+            self._cache = kv.copy(self._cache, nowhere, nowhere)
+            yield
         for span, width in itertools.product(spans, widths):
             table = None if width == each else np.full((self._devices, width), each, np.int32)
             R = self._devices * width
@@ -412,7 +420,7 @@ class Engine:
         if copies:
             by_device = [[pair for pair in copies.items() if pair[0].device == d] for d in range(self._devices)]
             each = self.slots // self._devices
-            M = _grown(max(map(len, by_device)), 1, 4, each)
+            M = _grown(max(map(len, by_device)), 1, each)
             table = np.full((2, self._devices, M), each, np.int32)
             for d, pairs in enumerate(by_device):
                 for m, (to, source) in enumerate(pairs):
@@ -422,7 +430,7 @@ class Engine:
 
     def _span(self, n: int) -> int:
         """How many positions a call looks at that needs n."""
-        return min(_grown(n, smallest, 2, self.max_len) for smallest in SPANS)
+        return min(_grown(n, smallest, self.max_len) for smallest in SPANS)
 
     def _release(self, ticket: Ticket) -> None:
         self._running.remove(ticket)
@@ -434,7 +442,7 @@ class Engine:
         for t in tickets:
             by_device[t.slot.device].append(t)
         each = self.slots // self._devices
-        width = _grown(max(map(len, by_device)), 1, 4, each)
+        width = _grown(max(map(len, by_device)), 1, each)
         if width == each:
             return None, [t.slot.device * each + t.slot.place for t in tickets]
         table, row = np.full((self._devices, width), each, np.int32), {}
@@ -451,7 +459,7 @@ class Engine:
         if not waiting:
             return
         longest = max(len(t.prompt) - 1 - t.filled for t in waiting)
-        chunk = CHUNKS[0] if longest <= CHUNKS[0] else CHUNKS[1]
+        chunk = next((c for c in CHUNKS if c >= longest), CHUNKS[-1])
         tickets = waiting[: max(1, limit // chunk)]
         table, places = self._rows(tickets)
         n_rows = self.slots if table is None else table.size
@@ -486,9 +494,9 @@ class Engine:
             forced[row, : len(ahead)] = ahead
             settings.fill(row, t.request)
         how = mode([t.request for t in tickets], self.cfg.vocab_size)
-        reach = self._span(int(position.max()) + LONG)
-        key = (n_rows, reach, how)
+        key = (n_rows, how)
         n = self._slice_length(tickets, key)
+        reach = self._span(int(position.max()) + n)
         began = time.perf_counter()
         out, self._cache = _decode(
             self._program, reach, how, self.params, self._cache, table, last, position, forced, settings, n
@@ -512,9 +520,10 @@ class Engine:
         return events
 
     def _slice_length(self, tickets: Sequence[Ticket], key: tuple) -> int:
-        """Tokens of the next slice: short while somebody waits, about SLICE_SECONDS of them otherwise."""
-        n = SHORT
-        if key in self._pace and not self._queue and len(tickets) == len(self._running):
+        """Tokens of the next slice: short while somebody waits or may soon, about SLICE_SECONDS of them otherwise."""
+        n, now = SHORT, time.perf_counter()
+        waits = self._queue or len(tickets) < len(self._running) or any(not t.completion.ids for t in tickets)
+        if key in self._pace and not waits and now > self._traffic + TRAFFIC_SECONDS:
             n = min(max(int(SLICE_SECONDS / self._pace[key]), SHORT), LONG)
         left = [min(t.request.max_new_tokens - len(t.completion.ids), self.max_len - t.length) for t in tickets]
         return min(n, max(left))

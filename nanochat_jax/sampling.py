@@ -6,6 +6,7 @@ batch, nor on how the batch is compiled.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -97,8 +98,8 @@ def _argmax(x: jax.Array) -> jax.Array:
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """lax.top_k of rows (S, V), by way of the k groups with the largest maxima: they hold the k largest entries."""
     S, V = x.shape
-    size = 64
-    if 4 * k * size > V:
+    size = 2 ** round(math.log2(math.sqrt(V / k)))  # V / size maxima and k * size entries: as few as can be
+    if 8 * k > V:
         values, ids = jax.lax.top_k(x, k)
         return values, ids.astype(jnp.int32)
     groups = -(-V // size)

@@ -125,20 +125,21 @@ async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra:
         return _data({**head, "choices": choices, **usage, **more})
 
     opening = [chunk for i in range(len(answer.choices)) if (chunk := shape.opening(i))]
-    if opening or extra:
-        yield event(opening, **extra)
+    ready = [event(opening, **extra)] if opening or extra else []  # what comes at one time is sent as one piece
     try:
         async for index, parts in answer.shown():
-            for chunk in filter(None, (shape.part(index, p) for p in parts)):
-                yield event([chunk])
+            ready += [event([chunk]) for p in parts if (chunk := shape.part(index, p))]
             if reason := answer.choices[index].reason:
-                yield event([shape.closing(index, reason)])
+                ready.append(event([shape.closing(index, reason)]))
+            if any(choice.reason is None for choice in answer.choices):
+                yield "".join(ready)
+                ready = []
     except Stopped as e:
-        yield _data(errors.detail(500, f"the engine is down: {e}", code="engine_down"))
+        ready.append(_data(errors.detail(500, f"the engine is down: {e}", code="engine_down")))
     else:
         if include_usage:
-            yield event([], usage=answer.usage())
-    yield "data: [DONE]\n\n"
+            ready.append(event([], usage=answer.usage()))
+    yield "".join(ready) + "data: [DONE]\n\n"
 
 
 def _data(value: dict) -> str:
