@@ -63,6 +63,9 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     import jax
     import uvicorn
 
+    # the engine's thread wants the interpreter for a moment many times a step: Python would let it wait 5 ms for each
+    sys.setswitchinterval(0.0005)
+
     from nanochat_jax.calculator import CalculatorTool
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.config import MeshConfig
@@ -88,7 +91,7 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     print(f"{run.name}, stage {loaded.stage}: http://{host}:{port}", file=sys.stderr)
     if not key and not ipaddress.ip_address(host).is_loopback:
         print("other machines can reach it, and no NANOCHAT_API_KEY is set: anybody may ask", file=sys.stderr)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)
     uvicorn.Server(config).run(sockets=[listening])
 
 

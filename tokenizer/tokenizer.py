@@ -37,6 +37,7 @@ MODEL_FILE = "tokenizer.model"
 META_FILE = "meta.json"
 
 # SentencePiece writes a space as this character, so that in a text it would come back as a space.
+FEW = 4  # pieces of text that are encoded one after the other
 SPACE_MARK = "\u2581"
 # SentencePiece slows down on long strings (its queue outgrows the caches), so longer ones are fed in stretches.
 STRETCH = 16_384
@@ -159,8 +160,11 @@ class Tokenizer:
             for part in parts:
                 stretches.extend(part)
         try:
-            encoded = iter(self._sp.encode(stretches, num_threads=num_threads or os.cpu_count() or 1))
-        except (UnicodeEncodeError, TypeError) as e:  # which of them depends on SentencePiece's version
+            if len(stretches) <= FEW:  # starting threads takes longer than a sentence
+                encoded = iter([self._sp.encode(stretch) for stretch in stretches])
+            else:
+                encoded = iter(self._sp.encode(stretches, num_threads=num_threads or os.cpu_count() or 1))
+        except (UnicodeEncodeError, TypeError, RuntimeError) as e:  # which of them depends on SentencePiece
             raise self._input_error(texts, e) from None
         out = []
         for counts in layout:
