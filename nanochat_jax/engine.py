@@ -409,10 +409,10 @@ class Engine:
             if t.leader is not None and t.leader.slot is not None:
                 others = [t.leader.slot]
             else:
-                others = [s for s in self._slots if s.device == slot.device and s is not slot and s not in copies]
+                others = [s for s in self._slots if s.device == slot.device and s is not slot]
             best = max(others, key=lambda s: self._reusable(s, prompt), default=slot)
             if self._reusable(best, prompt) >= kept + WORTH_SHARING:
-                copies[slot] = best
+                copies[slot] = copies.get(best, best)  # all are read before one is written
                 slot.written, kept = best.written, self._reusable(best, prompt)
             slot.ids, slot.written = prompt[:kept], slot.written if kept else 0
             t.filled, t.begun, t.leader = kept, True, None

@@ -204,6 +204,42 @@ def test_requests_that_share_a_prompt_compute_it_once(engine, model):
     assert [c.ids for c in done] == [alone(model, r) for r in asked]
 
 
+def test_who_follows_a_copy_is_given_what_was_copied(engine, model):
+    # a slot that holds much more than the prompt is kept, so the first copies it, and the second follows the first
+    [prompt] = prompts(30)
+    engine.generate([Request(p[::-1], 5, temperature=0.0) for p in prompts(40, 41, 42)])  # in slots used before it
+    engine.generate([Request(prompt, 60, temperature=0.0)])
+    asked = [Request(prompt, 20, temperature=0.0, seed=i) for i in range(3)]
+    assert [c.ids for c in engine.generate(asked)] == [alone(model, asked[0])] * 3
+
+
+def test_a_long_day_of_shared_prompts_cancels_and_turns_corrupts_nothing(model):
+    rng = np.random.default_rng(7)
+    engine, pool = Engine(model, slots=SLOTS, max_len=MAX_LEN), prompts(20, 35, 50, 70, 90, 110)
+    known: dict[tuple, list[int]] = {}
+    asked, turns = [], [p[::-1] for p in pool]
+    for _ in range(120):
+        for _ in range(rng.integers(0, 4)):
+            base = turns[rng.integers(len(turns))]
+            cut = base[: rng.integers(1, len(base) + 1)] if rng.random() < 0.3 else base
+            asked.append(engine.submit(Request(cut, int(rng.integers(1, 25)), temperature=0.0)))
+        if asked and rng.random() < 0.2:
+            engine.cancel(asked[rng.integers(len(asked))])
+        for event in engine.step():
+            if event.completion and event.completion.finish_reason == "length" and event.ticket.length < 140:
+                turns[rng.integers(len(turns))] = [*event.ticket.prompt, *event.completion.ids, 7]  # the next turn
+    while engine.busy:
+        engine.step()
+    fresh = Engine(model, slots=1, max_len=MAX_LEN)
+    for t in asked:
+        key = tuple(t.prompt)
+        if len(known.get(key, ())) < len(t.completion.ids):
+            fresh.update_params(fresh.params)  # forgets what is in its cache
+            known[key] = fresh.generate([Request(t.prompt, 25, temperature=0.0)])[0].ids
+        assert t.completion.ids == known.get(key, [])[: len(t.completion.ids)]
+    assert engine.counters.reused_tokens > engine.counters.prompt_tokens / 3
+
+
 def test_who_waits_for_a_prompt_goes_on_where_its_leader_is_cancelled(engine, model):
     [prompt] = prompts(150)
     asked = [Request(prompt + [7], 5, temperature=0.0), Request(prompt + [8], 5, temperature=0.0)]
