@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nanochat_jax import sharding
 from nanochat_jax.config import GPTConfig, OptimConfig
 from nanochat_jax.scaling import REFERENCE_BATCH, REFERENCE_WIDTH
 
@@ -144,8 +145,11 @@ class MuonState(NamedTuple):
     second: optax.Updates  # (rows, 1) or (1, columns) of each matrix
 
 
-def muon(rate: float, schedules: Schedules, orth_dtype, arch: str) -> optax.GradientTransformation:
-    """Muon over a tree of matrices; those of one shape are stacked and orthogonalised as one batch."""
+def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) -> optax.GradientTransformation:
+    """Muon over a tree of matrices; those of one shape are stacked and orthogonalised as one batch.
+
+    On a mesh every device orthogonalises its share of them, whole, so that the products cross no link.
+    """
 
     def init(params):
         def factor(p):
@@ -154,9 +158,8 @@ def muon(rate: float, schedules: Schedules, orth_dtype, arch: str) -> optax.Grad
         momentum = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         return MuonState(jnp.zeros((), jnp.int32), momentum, jax.tree.map(factor, params))
 
-    def direction(u, second):
-        """Nesterov momentum (..., m, n) float32 to the update's direction, and the second moment after it."""
-        x = u.astype(orth_dtype)
+    def direction(x, second):
+        """Nesterov momentum (..., m, n) to the update's direction in float32, and the second moment after it."""
         if arch == "classic":
             return orthogonalize(x, NEWTON_SCHULZ, 1.0, 1e-7).astype(jnp.float32), second
         x = orthogonalize(_equilibrate(x), POLAR_EXPRESS, 1.01, 1e-6).astype(jnp.float32)
@@ -167,17 +170,21 @@ def muon(rate: float, schedules: Schedules, orth_dtype, arch: str) -> optax.Grad
         mu, lr, wd = (f(state.count) for f in (schedules.momentum, schedules.lr, schedules.weight_decay))
         momentum = jax.tree.map(lambda m, g: m + (1 - mu) * (g - m), state.momentum, grads)
         nesterov = jax.tree.map(lambda g, m: g + mu * (m - g), grads, momentum)
-        u, tree = jax.tree.flatten(nesterov)
+        named, tree = jax.tree_util.tree_flatten_with_path(nesterov)
+        u = [x for _, x in named]
+        kinds = [(x.shape, sharding.state_spec(path, x.shape, mesh) if mesh is not None else None) for path, x in named]
         second, p = jax.tree.leaves(state.second), jax.tree.leaves(params)
         out, moments = [None] * len(u), [None] * len(u)
-        for shape in sorted({x.shape for x in u}):
-            members = [i for i, x in enumerate(u) if x.shape == shape]
-            stacked = direction(jnp.stack([u[i] for i in members]), jnp.stack([second[i] for i in members]))
+        for kind in sorted(set(kinds), key=str):
+            members, (shape, split) = [i for i, k in enumerate(kinds) if k == kind], kind
+            stacked = jnp.stack([u[i] for i in members]).astype(orth_dtype)
+            moment = jnp.stack([second[i] for i in members])
+            x, moment = sharding.over_matrices(direction, split, mesh)(stacked, moment)
             scaled = rate * lr * math.sqrt(max(1.0, shape[0] / shape[1]))
             for place, i in enumerate(members):
-                x, moments[i] = stacked[0][place], stacked[1][place]
+                moments[i] = moment[place]
                 # cautious: only what the update does not oppose is decayed
-                out[i] = -scaled * (x + wd * p[i] * (x * p[i] >= 0))
+                out[i] = -scaled * (x[place] + wd * p[i] * (x[place] * p[i] >= 0))
         return tree.unflatten(out), MuonState(state.count + 1, momentum, tree.unflatten(moments))
 
     return optax.GradientTransformation(init, update)
@@ -229,11 +236,14 @@ def rates(gpt: GPTConfig, cfg: OptimConfig, batch_tokens: int) -> dict[str, floa
 
 
 def make_optimizer(
-    gpt: GPTConfig, cfg: OptimConfig, schedules: Schedules, batch_tokens: int, orth_dtype=jnp.float32
+    gpt: GPTConfig, cfg: OptimConfig, schedules: Schedules, batch_tokens: int, orth_dtype=jnp.float32, mesh=None
 ) -> optax.GradientTransformation:
-    """The recipe's optimizer for the parameters of `model.GPT` as a nested dict."""
+    """The recipe's optimizer for the parameters of `model.GPT` as a nested dict.
+
+    mesh: where the gradients come split as `sharding.state_spec` says; None on one device.
+    """
     peak, classic = rates(gpt, cfg, batch_tokens), gpt.init == "classic"
-    parts = {"muon": muon(peak["muon"], schedules, orth_dtype, gpt.init)}
+    parts = {"muon": muon(peak["muon"], schedules, orth_dtype, gpt.init, mesh)}
     for name, (betas, decay) in _ADAMW.items():
         if classic:
             betas, decay = (0.8, 0.95), 0.0

@@ -1,12 +1,18 @@
 """The mesh, and the rules from an array's logical axes to the mesh's axes. Every PartitionSpec is made here.
 
 `data` and `fsdp` both split the batch; `fsdp` also splits the parameters along their model width, `tensor` along
-heads, MLP and vocabulary. XLA's partitioner does the rest, so the same step runs on one device and on many.
+heads, MLP and vocabulary. Gradients and the optimizer's moments are split over `data` as well (ZeRO, arXiv 1910.02054).
+
+What crosses `data` and `fsdp` is written out here (`over_rows`): parameters gathered once a step, gradients
+reduce-scattered once a step. What crosses `tensor` is left to XLA. The same step runs on one device and on many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,6 +22,8 @@ from nanochat_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # mesh axes over which rows are split
+
+SMALL = 4096  # elements of a gradient that is not worth splitting
 
 # logical axis -> mesh axis
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rows": "fsdp", None: None}
@@ -81,9 +89,33 @@ def spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P()
 
 
+def state_spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """PartitionSpec of a parameter's gradient and moments: the parameter's, and `data` on the first axis that it fits.
+
+    An axis that `tensor` splits is taken last. A small array is as its parameter.
+    """
+    parts = [*spec(path, shape, mesh)]
+    parts += [None] * (len(shape) - len(parts))
+    data = mesh.shape["data"]
+    if data == 1 or np.prod(shape) < SMALL:
+        return P(*parts)
+    for axis in sorted(range(len(shape)), key=lambda axis: parts[axis] == "tensor"):
+        held = mesh.shape[parts[axis]] if parts[axis] else 1
+        if shape[axis] % (held * data) == 0:
+            joined = {None: "data", "fsdp": ("fsdp", "data"), "tensor": ("data", "tensor")}
+            parts[axis] = joined[parts[axis]]
+            break
+    return P(*parts)
+
+
 def tree_shardings(tree, mesh: Mesh):
     """NamedShardings for a pytree of parameters, or of a whole train state, from the paths and shapes of its leaves."""
-    return jax.tree_util.tree_map_with_path(lambda p, x: NamedSharding(mesh, spec(p, tuple(x.shape), mesh)), tree)
+
+    def of(path, x):
+        rule = state_spec if _names(path)[0] == "opt_state" else spec
+        return NamedSharding(mesh, rule(path, tuple(x.shape), mesh))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def abstract(tree, mesh: Mesh):
@@ -91,3 +123,116 @@ def abstract(tree, mesh: Mesh):
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, tree_shardings(tree, mesh)
     )
+
+
+# ------------------------------------------------------------------------------------------- within the train step
+
+
+def _axes(part) -> tuple[str, ...]:
+    """The mesh axes of one entry of a spec."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def _manual(spec: P) -> P:
+    """What a spec says of the batch's axes."""
+    return P(*(tuple(a for a in _axes(part) if a in BATCH) or None for part in spec))
+
+
+def _specs(tree, mesh: Mesh, rule: Callable):
+    return jax.tree_util.tree_map_with_path(lambda path, x: _manual(rule(path, tuple(x.shape), mesh)), tree)
+
+
+def over_rows(local: Callable, mesh: Mesh) -> Callable:
+    """f(params, *batch) -> (loss, gradients) over the rows of all devices, from `local`, the same over a device's own.
+
+    params come as `spec` splits them, gradients go as `state_spec` does; batch arrays are (A, R, T). Every device
+    gathers the parameters, runs `local`, and of the summed gradients keeps its part: a reduce-scatter, where an
+    all-reduce would send twice as much and leave everyone the whole.
+    """
+    # with all axes manual, kernels such as cuDNN's attention are called as they are, without a partitioner of their own
+    manual = set(BATCH) if mesh.shape["tensor"] > 1 else set(AXES)
+
+    def gather(x, spec):
+        for axis, part in enumerate(spec):
+            for name in _axes(part):
+                x = jax.lax.all_gather(x, name, axis=axis, tiled=True) if mesh.shape[name] > 1 else x
+        return x
+
+    def scatter(x, spec):
+        left = [name for name in BATCH if mesh.shape[name] > 1]
+        for axis, part in enumerate(spec):
+            for name in _axes(part):
+                if name in left:
+                    x = jax.lax.psum_scatter(x, name, scatter_dimension=axis, tiled=True)
+                    left.remove(name)
+        return jax.lax.psum(x, tuple(left)) if left else x
+
+    def whole(params, *batch):
+        held, kept = _specs(params, mesh, spec), _specs(params, mesh, state_spec)
+
+        def on_device(params, *batch):
+            loss, grads = local(jax.tree.map(gather, params, held), *batch)
+            return jax.lax.psum(loss, BATCH), jax.tree.map(scatter, grads, kept)
+
+        split = P(None, BATCH)
+        return jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(held, *[split for _ in batch]),
+            out_specs=(P(), kept),
+            axis_names=manual,
+            check_vma=False,
+        )(params, *batch)
+
+    return whole
+
+
+def constrain(tree, mesh: Mesh, rule: Callable):
+    """A tree of parameters, or of what has their shapes, split as `rule` (spec or state_spec) says."""
+
+    def of(path, x):
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rule(path, tuple(x.shape), mesh)))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def over_matrices(local: Callable, spec: P, mesh: Mesh | None) -> Callable:
+    """f(stacked, small) from `local`, which sees a share of the matrices, each of them whole.
+
+    stacked (K, m, n), each matrix split as `spec` says, before and after; small (K, ...), replicated. Every device
+    swaps parts of all matrices for the whole of some, K padded with zeros to a multiple of the devices, and back: two
+    all-to-alls, and the products of `local` cross no link.
+    """
+    if mesh is None or mesh.size == 1:
+        return local
+    parts = [(axis, name) for axis, part in enumerate(spec, 1) for name in reversed(_axes(part))]  # the minor one first
+    copies = [name for name in AXES if name not in {name for _, name in parts}]  # along which all hold the same
+
+    def share(x, names):
+        for name in names:
+            size = len(x) // mesh.shape[name]
+            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(name) * size, size)
+        return x
+
+    def unshare(x, names):
+        for name in reversed(names):
+            x = jax.lax.all_gather(x, name, axis=0, tiled=True)
+        return x
+
+    def on_device(x, small):
+        x = share(x, copies)
+        for axis, name in parts:
+            x = jax.lax.all_to_all(x, name, split_axis=0, concat_axis=axis, tiled=True)
+        order = [*copies, *(name for _, name in parts)]
+        x, small = local(x, share(small, order))
+        for axis, name in reversed(parts):
+            x = jax.lax.all_to_all(x, name, split_axis=axis, concat_axis=0, tiled=True)
+        return unshare(x, copies), unshare(small, order)
+
+    def whole(stacked, small):
+        count, held = len(stacked), P(None, *spec)
+        padded = [jnp.pad(x, ((0, -count % mesh.size), (0, 0), (0, 0))) for x in (stacked, small)]
+        mapped = jax.shard_map(on_device, mesh=mesh, in_specs=(held, P()), out_specs=(held, P()), check_vma=False)
+        return tuple(x[:count] for x in mapped(*padded))
+
+    return whole

@@ -23,11 +23,11 @@ PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
 class RunLog:
-    """What a run says: on the console, and with time stamps in log.txt."""
+    """What a run says: on the console, and with time stamps in log.txt; `silent` on all hosts but one."""
 
-    def __init__(self, run_dir: str | Path):
-        self.console = Console(stderr=True, highlight=False)
-        self.path = Path(run_dir) / "log.txt"
+    def __init__(self, run_dir: str | Path, silent: bool = False):
+        self.console, self.silent = Console(stderr=True, highlight=False, quiet=silent), silent
+        self.path = Path(os.devnull) if silent else Path(run_dir) / "log.txt"
 
     def write(self, text: str) -> None:
         """To log.txt alone."""
@@ -68,12 +68,15 @@ class Tracker:
     def __init__(self, run_dir: str | Path, stage: str, total_steps: int, log: RunLog, start: int = 0):
         self.stage, self.total, self.log = stage, total_steps, log
         path = Path(run_dir) / stage / "metrics.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        truncate_from(path, start)
+        if log.silent:
+            path = Path(os.devnull)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            truncate_from(path, start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage)
         self._first, self._begun, self._last_line = start, None, 0.0
         self._bar = None
-        if log.console.is_terminal:
+        if log.console.is_terminal and not log.silent:
             columns = (
                 TextColumn("{task.description:>5}"),
                 BarColumn(None),

@@ -43,7 +43,7 @@ def init_state(cfg: GPTConfig, optimizer: optax.GradientTransformation, seed: in
     return jax.jit(fresh, out_shardings=shardings)(params)
 
 
-def make_step(graph, optimizer: optax.GradientTransformation, dtype) -> Callable:
+def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh) -> Callable:
     """step(state, batch) -> state, metrics; jitted, the state's buffers donated.
 
     batch: tokens and targets (A, R, T) int32, A micro-batches of R rows, targets negative where there is none; weights
@@ -56,6 +56,18 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype) -> Callable
         hidden = model.hidden(tokens)
         return weighted_nll(hidden, head, targets, weights, vocab=model.cfg.vocab_size, softcap=model.cfg.softcap)
 
+    def micro(params, *rows):
+        found = jax.value_and_grad(micro_loss)(params, *rows)
+        return jax.tree.map(lambda a: a.astype(jnp.float32), found)
+
+    def sum_over_micro_batches(params, *batch):
+        if batch[0].shape[0] == 1:
+            return micro(params, *(x[0] for x in batch))
+        zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+        return jax.lax.scan(
+            lambda total, rows: (jax.tree.map(jnp.add, total, micro(params, *rows)), None), zeros, batch
+        )[0]
+
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         tokens, targets = batch["tokens"], batch["targets"]
         weights = batch.get("weights")
@@ -63,22 +75,12 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype) -> Callable
             is_target = (targets >= 0).astype(jnp.float32)
             weights = is_target / jnp.maximum(is_target.sum(), 1.0)
         params = cast_matrices(state.params, dtype)
-
-        def micro(tokens, targets, weights):
-            found = jax.value_and_grad(micro_loss)(params, tokens, targets, weights)
-            return jax.tree.map(lambda a: a.astype(jnp.float32), found)
-
-        def add(total, xs):
-            return jax.tree.map(jnp.add, total, micro(*xs)), None
-
-        if tokens.shape[0] == 1:
-            loss, grads = micro(tokens[0], targets[0], weights[0])
-        else:
-            zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-            (loss, grads), _ = jax.lax.scan(add, zeros, (tokens, targets, weights))
+        loss, grads = sharding.over_rows(sum_over_micro_batches, mesh)(params, tokens, targets, weights)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+        updates = sharding.constrain(updates, mesh, sharding.state_spec)  # made where the moments are, then gathered
+        new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        new = jax.lax.with_sharding_constraint(new, sharding.tree_shardings(new, mesh))
+        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=0)
 

@@ -56,15 +56,15 @@ def test_greedy_equals_the_full_forward_for_unequal_lengths_over_windows(engine,
 
 
 def test_a_ring_that_wraps_equals_the_full_forward_at_every_position():
-    # window 256, ring 512: prompts end at each side of every window, and rows go on for more than the ring holds
-    model = tiny_model(sequence_len=640)
-    assert model.cfg.windows == (256, 640)
-    engine, full = Engine(model, slots=SLOTS, max_len=640), FullLogits(model)
-    assert [keys.shape[3] for keys, _ in engine._cache] == [512, 640]
-    asked = prompts(1, 255, 256, 257, 300, 511, 513, 600)
-    done = engine.generate([Request(p, 640, temperature=0.0, logprobs=2) for p in asked])
+    # window 256, ring 512: prompts end at each side of every window, and rows go on for three windows and a half
+    model = tiny_model(sequence_len=896)
+    assert model.cfg.windows == (256, 896)
+    engine, full = Engine(model, slots=SLOTS, max_len=896), FullLogits(model)
+    assert [keys.shape[3] for keys, _ in engine._cache] == [512, 896]
+    asked = prompts(1, 255, 256, 257, 300, 511, 513, 600, 767, 769)
+    done = engine.generate([Request(p, 896, temperature=0.0, logprobs=2) for p in asked])
     for prompt, completion in zip(asked, done):
-        assert len(prompt) + len(completion.ids) == 640
+        assert len(prompt) + len(completion.ids) == 896
         ids = prompt + completion.ids
         logits = full(ids).astype(np.float64)
         want = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

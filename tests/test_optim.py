@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from conftest import relative_error
-from nanochat_jax import optim, train
-from nanochat_jax.config import OptimConfig
+from nanochat_jax import optim, sharding, train
+from nanochat_jax.config import MeshConfig, OptimConfig
 from nanochat_jax.export import from_reference, to_reference
 from nanochat_jax.model import graph_of
 
@@ -23,7 +23,8 @@ def test_golden_three_steps(golden_modern):
     optimizer = optim.make_optimizer(cfg, OptimConfig(), schedules, batch_tokens=2**19)
     params = nnx.to_pure_dict(nnx.split(golden_modern.model())[1])
     state = train.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
-    step = train.make_step(graph_of(cfg, jnp.float32), optimizer, jnp.float32)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    step = train.make_step(graph_of(cfg, jnp.float32), optimizer, jnp.float32, mesh)
     batch = {k: jnp.asarray(a[k])[None] for k in ("tokens", "targets")}
     losses = []
     for _ in range(len(hyper)):

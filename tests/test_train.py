@@ -1,5 +1,8 @@
 """The step and the loop: accumulation, meshes, metrics, stops. Bit-exact resuming is in test_speedrun.py."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +13,15 @@ from nanochat_jax import optim, sharding, train
 from nanochat_jax.config import GPTConfig, MeshConfig, OptimConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import graph_of, init_params
-from nanochat_jax.stages.common import permutation, place, split_rows
+from nanochat_jax.stages.common import permutation, place, rows_per_device
 
 CFG = GPTConfig(vocab_size=250, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, sequence_len=32)
 STEPS = 3
 
 
-def optimizer():
+def optimizer(mesh=None):
     schedules = optim.make_schedules(OptimConfig(warmup_steps=0), STEPS, 0.1, "modern")
-    return optim.make_optimizer(CFG, OptimConfig(), schedules, 2**19)
+    return optim.make_optimizer(CFG, OptimConfig(), schedules, 2**19, mesh=mesh)
 
 
 def batches(rows=16, masked=False):
@@ -46,9 +49,9 @@ def run(mesh_config, accumulation, masked=False):
     """(losses, parameters) of three steps on the mesh."""
     count = int(np.prod([n for n in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)]))
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    opt = optimizer()
+    opt = optimizer(mesh)
     state = train.init_state(CFG, opt, 0, mesh, start())
-    step, losses = train.make_step(graph_of(CFG, jnp.float32), opt, jnp.float32), []
+    step, losses = train.make_step(graph_of(CFG, jnp.float32), opt, jnp.float32, mesh), []
     for batch in batches(masked=masked):
         state, metrics = step(state, place(batch, accumulation, mesh))
         losses.append(float(metrics["loss"]))
@@ -75,9 +78,10 @@ def one_device():
     ("mesh", "accumulation"),
     [
         (MeshConfig(8, 1, 1), 2),
+        (MeshConfig(4, 2, 1), 1),
         (MeshConfig(2, 2, 2), 1),
     ],
-    ids=["data", "data-fsdp-tensor"],
+    ids=["data", "data-fsdp", "data-fsdp-tensor"],
 )
 def test_eight_devices_equal_one(one_device, mesh, accumulation):
     losses, params = run(mesh, accumulation)
@@ -92,27 +96,46 @@ def test_accumulation_weighs_every_target_alike():
     assert differing(split[1], whole[1]) == []
 
 
-def test_parameters_are_split_as_the_rules_say():
+def test_parameters_and_moments_are_split_as_the_rules_say():
     mesh = sharding.make_mesh(MeshConfig(2, 2, 2), jax.devices())
-    state = train.init_state(CFG, optimizer(), 0, mesh)
+    state = train.init_state(CFG, optimizer(mesh), 0, mesh)
     head = state.params["lm_head"]["weight"]
     assert head.sharding.spec == jax.P("tensor", "fsdp") and head.addressable_shards[0].data.shape == (128, 32)
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == head.shape]
-    assert moments and all(m.addressable_shards[0].data.shape == (128, 32) for m in moments)
+    assert moments and all(m.addressable_shards[0].data.shape == (128, 16) for m in moments)
 
 
 @pytest.mark.parametrize(
-    ("rows", "micro", "want"), [(16, 8, (1, 16)), (64, 8, (1, 64)), (128, 8, (2, 64)), (24, 2, (3, 8)), (40, 4, (5, 8))]
+    "mesh",
+    [MeshConfig(8, 1, 1), MeshConfig(4, 2, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)],
+    ids=["data", "data-fsdp", "fsdp", "data-fsdp-tensor"],
 )
-def test_split_rows_takes_the_largest_micro_batch_that_divides(rows, micro, want):
-    mesh = sharding.make_mesh(MeshConfig(8, 1, 1), jax.devices())
-    assert split_rows("base", rows * 32, 32, micro, mesh) == want
+def test_large_gradients_are_reduce_scattered_over_rows(mesh):
+    """In the compiled step. Along tensor, activations are summed: XLA's all-reduces of another size."""
+    mesh = sharding.make_mesh(mesh, jax.devices())
+    opt = optimizer(mesh)
+    state = jax.eval_shape(lambda: train.init_state(CFG, opt, 0, mesh))
+    rows = jax.ShapeDtypeStruct((1, 16, 32), jnp.int32, sharding=sharding.rows(mesh, leading=1))
+    step = train.make_step(graph_of(CFG, jnp.float32), opt, jnp.float32, mesh)
+    text = step.lower(sharding.abstract(state, mesh), {"tokens": rows, "targets": rows}).compile().as_text()
+
+    def sizes(operation):
+        """Elements of the results of the operations of that name; one that was combined has several."""
+        results = re.findall(rf" = (.*?) {operation}(?:-start)?\(", text)
+        shapes = [shape for result in results for shape in re.findall(r"f32\[([0-9,]*)\]", result)]
+        return [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+    large = [p for p in jax.tree.leaves(state.params) if p.size >= sharding.SMALL]
+    scattered = sizes("reduce-scatter")
+    assert len(scattered) >= len(large)
+    if mesh.shape["tensor"] == 1:
+        assert max(sizes("all-reduce")) < sharding.SMALL
 
 
-def test_split_rows_says_what_fits():
+def test_rows_and_meshes_that_do_not_fit_say_what_does():
     mesh = sharding.make_mesh(MeshConfig(8, 1, 1), jax.devices())
     with pytest.raises(UserError, match="set base.batch_tokens to a multiple of 256"):
-        split_rows("base", 12 * 32, 32, 8, mesh)
+        rows_per_device("base", 12 * 32, 32, mesh)
     with pytest.raises(UserError, match="does not fit 8 devices"):
         sharding.make_mesh(MeshConfig(3, 1, 1), jax.devices())
     with pytest.raises(UserError, match="at most one of them -1"):

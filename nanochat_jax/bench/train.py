@@ -55,9 +55,9 @@ def worker(args: argparse.Namespace) -> None:
     cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
     batch_tokens, mesh = args.rows * args.seq, sharding.make_mesh(MeshConfig())
     schedules = optim.make_schedules(OptimConfig(), 1000, 0.1, "modern")
-    optimizer = optim.make_optimizer(cfg, OptimConfig(), schedules, batch_tokens, dtype)
+    optimizer = optim.make_optimizer(cfg, OptimConfig(), schedules, batch_tokens, dtype, mesh)
     state = train.init_state(cfg, optimizer, 0, mesh)
-    step = train.make_step(graph_of(cfg, dtype), optimizer, dtype)
+    step = train.make_step(graph_of(cfg, dtype), optimizer, dtype, mesh)
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         rows = ((rng.integers(0, args.vocab, args.seq + 1, np.uint16),) for _ in range(64 * args.rows))

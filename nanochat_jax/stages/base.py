@@ -36,24 +36,24 @@ def main(run: common.Run) -> dict:
     decay = plan.weight_decay if cfg.optim.weight_decay is None else cfg.optim.weight_decay
     train_rows, val_rows = run.packed("train"), run.packed("val")
     evaluate = _evaluator(run, val_rows)
-    accumulation, rows = common.split_rows(
-        "base", plan.batch_tokens, run.config.model.sequence_len, cfg.micro_batch, run.mesh
-    )
+    optimizer = common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay)
+    step = common.compile_step(run, "base", optimizer, plan.batch_tokens, cfg.micro_batch)
     run.log.say(
-        f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({accumulation} x {rows} rows), "
+        f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
         f"{scaling.param_counts(run.gpt_config)['total']:,} parameters, {len(train_rows):,} rows of data"
     )
-    with Loader(train_rows, seed=run.config.seed, batch_rows=accumulation * rows) as loader:
+    with Loader(train_rows, seed=run.config.seed, batch_rows=step.batch_rows) as loader:
         return common.train_stage(
             run,
             "base",
             init=None,
-            optimizer=common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay),
+            optimizer=optimizer,
+            step_fn=step.run,
             steps=plan.steps,
-            next_batch=lambda step, _: (common.place(loader.at(step), accumulation, run.mesh), {}),
+            next_batch=lambda i, _: (common.place(loader.at(i), step.accumulation, run.mesh), {}),
             tokens_per_step=plan.batch_tokens,
             save_every=cfg.save_every,
             evaluate=evaluate,
             eval_every=cfg.eval_every,
-            extra={"batch_tokens": plan.batch_tokens, "epochs": plan.steps * accumulation * rows / len(train_rows)},
+            extra={"batch_tokens": plan.batch_tokens, "epochs": plan.steps * step.batch_rows / len(train_rows)},
         )

@@ -13,7 +13,7 @@ from flax import nnx
 
 from evals.bpb import evaluate_bpb
 from evals.scoring import Scorer
-from nanochat_jax import checkpoint, devices, optim, scaling, sharding, train
+from nanochat_jax import checkpoint, devices, memory, optim, scaling, sharding, train
 from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
 from nanochat_jax.data.documents import open_documents
 from nanochat_jax.data.packed import PackedDataset
@@ -79,20 +79,59 @@ class Run:
         return nnx.to_pure_dict(nnx.split(loaded.model)[1])
 
 
-def split_rows(name: str, batch_tokens: int, sequence_len: int, micro_batch: int, mesh) -> tuple[int, int]:
-    """(accumulation, rows per micro-batch over the whole mesh), so that their product is a batch.
-
-    The micro-batch is the largest that divides the batch and is at most micro_batch rows a device.
-    """
+def rows_per_device(name: str, batch_tokens: int, sequence_len: int, mesh) -> int:
+    """Rows of a batch that each data-parallel device takes. UserError where they cannot be shared evenly."""
     rows, devices_ = batch_tokens // sequence_len, sharding.data_parallel(mesh)
     if rows < 1 or rows % devices_:
         raise UserError(
             f"{name}: a batch of {batch_tokens} tokens is {rows} rows of {sequence_len}, which {devices_} "
             f"data-parallel devices cannot share; set {name}.batch_tokens to a multiple of {devices_ * sequence_len}"
         )
-    per_device = rows // devices_
-    micro = max(m for m in range(1, min(micro_batch, per_device) + 1) if per_device % m == 0)
-    return per_device // micro, micro * devices_
+    return rows // devices_
+
+
+@dataclass(frozen=True)
+class Step:
+    """A compiled train step and the shape of its batches: accumulation x rows over the whole mesh."""
+
+    run: Callable
+    accumulation: int
+    rows: int
+
+    @property
+    def batch_rows(self) -> int:
+        return self.accumulation * self.rows
+
+
+def compile_step(run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int) -> Step:
+    """The step of a batch of `batch_tokens`, in micro-batches of at most micro_batch rows a device that fit its memory.
+
+    The compiler's own analysis says what fits, before anything runs; accumulation makes up the rest.
+    """
+    length, mesh = run.config.model.sequence_len, run.mesh
+    per_device = rows_per_device(name, batch_tokens, length, mesh)
+    sizes = memory.micro_batches(per_device, micro_batch)
+    step = train.make_step(graph_of(run.gpt_config, run.dtype), optimizer, run.dtype, mesh)
+    state, compiled = abstract_state(run, optimizer), {}
+
+    def needed(size: int) -> int:
+        shape = (per_device // size, size * sharding.data_parallel(mesh), length)
+        array = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(mesh, leading=1))
+        compiled[size] = step.lower(state, {"tokens": array, "targets": array}).compile()
+        return memory.needed_bytes(compiled[size])
+
+    limit = memory.device_bytes()
+    size = memory.largest_that_fits(sizes, needed, limit, name)
+    run.log.write(
+        f"{name}: {size} rows at a time need {memory.needed_bytes(compiled[size]) / 1e9:.2f} of {limit / 1e9:.2f} GB a device"
+    )
+    return Step(compiled[size], per_device // size, size * sharding.data_parallel(mesh))
+
+
+def abstract_state(run: Run, optimizer):
+    """The train state as shapes, types and shardings."""
+    made = jax.eval_shape(lambda: train.init_state(run.gpt_config, optimizer, run.config.seed, run.mesh))
+    return sharding.abstract(made, run.mesh)
 
 
 def place(batch: dict, accumulation: int, mesh) -> dict:
@@ -125,7 +164,7 @@ def mix_seed(*numbers: int) -> int:
 
 def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, weight_decay: float):
     schedules = optim.make_schedules(cfg, steps, weight_decay, run.config.model.arch)
-    return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=run.dtype)
+    return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=run.dtype, mesh=run.mesh)
 
 
 def train_stage(
@@ -134,6 +173,7 @@ def train_stage(
     *,
     init: Callable[[], dict] | None,
     optimizer,
+    step_fn: Callable,
     steps: int,
     next_batch: Callable,
     tokens_per_step: int,
@@ -144,14 +184,12 @@ def train_stage(
 ) -> dict:
     """Trains stage `name` to its end and writes its done mark; returns the mark. `init` gives the first parameters."""
     cfg, stage_dir = run.gpt_config, run.dir / name
-    graph = graph_of(cfg, run.dtype)
     keeper = checkpoint.Checkpointer(stage_dir / "checkpoints")
     meta = {"stage": name, "seed": run.config.seed, "tokenizer": run.tokenizer.hash, "config": fingerprint(run.config)}
     if keeper.latest() is None:
         state = train.init_state(cfg, optimizer, run.config.seed, run.mesh, init() if init else None)
     else:
-        abstract = jax.eval_shape(lambda: train.init_state(cfg, optimizer, run.config.seed, run.mesh))
-        state, saved = keeper.restore(sharding.abstract(abstract, run.mesh))
+        state, saved = keeper.restore(abstract_state(run, optimizer))
         meta = {**meta, "seconds": saved["seconds"], "last": saved["last"]}
         run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
     tracker = Tracker(run.dir, name, steps, run.log, start=int(state.step))
@@ -159,7 +197,7 @@ def train_stage(
     try:
         state, metrics = train.fit(
             state,
-            step_fn=train.make_step(graph, optimizer, run.dtype),
+            step_fn=step_fn,
             next_batch=next_batch,
             steps=steps,
             save_every=save_every,

@@ -43,19 +43,21 @@ def main(run: common.Run, name: str) -> dict:
     cfg: FinetuneConfig = getattr(run.config, name)
     before = "mid" if name == "sft" and read_done(run.dir / "mid") else "base"
     dataset = _dataset(run, name, cfg)
-    sequence_len = run.config.model.sequence_len
     batch_tokens = cfg.batch_tokens or run.config.base.batch_tokens or read_done(run.dir / "base")["batch_tokens"]
-    accumulation, rows = common.split_rows(name, batch_tokens, sequence_len, cfg.micro_batch, run.mesh)
-    steps = max(1, round(cfg.epochs * len(dataset) / (accumulation * rows)))
+    batch_rows = batch_tokens // run.config.model.sequence_len
+    steps = max(1, round(cfg.epochs * len(dataset) / max(batch_rows, 1)))
+    optimizer = common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0)
+    step = common.compile_step(run, name, optimizer, batch_tokens, cfg.micro_batch)
     run.log.say(f"{name}: {steps} steps of {batch_tokens:,} tokens over {len(dataset):,} rows, from {before}")
-    with Loader(dataset, seed=run.config.seed, batch_rows=accumulation * rows) as loader:
+    with Loader(dataset, seed=run.config.seed, batch_rows=step.batch_rows) as loader:
         return common.train_stage(
             run,
             name,
             init=lambda: run.params_of(before),
-            optimizer=common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0),
+            optimizer=optimizer,
+            step_fn=step.run,
             steps=steps,
-            next_batch=lambda step, _: (common.place(loader.at(step), accumulation, run.mesh), {}),
+            next_batch=lambda i, _: (common.place(loader.at(i), step.accumulation, run.mesh), {}),
             tokens_per_step=batch_tokens,
             save_every=cfg.save_every,
             evaluate=common.bpb_evaluator(run, run.packed("val")),

@@ -14,6 +14,7 @@ import numpy as np
 
 from evals.tasks import load_task
 from evals.tasks.base import Task
+from nanochat_jax import memory, train
 from nanochat_jax.calculator import CalculatorTool
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.engine import Completion, Engine, Request
@@ -137,12 +138,11 @@ def main(run: common.Run) -> dict:
     start = run.params_of(before)
     sampler = Sampler(run, task, merge(graph, start), slots=rollouts_per_step)
     judge = Sampler(run, held_out, merge(graph, start), slots=rollouts_per_step)
-    accumulation, _ = common.split_rows(
-        "rl",
-        rollouts_per_step * run.config.model.sequence_len,
-        run.config.model.sequence_len,
-        cfg.micro_batch,
-        run.mesh,
+    length = run.config.model.sequence_len
+    per_device = common.rows_per_device("rl", rollouts_per_step * length, length, run.mesh)
+    accumulation = per_device // memory.micro_batches(per_device, cfg.micro_batch)[0]
+    optimizer = common.make_optimizer(
+        run, cfg.optim, steps, run.config.base.batch_tokens or 2**19, cfg.optim.weight_decay or 0.0
     )
     run.log.say(f"rl: {steps} steps of {cfg.questions} questions x {cfg.samples} samples of {name}, from {before}")
 
@@ -166,9 +166,8 @@ def main(run: common.Run) -> dict:
         run,
         "rl",
         init=lambda: start,
-        optimizer=common.make_optimizer(
-            run, cfg.optim, steps, run.config.base.batch_tokens or 2**19, cfg.optim.weight_decay or 0.0
-        ),
+        optimizer=optimizer,
+        step_fn=train.make_step(graph, optimizer, run.dtype, run.mesh),
         steps=steps,
         next_batch=next_batch,
         tokens_per_step=rollouts_per_step * cfg.max_new_tokens,

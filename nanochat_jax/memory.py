@@ -1,0 +1,69 @@
+"""Whether a step fits a device: from the compiler's own analysis of the compiled step, before anything runs.
+
+A step's memory is nearly a straight line in the rows of its micro-batch: parameters, moments, gradients and the
+gathered weights do not depend on them, activations do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import psutil
+
+from nanochat_jax.errors import UserError
+
+MARGIN = 0.95  # of a device's memory may be planned; the rest is for evaluations, libraries and fragments
+
+
+def needed_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes on each device while a compiled program runs: arguments, results in buffers of their own, temporaries."""
+    a = compiled.memory_analysis()
+    return (
+        a.argument_size_in_bytes
+        + a.output_size_in_bytes
+        - a.alias_size_in_bytes
+        + a.temp_size_in_bytes
+        + a.generated_code_size_in_bytes
+    )
+
+
+def device_bytes() -> int:
+    """Bytes that may be planned of one device of this process; CPU devices share what the host, or its cgroup, has."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(MARGIN * stats["bytes_limit"])
+    total = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # no such limit
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return int(MARGIN * total) // jax.local_device_count()
+
+
+def micro_batches(rows: int, at_most: int) -> list[int]:
+    """The sizes that divide a device's `rows` of a batch, the largest of `at_most` first."""
+    return [m for m in range(min(at_most, rows), 0, -1) if rows % m == 0]
+
+
+def largest_that_fits(sizes: list[int], needed: Callable[[int], int], limit: int, name: str) -> int:
+    """The first of descending micro-batches whose step needs at most `limit` bytes; UserError where none does.
+
+    `needed(m)` compiles, so it is asked little: the largest first, which mostly fits, then the smallest, and between
+    them from where the line through both says.
+    """
+    most = needed(sizes[0])
+    if most <= limit:
+        return sizes[0]
+    least = needed(sizes[-1])
+    if least > limit:
+        raise UserError(
+            f"{name}: a step needs {least / 1e9:.1f} GB on each device even with {sizes[-1]} rows, and there are "
+            f"{limit / 1e9:.1f} GB; split the state over more devices (mesh.fsdp), or take a smaller model.depth or "
+            "model.sequence_len"
+        )
+    per_row = (most - least) / (sizes[0] - sizes[-1])
+    for size in sizes[1:-1]:
+        if least + per_row * (size - sizes[-1]) <= limit and needed(size) <= limit:
+            return size
+    return sizes[-1]
