@@ -122,9 +122,8 @@ def compile_step(run: Run, name: str, optimizer, batch_tokens: int, micro_batch:
 
     limit = memory.device_bytes()
     size = memory.largest_that_fits(sizes, needed, limit, name)
-    run.log.write(
-        f"{name}: {size} rows at a time need {memory.needed_bytes(compiled[size]) / 1e9:.2f} of {limit / 1e9:.2f} GB a device"
-    )
+    need = memory.needed_bytes(compiled[size])
+    run.log.write(f"{name}: {size} rows at a time need {need / 1e9:.2f} of {limit / 1e9:.2f} GB on each device")
     return Step(compiled[size], per_device // size, size * sharding.data_parallel(mesh))
 
 
