@@ -21,7 +21,8 @@ from nanochat_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
-MAY_DIFFER = ("evals", "mesh", "price_per_hour")  # settings that a finished stage does not depend on
+ON_ONE_HOST = ("rl", "eval", "report")  # stages that are over soon and need a single one
+MAY_DIFFER = ("evals", "mesh", "checkpoints", "price_per_hour")  # settings that a finished stage does not depend on
 START_AGAIN = 75  # exit status after a stop that saved (EX_TEMPFAIL)
 
 
@@ -51,6 +52,7 @@ def fitting_config() -> Path:
 
 def open_run(args: argparse.Namespace):
     """The run directory, made or taken up again. UserError where it was made with other settings."""
+    from nanochat_jax import hosts
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.files import atomic_write_text
     from nanochat_jax.preemption import Stop
@@ -70,9 +72,13 @@ def open_run(args: argparse.Namespace):
             )
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and not a run directory; take another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(existing, dump_yaml(config))
-    run = Run(run_dir, config, RunLog(run_dir), Stop())
+    hosts.barrier("settings compared")
+    if hosts.is_main():
+        run_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(existing, dump_yaml(config))
+    hosts.barrier("run directory")
+    run = Run(run_dir, config, RunLog(run_dir, silent=not hosts.is_main()), Stop())
+    hosts.log_to(run.log.write)
     use_compilation_cache(run.cache_dir / "compiled")
     return run
 
@@ -129,19 +135,25 @@ def pipeline(args: argparse.Namespace) -> dict:
     unknown = sorted(set(chosen) - set(STAGES))
     if unknown or not chosen:
         raise UserError(f"unknown stage {unknown[0] if unknown else repr(args.stages)}; stages are {', '.join(STAGES)}")
+    from nanochat_jax import hosts
     from nanochat_jax.checkpoint import read_done
 
     run = open_run(args)
+    left = [s for s in ON_ONE_HOST if s in chosen and hosts.count() > 1]
     seconds = {}
     with run.stop:
-        for name in [s for s in STAGES if s in chosen]:
+        for name in [s for s in STAGES if s in chosen and s not in left]:
             needs(run, name, chosen)
             if name == "report" or not read_done(run.dir / name):
                 run.log.say(f"— {name}")
-                run_stage(run, name)
+                if hosts.is_main() or name != "tokenizer":
+                    run_stage(run, name)
+            hosts.barrier(f"{name} done")
             mark = read_done(run.dir / name)
             if mark:
                 seconds[name] = round(mark["seconds"], 1)
+        if left:
+            run.log.say(f"{', '.join(left)}: run on one host; the same command on one of them goes on with that")
     return {"run_dir": str(run.dir), "seconds": seconds, "scores": scores(run)}
 
 
@@ -166,10 +178,14 @@ def scores(run) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from nanochat_jax.train import Interrupted
+    args = parse(argv)
+    from nanochat_jax import hosts
+    from nanochat_jax.errors import Interrupted
 
     try:
-        result = pipeline(parse(argv))
+        with hosts.together(say=lambda text: print(text, file=sys.stderr), orderly=(Interrupted,)):
+            result = pipeline(args)
+            main_process = hosts.is_main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
@@ -179,7 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    print(json.dumps(result))
+    if main_process:
+        print(json.dumps(result))
     return 0
 
 

@@ -146,7 +146,7 @@ class Scorer:
         index = np.arange(tokens.size, dtype=np.int32)
         flat = np.asarray(targets, np.int32).reshape(-1)
         nll, _ = _nll_at(hidden, self._head, index, flat, self.cfg.vocab_size, self.cfg.softcap)
-        return np.asarray(nll).reshape(tokens.shape)
+        return _to_host(nll).reshape(tokens.shape)
 
     # ---------------------------------------------------------------------------------------------- batches
 
@@ -177,4 +177,13 @@ class Scorer:
 
 def _fetch(item: tuple[list[int], Iterable[jax.Array]]) -> tuple[list[int], tuple]:
     batch, arrays = item
-    return batch, tuple(np.asarray(a) for a in arrays)
+    return batch, tuple(_to_host(a) for a in arrays)
+
+
+def _to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, on every host; a part of it may be with others."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)

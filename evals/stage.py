@@ -145,7 +145,8 @@ class _Bench:
             out["chat"][name] = self.chat(name)
 
     def bpb(self) -> dict:
-        out = evaluate_bpb(self.scorer, self.validation_rows(), self.tok)
+        with self.validation_rows() as rows:
+            out = evaluate_bpb(self.scorer, rows, self.tok)
         if out["bpb"] is not None:
             self.log(
                 f"{self.name} bpb: {out['bpb']:.4f}, {100 * out['below_unigram']:.1f} % below the bytes' own entropy "
@@ -156,20 +157,19 @@ class _Bench:
     def validation_rows(self):
         """The packed rows of the pinned validation text, the same as in training."""
         from nanochat_jax.data.documents import open_documents
-        from nanochat_jax.data.packed import PackedDataset
         from nanochat_jax.data.packing import pack_documents
 
-        path = pack_documents(
+        return pack_documents(
             open_documents(self.config.data, self.cache_dir),
             self.tok,
             self.config.model.sequence_len,
             self.cache_dir / "packed",
             split="val",
             buffer=self.config.data.pack_buffer,
-            max_tokens=self.config.base.eval_tokens,
+            goal_rows=max(1, self.config.base.eval_tokens // self.config.model.sequence_len),
+            workers=self.config.data.pack_workers,
             log=self.log,
         )
-        return PackedDataset(path)
 
     def core(self) -> dict:
         bundle = find_bundle(self.config)

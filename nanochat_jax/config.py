@@ -88,10 +88,13 @@ class DataConfig:
     source: str = "auto"  # auto | embedded | local | hub; auto is local where dir is set, else embedded
     dir: str | None = None  # local: pretrain/*.parquet, chat/*.jsonl.gz, tasks/*.parquet, core/, words/
     cache_dir: str | None = None  # packed rows and downloads; default: `cache` beside the run directory
-    hub_pretrain: str = "karpathy/climbmix-400b-shuffle"
+    text_column: str = "text"  # of parquet and JSON lines, local or of the hub
+    hub_pretrain: str = "karpathy/climbmix-400b-shuffle"  # owner/name, or climbmix, fineweb_edu, fineweb
+    hub_folder: str | None = None  # take only what is below this folder of the dataset, such as sample/10BT
     hub_shards: int = 8  # training shards to download; the last shard of the dataset is always the validation shard
     max_train_tokens: int | None = None  # stop packing there
     pack_buffer: int = 1000  # documents that best-fit packing chooses from
+    pack_workers: int | None = None  # processes that tokenize beside training; None: all cores but one; 0: none
 
 
 @dataclass(frozen=True)
@@ -185,6 +188,15 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Of every stage. The stages' save_every says after how many steps one is saved."""
+
+    save_minutes: float | None = None  # saved after so long in any case; None: by save_every alone
+    keep: int = 2  # the newest
+    keep_every_hours: float | None = None  # and the first, and one for every so many hours after it; None: no others
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 
@@ -207,6 +219,7 @@ class RunConfig:
     rl: RLConfig = field(default_factory=RLConfig)
     evals: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -347,10 +360,15 @@ def check(config: RunConfig) -> None:
         "rl.micro_batch": config.rl.micro_batch,
         "rl.questions": config.rl.questions,
         "evals.batch": config.evals.batch,
+        "checkpoints.keep": config.checkpoints.keep,
     }
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    for name in ("save_minutes", "keep_every_hours"):
+        value = getattr(config.checkpoints, name)
+        if value is not None and not value > 0:
+            raise UserError(f"checkpoints.{name}={value} must be more than 0; leave it out for none")
     if m.head_dim % 2:
         raise UserError(f"model.head_dim={m.head_dim} must be even: rotary embeddings rotate pairs")
     if m.width is not None and m.width % m.head_dim:

@@ -1,32 +1,80 @@
-"""Signals that ask a run to stop: the loop polls a flag, saves and leaves."""
+"""Signals that ask a run to stop: the loop polls a flag, saves and leaves.
+
+A cluster sends SIGTERM, or what it was told to send some minutes before it takes the machine (SLURM:
+`#SBATCH --signal=USR1@120`), to one host or to all, at one moment, but at different steps of each. All must save the
+same step, so the processes agree on it.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
 
 class Stop:
-    """As a context manager it turns the first SIGTERM or Ctrl-C into `requested`; a second Ctrl-C interrupts at once.
+    """As a context manager it turns the first of SIGNALS into `requested`; a second Ctrl-C interrupts at once.
 
     Outside the main thread, where Python lets nobody handle signals, it does nothing.
     """
 
     def __init__(self):
-        self.requested = False
+        self.signal: str | None = None  # SIGTERM, SIGINT, SIGUSR1
         self._before: dict = {}
+        self._any = None  # on several hosts: the jitted all-reduce, and what it gave for the step before
+        self._pending: jax.Array | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.signal is not None
+
+    @property
+    def why(self) -> str:
+        """For the message: the signal, or that it came elsewhere."""
+        return self.signal or "a signal to another host"
+
+    def agreed(self, due: bool = False) -> tuple[bool, bool]:
+        """(stop, save): whether any process was asked to stop, and whether any of them gave `due`.
+
+        Call it once a step, at the same point in every process: all get the same answer at the same step. With one
+        process that is its own flags. With several, each step starts a small all-reduce behind the step's own work and
+        reads the one of the step before, so that nothing waits: what is asked for in a step is known in the next.
+        """
+        if jax.process_count() == 1:
+            return self.requested, due
+        stop, save = np.asarray(self._pending.addressable_data(0)) if self._pending is not None else (False, False)
+        self._pending = self._reduce([self.requested, due and not save])  # said once
+        return bool(stop), bool(save)
+
+    def _reduce(self, flags: list[bool]) -> jax.Array:
+        """(2,) bool: the flags of all processes, or-ed, on one device of each."""
+        if self._any is None:
+            one_each = {d.process_index: d for d in reversed(jax.devices())}
+            mesh = Mesh([one_each[i] for i in sorted(one_each)], ("host",))
+            self._split = NamedSharding(mesh, P("host"))
+            self._any = jax.jit(lambda x: x.any(0), out_shardings=NamedSharding(mesh, P()))
+        mine = np.asarray([flags])
+        return self._any(jax.make_array_from_process_local_data(self._split, mine, (jax.process_count(), len(flags))))
 
     def _handle(self, number, frame):
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signal = self.signal or signal.Signals(number).name
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {s: signal.signal(s, self._handle) for s in SIGNALS}
         return self
 
     def __exit__(self, *exc) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # None: a handler that Python did not set, such as the one of jax.distributed for SIGTERM
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}

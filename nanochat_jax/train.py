@@ -19,6 +19,7 @@ import optax
 
 from nanochat_jax import sharding
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.errors import Interrupted
 from nanochat_jax.loss import weighted_nll
 from nanochat_jax.model import cast_matrices, init_params, merge
 
@@ -102,10 +103,6 @@ class Accounting:
         }
 
 
-class Interrupted(Exception):
-    """The run was asked to stop; its state is saved. The message says where."""
-
-
 def fit(
     state: TrainState,
     *,
@@ -126,7 +123,7 @@ def fit(
     next_batch(step, params) gives a batch and metrics about it; evaluate(step, params) gives metrics. Both must depend
     on their arguments alone, so that a run that was killed goes on bit for bit. Metrics are read one step late: the
     device never waits for the console. `meta` goes into every checkpoint, with the seconds spent so far. Raises
-    Interrupted, after saving, when `stop.requested`.
+    Interrupted, after saving, when the hosts have agreed to stop.
     """
     last: dict = dict(meta.get("last", {}))
     seconds_before, began = meta.get("seconds", 0.0), time.perf_counter()
@@ -171,12 +168,13 @@ def fit(
         state, arrays = step_fn(state, batch)
         flush()
         pending = (step + 1, arrays, extra)
-        if step + 1 == steps or (step + 1) % save_every == 0 or stop.requested:
+        stopping, due = stop.agreed(checkpointer.due())
+        if step + 1 == steps or (step + 1) % save_every == 0 or due or stopping:
             save(step + 1, state)
-            if stop.requested and step + 1 < steps:
+            if stopping and step + 1 < steps:
                 checkpointer.wait()
                 raise Interrupted(
-                    f"stopped and saved at step {step + 1} of {steps}; the same command goes on from there"
+                    f"{stop.why}: stopped and saved at step {step + 1} of {steps}; the same command goes on from there"
                 )
     if evaluate:
         assess(steps, state.params)

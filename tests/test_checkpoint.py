@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -17,8 +18,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanochat_jax import sharding
-from nanochat_jax.checkpoint import Checkpointer, load_model, read_done, saved_steps, write_done
-from nanochat_jax.config import MeshConfig, RunConfig, dump_yaml, from_dict
+from nanochat_jax.checkpoint import Checkpointer, Damaged, load_model, read_done, saved_steps, store, write_done
+from nanochat_jax.config import CheckpointConfig, MeshConfig, RunConfig, dump_yaml, from_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text
 from nanochat_jax.train import TrainState
@@ -134,17 +135,51 @@ def test_restores_onto_another_mesh(keeper):
 
 
 def test_the_newest_stay(tmp_path):
-    keeper = Checkpointer(tmp_path, keep=2)
+    keeper = Checkpointer(tmp_path, CheckpointConfig(keep=2))
     for step in (2, 4, 6, 8):
         keeper.save(step, tiny_state(step), {"step": step})
     keeper.close()
     assert saved_steps(tmp_path) == [6, 8]
-    again = Checkpointer(tmp_path, keep=2)
+    again = Checkpointer(tmp_path, CheckpointConfig(keep=2))
     assert again.latest() == 8
     assert again.restore(abstract(tiny_state()), step=6)[1] == {"step": 6}
     with pytest.raises(UserError, match="no checkpoint of step 4"):
         again.restore(abstract(tiny_state()), step=4)
     again.close()
+
+
+def test_one_for_every_so_many_hours_stays_besides(tmp_path):
+    times = {}
+
+    def save(cfg, steps):
+        keeper = Checkpointer(tmp_path, cfg)
+        for step in steps:
+            keeper.save(step, {"step": jnp.int32(step)}, {})
+            times[step] = time.time()
+            time.sleep(0.2)
+        keeper.close()
+        return saved_steps(tmp_path)
+
+    cfg = CheckpointConfig(keep=2, keep_every_hours=0.5 / 3600)
+    kept = save(cfg, range(1, 9))
+    assert kept[0] == 1 and kept[-2:] == [7, 8] and len(kept) > 3
+    again = save(cfg, range(9, 13))  # the times of those before come from the disk
+    assert set(kept[:-2]) <= set(again) and again[-2:] == [11, 12]
+    by_time = again[:-2]
+    assert all(0.4 < times[b] - times[a] < 2 for a, b in zip(by_time, by_time[1:])), times
+    assert save(CheckpointConfig(keep=1), [13]) == [13]
+
+
+def test_a_save_is_due_when_its_time_has_passed(tmp_path, keeper):
+    assert not keeper.due()
+    timed = Checkpointer(tmp_path / "timed", CheckpointConfig(save_minutes=0.1 / 60))
+    time.sleep(0.11)
+    assert timed.due()
+    timed.save(1, {"step": jnp.int32(1)}, {})
+    assert not timed.due()
+    time.sleep(0.11)
+    assert timed.due()
+    timed.close()
 
 
 def test_a_step_that_is_there_stays_as_it_is_and_none_goes_back(keeper):
@@ -189,39 +224,79 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(raw[:middle])
     elif how == "zeros":
         path.write_bytes(raw[:middle] + bytes(min(16, len(raw) - middle)) + raw[middle + 16 :])
-    else:
-        path.write_bytes(raw[:middle] + bytes(b ^ 255 for b in raw[middle : middle + 16]) + raw[middle + 16 :])
+    else:  # one bit: a digit stays a digit
+        path.write_bytes(raw[:middle] + bytes([raw[middle] ^ 1]) + raw[middle + 1 :])
 
 
-def test_a_damaged_newest_checkpoint_is_left_out(tmp_path, capfd):
-    """Whatever file is hit, and however: the state is that of a step as saved, and the loss is told in one line."""
-    good, bad = tmp_path / "good", tmp_path / "bad"
-    make_two(good)
-    like = abstract(tiny_state())
-    files = sorted(p.relative_to(good) for p in (good / "2").rglob("*") if p.is_file())
-    content = [f for f in files if f.name not in ("commit_success.txt", "_CHECKPOINT_METADATA")]
-    cases = [(f, how) for i, f in enumerate(content) for how in (("missing", "cut"), ("zeros", "flipped"))[i % 2]]
-    largest = max(files, key=lambda f: (good / f).stat().st_size)
-    for file, how in [*cases, (largest, "zeros"), (largest, "flipped"), (largest, "cut")]:
-        shutil.rmtree(bad, ignore_errors=True)
-        shutil.copytree(good, bad)
-        before = (bad / file).read_bytes()
-        damage(bad / file, how)
-        if (bad / file).is_file() and (bad / file).read_bytes() == before:
-            continue
-        said = []
-        keeper = Checkpointer(bad, say=said.append)
-        state, meta = keeper.restore(like)
-        assert meta == {"step": 1} and bits(state) == bits(tiny_state(1)), (file, how)
-        assert len(said) == 1 and "\n" not in said[0] and "checkpoint 2" in said[0], (file, how)
-        assert saved_steps(bad) == [1] and (bad / "2.damaged").is_dir()
-        keeper.close()
-    keeper = Checkpointer(bad)  # goes on from 1, over what was put aside
-    keeper.save(2, tiny_state(2), {"step": 2})
-    assert keeper.restore(like)[1] == {"step": 2}
+def restored(directory: Path) -> tuple[int, list[str]]:
+    """(the step whose state came back, bit for bit, what was said about it)"""
+    said: list[str] = []
+    keeper = Checkpointer(directory, say=said.append)
+    state, meta = keeper.restore(abstract(tiny_state()))
     keeper.close()
+    assert bits(state) == bits(tiny_state(meta["step"]))
+    return meta["step"], said
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """Checkpoints of steps 1 and 2."""
+    directory = tmp_path_factory.mktemp("two")
+    make_two(directory)
+    return directory
+
+
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped", "zeros"])
+def test_a_damaged_newest_checkpoint_is_left_out(two, tmp_path, how, capfd):
+    """Whatever file is hit, the state is that of a step as saved, and where it is the older one, a line says why."""
+    files = sorted(p.relative_to(two) for p in (two / "2").rglob("*") if p.is_file())
+    harmless = ("commit_success.txt", "_CHECKPOINT_METADATA")  # they hold nothing that a restore needs
+    assert len(files) > 12 and sum(f.name not in harmless for f in files) >= 9
+    for file in files:
+        bad = tmp_path / "bad"
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(two, bad)
+        damage(bad / file, how)
+        if (bad / file).exists() and (bad / file).read_bytes() == (two / file).read_bytes():
+            continue  # there were zeros
+        step, said = restored(bad)
+        if file.name in harmless:
+            assert (step, said) == (2, []), file
+            continue
+        assert step == 1 and len(said) == 1 and "\n" not in said[0] and "checkpoint 2" in said[0], (file, said)
+        assert saved_steps(bad) == [1] and (bad / "2.damaged").is_dir()
+    keeper = Checkpointer(bad)  # goes on from there, over what was put aside
+    keeper.save(3, tiny_state(3), {"step": 3})
+    keeper.close()
+    assert restored(bad) == (3, [])
     err = capfd.readouterr().err
     assert "Traceback" not in err and "Exception ignored" not in err
+
+
+@pytest.mark.parametrize("item", ["meta", "arrays"])
+def test_no_other_record_passes_for_what_was_saved(two, tmp_path, item):
+    """Every byte of it flipped in turn, in the ways that leave digits and letters what they are."""
+    checkpoint = tmp_path / "2"
+    shutil.copytree(two / "2", checkpoint)
+    want, path = store.read_records(checkpoint), checkpoint / item / "metadata"
+    raw = path.read_bytes()
+    for at in range(0, len(raw), 1 if item == "meta" else 7):
+        for bit in (1, 2, 32):
+            path.write_bytes(raw[:at] + bytes([raw[at] ^ bit]) + raw[at + 1 :])
+            try:
+                assert store.read_records(checkpoint) == want
+            except Damaged as e:
+                assert "is not what was written" in str(e)
+
+
+def test_an_empty_folder_with_a_number_is_no_checkpoint(two, tmp_path):
+    shutil.copytree(two, tmp_path / "more")
+    (tmp_path / "more" / "7").mkdir()
+    step, said = restored(tmp_path / "more")
+    assert step == 2 and len(said) == 1 and "checkpoint 7" in said[0]
+    (tmp_path / "alone" / "7").mkdir(parents=True)
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        restored(tmp_path / "alone")
 
 
 def test_all_damaged(tmp_path):
@@ -265,6 +340,70 @@ def test_a_failed_save_stops_the_next_one(tmp_path, full_disk):
     with pytest.raises(UserError, match="could not be written"):
         keeper.save(3, large, {})
     assert saved_steps(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not be written to .*file/checkpoints .*make it writable") as e:
+        Checkpointer(tmp_path / "file" / "checkpoints")
+    assert "\n" not in str(e.value)
+
+
+# On a disk of 12 MB: fills it, saves, makes room, goes on; then the disk becomes read-only.
+SMALL_DISK = """
+import subprocess, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from nanochat_jax.checkpoint import Checkpointer, saved_steps
+from nanochat_jax.errors import UserError
+
+def state_of(step):
+    return {"w": jnp.full((512, 1024), step, jnp.float32), "step": jnp.int32(step)}
+
+def refusal(do):
+    try:
+        do()
+    except UserError as e:
+        print(e)
+        return
+    raise AssertionError("it was not refused")
+
+disk = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], check=True)
+directory = disk / "checkpoints"
+keeper = Checkpointer(directory)
+keeper.save(1, state_of(1), {"step": 1})
+keeper.wait()
+filler = disk / "filler"
+filler.write_bytes(bytes(9 << 20))
+keeper.save(2, state_of(2), {"step": 2})
+refusal(keeper.close)
+assert saved_steps(directory) == [1], saved_steps(directory)
+like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_of(0))
+filler.unlink()
+for step in (2, 3):
+    keeper = Checkpointer(directory)
+    state, meta = keeper.restore(like)
+    assert meta["step"] == step - 1 and (state["w"] == step - 1).all()
+    keeper.save(step, state_of(step), {"step": step})
+    keeper.close()
+assert sorted(p.name for p in directory.iterdir()) == [".lock", "2", "3"]
+subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+refusal(lambda: Checkpointer(directory))
+"""
+
+
+def test_a_full_disk_and_one_that_is_read_only(tmp_path):
+    inside = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("needs a mount namespace of its own (unshare --user --mount)")
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run(
+        [*inside, sys.executable, "-c", SMALL_DISK, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stderr[-3000:]
+    full, read_only = out.stdout.splitlines()
+    assert "could not be written" in full and "make room" in full and "Read-only file system" in read_only
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -429,7 +568,7 @@ def test_load_model_says_what_is_wrong(run_dir, tmp_path):
     with pytest.raises(UserError, match="no stage of .* has ended yet; .* or take stage mid"):
         load_model(other)
     meta = other / "mid" / "checkpoints" / "9" / "meta" / "metadata"
-    meta.write_text(json.dumps({**json.loads(meta.read_text()), "tokenizer": "0" * 16}))
+    meta.write_text(json.dumps({"tokenizer": "0" * 16}))  # as records were before they had a seal
     with pytest.raises(UserError, match="not the tokenizer that stage mid was trained with"):
         load_model(other, "mid")
     config = other / "config.yaml"

@@ -1,20 +1,21 @@
-"""Packing, packed datasets, the loader, the mixture, and where documents come from."""
+"""Packing, packed datasets, the order of rows, the loader, and the mixture."""
 
 import json
+import threading
 
+import jax
 import numpy as np
 import pytest
-from evals_fakes import ByteTokenizer
+from data_fakes import Bytes, Texts
 
 from conftest import golden_files
-from nanochat_jax.config import DataConfig
-from nanochat_jax.data import embedded
-from nanochat_jax.data.documents import open_documents
-from nanochat_jax.data.embedded import EmbeddedDocuments, docstrings
-from nanochat_jax.data.loader import Loader
+from nanochat_jax import sharding
+from nanochat_jax.config import MeshConfig
+from nanochat_jax.data.fit import best_fit
+from nanochat_jax.data.loader import LARGEST, Loader, Order
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset, write_packed
-from nanochat_jax.data.packing import best_fit, pack_conversations, pack_documents
+from nanochat_jax.data.packing import pack_conversations, pack_documents
 from nanochat_jax.errors import UserError
 
 
@@ -37,43 +38,22 @@ def test_best_fit_golden(case):
         assert named == want
 
 
-class Texts:
-    """Documents of these texts."""
-
-    key = ["texts"]
-
-    def __init__(self, train, val=("v" * 50,)):
-        self._train, self._val = train, val
-
-    def train(self):
-        return iter(self._train)
-
-    def val(self):
-        return iter(self._val)
+# -------------------------------------------------------------------------------------------------- packing
 
 
-def test_pack_documents_keeps_order_of_bos_and_counts(tmp_path):
-    tok = ByteTokenizer()
-    texts = [chr(97 + i % 26) * (5 + i % 17) for i in range(200)]
-    path = pack_documents(Texts(texts), tok, 32, tmp_path, split="train", buffer=10, log=lambda s: None)
-    data = PackedDataset(path)
+def pack_texts(texts, cache, **options):
+    options = {"split": "train", "buffer": 10, "workers": 0, "log": lambda line: None, **options}
+    return pack_documents(Texts(tuple(texts)), Bytes(), 32, cache, **options)
+
+
+def test_pack_documents_keeps_documents_from_their_beginning(tmp_path):
+    tok = Bytes()
+    data = pack_texts((chr(97 + i % 26) * (5 + i % 17) for i in range(200)), tmp_path)
     rows = data.rows(range(len(data)))["tokens"]
     assert rows.shape[1] == 33 and (rows[:, 0] == tok.bos).all()
-    data.verify()
-    # every document is somewhere, from its beginning
     pieces = [p for row in rows.tolist() for p in "".join("|" if i == tok.bos else chr(i) for i in row)[1:].split("|")]
     assert all(len(set(p)) <= 1 for p in pieces)
     assert data.manifest["tokens"] == rows.size
-    again = pack_documents(Texts(texts), tok, 32, tmp_path, split="train", buffer=10, log=lambda s: None)
-    assert again == path and len(list(tmp_path.iterdir())) == 1
-
-
-def test_pack_documents_limits_and_refuses_nothing(tmp_path):
-    tok = ByteTokenizer()
-    path = pack_documents(Texts(["abc" * 100] * 9), tok, 32, tmp_path, split="train", max_tokens=64, log=print)
-    assert len(PackedDataset(path)) == 2
-    with pytest.raises(UserError, match="do not fill one row"):
-        pack_documents(Texts(["abc"]), tok, 32, tmp_path, split="train", log=print)
 
 
 def conversation(question, answer):
@@ -82,11 +62,11 @@ def conversation(question, answer):
 
 def pack(tmp_path, conversations, **more):
     settings = {"all_targets": False, "key": [len(conversations)], "log": lambda s: None, **more}
-    return PackedDataset(pack_conversations(conversations, ByteTokenizer(), 32, tmp_path, **settings))
+    return pack_conversations(conversations, Bytes(), 32, tmp_path, **settings)
 
 
 def test_conversations_longer_than_the_row_do_not_block_or_starve(tmp_path):
-    tok = ByteTokenizer()
+    tok = Bytes()
     long_answer, long_question = conversation("q", "a" * 100), conversation("q" * 100, "a")
     data = pack(tmp_path, [long_answer, long_question, *[conversation("hi", "yes")] * 5])
     got = data.rows(range(len(data)))
@@ -103,35 +83,66 @@ def test_all_targets_leaves_only_the_padding_out(tmp_path):
     assert mask.sum() == 10 and mask[:10].all()
 
 
-def test_loader_is_a_function_of_seed_and_step(tmp_path):
-    rows = [(np.full(9, i, np.uint16),) for i in range(10)]
-    write_packed(tmp_path / "d", rows, 9, {})
-    data = PackedDataset(tmp_path / "d")
-    with Loader(data, seed=1, batch_rows=4) as a, Loader(data, seed=1, batch_rows=4) as b:
-        in_order = [a.at(step)["tokens"][:, 0] for step in range(5)]
-        assert np.array_equal(b.at(3)["tokens"][:, 0], in_order[3])  # resumed in the middle
-        assert np.array_equal(b.at(1)["tokens"][:, 0], in_order[1])
-    seen = np.concatenate(in_order)
-    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))  # epochs
-    assert not np.array_equal(seen[:10], seen[10:])
-    with Loader(data, seed=2, batch_rows=4) as other:
-        assert not np.array_equal(other.at(0)["tokens"][:, 0], in_order[0])
+# ------------------------------------------------------------------------------------------- a packed dataset
 
 
-def test_packed_dataset_over_several_shards_and_damage(tmp_path, monkeypatch):
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Eight rows of four tokens in three shards, the last of them of two; row i is full of i."""
     monkeypatch.setattr("nanochat_jax.data.packed.SHARD_ROWS", 3)
-    write_packed(tmp_path / "d", [(np.full(4, i, np.uint16),) for i in range(8)], 4, {})
-    data = PackedDataset(tmp_path / "d")
-    assert data.rows([7, 0, 3])["tokens"][:, 0].tolist() == [7, 0, 3] and len(data) == 8
-    np.save(tmp_path / "d" / "tokens_00001.npy", np.zeros((3, 4), np.uint16))
-    with pytest.raises(UserError, match="shard 1 .* damaged"):
-        PackedDataset(tmp_path / "d").verify()
-    (tmp_path / "d" / "tokens_00002.npy").write_bytes(b"no array")
-    with pytest.raises(UserError, match="missing or damaged"):
-        PackedDataset(tmp_path / "d")
+    write_packed(tmp_path / "d", [(np.full(4, i, np.uint16),) for i in range(8)], 4, {"tokenizer": "ours"})
+    return tmp_path / "d"
 
 
-def test_writing_stops_halfway_leaves_nothing(tmp_path):
+def test_rows_by_index_over_several_shards(folder):
+    data = PackedDataset(folder)
+    assert len(data) == 8 and data.rows([7, 0, 3, 0])["tokens"][:, 2].tolist() == [7, 0, 3, 0]
+    assert data.rows([])["tokens"].shape == (0, 4)
+    for wrong in (8, -1):
+        with pytest.raises(IndexError):
+            data.rows([0, wrong])
+
+
+def test_rows_for_another_tokenizer_or_length_are_refused(folder):
+    PackedDataset(folder, tokenizer_hash="ours", row_len=4)
+    with pytest.raises(UserError, match="packed for tokenizer ours, and not for theirs"):
+        PackedDataset(folder, tokenizer_hash="theirs", row_len=4)
+    with pytest.raises(UserError, match="packed for row_len 4, and not for 5"):
+        PackedDataset(folder, tokenizer_hash="ours", row_len=5)
+    with pytest.raises(UserError, match="no packed rows"):
+        PackedDataset(folder / "none")
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)
+
+
+DAMAGE = {
+    "a flipped byte": flip,
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-4]),
+    "missing": lambda path: path.unlink(),
+    "no array": lambda path: path.write_bytes(b"no array"),
+    "empty": lambda path: path.write_bytes(b""),
+    "fewer rows": lambda path: np.save(path, np.ones((2, 4), np.uint16)),
+    "another type": lambda path: np.save(path, np.ones((3, 4), np.int16)),
+    "another shard": lambda path: path.write_bytes(path.with_name("tokens_00000.npy").read_bytes()),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_shard_gives_no_rows(folder, what):
+    DAMAGE[what](folder / "tokens_00001.npy")
+    data = PackedDataset(folder)
+    assert data.rows([0, 7])["tokens"][:, 0].tolist() == [0, 7]
+    with pytest.raises(UserError, match="remove .* packed anew"):
+        data.rows([0, 4])
+    with pytest.raises(UserError, match="remove .* packed anew"):
+        data.touch(0, 8)
+
+
+def test_writing_that_stops_halfway_leaves_nothing(tmp_path):
     def rows():
         yield (np.zeros(4, np.uint16),)
         raise KeyboardInterrupt
@@ -139,6 +150,149 @@ def test_writing_stops_halfway_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_packed(tmp_path / "d", rows(), 4, {})
     assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------- order of rows
+
+
+def order(rows, seed=0, shard_rows=4):
+    return Order(seed, shard_rows, lambda n: min(n, rows))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 8, 61, 64, 100])
+def test_every_row_comes_once_an_epoch(rows):
+    got = order(rows).rows_at(np.arange(3 * rows)).reshape(3, rows)
+    assert (np.sort(got, axis=1) == np.arange(rows)).all()
+    if rows > 8:
+        assert not np.array_equal(got[0], got[1]) and not np.array_equal(got[1], got[2])
+
+
+def test_the_order_is_a_function_of_seed_and_position():
+    whole = order(100).rows_at(np.arange(300))
+    positions = np.random.default_rng(0).permutation(300)
+    assert np.array_equal(order(100).rows_at(positions), whole[positions])
+    assert np.array_equal([order(100).rows_at(np.array([p]))[0] for p in (0, 99, 100, 299)], whole[[0, 99, 100, 299]])
+    assert not np.array_equal(order(100, seed=1).rows_at(np.arange(100)), whole[:100])
+
+
+def test_windows_grow_from_one_shard_and_later_rows_change_only_the_last():
+    got = order(1000).rows_at(np.arange(1000))
+    start = 0
+    for shards in (1, 1, 2, 4, 8, 16, 32):
+        window = got[start : start + 4 * shards]
+        assert sorted(window) == list(range(start, start + 4 * shards))
+        start += 4 * shards
+    assert np.array_equal(order(70).rows_at(np.arange(64)), got[:64])
+    large = Order(0, 1, lambda n: n)
+    sizes = [end - start for _, _, start, end in map(large.window_of, (0, 1, 64, 128, 192, 1000))]
+    assert sizes == [1, 1, LARGEST, LARGEST, LARGEST, LARGEST]
+
+
+def test_no_more_rows_are_waited_for_than_the_window_has():
+    asked = []
+    waiting = Order(0, 4, lambda n: asked.append(n) or n)
+    waiting.rows_at(np.arange(10))
+    assert max(asked) == 16
+
+
+# ---------------------------------------------------------------------------------------------- the loader
+
+
+def numbered(path, rows=50, masked=False):
+    """Rows of nine tokens, of which row i is full of i; with a mask that leaves the last target out."""
+    mask = (np.arange(9) < 8,) if masked else ()
+    write_packed(path, [(np.full(9, i, np.uint16), *mask) for i in range(rows)], 9, {})
+    return PackedDataset(path)
+
+
+def one_device():
+    return sharding.rows(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), leading=1)
+
+
+def loader(data, seed=1, accumulation=2, rows=8, put=None):
+    return Loader(data, seed=seed, accumulation=accumulation, rows=rows, sharding=put or one_device())
+
+
+def test_a_batch_is_what_the_order_says(tmp_path):
+    data = numbered(tmp_path / "d")
+    want = Order(1, data.shard_rows, data.wait_for).rows_at(np.arange(5 * 16)).reshape(5, 2, 8)
+    with loader(data) as batches:
+        for step in (0, 1, 2, 4, 1, 2):  # in sequence, and taken up elsewhere
+            got = batches.at(step)
+            assert got["tokens"].shape == got["targets"].shape == (2, 8, 8) and got["tokens"].dtype == np.int32
+            assert np.array_equal(got["tokens"], np.repeat(want[step][..., None], 8, axis=-1))
+            assert np.array_equal(got["targets"], got["tokens"])
+
+
+def test_what_the_mask_leaves_out_is_no_target(tmp_path):
+    with loader(numbered(tmp_path / "d", masked=True)) as batches:
+        got = batches.at(0)
+    assert (np.asarray(got["targets"])[..., -1] == -1).all() and (np.asarray(got["targets"])[..., :-1] >= 0).all()
+
+
+@pytest.mark.parametrize("mesh", [(8, 1, 1), (4, 2, 1), (2, 2, 2)], ids=str)
+def test_batches_are_the_same_on_every_mesh(tmp_path, mesh):
+    data, put = numbered(tmp_path / "d"), sharding.rows(sharding.make_mesh(MeshConfig(*mesh)), leading=1)
+    with loader(data) as one, loader(data, put=put) as many:
+        for step in range(5):
+            got, want = many.at(step), one.at(step)
+            for name in ("tokens", "targets"):
+                assert got[name].sharding == put and np.array_equal(got[name], want[name])
+
+
+def test_each_host_reads_the_rows_of_its_own_devices_once(tmp_path, monkeypatch):
+    data, read = numbered(tmp_path / "d"), []
+    put = sharding.rows(sharding.make_mesh(MeshConfig(2, 2, 2)), leading=1)
+    found = data.rows
+    data.rows = lambda indices: read.extend(indices.tolist()) or found(indices)
+
+    def rows_of(devices, step=1):
+        """What is read where only these devices are this process's."""
+        read.clear()
+
+        def make(shape, placed, part, dtype):
+            return {d: part(index) for d, index in placed.devices_indices_map(shape).items() if d in devices}
+
+        with monkeypatch.context() as patch, loader(data, put=put) as batches:
+            patch.setattr(jax, "make_array_from_callback", make)
+            batches._make(step)
+        return list(read)
+
+    order = put.mesh.devices.ravel().tolist()
+    first, second, whole = rows_of(order[:4]), rows_of(order[4:]), rows_of(order)
+    assert len(first) == len(second) == 8 and len(whole) == 16
+    assert sorted(first + second) == sorted(whole) and not set(first) & set(second)
+
+
+def test_damage_is_told_by_the_step_that_meets_it(folder):
+    flip(folder / "tokens_00001.npy")
+    data = PackedDataset(folder)
+    with (
+        loader(data, accumulation=1, rows=1) as batches,
+        pytest.raises(UserError, match="shard 1 .* is damaged") as told,
+    ):
+        for step in range(8):
+            batches.at(step)
+    assert "\n" not in str(told.value)
+
+
+def test_closing_ends_a_wait_for_rows_that_do_not_come(tmp_path, monkeypatch):
+    class Never:
+        def working(self):
+            return True
+
+    monkeypatch.setattr("nanochat_jax.data.packed.SHARD_ROWS", 50)
+    data = numbered(tmp_path / "d")
+    data.manifest["complete"], data.packer, data.refresh = False, Never(), lambda: None
+    with loader(data, accumulation=1, rows=50) as batches:
+        batches.at(0)
+        ahead = [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+    for thread in ahead:
+        thread.join(timeout=5)
+    assert ahead and not any(thread.is_alive() for thread in ahead)
+
+
+# ---------------------------------------------------------------------------------------------- mixtures
 
 
 class Numbers:
@@ -158,41 +312,3 @@ def test_mixture_repeats_and_samples():
     assert len({i for i in got if i >= 100}) == 7 == len(got) - 10
     assert got == [c["id"] for c in Mixture([(Numbers(0, 5), 2), (Numbers(100, 50), -7)], seed=3)]
     assert got != sorted(got)
-
-
-def test_local_documents_pin_the_last_shard(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    (tmp_path / "pretrain").mkdir()
-    data = DataConfig(dir=str(tmp_path))
-    with pytest.raises(UserError, match="two or more"):
-        open_documents(data, tmp_path)
-    for i in range(3):
-        pq.write_table(pa.table({"text": [f"shard {i}", ""]}), tmp_path / "pretrain" / f"s{i}.parquet")
-    documents = open_documents(data, tmp_path)
-    assert list(documents.train()) == ["shard 0", "shard 1"] and list(documents.val()) == ["shard 2"]
-    pq.write_table(pa.table({"words": ["x"]}), tmp_path / "pretrain" / "s1.parquet")
-    with pytest.raises(UserError, match="no column `text`"):
-        list(documents.train())
-    (tmp_path / "pretrain" / "s0.parquet").write_bytes(b"half a downl")
-    with pytest.raises(UserError, match="cannot be read as parquet"):
-        list(documents.train())
-
-
-def test_docstrings():
-    long = "A docstring that says something. " * 10
-    assert docstrings(f'def f():\n    """{long}"""\n') == [long]
-    assert docstrings("def f(") == [] and docstrings('def f(): "short"') == []
-
-
-def test_embedded_documents_are_english_and_disjoint(monkeypatch):
-    monkeypatch.setattr(embedded, "PACKAGES", ("optax",))
-    all_modules = embedded._modules
-    monkeypatch.setattr(embedded, "_modules", lambda root: all_modules(root)[:80])
-    documents = EmbeddedDocuments()
-    train, val = list(documents.train()), list(documents.val())
-    assert sum(map(len, train)) > 500_000 and sum(map(len, val)) > 5_000
-    assert not set(train) & set(val)
-    assert sum(" the " in text for text in train) > len(train) / 2
-    assert documents.key == EmbeddedDocuments().key

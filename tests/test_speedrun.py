@@ -180,7 +180,7 @@ def test_mistakes_are_one_line(whole, place, tmp_path, capsys):
     assert "not a run directory" in fails(capsys, *config, "--run-dir", str(tmp_path / "c"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "parquet shards" in fails(capsys, *config, "--run-dir", str(tmp_path / "d"), f"data.dir={empty}")
+    assert "files of documents" in fails(capsys, *config, "--run-dir", str(tmp_path / "d"), f"data.dir={empty}")
     assert "rl.task=facts is categorical" in fails(
         capsys, *config, "--run-dir", str(tmp_path / "e"), "--stages", "tokenizer,base,rl", "rl.task=facts", *SHORT
     )

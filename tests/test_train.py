@@ -154,6 +154,9 @@ class Recorder:
     def wait(self):
         pass
 
+    def due(self):
+        return False
+
     def record(self, step, **metrics):
         self.records.append((step, metrics))
 
@@ -162,9 +165,10 @@ class StopAt:
     def __init__(self, step):
         self.step, self.seen = step, 0
 
-    @property
-    def requested(self):
-        return self.seen >= self.step
+    why = "SIGTERM"
+
+    def agreed(self, due):
+        return self.seen >= self.step, due
 
 
 def fit(stop_at=99, loss=1.0, begin=0):

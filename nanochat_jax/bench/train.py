@@ -49,7 +49,6 @@ def worker(args: argparse.Namespace) -> None:
     from nanochat_jax.data.loader import Loader
     from nanochat_jax.data.packed import PackedDataset, write_packed
     from nanochat_jax.model import graph_of
-    from nanochat_jax.stages.common import place
 
     dtype = devices.compute_dtype(args.dtype)
     cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
@@ -62,14 +61,16 @@ def worker(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = ((rng.integers(0, args.vocab, args.seq + 1, np.uint16),) for _ in range(64 * args.rows))
         write_packed(Path(folder) / "rows", rows, args.seq + 1, {})
-        with Loader(PackedDataset(Path(folder) / "rows"), seed=0, batch_rows=args.rows) as loader:
+        split = sharding.rows(mesh, leading=1)
+        dataset = PackedDataset(Path(folder) / "rows")
+        with Loader(dataset, seed=0, accumulation=1, rows=args.rows, sharding=split) as loader:
             done = 0
 
             def run(n: int) -> float:
                 nonlocal state, done
                 began = time.perf_counter()
                 for _ in range(n):
-                    state, metrics = step(state, place(loader.at(done), 1, mesh))
+                    state, metrics = step(state, loader.at(done))
                     done += 1
                 jax.block_until_ready(metrics["loss"])
                 return time.perf_counter() - began

@@ -1,32 +1,51 @@
-"""Where pretraining documents come from: a folder of parquet shards, the hub, or what stands on every machine.
+"""Where pretraining documents come from: a folder of files, the hub, or what stands on every machine.
 
     documents = open_documents(config.data, cache_dir)
-    for text in documents.train(): ...
+    for piece in documents.pieces("train"):
+        for text in piece.texts(): ...
 
-The validation split is pinned: in a folder or on the hub it is the last shard by name, whatever the number of training
-shards, so that bits per byte compare between runs.
+The validation split is pinned: in a folder or on the hub it is the last file by name, whatever the number of training
+files, so that bits per byte compare between runs.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from nanochat_jax.config import DataConfig
+from nanochat_jax.data import formats
+from nanochat_jax.data.formats import Piece, kind_of, parquet_texts, pieces_of
 from nanochat_jax.errors import UserError
+
+__all__ = ["Documents", "FileDocuments", "Piece", "local_documents", "open_documents", "parquet_texts", "source_of"]
+
+SAMPLES, SAMPLE = 16, 1 << 16  # of a file, and the bytes of each, that stand for its contents
 
 
 class Documents(Protocol):
+    """Documents of two splits, train and val. Each worker process gets a pickled copy and walks over it by itself."""
+
     @property
     def key(self) -> list:
         """Plain data that names the contents: what is packed from equal keys is equal."""
 
-    def train(self) -> Iterator[str]: ...
+    def pieces(self, split: str) -> Iterator[Piece]:
+        """The parts of a split, in an order that is the same in every process; what is not at hand is fetched when the
+        walk gets there. UserError where that fails."""
 
-    def val(self) -> Iterator[str]: ...
+    def train(self) -> Iterator[str]:
+        for piece in self.pieces("train"):
+            yield from piece.texts()
+
+    def val(self) -> Iterator[str]:
+        for piece in self.pieces("val"):
+            yield from piece.texts()
 
 
 def source_of(data: DataConfig) -> str:
@@ -42,65 +61,79 @@ def open_documents(data: DataConfig, cache_dir: Path) -> Documents:
     if source == "embedded":
         from nanochat_jax.data.embedded import EmbeddedDocuments
 
-        return EmbeddedDocuments()
+        return EmbeddedDocuments(Path(cache_dir))
     if source == "local":
-        return local_documents(Path(data.dir))
-    from nanochat_jax.data.hub import pretrain_files
+        return local_documents(Path(data.dir), data.text_column)
+    from nanochat_jax.data.registry import hub_documents
 
-    train, val = pretrain_files(data.hub_pretrain, data.hub_shards, Path(cache_dir) / "hub")
-    return ParquetDocuments(tuple(train), val)
+    return hub_documents(
+        data.hub_pretrain, data.hub_folder, data.hub_shards, Path(cache_dir) / "hub", column=data.text_column
+    )
 
 
-def local_documents(folder: Path) -> ParquetDocuments:
-    """The shards of folder/pretrain; the last by name is validation. UserError where there are fewer than two."""
-    shards = sorted((folder / "pretrain").glob("*.parquet"))
-    if len(shards) < 2:
+def local_documents(folder: Path, column: str = "text") -> FileDocuments:
+    """The files in and below folder/pretrain or, where there is no such folder, those in `folder` itself. UserError
+    where there are fewer than two."""
+    root = folder / "pretrain"
+    found = root.rglob("*") if root.is_dir() else folder.glob("*")
+    root = root if root.is_dir() else folder
+    names = sorted(p.relative_to(root).as_posix() for p in found if kind_of(p.name) and p.is_file())
+    train, val = split_names(names)
+    if not train:
         raise UserError(
-            f"{folder / 'pretrain'} holds {len(shards)} parquet shards; it takes two or more, the last for validation"
+            f"{root} holds {len(names)} files of documents (.parquet; .jsonl or .txt, also .gz or .zst); "
+            "it takes two or more, the last for validation"
         )
-    return ParquetDocuments(tuple(shards[:-1]), shards[-1])
+    return FileDocuments(root, tuple(train), val, column)
+
+
+_SPLIT = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?=[-_./])")
+
+
+def split_names(names: Sequence[str]) -> tuple[list[str], str]:
+    """(training files, the validation file) of sorted names; no training files where there are too few.
+
+    The last is validation. Where every name says its split, as the hub's do (train-00000-of-00004.parquet, val/0.txt),
+    a test split is left out, and training files are those of train.
+    """
+    said = [m and m[1] for m in map(_SPLIT.search, names)]
+    if all(said) and "train" in said:
+        held = [n for n, split in zip(names, said) if split not in ("train", "test")]
+        train = [n for n, split in zip(names, said) if split == "train"]
+        return (train, held[-1]) if held else (train[:-1], train[-1])
+    return list(names[:-1]), names[-1] if names else ""
 
 
 @dataclass(frozen=True)
-class ParquetDocuments:
-    """Shards with a column `text`."""
+class FileDocuments(Documents):
+    """Files in and below a folder, by their names there."""
 
-    train_shards: tuple[Path, ...]
-    val_shard: Path
+    root: Path
+    train_names: tuple[str, ...]
+    val_name: str
+    column: str
 
-    @property
+    @cached_property
     def key(self) -> list:
-        return [[p.name, p.stat().st_size] for p in (*self.train_shards, self.val_shard)]
+        files = [[name, *_contents(self.root / name)] for name in (*self.train_names, self.val_name)]
+        return ["files", formats.VERSION, self.column, *files]
 
-    def train(self) -> Iterator[str]:
-        for shard in self.train_shards:
-            yield from parquet_texts(shard)
-
-    def val(self) -> Iterator[str]:
-        yield from parquet_texts(self.val_shard)
+    def pieces(self, split: str) -> Iterator[Piece]:
+        for name in self.train_names if split == "train" else (self.val_name,):
+            yield from pieces_of(self.root / name, self.column)
 
 
-def parquet_texts(path: Path) -> Iterator[str]:
-    """The column `text` of a shard, a row group at a time. UserError where the file is not such a shard."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        if "text" not in file.schema_arrow.names:
-            raise UserError(f"{path} has no column `text`; it has {', '.join(file.schema_arrow.names)}")
-        for group in range(file.num_row_groups):
-            for text in file.read_row_group(group, columns=["text"]).column("text").to_pylist():
-                if text:
-                    yield text
-    except (pyarrow.ArrowInvalid, OSError) as e:
-        raise UserError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}); fetch it again") from None
-
-
-def text_key(texts: Iterator[str]) -> str:
-    """16 hex digits of a hash of texts in order."""
+def _contents(path: Path) -> tuple[int, str]:
+    """(size, hash) of a file. Of one beyond a megabyte only samples, its beginning and its end among them: reading all
+    would take minutes of a large folder, and a parquet footer or a checksum at the end tells most changes."""
     digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:16]
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            whole = size <= SAMPLES * SAMPLE
+            for i in range(1 if whole else SAMPLES):
+                file.seek(i * (size - SAMPLE) // (SAMPLES - 1) if i else 0)
+                digest.update(file.read(size if whole else SAMPLE))
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from None
+    return size, digest.hexdigest()[:16]

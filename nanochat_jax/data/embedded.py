@@ -11,12 +11,20 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import json
 import platform
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
+
+from nanochat_jax.config import fingerprint
+from nanochat_jax.data.documents import Documents
+from nanochat_jax.data.formats import Piece, pieces_of
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_text
 
 VERSION = 1  # of the rules below
 PACKAGES = ("numpy", "jax", "flax", "optax")
@@ -27,35 +35,44 @@ VALIDATION_SHARE = 24  # every so manieth file, by the hash of its name
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "_vendor", "pydoc_data"}
 
 
-class EmbeddedDocuments:
-    """Collected when first asked for, in about fifteen seconds, and kept in memory: a few megabytes."""
+@dataclass(frozen=True)
+class EmbeddedDocuments(Documents):
+    """Collected when first asked for, in about ten seconds, and kept as JSON lines in the cache: a few megabytes."""
+
+    cache_dir: Path
 
     @cached_property
-    def _split(self) -> tuple[list[str], list[str]]:
-        train, val, seen = [], [], set()
-        for name, texts in _files():
-            held_out = _hash(name) % VALIDATION_SHARE == 0
-            for text in texts:
-                fingerprint = _hash(text)
-                if fingerprint not in seen:  # aliases share their docstrings
-                    seen.add(fingerprint)
-                    (val if held_out else train).append(text)
-        return _shuffled(train), _shuffled(val)
-
-    @property
     def key(self) -> list:
         """What the texts depend on, so that nobody has to collect them to know that they are the same."""
         return ["embedded", VERSION, platform.python_version(), *(f"{p} {metadata.version(p)}" for p in PACKAGES)]
 
-    def train(self) -> Iterator[str]:
-        return iter(self._split[0])
+    def pieces(self, split: str) -> Iterator[Piece]:
+        folder = self.cache_dir / "embedded" / fingerprint(self.key)
+        path = folder / f"{split}.jsonl"
+        if not path.is_file():
+            try:
+                for name, texts in zip(("train", "val"), collect(), strict=True):
+                    atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
+            except OSError as e:
+                raise UserError(f"cannot write to {folder} ({e.strerror or e}); set data.cache_dir") from None
+        yield from pieces_of(path, "text")
 
-    def val(self) -> Iterator[str]:
-        return iter(self._split[1])
+
+def collect() -> tuple[list[str], list[str]]:
+    """(training texts, validation texts)."""
+    train, val, seen = [], [], set()
+    for name, texts in _files():
+        held_out = _hash(name) % VALIDATION_SHARE == 0
+        for text in texts:
+            digest = _hash(text)
+            if digest not in seen:  # aliases share their docstrings
+                seen.add(digest)
+                (val if held_out else train).append(text)
+    return _shuffled(train), _shuffled(val)
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def _shuffled(texts: list[str]) -> list[str]:

@@ -1,55 +1,172 @@
-"""Rows by step: what comes at a step is a function of (seed, step) alone, so resuming costs nothing."""
+"""Batches by step: what comes at a step is a function of (seed, step) alone, so resuming costs nothing.
+
+Rows are shuffled in windows that grow as 1, 1, 2, 4, 8, ... shards: training begins when the first shard is packed, and
+never waits where packing is twice as fast as training. From the second epoch on all rows are shuffled together.
+"""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import itertools
+import threading
+from collections.abc import Callable
 
 import grain
+import jax
 import numpy as np
 
 from nanochat_jax.data.packed import PackedDataset
 
+LARGEST = 64  # shards of a window
+THREADS = 2  # that make batches
+PREFETCH = 2  # batches that are made ahead
+KEPT = 3  # permutations that are kept: steps ahead may be in the next window already
 
-class _Rows:
-    """PackedDataset as Grain reads it: one row by index."""
 
-    def __init__(self, dataset: PackedDataset):
-        self._dataset = dataset
+class Order:
+    """Which row comes at which position: every row once an epoch.
+
+    `count(n)` says how many rows there are, once they are n or all of them. What comes at a position depends on the
+    seed alone; on the number of all rows only in the window in which they end, and in the epochs after the first.
+    """
+
+    def __init__(self, seed: int, shard_rows: int, count: Callable[[int], int]):
+        self._seed, self._shard_rows, self._count = seed, shard_rows, count
+        self._lock = threading.Lock()
+        self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """The indices of the rows at positions, both (n,) int64."""
+        positions = np.asarray(positions, np.int64)
+        out, left = np.empty_like(positions), np.ones(len(positions), bool)
+        while left.any():
+            epoch, window, start, end = self.window_of(int(positions[left].min()))
+            mine = left & (positions < end)
+            order = self._permutation(epoch, window, end - start)
+            out[mine] = order[positions[mine] - start] + (0 if epoch else start)
+            left &= ~mine
+        return out
+
+    def window_of(self, position: int) -> tuple[int, int, int, int]:
+        """(epoch, window, its first position, the position after its last)."""
+        start = 0
+        for window in itertools.count():
+            end = start + min(2 ** max(window - 1, 0), LARGEST) * self._shard_rows
+            if position < end:
+                break
+            start = end
+        rows = self._count(end)
+        if position < rows:
+            return 0, window, start, min(end, rows)
+        epoch = position // rows
+        return epoch, 0, epoch * rows, (epoch + 1) * rows
+
+    def _permutation(self, epoch: int, window: int, rows: int) -> np.ndarray:
+        key = epoch, window, rows
+        with self._lock:
+            if key not in self._permutations:
+                while len(self._permutations) >= KEPT:
+                    self._permutations.pop(next(iter(self._permutations)))
+                rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch, window])))
+                self._permutations[key] = rng.permutation(rows)
+            return self._permutations[key]
+
+
+class _Steps:
+    """The batches of all steps, as Grain reads them: by index."""
+
+    def __init__(self, make: Callable[[int], dict]):
+        self._make = make
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return 1 << 40
 
-    def __getitem__(self, index: int) -> dict:
-        row = self._dataset.rows([index])
-        return {k: v[0] for k, v in row.items() if v is not None}
-
-
-def _collate(rows: list[dict]) -> dict[str, np.ndarray]:
-    """Rows of T + 1 as tokens and targets (R, T) int32; a target that the mask leaves out is -1."""
-    ids = np.stack([row["tokens"] for row in rows]).astype(np.int32)
-    targets = ids[:, 1:].copy()
-    if "mask" in rows[0]:
-        targets[~np.stack([row["mask"] for row in rows])[:, 1:]] = -1
-    return {"tokens": ids[:, :-1], "targets": targets}
+    def __getitem__(self, step: int) -> dict:
+        return self._make(step)
 
 
 class Loader:
-    """Batches of `batch_rows` rows, shuffled anew in every epoch; the next one is made while the step runs."""
+    """{"tokens", "targets"} of each step, (accumulation, rows, T) int32 as `sharding` spreads them over the devices.
 
-    def __init__(self, dataset: PackedDataset, *, seed: int, batch_rows: int):
-        rows = grain.MapDataset.source(_Rows(dataset)).seed(seed).shuffle()
-        self._batches = rows.repeat().batch(batch_rows, batch_fn=_collate)
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._ahead: dict[int, Future] = {}
+    A target that the rows' mask leaves out is -1. Every process reads only rows that its own devices hold. The next
+    steps' batches are made, and brought to the devices, while a step runs.
+    """
 
-    def at(self, step: int) -> dict[str, np.ndarray]:
-        """{"tokens", "targets"}, each (batch_rows, T) int32."""
-        future = self._ahead.pop(step, None) or self._pool.submit(self._batches.__getitem__, step)
-        self._ahead = {step + 1: self._pool.submit(self._batches.__getitem__, step + 1)}
-        return future.result()
+    def __init__(self, dataset: PackedDataset, *, seed: int, accumulation: int, rows: int, sharding):
+        self._dataset, self._accumulation, self._rows, self._sharding = dataset, accumulation, rows, sharding
+        self._closed = threading.Event()
+        dataset.wait_for(1)  # from here on it is known how large a shard is
+        self._order = Order(seed, dataset.shard_rows, self._count)
+        self._iterator, self._next = None, 0
+
+    def at(self, step: int) -> dict[str, jax.Array]:
+        """The batch of a step; the steps that follow it are then made ahead. UserError where rows are damaged."""
+        if self._iterator is None or step != self._next:
+            self._stop_ahead()
+            options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
+            self._iterator = iter(grain.MapDataset.source(_Steps(self._make))[step:].to_iter_dataset(options))
+        try:
+            batch = next(self._iterator)
+        except BaseException:
+            self._stop_ahead()  # its place is not certain any more
+            raise
+        self._next = step + 1
+        return batch
+
+    def _count(self, rows: int) -> int:
+        found = self._dataset.wait_for(rows, self._closed)
+        if self._closed.is_set():
+            raise RuntimeError("the loader was closed")
+        return found
+
+    def _make(self, step: int) -> dict[str, jax.Array]:
+        accumulation, rows = self._accumulation, self._rows
+        parts: dict[tuple, dict[str, np.ndarray]] = {}  # devices that differ in other axes hold the same rows
+
+        def part(name: str):
+            def of(index: tuple[slice, ...]) -> np.ndarray:
+                where = *index[0].indices(accumulation), *index[1].indices(rows)
+                if where not in parts:
+                    grid = np.arange(accumulation)[index[0], None] * rows + np.arange(rows)[index[1]]
+                    parts[where] = self._read(step * accumulation * rows + grid)
+                return parts[where][name][..., index[2]]
+
+            return of
+
+        shape = accumulation, rows, self._dataset.manifest["row_len"] - 1
+        batch = {
+            name: jax.make_array_from_callback(shape, self._sharding, part(name), dtype=np.int32)
+            for name in ("tokens", "targets")
+        }
+        self._touch_ahead((step + 1) * accumulation * rows)
+        return batch
+
+    def _read(self, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """{"tokens", "targets"}, (*positions.shape, T) int32."""
+        found = self._dataset.rows(self._order.rows_at(positions.ravel()))
+        ids = found["tokens"].reshape(*positions.shape, -1)
+        targets = ids[..., 1:].astype(np.int32)
+        if found["mask"] is not None:
+            targets[~found["mask"].reshape(ids.shape)[..., 1:]] = -1
+        return {"tokens": ids[..., :-1].astype(np.int32), "targets": targets}
+
+    def _touch_ahead(self, position: int) -> None:
+        """Reads of the next window's shards as large a share as this window is through, so that none comes as a whole
+        when the next one begins."""
+        epoch, _, _, end = self._order.window_of(position - 1)
+        if epoch == 0:
+            self._dataset.touch(end, position + min(position, LARGEST * self._dataset.shard_rows))
+
+    def _stop_ahead(self) -> None:
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def close(self) -> None:
+        self._closed.set()
+        self._stop_ahead()
 
     def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *exc) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self.close()

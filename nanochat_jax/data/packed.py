@@ -1,16 +1,22 @@
-"""Packed rows on disk: token ids that fit 16 bits, in shards with a manifest, addressed by index.
+"""Packed rows on disk: token ids in shards with a manifest, addressed by index.
 
-A dataset is a folder of `tokens_00000.npy`, ... (rows, T + 1) uint16, for conversations also `mask_00000.npy`, ...
-(rows, T + 1) bool, and `manifest.json`, which is written last: a folder without it is not a dataset.
+A dataset is a folder of `tokens_00000.npy`, ... (rows, T + 1), uint16 where the vocabulary fits that, else uint32, for
+conversations also `mask_00000.npy`, ... (rows, T + 1) bool, and `manifest.json`: what is not in there does not exist.
+All shards but the last have `shard_rows` rows, and each has a checksum. A folder may grow while it is read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
+import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,53 +24,162 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 
 MANIFEST = "manifest.json"
-SHARD_ROWS = 16_384
+SHARD_ROWS = 4096
+POLL = 0.1  # seconds between two looks at a folder that grows
+
+
+def dtype_of(tok) -> np.dtype:
+    """Of the ids of a tokenizer."""
+    return np.dtype(np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32)
+
+
+# ------------------------------------------------------------------------------------------------ reading
 
 
 class PackedDataset:
-    """len, and rows by index. UserError where the folder is not whole."""
+    """Rows by index. With `packer`, which fills the folder meanwhile, rows that are not there yet are waited for.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.manifest = read_json(self.path / MANIFEST)
-        if self.manifest is None:
+    limit: rows of which the rest of the folder is not part. tokenizer_hash, row_len: what the rows must have been made
+    with. A shard is read as a whole when it is first touched, and compared with its checksum. UserError where the
+    folder is none, is not what was asked for, or is damaged.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        tokenizer_hash: str | None = None,
+        row_len: int | None = None,
+        limit: int | None = None,
+        packer=None,
+    ):
+        self.path, self.limit, self.packer = Path(path), limit, packer
+        self._asked = {"tokenizer": tokenizer_hash, "row_len": row_len}
+        self._shards: dict[int, dict[str, np.ndarray]] = {}
+        self._lock = threading.Lock()
+        self.manifest: dict = {}
+        self.refresh()
+        if not self.manifest and packer is None:
             raise UserError(f"{path} holds no packed rows (it has no {MANIFEST})")
-        self._shards = {
-            name: [self._open(name, i) for i in range(len(self.manifest["shards"]))] for name in self._names
-        }
-        self._starts = np.cumsum([0] + [shard["rows"] for shard in self.manifest["shards"]])
+
+    def refresh(self) -> None:
+        """Takes in what has been packed since."""
+        found = read_json(self.path / MANIFEST)
+        if found is None or found["rows"] < self.manifest.get("rows", 0):
+            return
+        for name, asked in self._asked.items():
+            if asked is not None and found.get(name) != asked:
+                raise UserError(
+                    f"{self.path} was packed for {name} {found.get(name)}, and not for {asked}; remove it to have it "
+                    "packed anew"
+                )
+        self.manifest = found
+
+    # -------------------------------------------------------------------------------------------- how many
 
     @property
-    def _names(self) -> list[str]:
-        return ["tokens", "mask"] if self.manifest["masked"] else ["tokens"]
+    def complete(self) -> bool:
+        """Whether all of the rows are there."""
+        return bool(self.manifest) and (self.manifest["complete"] or self.available() == self.limit)
 
-    def _open(self, name: str, i: int) -> np.ndarray:
-        path = self.path / f"{name}_{i:05d}.npy"
-        try:
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError):
-            raise UserError(f"{path} is missing or damaged; remove {self.path} to have it packed anew") from None
-        if len(array) != self.manifest["shards"][i]["rows"]:
-            raise UserError(f"{path} has lost rows; remove {self.path} to have it packed anew")
-        return array
+    @property
+    def shard_rows(self) -> int:
+        return self.manifest["shard_rows"] if self.manifest else SHARD_ROWS
+
+    def available(self) -> int:
+        """How many rows are there already."""
+        rows = self.manifest.get("rows", 0)
+        return rows if self.limit is None else min(rows, self.limit)
+
+    def wait_for(self, rows: int, stop: threading.Event | None = None) -> int:
+        """How many rows are there, once they are `rows` or all of them.
+
+        UserError where packing failed, or where nobody packs. `stop` ends the wait early.
+        """
+        stop = stop or threading.Event()
+        while not stop.is_set() and self.available() < rows and not self.complete:
+            working = self.packer is not None and self.packer.working()
+            self.refresh()
+            if self.available() >= rows or self.complete:
+                break
+            if not working:
+                raise UserError(
+                    f"{self.path} holds {self.available():,} rows and was not packed to its end; start again"
+                )
+            stop.wait(POLL)
+        return self.available()
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        """How many rows there are in all; waits until they are there."""
+        return self.wait_for(self.limit or 1 << 62)
+
+    # -------------------------------------------------------------------------------------------- which
 
     def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray | None]:
-        """{"tokens": (n, T + 1) uint16, "mask": (n, T + 1) bool or None}."""
-        indices = np.asarray(indices)
-        which = np.searchsorted(self._starts, indices, side="right") - 1
+        """{"tokens": (n, T + 1) uint16 or uint32, "mask": (n, T + 1) bool or None}. IndexError beyond the last row."""
+        indices = np.asarray(indices, np.int64)
+        last = int(indices.max(initial=-1))
+        if indices.min(initial=0) < 0 or (last >= self.available() and last >= self.wait_for(last + 1)):
+            raise IndexError(f"{self.path} has no such row among {indices}")
+        which, within = np.divmod(indices, self.shard_rows)
         out: dict[str, np.ndarray | None] = {"mask": None}
-        for name in self._names:
-            out[name] = np.stack([self._shards[name][s][i - self._starts[s]] for s, i in zip(which, indices)])
+        for name, dtype in self._arrays():
+            out[name] = np.empty((len(indices), self.manifest["row_len"]), dtype)
+            for shard in np.unique(which):
+                mine = which == shard
+                out[name][mine] = self._shard(int(shard))[name][within[mine]]
         return out
 
-    def verify(self) -> None:
-        """UserError where a shard's bytes are not those that were written."""
-        for i, shard in enumerate(self.manifest["shards"]):
-            if _checksum([self._shards[name][i] for name in self._names]) != shard["checksum"]:
-                raise UserError(f"shard {i} of {self.path} is damaged; remove the folder to have it packed anew")
+    def touch(self, first: int, end: int) -> None:
+        """Reads and checks the shards of the rows from `first` to before `end`, as far as they are there."""
+        for shard in range(first // self.shard_rows, -(-min(end, self.available()) // self.shard_rows)):
+            self._shard(shard)
+
+    def _arrays(self) -> list[tuple[str, str]]:
+        return [("tokens", self.manifest["dtype"]), *([("mask", "bool")] if self.manifest["masked"] else [])]
+
+    def _shard(self, i: int) -> dict[str, np.ndarray]:
+        """The arrays of a shard, mapped into memory; found whole when it is first asked for."""
+        if i not in self._shards:
+            with self._lock:
+                if i not in self._shards:
+                    self._shards[i] = self._open(i)
+        return self._shards[i]
+
+    def _open(self, i: int) -> dict[str, np.ndarray]:
+        shard, arrays = self.manifest["shards"][i], {}
+        for name, dtype in self._arrays():
+            path = self.path / _file(name, i)
+            try:
+                array = np.load(path, mmap_mode="r")
+            except (OSError, ValueError, EOFError):
+                raise UserError(f"{path} is missing or damaged; remove {self.path} to have it packed anew") from None
+            if array.shape != (shard["rows"], self.manifest["row_len"]) or array.dtype != dtype:
+                raise UserError(f"{path} is not what was written; remove {self.path} to have it packed anew")
+            arrays[name] = array
+        if _checksum(arrays.values()) != shard["checksum"]:
+            raise UserError(f"shard {i} of {self.path} is damaged; remove the folder to have it packed anew")
+        return arrays
+
+    # -------------------------------------------------------------------------------------------- the packer
+
+    def close(self) -> None:
+        """Stops the packer, if there is one. Another one goes on where it was."""
+        if self.packer is not None:
+            self.packer.close()
+
+    def __enter__(self) -> PackedDataset:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def _file(name: str, i: int) -> str:
+    return f"{name}_{i:05d}.npy"
 
 
 def _checksum(arrays: Iterable[np.ndarray]) -> int:
@@ -74,29 +189,72 @@ def _checksum(arrays: Iterable[np.ndarray]) -> int:
     return value
 
 
-def write_packed(path: Path, rows: Iterable[tuple], row_len: int, counts: dict) -> dict:
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """UserError where the disk is full, or nobody may write there."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(
+                f"no space is left for packed rows in {folder} ({e.strerror}); free some and start again: packing goes "
+                "on where it was"
+            ) from None
+        raise UserError(
+            f"packed rows cannot be kept in {folder} ({e.strerror}); set data.cache_dir to a folder that can be written"
+        ) from None
+
+
+def write_whole(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """A file that `fill(file)` writes, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            fill(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _save(file: BinaryIO, array: np.ndarray) -> None:
+    """np.save, which does not say that the disk is full."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+    file.write(np.ascontiguousarray(array).data)
+
+
+def write_shard(folder: Path, i: int, arrays: dict[str, np.ndarray]) -> dict:
+    """Writes the arrays of shard `i`; what the manifest says of it."""
+    for name, array in arrays.items():
+        write_whole(folder / _file(name, i), partial(_save, array=array))
+    return {"rows": len(arrays["tokens"]), "checksum": _checksum(arrays.values())}
+
+
+def write_packed(
+    path: Path, rows: Iterable[tuple], row_len: int, counts: dict, dtype: np.dtype | type = np.uint16
+) -> dict:
     """Writes rows (tokens, or (tokens, mask)) of row_len as a dataset at `path` and returns its manifest.
 
     `counts` is read when the rows are through, so that what makes them can count. The folder appears whole or not at
     all, also where two processes pack the same.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     shards, pending, masked = [], [], False
 
     def flush():
-        arrays = [np.asarray([row[0] for row in pending], np.uint16).reshape(-1, row_len)]
-        names = ["tokens"]
+        arrays = {"tokens": np.asarray([row[0] for row in pending], dtype).reshape(-1, row_len)}
         if masked:
-            arrays.append(np.asarray([row[1] for row in pending], bool).reshape(-1, row_len))
-            names.append("mask")
-        for name, array in zip(names, arrays):
-            np.save(part / f"{name}_{len(shards):05d}.npy", array)
-        shards.append({"rows": len(pending), "checksum": _checksum(arrays)})
+            arrays["mask"] = np.asarray([row[1] for row in pending], bool).reshape(-1, row_len)
+        with writing(path):
+            shards.append(write_shard(part, len(shards), arrays))
         pending.clear()
 
     try:
+        with writing(path):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
         for row in rows:
             masked = len(row) == 2
             pending.append(row)
@@ -104,12 +262,13 @@ def write_packed(path: Path, rows: Iterable[tuple], row_len: int, counts: dict) 
                 flush()
         if pending:
             flush()
-        manifest = {"row_len": row_len, "masked": masked, "rows": sum(s["rows"] for s in shards)}
-        manifest |= {"shards": shards, **counts}
-        atomic_write_json(part / MANIFEST, manifest)
-        if not (path / MANIFEST).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(part, path)
+        manifest = {"row_len": row_len, "dtype": np.dtype(dtype).name, "masked": masked, "shard_rows": SHARD_ROWS}
+        manifest |= {"rows": sum(s["rows"] for s in shards), "complete": True, "shards": shards, **counts}
+        with writing(path):
+            atomic_write_json(part / MANIFEST, manifest)
+            if not (path / MANIFEST).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+                os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return manifest

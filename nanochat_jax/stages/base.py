@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from evals.core import evaluate_core, find_bundle
 from nanochat_jax import scaling
-from nanochat_jax.data.loader import Loader
 from nanochat_jax.stages import common
 
 CORE_EXAMPLES = 500  # a task, while training; the eval stage takes all
@@ -34,26 +33,26 @@ def main(run: common.Run) -> dict:
         head_dim=run.config.model.head_dim,
     )
     decay = plan.weight_decay if cfg.optim.weight_decay is None else cfg.optim.weight_decay
-    train_rows, val_rows = run.packed("train"), run.packed("val")
-    evaluate = _evaluator(run, val_rows)
     optimizer = common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay)
-    step = common.compile_step(run, "base", optimizer, plan.batch_tokens, cfg.micro_batch)
-    run.log.say(
-        f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
-        f"{scaling.param_counts(run.gpt_config)['total']:,} parameters, {len(train_rows):,} rows of data"
-    )
-    with Loader(train_rows, seed=run.config.seed, batch_rows=step.batch_rows) as loader:
-        return common.train_stage(
-            run,
-            "base",
-            init=None,
-            optimizer=optimizer,
-            step_fn=step.run,
-            steps=plan.steps,
-            next_batch=lambda i, _: (common.place(loader.at(i), step.accumulation, run.mesh), {}),
-            tokens_per_step=plan.batch_tokens,
-            save_every=cfg.save_every,
-            evaluate=evaluate,
-            eval_every=cfg.eval_every,
-            extra={"batch_tokens": plan.batch_tokens, "epochs": plan.steps * step.batch_rows / len(train_rows)},
+    wanted = plan.steps * plan.batch_tokens // run.config.model.sequence_len
+    with run.packed("val") as val_rows, run.packed("train", wanted) as train_rows:
+        step = common.compile_step(run, "base", optimizer, plan.batch_tokens, cfg.micro_batch)
+        run.log.say(
+            f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
+            f"{scaling.param_counts(run.gpt_config)['total']:,} parameters"
         )
+        with common.loader(run, train_rows, step) as loader:
+            return common.train_stage(
+                run,
+                "base",
+                init=None,
+                optimizer=optimizer,
+                step_fn=step.run,
+                steps=plan.steps,
+                next_batch=lambda i, _: (loader.at(i), {}),
+                tokens_per_step=plan.batch_tokens,
+                save_every=cfg.save_every,
+                evaluate=_evaluator(run, val_rows),
+                eval_every=cfg.eval_every,
+                extra=lambda: {"batch_tokens": plan.batch_tokens, "epochs": wanted / len(train_rows)},
+            )

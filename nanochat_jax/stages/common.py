@@ -13,9 +13,10 @@ from flax import nnx
 
 from evals.bpb import evaluate_bpb
 from evals.scoring import Scorer
-from nanochat_jax import checkpoint, devices, memory, optim, scaling, sharding, train
+from nanochat_jax import checkpoint, devices, hosts, memory, optim, scaling, sharding, train
 from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
 from nanochat_jax.data.documents import open_documents
+from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_documents
 from nanochat_jax.errors import UserError
@@ -58,20 +59,22 @@ class Run:
     def mesh(self):
         return sharding.make_mesh(self.config.mesh)
 
-    def packed(self, split: str) -> PackedDataset:
-        """The packed rows of the documents' train or val split; packed now if they are not there."""
+    def packed(self, split: str, rows: int | None = None) -> PackedDataset:
+        """The packed rows of the documents' train or val split, `rows` of them at most: to be closed, as they may
+        still be being packed."""
         tokens = self.config.data.max_train_tokens if split == "train" else self.config.base.eval_tokens
-        path = pack_documents(
+        wanted = [n for n in (rows, tokens and max(1, tokens // self.config.model.sequence_len)) if n is not None]
+        return pack_documents(
             self.documents,
             self.tokenizer,
             self.config.model.sequence_len,
             self.cache_dir / "packed",
             split=split,
             buffer=self.config.data.pack_buffer,
-            max_tokens=tokens,
+            goal_rows=min(wanted, default=None),
+            workers=self.config.data.pack_workers,
             log=self.log.say,
         )
-        return PackedDataset(path)
 
     def params_of(self, stage: str) -> dict:
         """The parameters that `stage` ended with, as a nested dict."""
@@ -136,14 +139,30 @@ def abstract_state(run: Run, optimizer):
 def place(batch: dict, accumulation: int, mesh) -> dict:
     """Host arrays (rows, T) as device arrays (accumulation, rows / accumulation, T), rows split over the mesh."""
     put = sharding.rows(mesh, leading=1)
-    return {k: jax.device_put(v.reshape(accumulation, -1, v.shape[-1]), put) for k, v in batch.items()}
+    shaped = {k: v.reshape(accumulation, -1, v.shape[-1]) for k, v in batch.items()}
+    return {k: jax.device_put(v, put) for k, v in shaped.items()}
+
+
+def loader(run: Run, dataset: PackedDataset, step: Step) -> Loader:
+    """The batches of a compiled step."""
+    return Loader(
+        dataset,
+        seed=run.config.seed,
+        accumulation=step.accumulation,
+        rows=step.rows,
+        sharding=sharding.rows(run.mesh, leading=1),
+    )
 
 
 def scorer(run: Run, params: dict, rows: int) -> Scorer:
     """What scores texts with `params`, `rows` of them at a time on each device."""
     put = sharding.rows(run.mesh)
     model = merge(graph_of(run.gpt_config, run.dtype), params)
-    return Scorer(model, rows * sharding.data_parallel(run.mesh), place=lambda tokens: jax.device_put(tokens, put))
+    return Scorer(
+        model,
+        rows * sharding.data_parallel(run.mesh),
+        place=lambda tokens: jax.make_array_from_callback(tokens.shape, put, lambda index: tokens[index]),
+    )
 
 
 def bpb_evaluator(run: Run, rows: PackedDataset) -> Callable[[int, dict], dict]:
@@ -179,16 +198,27 @@ def train_stage(
     save_every: int,
     evaluate: Callable | None = None,
     eval_every: int = 0,
-    extra: dict | None = None,
+    extra: Callable[[], dict] = dict,
 ) -> dict:
-    """Trains stage `name` to its end and writes its done mark; returns the mark. `init` gives the first parameters."""
+    """Trains stage `name` to its end and writes its done mark; returns the mark.
+
+    `init` gives the first parameters; `extra`, asked at the end, goes into the mark.
+    """
     cfg, stage_dir = run.gpt_config, run.dir / name
-    keeper = checkpoint.Checkpointer(stage_dir / "checkpoints")
+    keeper = checkpoint.Checkpointer(stage_dir / "checkpoints", run.config.checkpoints, say=run.log.say)
     meta = {"stage": name, "seed": run.config.seed, "tokenizer": run.tokenizer.hash, "config": fingerprint(run.config)}
     if keeper.latest() is None:
-        state = train.init_state(cfg, optimizer, run.config.seed, run.mesh, init() if init else None)
+        params = init() if init else None
+        if hosts.count() > 1:  # what one host holds can be copied to all devices only from its memory
+            params = jax.tree.map(np.asarray, params)
+        state = train.init_state(cfg, optimizer, run.config.seed, run.mesh, params)
     else:
         state, saved = keeper.restore(abstract_state(run, optimizer))
+        if saved["tokenizer"] != run.tokenizer.hash:
+            raise UserError(
+                f"{run.dir / 'tokenizer'} is not the tokenizer that stage {name} began with; put that one back, or "
+                f"remove {stage_dir} to train the stage anew"
+            )
         meta = {**meta, "seconds": saved["seconds"], "last": saved["last"]}
         run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
     tracker = Tracker(run.dir, name, steps, run.log, start=int(state.step))
@@ -219,9 +249,10 @@ def train_stage(
         "tokens": steps * tokens_per_step,
         "seconds": metrics.pop("seconds"),
         "metrics": metrics,
-        **(extra or {}),
+        **extra(),
     }
-    checkpoint.write_done(stage_dir, done)
+    if hosts.is_main():
+        checkpoint.write_done(stage_dir, done)
     return done
 
 

@@ -10,7 +10,6 @@ from evals.tasks import VERSION, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.config import FinetuneConfig, to_dict
-from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_conversations
@@ -26,7 +25,7 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
     run.log.say(
         f"{name}: " + ", ".join(f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
     )
-    path = pack_conversations(
+    return pack_conversations(
         Mixture(tasks, seed=run.config.seed),
         run.tokenizer,
         run.config.model.sequence_len,
@@ -34,9 +33,9 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
         all_targets=cfg.all_targets,
         key=[VERSION, to_dict(run.config.data), run.config.seed, [[t.name, len(t), n] for t, n in tasks]],
         max_rows=cfg.max_rows,
+        workers=run.config.data.pack_workers,
         log=run.log.say,
     )
-    return PackedDataset(path)
 
 
 def main(run: common.Run, name: str) -> dict:
@@ -49,7 +48,7 @@ def main(run: common.Run, name: str) -> dict:
     optimizer = common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0)
     step = common.compile_step(run, name, optimizer, batch_tokens, cfg.micro_batch)
     run.log.say(f"{name}: {steps} steps of {batch_tokens:,} tokens over {len(dataset):,} rows, from {before}")
-    with Loader(dataset, seed=run.config.seed, batch_rows=step.batch_rows) as loader:
+    with run.packed("val") as val_rows, common.loader(run, dataset, step) as loader:
         return common.train_stage(
             run,
             name,
@@ -57,10 +56,10 @@ def main(run: common.Run, name: str) -> dict:
             optimizer=optimizer,
             step_fn=step.run,
             steps=steps,
-            next_batch=lambda i, _: (common.place(loader.at(i), step.accumulation, run.mesh), {}),
+            next_batch=lambda i, _: (loader.at(i), {}),
             tokens_per_step=batch_tokens,
             save_every=cfg.save_every,
-            evaluate=common.bpb_evaluator(run, run.packed("val")),
+            evaluate=common.bpb_evaluator(run, val_rows),
             eval_every=cfg.eval_every,
-            extra={"from": before, "batch_tokens": batch_tokens},
+            extra=lambda: {"from": before, "batch_tokens": batch_tokens},
         )

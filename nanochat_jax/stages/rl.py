@@ -174,5 +174,5 @@ def main(run: common.Run) -> dict:
         save_every=cfg.save_every,
         evaluate=evaluate,
         eval_every=cfg.eval_every,
-        extra={"task": name, "from": before},
+        extra=lambda: {"task": name, "from": before},
     )

@@ -1,0 +1,13 @@
+"""Checkpoints by Orbax: asynchronous, atomic, checked, restored bit for bit onto whatever mesh is asked for.
+
+store.py      what a checkpoint folder holds, and how damage to it is found
+keeper.py     a stage's checkpoints: saved, kept, restored, on one host or several
+models.py     a trained model out of a run directory; the mark of a stage that has ended
+__main__.py   python -m nanochat_jax.checkpoint ls|show|verify DIR
+"""
+
+from nanochat_jax.checkpoint.keeper import Checkpointer, saved_steps
+from nanochat_jax.checkpoint.models import STAGES, Loaded, load_model, read_done, write_done
+from nanochat_jax.checkpoint.store import Damaged
+
+__all__ = ["STAGES", "Checkpointer", "Damaged", "Loaded", "load_model", "read_done", "saved_steps", "write_done"]

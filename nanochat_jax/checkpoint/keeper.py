@@ -1,0 +1,192 @@
+"""A stage's checkpoints: saved in the background, the newest ones and some of the older ones kept, restored.
+
+On several hosts, which share the directory, every process makes a Checkpointer and calls each of its methods at the
+same point. Process 0 holds the lock, decides and prints; all take the same step, and raise where one of them failed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSeconds, LatestN
+
+from nanochat_jax.checkpoint import store
+from nanochat_jax.checkpoint.store import Damaged
+from nanochat_jax.config import CheckpointConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import claim
+
+
+def warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _first(number: int) -> int:
+    """Process 0's number, on every process; those others wait for it."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+class Checkpointer:
+    """Checkpoints of one stage under `directory`. Which ones stay, `cfg` says.
+
+    One run at a time may hold a directory: UserError where another one is training there. What a killed process left
+    half-written is removed.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        cfg: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (it is frozen)
+        say: Callable[[str], None] = warn,
+    ):
+        self.directory, self._say = Path(directory).absolute(), say
+        self._save_seconds = None if cfg.save_minutes is None else 60 * cfg.save_minutes
+        self._saved_at = time.monotonic()
+        kept = [LatestN(cfg.keep)]
+        if cfg.keep_every_hours is not None:  # the first one there is, and then one after every so many hours
+            kept.append(EveryNSeconds(interval_secs=3600 * cfg.keep_every_hours))
+        self._claim, error = None, None
+        if jax.process_index() == 0:
+            try:
+                self._claim = claim(self.directory / ".lock")
+                _drop_unreadable_times(self.directory)
+            except UserError as e:
+                error = e
+            except OSError as e:
+                error = self._failed(e)
+        store.agree(error)
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+            ),
+            item_handlers=store.handlers(),
+        )
+
+    def due(self) -> bool:
+        """Whether `save_minutes` have passed since the last save.
+
+        Process 0's clock decides, and elsewhere it is False: let preemption.Stop.agreed tell the others.
+        """
+        spent = time.monotonic() - self._saved_at
+        return self._save_seconds is not None and spent >= self._save_seconds and jax.process_index() == 0
+
+    def save(self, step: int, state: Any, meta: dict) -> None:
+        """Copies `state` (a pytree of arrays) and `meta` (plain JSON) to the host, then writes in the background.
+
+        The caller may donate the state's buffers as soon as this returns. A step that is there already stays as it is.
+        UserError where the save before this one failed.
+        """
+        self.wait()
+        self._saved_at = time.monotonic()
+        if _first(step in saved_steps(self.directory)):
+            return
+        args = store.to_save(state, meta)
+        try:
+            begun = self._manager.save(step, args=args)
+        except Exception as e:
+            raise self._failed(e) from e
+        if not begun:
+            raise ValueError(f"step {step} comes before the newest checkpoint of {self.directory}")
+
+    def latest(self) -> int | None:
+        """The newest step that is on the disk, or None."""
+        step = _first(max(saved_steps(self.directory), default=-1))
+        return None if step < 0 else step
+
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
+        """(state, meta) of `step`, or of the newest checkpoint that can be read.
+
+        abstract_state: the state's pytree of jax.ShapeDtypeStruct; each array comes back bit for bit, with the
+        sharding that is asked for there, whatever mesh it was saved from. A damaged checkpoint is reported in one line,
+        put aside as `<step>.damaged`, and the one before it taken. UserError where none is left, or the shapes differ.
+        """
+        self.wait()
+        state, meta, found, damaged = newest_readable(self.directory, abstract_state, step, self._say)
+        if damaged:
+            for bad in damaged if jax.process_index() == 0 else ():
+                aside = self.directory / f"{bad}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(bad)).rename(aside)
+            _first(0)  # the others look when process 0 has done this
+            self._manager.reload()
+        return state, meta
+
+    def wait(self) -> None:
+        """Returns when the last save is on the disk. UserError where it failed."""
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as e:
+            raise self._failed(e) from e
+
+    def _failed(self, e: Exception) -> UserError:
+        return UserError(
+            f"a checkpoint could not be written to {self.directory} ({store.one_line(e)}); make room there, or make it "
+            "writable, and the same command goes on from the checkpoint before"
+        )
+
+    def close(self) -> None:
+        """Waits for the last save, and lets go of the directory. UserError where the save failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+            if self._claim:
+                self._claim.close()
+
+
+def saved_steps(directory: str | Path) -> list[int]:
+    """The steps of the checkpoints that are complete, ascending."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+
+
+def newest_readable(directory: Path, abstract: Any, step: int | None, say) -> tuple[Any, dict, int, list[int]]:
+    """(state, meta, step, newer steps that are damaged). UserError where there is none."""
+    directory, damaged = directory.absolute(), []  # Orbax takes no other paths
+    left = saved_steps(directory) if step is None else [s for s in saved_steps(directory) if s == step]
+    while (candidate := _first(left.pop() if left else -1)) >= 0:
+        try:
+            state, meta = store.read(directory / str(candidate), abstract)
+            return state, meta, candidate, damaged
+        except Damaged as e:
+            if jax.process_index() == 0:
+                say(f"checkpoint {candidate} in {directory} is damaged and left out: {e}")
+            damaged.append(candidate)
+    if damaged:
+        raise UserError(f"no checkpoint in {directory} can be read; remove that folder to train the stage anew")
+    if step is None:
+        raise UserError(f"{directory} holds no checkpoint yet")
+    steps = saved_steps(directory)
+    raise UserError(f"{directory} holds no checkpoint of step {step}; it holds {steps or 'none'}")
+
+
+def _drop_unreadable_times(directory: Path) -> None:
+    """Removes Orbax's own note beside the items where it is damaged: Orbax would refuse the whole directory.
+
+    It says only when the checkpoint was made, and without it the folder's own time does.
+    """
+    for step in saved_steps(directory):
+        note = directory / str(step) / "_CHECKPOINT_METADATA"
+        try:
+            json.loads(note.read_bytes())  # first, for Orbax prints what it cannot parse
+            ocp.path.step.Metadata(step, note.parent).commit_timestamp  # noqa: B018 (raises)
+        except FileNotFoundError:
+            pass
+        except Exception:
+            note.unlink()

@@ -1,0 +1,99 @@
+"""A trained model out of a run directory, and the mark of a stage that has ended.
+
+A stage that has ended leaves `<stage>/done.json`. `load_model` is how everything but training gets at a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from nanochat_jax.checkpoint.keeper import newest_readable, saved_steps, warn
+from nanochat_jax.config import RunConfig, from_dict
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_json, read_json
+
+STAGES = ("base", "mid", "sft", "rl")  # those that leave a model, in order
+
+
+def write_done(stage_dir: str | Path, mark: dict) -> None:
+    """Marks the stage as ended; `mark` ({"seconds", "metrics", "steps", ...}) becomes its done.json."""
+    atomic_write_json(Path(stage_dir) / "done.json", mark)
+
+
+def read_done(stage_dir: str | Path) -> dict | None:
+    """What the stage left when it ended, or None."""
+    return read_json(Path(stage_dir) / "done.json")
+
+
+@dataclass
+class Loaded:
+    model: Any  # nanochat_jax.model.GPT
+    tokenizer: Any  # tokenizer.Tokenizer
+    config: RunConfig
+    meta: dict  # of the checkpoint
+    stage: str
+    step: int
+
+
+def load_model(
+    run_dir: str | Path,
+    stage: str | None = None,
+    *,
+    dtype: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    say: Callable[[str], None] = warn,
+) -> Loaded:
+    """The newest model of a stage, its tokenizer and the run's configuration. Only the parameters are read.
+
+    stage: base, mid, sft or rl, ended or not; None: the latest that has ended. dtype of the matrix products: None for
+    the configuration's. mesh: shards the parameters by the rules of sharding.py; None: they are put on the default
+    device, uncommitted. UserError, in one line, where the run or the stage is not there, or the tokenizer is not the
+    one that the stage was trained with.
+    """
+    from nanochat_jax import devices, scaling, sharding
+    from nanochat_jax.model import graph_of, init_params, merge
+    from tokenizer import Tokenizer
+
+    run_dir = Path(run_dir)
+    stage = _choose_stage(run_dir, stage)
+    # not load_config: a run can be used where its data folder is not at hand
+    config = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
+    tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    cfg = scaling.gpt_config(config.model, tokenizer.vocab_size)
+    abstract = {"params": jax.eval_shape(lambda: init_params(cfg, 0))}
+    if mesh is not None:
+        abstract = sharding.abstract(abstract, mesh)
+    state, meta, step, _ = newest_readable(run_dir / stage / "checkpoints", abstract, None, say)
+    if meta.get("tokenizer") != tokenizer.hash:
+        raise UserError(
+            f"{run_dir / 'tokenizer'} is not the tokenizer that stage {stage} was trained with; put that one back, or "
+            f"remove {run_dir / stage} and train the stage anew"
+        )
+    params = state["params"] if mesh is not None else jax.tree.map(jnp.asarray, state["params"])
+    graph = graph_of(cfg, devices.compute_dtype(config.dtype) if dtype is None else dtype)
+    return Loaded(merge(graph, params), tokenizer, config, meta, stage, step)
+
+
+def _choose_stage(run_dir: Path, stage: str | None) -> str:
+    """`stage` if it holds a checkpoint, or the latest stage that has ended. UserError."""
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
+    trained = [s for s in STAGES if saved_steps(run_dir / s / "checkpoints")]
+    ended = [s for s in trained if read_done(run_dir / s)]
+    if stage is None and ended:
+        return ended[-1]
+    if stage is None:
+        raise UserError(
+            f"no stage of {run_dir} has ended yet; run run_speedrun.py --run-dir {run_dir} to its end"
+            + (f", or take stage {trained[-1]} as it is now by its name" if trained else "")
+        )
+    if stage not in trained:
+        raise UserError(f"{run_dir} has no trained stage {stage}; it has {', '.join(trained) or 'none yet'}")
+    return stage

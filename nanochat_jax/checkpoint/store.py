@@ -1,0 +1,303 @@
+"""What a checkpoint folder, `<stage>/checkpoints/<step>`, holds, and how damage to it is found.
+
+Three items: `state` (parameters, optimizer, step), `meta` (JSON of the caller's: seed, tokenizer hash, last metrics)
+and `arrays` (JSON: shape, type and checksum of every array). Orbax writes into a folder of another name and renames it
+at the end, so what is called by a number is whole, whenever the process was killed. What happens to it later is found
+by a seal on the JSON, a list of the state's files, and the checksums: without them, bytes that changed would pass for
+parameters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from nanochat_jax.errors import UserError
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be read, or does not hold what was saved; the message says why."""
+
+
+class _ListedHandler(ocp.BasePyTreeCheckpointHandler):
+    """Orbax's way to store a pytree, and a list of the files that it made, as the last one of them."""
+
+    LIST, SMALL = "files.json", 1 << 20  # bytes; of larger files only the size is noted: the arrays have checksums
+
+    def finalize(self, directory) -> None:  # on process 0, when all have written
+        super().finalize(directory)
+        folder = Path(directory)
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        noted = {str(p.relative_to(folder)): self.describe(p) for p in files}
+        (folder / self.LIST).write_text(json.dumps(noted, indent=1))
+
+    @classmethod
+    def describe(cls, path: Path) -> list[int]:
+        """[size] or, of a small file, [size, CRC-32]."""
+        size = path.stat().st_size
+        return [size, zlib.crc32(path.read_bytes())] if size <= cls.SMALL else [size]
+
+
+def handlers() -> dict:
+    """How each item is stored. Uncompressed: zstd takes four times the processor time to save 8 % of the bytes."""
+    listed = _ListedHandler(use_ocdbt=True, use_zarr3=True, use_compression=False)
+    return {
+        "state": ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, handler_impl=listed),
+        "meta": ocp.JsonCheckpointHandler(),
+        "arrays": ocp.JsonCheckpointHandler(),
+    }
+
+
+def to_save(state: Any, meta: dict) -> ocp.args.Composite:
+    """What Orbax is given of a pytree of arrays and of plain JSON; both may change as soon as this has returned."""
+    meta = json.loads(json.dumps(meta))  # a copy: the writer reads it later
+    state = jax.tree.map(_raw, state)
+    arrays = _describe(state)
+    if jax.default_backend() == "cpu":
+        # Elsewhere Orbax copies to the host before it returns. Here its copy is a view of the very buffer that the
+        # next step wants to write to; the view makes jax 0.10 refuse the donation, but nothing promises that.
+        state = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
+    return ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state),
+        meta=ocp.args.JsonSave(_sealed(meta)),
+        arrays=ocp.args.JsonSave(_sealed(arrays)),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read(path: Path, abstract: Any) -> tuple[Any, dict]:
+    """The arrays of `abstract` (the whole state, or {"params": ...} of it) and the meta record. Damaged, UserError.
+
+    Leaves are jax.ShapeDtypeStructs; one without a sharding comes back as a NumPy array. On several hosts every process
+    calls this, reads what its devices hold, and raises where another one did.
+    """
+    state, meta, error = None, {}, None
+    try:
+        arrays, meta = read_records(path)
+        check_files(path)
+        raw = jax.tree.map(_raw_abstract, abstract)
+        _check_shapes(path, arrays, raw)
+        state = _read_arrays(path, raw)
+    except Exception as e:
+        error = e
+    agree(error)
+    wrong = [name for name, found in _describe(state).items() if found != arrays[name]]
+    agree(Damaged(f"{wrong[0]} is not what was saved") if wrong else None)
+    return jax.tree.map(_wrap, state, abstract), meta
+
+
+def read_records(path: Path) -> tuple[dict, dict]:
+    """(arrays, meta): name -> {"shape", "dtype", "checksum"}, and what the caller saved with the state. Damaged."""
+    found = []
+    for item in ("arrays", "meta"):
+        try:
+            found.append(_opened(json.loads((path / item / "metadata").read_bytes())))
+        except (FileNotFoundError, NotADirectoryError):
+            raise Damaged(f"its record {item} is missing") from None
+        except (ValueError, AttributeError):  # not text, not JSON, not a dictionary, or a broken seal
+            raise Damaged(f"its record {item} is not what was written") from None
+    return found[0], found[1]
+
+
+def check_files(path: Path) -> None:
+    """Damaged, in a line, where a file is missing or other than noted; Orbax would say so in hundreds."""
+    folder, name = path / "state", _ListedHandler.LIST
+    try:
+        noted = json.loads((folder / name).read_bytes())
+        for name, description in noted.items():
+            if _ListedHandler.describe(folder / name) != description:
+                raise Damaged(f"its file {name} is not what was written")
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged(f"its file {name} is missing") from None
+    except (ValueError, AttributeError):  # not JSON, not a path, not a dictionary
+        raise Damaged(f"its file {_ListedHandler.LIST} is not what was written") from None
+
+
+def verify(path: Path, at_once: int = 1 << 28) -> tuple[int, int]:
+    """(arrays, bytes) of a checkpoint whose every array is what was saved. Damaged.
+
+    Arrays are read by the `at_once` bytes, or one where it is larger: it takes three times that of memory.
+    """
+    arrays, _ = read_records(path)
+    check_files(path)
+    with _orbax() as handler:
+        saved = handler.metadata(path / "state").tree
+    for names in _batches(arrays, at_once):
+        wanted = jax.tree_util.tree_map_with_path(
+            lambda at, x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _name(at) in names else ocp.PLACEHOLDER,  # noqa: B023
+            saved,
+        )
+        state = _read_arrays(path, wanted, partial=False)
+        found = _describe({name: x for name, x in _named(state) if x is not ocp.PLACEHOLDER})
+        for name in names:
+            if found.get(name) != arrays[name]:
+                raise Damaged(f"{name} is not what was saved")
+    return len(arrays), sum(map(array_bytes, arrays.values()))
+
+
+def array_bytes(array: dict) -> int:
+    """Of an entry of the record `arrays`."""
+    return math.prod(array["shape"]) * jnp.dtype(array["dtype"]).itemsize
+
+
+def _batches(arrays: dict, at_once: int) -> Iterator[set[str]]:
+    names, size = set(), 0
+    for name, array in arrays.items():
+        if names and size + array_bytes(array) > at_once:
+            yield names
+            names, size = set(), 0
+        names.add(name)
+        size += array_bytes(array)
+    yield names
+
+
+def _read_arrays(path: Path, abstract: Any, partial: bool = True) -> Any:
+    """The leaves of `abstract` that are jax.ShapeDtypeStructs; `partial`: it may leave others out.
+
+    Every process reads by itself, without Orbax's barriers: where it fails on one, `agree` tells the others.
+    """
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
+    with _orbax() as handler:
+        return handler.restore(path / "state", args=args)
+
+
+@contextmanager
+def _orbax() -> Iterator[ocp.PyTreeCheckpointHandler]:
+    """The state's reader. What it raises on a bad file becomes Damaged; lack of memory or of rights is no damage."""
+    handler = handlers()["state"]
+    try:
+        yield handler
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as e:
+        if "RESOURCE_EXHAUSTED" in str(e) or "PERMISSION_DENIED" in str(e):
+            raise
+        raise Damaged(one_line(e)) from e
+    finally:
+        handler.close()
+
+
+def one_line(e: Exception, limit: int = 200) -> str:
+    text = " ".join(str(e).split())
+    return f"{type(e).__name__}: {text[:limit]}" if text else type(e).__name__
+
+
+def _check_shapes(path: Path, saved: dict, abstract: Any) -> None:
+    """UserError where the checkpoint holds other arrays than are asked for: it was made with other settings."""
+    for name, leaf in _named(abstract):
+        want = f"{leaf.dtype}{list(leaf.shape)}"
+        have = f"{saved[name]['dtype']}{saved[name]['shape']}" if name in saved else "no such array"
+        if want != have:
+            raise UserError(
+                f"checkpoint {path} was made with other settings: {name} is {have} there and {want} here; take the "
+                "settings that it was made with, or another run directory"
+            )
+
+
+# ------------------------------------------------------------------------------------------ several hosts
+
+
+def agree(error: Exception | None) -> None:
+    """Raises on every process where one of them met an error: there its own, elsewhere word of it.
+
+    Every process must call it, with what it met or None. On one process it raises `error`, if there is one.
+    """
+    mine = worst = 0 if error is None else 1 if isinstance(error, Damaged) else 2
+    if jax.process_count() > 1:
+        worst = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
+    if worst == 0:
+        return
+    if mine == worst:
+        raise error
+    raise Damaged("another host cannot read it") if worst == 1 else UserError("another host failed; it says why")
+
+
+# ----------------------------------------------------------------------------------------------- checksums
+
+
+def _sealed(value: dict) -> dict:
+    return {"crc32": _crc(value), "value": value}
+
+
+def _opened(record: dict) -> dict:
+    """The value of a sealed record; ValueError where it is another one. Before there were seals it was the record."""
+    if not {"crc32", "value"} & record.keys():
+        return record
+    if record.get("crc32") != _crc(record.get("value")):
+        raise ValueError("the seal is broken")
+    return record["value"]
+
+
+def _crc(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    """[("params/wte/embedding", leaf), ...]"""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(_name(path), x) for path, x in leaves]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """The sum of x's bits as integers, each times its odd place (2 i + 1), modulo 2^32: uint32 scalar.
+
+    Any single element that changes changes it, and so do elements that change places. Sums of integers do not depend on
+    their order, so it is the same on every mesh, and the devices that hold the array make it; all of them get it.
+    """
+    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _describe(state: Any) -> dict[str, dict]:
+    """name -> {"shape", "dtype", "checksum"} of every array."""
+    sums = jax.device_get({name: _checksum(x) for name, x in _named(state)})
+    return {
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": int(sums[name])} for name, x in _named(state)
+    }
+
+
+# ------------------------------------------------------------------------------------------- PRNG keys
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _raw(x: jax.Array) -> jax.Array:
+    """PRNG keys as their bits, everything else as it is."""
+    return jax.random.key_data(x) if _is_key(x) else x
+
+
+def _raw_abstract(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if not _is_key(x):
+        return x
+    raw = jax.eval_shape(jax.random.key_data, x)
+    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=x.sharding)
+
+
+def _wrap(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), like.dtype))) if _is_key(like) else x

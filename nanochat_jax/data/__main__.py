@@ -1,0 +1,97 @@
+"""The data that runs read: `download` fills the cache before a machine goes offline, `ls` shows what is in it.
+
+python -m nanochat_jax.data download --dataset climbmix -n 40
+python -m nanochat_jax.data download --dataset HuggingFaceFW/fineweb-edu --folder sample/10BT -n 3 --to DIR
+python -m nanochat_jax.data ls
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nanochat_jax.config import DataConfig
+from nanochat_jax.data.registry import NAMED
+from nanochat_jax.errors import UserError
+
+DOWNLOADS = Path(__file__).resolve().parents[2] / "runs" / "cache" / "hub"  # as run_speedrun.py has them by default
+
+
+def _tables() -> dict[str, list[tuple[str, str | None, str]]]:
+    """Task -> the tables of the hub that it reads: (dataset, configuration, split). smoltalk is the task chat."""
+    from evals.tasks import CHAT_REPO, ROWS
+
+    tables = {name: [(r.repo, r.config, split) for split in r.hub_splits.values()] for name, r in ROWS.items()}
+    tables["smoltalk"] = [(CHAT_REPO, None, "train")]
+    return {**tables, "tasks": [table for rows in tables.values() for table in rows]}
+
+
+def _download(args: argparse.Namespace) -> list[str]:
+    from nanochat_jax.data.download import download, download_tables
+    from nanochat_jax.data.registry import hub_documents
+
+    if "/" not in args.dataset and args.dataset not in NAMED:
+        tables = _tables()
+        if args.dataset not in tables:
+            known = ", ".join((*NAMED, *tables))
+            raise UserError(f"there is no dataset {args.dataset}; take owner/name of the hub, or one of {known}")
+        return download_tables(tables[args.dataset], args.to)
+    return [download(hub_documents(args.dataset, args.folder, args.n, args.to), args.workers)]
+
+
+def _ls(args: argparse.Namespace) -> list[str]:
+    from nanochat_jax.data.download import contents
+
+    return contents(args.to) or [f"{args.to} holds no datasets"]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    what, _, examples = __doc__.partition("\n\n")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m nanochat_jax.data", description=what, epilog=examples, formatter_class=raw
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    download = commands.add_parser("download", help="fetch datasets of the hub; goes on where it stopped")
+    download.add_argument(
+        "--dataset",
+        required=True,
+        help=f"{', '.join(NAMED)}, or owner/name of parquet, jsonl or txt files; smoltalk or the name of another task "
+        "for its questions, tasks for those of all",
+    )
+    download.add_argument("--folder", help="take only what is below this folder of the dataset")
+    download.add_argument("-n", type=_positive, default=DataConfig.hub_shards, help="training files (%(default)s)")
+    download.add_argument("--workers", type=_positive, default=8, help="files at a time (%(default)s)")
+    download.set_defaults(run=_download)
+
+    ls = commands.add_parser("ls", help="what is in the cache, whole or half")
+    ls.set_defaults(run=_ls)
+
+    for command in (download, ls):
+        command.add_argument("--to", type=Path, default=DOWNLOADS, help="the cache's folder (%(default)s)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    try:
+        print("\n".join(args.run(args)))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""Best fit: which documents make a row together.
+
+Into what is left of a row goes the largest document of a buffer that fits; where none does, the beginning of the
+shortest one, or nothing. arXiv 2404.10830.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Iterator
+
+_BITS = 40  # of a key that say when its document came
+
+
+class Buffer:
+    """Documents by length. Among those of equal length the one that came first is taken first."""
+
+    def __init__(self):
+        self._keys: list[int] = []  # sorted; the length, and below it a number that falls with every document
+        self._documents: dict[int, object] = {}
+        self._number = 1 << _BITS
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, length: int, document) -> None:
+        self._number -= 1
+        key = length << _BITS | self._number
+        bisect.insort(self._keys, key)
+        self._documents[key] = document
+
+    def pop_largest(self, room: int):
+        """The largest document of at most `room` tokens, or None."""
+        i = bisect.bisect_left(self._keys, (room + 1) << _BITS)
+        return self._documents.pop(self._keys.pop(i - 1)) if i else None
+
+    def pop_shortest(self):
+        return self.pop_largest(self._keys[0] >> _BITS)
+
+    def in_order(self) -> list:
+        """The documents in the order in which they came."""
+        return [self._documents[key] for key in sorted(self._keys, key=lambda key: -(key & ((1 << _BITS) - 1)))]
+
+
+def best_fit(
+    batches: Iterable[list],
+    row_len: int,
+    buffer_size: int,
+    *,
+    crop: bool,
+    length: Callable = len,
+    buffer: Buffer | None = None,
+) -> Iterator[list[tuple[object, int]]]:
+    """Rows of (document, tokens taken), from documents that come in batches.
+
+    crop: fill the row's end with the beginning of the shortest document; else leave it. Documents longer than row_len
+    must not come where crop is False. The last rows, for which the buffer runs dry, are made too; with crop a last row
+    that cannot be filled is dropped. A `buffer` that is given may be read between two rows: with it and the batches
+    that were not taken yet, the rest of the rows can be made another time.
+    """
+    batches, dry = iter(batches), False
+    buffer = Buffer() if buffer is None else buffer
+    while True:
+        row, room = [], row_len
+        while room > 0:
+            while not dry and len(buffer) < buffer_size:
+                batch = next(batches, None)
+                dry = batch is None
+                for document in batch or ():
+                    buffer.add(length(document), document)
+            if not len(buffer):
+                break
+            document = buffer.pop_largest(room)
+            if document is None:
+                if not crop:
+                    break
+                document = buffer.pop_shortest()
+            taken = min(length(document), room)
+            row.append((document, taken))
+            room -= taken
+        if not row or (crop and room):
+            return
+        yield row

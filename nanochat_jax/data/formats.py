@@ -1,0 +1,274 @@
+"""Files of documents, and the pieces that they are read in. A piece is some 8 MB of text, and cheap to name.
+
+.parquet                a column of text; a piece is a run of row groups
+.jsonl, .ndjson         a field of the object on each line; a piece is a range of bytes that ends at a line's end
+.txt                    one document a file, or several where <|endoftext|> stands between them. A document longer than
+                        `LONG` is cut at its blank lines, else its lines, for packing takes no more of a document than
+                        fits in a row: of a book that is one document nearly nothing would be learned
+.gz and .zst            of the latter two, and .json.gz as the hub has it: one piece, decompressed as it is read
+
+Plain .json is left alone: that is one value, such as a note beside a download, and not a line each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePath
+from typing import BinaryIO, Protocol
+
+from nanochat_jax.errors import UserError
+
+VERSION = 1  # of what documents are made of a file: part of the key of what is packed
+PIECE = 8 << 20  # bytes of text in a piece
+LONG = 8_000  # characters of a .txt document: about as many as a row of 2048 tokens holds
+BETWEEN = "<|endoftext|>"
+HEAD = 1 << 20  # bytes of a .txt file that say how its documents are set apart
+KINDS = {".parquet": "parquet", ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+class Piece(Protocol):
+    """A part of the documents that one worker reads."""
+
+    def texts(self) -> Iterator[str]:
+        """Its documents in order, as they are read; empty ones are left out. UserError where the file is damaged."""
+
+
+def kind_of(name: str) -> tuple[str, str | None] | None:
+    """(parquet, lines or text; gzip, zstd or None) of a file by its name; None where it is no file of documents."""
+    path = PurePath(name.lower())
+    compression = COMPRESSIONS.get(path.suffix)
+    suffix = PurePath(path.stem).suffix if compression else path.suffix
+    if suffix not in KINDS or path.name.startswith(".") or suffix == (".parquet" if compression else ".json"):
+        return None
+    return KINDS[suffix], compression
+
+
+def pieces_of(path: Path, column: str) -> Iterator[Piece]:
+    """The pieces of a file, in order. UserError where it cannot be read, or has no such column."""
+    kind, compression = kind_of(path.name)
+    if kind == "parquet":
+        yield from _row_groups(path, column)
+        return
+    make = partial(Lines, path, compression, column) if kind == "lines" else partial(Text, path, compression)
+    if compression:
+        yield make(0, None)
+        return
+    with _opened(path, None) as file:
+        mark = b"\n" if kind == "lines" else _mark(file.read(HEAD))
+        size, start = file.seek(0, os.SEEK_END), 0
+        while start < size:
+            end = min(_behind(file, mark, start + PIECE), size)
+            yield make(start, end)
+            start = end
+
+
+# -------------------------------------------------------------------------------------------------- parquet
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    path: Path
+    column: str
+    first: int
+    end: int
+
+    def texts(self) -> Iterator[str]:
+        with _parquet(self.path, self.column) as file:
+            groups = list(range(self.first, self.end))
+            for batch in file.iter_batches(1024, row_groups=groups, columns=[self.column], use_threads=False):
+                yield from filter(None, batch.column(0).to_pylist())
+
+
+def _row_groups(path: Path, column: str) -> Iterator[RowGroups]:
+    with _parquet(path, column) as file:
+        footer, first, size = file.metadata, 0, 0
+        names = [footer.schema.column(i).path for i in range(footer.num_columns)]
+        at = names.index(column)
+        for group in range(footer.num_row_groups):
+            size += footer.row_group(group).column(at).total_uncompressed_size
+            if size >= PIECE or group + 1 == footer.num_row_groups:
+                yield RowGroups(path, column, first, group + 1)
+                first, size = group + 1, 0
+
+
+@contextlib.contextmanager
+def _parquet(path: Path, column: str) -> Iterator:
+    """The open file, whose errors, and a column that is not there or is no text, become UserErrors."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            if column not in schema.names:
+                raise UserError(f"{path} has no column `{column}` (data.text_column); it has {', '.join(schema.names)}")
+            kind = schema.field(column).type
+            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if str(kind) not in ("string", "large_string", "string_view"):
+                raise UserError(f"column `{column}` (data.text_column) of {path} holds {kind} and not text")
+            yield file
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"{path} cannot be read as parquet ({reason}); fetch it again") from None
+
+
+def parquet_texts(path: Path, column: str = "text") -> Iterator[str]:
+    """A column of a parquet file, as it is read. UserError as of `pieces_of`."""
+    for piece in _row_groups(Path(path), column):
+        yield from piece.texts()
+
+
+# ---------------------------------------------------------------------------------------------------- lines
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines of JSON from byte `start`, where a line begins, to `end`, where one ends, or the whole file."""
+
+    path: Path
+    compression: str | None
+    column: str
+    start: int
+    end: int | None
+
+    def texts(self) -> Iterator[str]:
+        with _opened(self.path, self.compression) as file:
+            place = self.start
+            if place:
+                file.seek(place)
+            for number, line in enumerate(file, 1):
+                place += len(line)
+                if not line.isspace():
+                    text = self._field(line, number)
+                    if text:
+                        yield text
+                if self.end is not None and place >= self.end:
+                    return
+
+    def _field(self, line: bytes, number: int) -> str | None:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise UserError(f"{self._where(number)} is not JSON; each line of a .jsonl file is an object") from None
+        if not isinstance(row, dict) or self.column not in row:
+            has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it holds {type(row).__name__}"
+            raise UserError(f"{self._where(number)} has no field `{self.column}` (data.text_column); {has}")
+        text = row[self.column]
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"{self._where(number)}: `{self.column}` holds {type(text).__name__} and not text")
+        return text and _without_lone_surrogates(text)
+
+    def _where(self, number: int) -> str:
+        """The file and the line; those before `start` are counted only here, where something went wrong."""
+        with open(self.path, "rb") as file:
+            left = self.start
+            while left and (block := file.read(min(left, PIECE))):
+                number += block.count(b"\n")
+                left -= len(block)
+        return f"{self.path}, line {number}"
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """JSON can spell halves of characters, which are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------- text
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text from byte `start` to `end`, or the whole file. What is not UTF-8 in it becomes U+FFFD."""
+
+    path: Path
+    compression: str | None
+    start: int
+    end: int | None
+
+    def texts(self) -> Iterator[str]:
+        with _opened(self.path, self.compression) as file:
+            if self.end is None:
+                blocks = _blocks(file)
+            else:
+                file.seek(self.start)
+                blocks = iter([file.read(self.end - self.start)])
+            for i, block in enumerate(blocks):
+                text = block.decode("utf-8-sig" if self.start == i == 0 else "utf-8", "replace").replace("\r\n", "\n")
+                for document in text.split(BETWEEN):
+                    yield from _cut(document)
+
+
+def _cut(document: str) -> Iterator[str]:
+    """A document in parts of at most LONG characters, of which each ends at the last of the best places there are."""
+    place = 0
+    while len(document) - place > LONG:
+        ends = (document.rfind(mark, place + LONG // 2, place + LONG) for mark in ("\n\n", "\n", " "))
+        end = next((e for e in ends if e > 0), place + LONG)
+        if not (part := document[place:end]).isspace():
+            yield part.strip("\n")
+        place = end
+    rest = document[place:].strip("\n") if place else document
+    if rest and not rest.isspace():
+        yield rest
+
+
+def _mark(head: bytes) -> bytes:
+    """What to end a piece of a long text at."""
+    return next((m for m in (BETWEEN.encode(), b"\n\n", b"\r\n\r\n") if m in head), b"\n")
+
+
+def _blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """A stream in blocks of about PIECE bytes, of which all but the last end behind a mark."""
+    block = stream.read(PIECE)
+    mark = _mark(block[:HEAD])
+    while more := stream.read(PIECE):
+        end = block.rfind(mark) + len(mark)
+        if end >= len(mark):  # else it is a document longer than a block
+            yield block[:end]
+            block = block[end:]
+        block += more
+    yield block
+
+
+# --------------------------------------------------------------------------------------------------- shared
+
+
+@contextlib.contextmanager
+def _opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed. UserError where they cannot be read."""
+    try:
+        if compression is None:
+            with open(path, "rb") as file:
+                yield file
+            return
+        import pyarrow
+
+        with pyarrow.input_stream(str(path), compression=compression) as stream:
+            yield io.BufferedReader(stream, 1 << 20)
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror or str(e).splitlines()[0]}); fetch it again") from None
+
+
+def _behind(file: BinaryIO, mark: bytes, place: int) -> int:
+    """The place behind the first mark that begins at `place` or later, or the file's end."""
+    file.seek(place)
+    seen = b""
+    while block := file.read(1 << 16):
+        seen += block
+        found = seen.find(mark)
+        if found >= 0:
+            return place + found + len(mark)
+        done = max(0, len(seen) - len(mark) + 1)  # the rest may be the beginning of a mark
+        place, seen = place + done, seen[done:]
+    return file.seek(0, os.SEEK_END)

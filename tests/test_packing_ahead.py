@@ -1,0 +1,345 @@
+"""Packing in processes: the same rows whatever the number of workers, whoever is killed, whoever packs beside it."""
+
+import errno
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+from data_fakes import (
+    Bytes,
+    Texts,
+    exit_in_the_middle,
+    imported,
+    pack_with_small_files,
+    random_texts,
+    shout,
+)
+
+from nanochat_jax.data import ahead
+from nanochat_jax.data.children import Child, Killed
+from nanochat_jax.data.fit import best_fit
+from nanochat_jax.data.packed import PackedDataset
+from nanochat_jax.data.packing import pack_conversations, pack_documents
+from nanochat_jax.errors import UserError
+
+ROWS = 8  # of a shard
+SEQ = 31
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr("nanochat_jax.data.packed.SHARD_ROWS", ROWS)
+
+
+def start(documents, cache, tok=None, **options):
+    """Packing of the training documents with a buffer of ten."""
+    return pack_documents(
+        documents, tok or Bytes(), SEQ, cache, split="train", **{"buffer": 10, "log": lambda line: None, **options}
+    )
+
+
+def packed(documents, cache, **options):
+    """The whole dataset, once it is there."""
+    with start(documents, cache, **options) as data:
+        len(data)
+        return data
+
+
+def contents(folder):
+    """Every file but the lock, and but the last state, which stays where the end of packing is killed at its end."""
+    files = [p for p in folder.iterdir() if p.name != ".lock" and not p.name.startswith("resume")]
+    return {p.name: p.read_bytes() for p in files}
+
+
+TEXTS = random_texts(500)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What packing in one go, in this process, leaves of TEXTS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nanochat_jax.data.packed.SHARD_ROWS", ROWS)
+        return contents(packed(Texts(TEXTS), tmp_path_factory.mktemp("whole"), workers=0).path)
+
+
+# ---------------------------------------------------------------------------------------------- what is packed
+
+
+def test_the_rows_are_those_of_best_fit_over_the_documents_in_order(whole, tmp_path):
+    tok = Bytes()
+    documents = [[tok.bos, *tok.encode(text)] for text in TEXTS]
+    batches = (documents[i : i + ahead.REFILL] for i in range(0, len(documents), ahead.REFILL))
+    used = list(best_fit(batches, SEQ + 1, 10, crop=True))
+    want = [[i for document, taken in row for i in document[:taken]] for row in used]
+    data = packed(Texts(TEXTS), tmp_path, workers=0)
+    assert data.rows(range(len(data)))["tokens"].tolist() == want
+    manifest = json.loads(whole["manifest.json"])
+    assert manifest["complete"] and manifest["rows"] == len(want) and manifest["tokens"] == len(want) * (SEQ + 1)
+    assert manifest["documents"] == sum(map(len, used))
+    assert manifest["tokens_cropped"] == sum(len(d) - taken for row in used for d, taken in row)
+    for name in ("rows", "documents", "tokens", "tokens_cropped"):
+        assert manifest[name] == sum(shard[name] for shard in manifest["shards"])
+    assert {shard["rows"] for shard in manifest["shards"][:-1]} == {ROWS}
+    assert not list(data.path.glob("resume*"))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(whole, tmp_path, workers):
+    assert contents(packed(Texts(TEXTS), tmp_path / "a", workers=workers).path) == whole
+
+
+def test_how_the_documents_are_cut_into_pieces_changes_nothing(whole, tmp_path):
+    assert contents(packed(Texts(TEXTS, per_piece=200), tmp_path, workers=0).path) == whole
+
+
+def test_a_goal_is_a_prefix_and_a_larger_one_goes_on_from_it(whole, tmp_path):
+    lines = []
+    few = packed(Texts(TEXTS), tmp_path, workers=0, goal_rows=10)
+    assert len(few) == few.available() == 10 and few.complete  # of 16, which are two shards
+    with pytest.raises(IndexError):
+        few.rows([10])
+    assert contents(few.path)["tokens_00001.npy"] == whole["tokens_00001.npy"]
+    assert len(packed(Texts(TEXTS), tmp_path, workers=1, goal_rows=20)) == 20
+    data = packed(Texts(TEXTS), tmp_path, workers=0, log=lines.append)
+    assert contents(data.path) == whole and "packed rows" in lines[-1]
+    assert list(tmp_path.iterdir()) == [data.path]
+    packed(Texts(TEXTS), tmp_path, workers=1, log=lines.append)
+    assert "at hand" in lines[-1]
+
+
+def test_a_vocabulary_beyond_sixteen_bits(whole, tmp_path):
+    tok = Bytes(shift=70_000)
+    data = packed(Texts(TEXTS), tmp_path, tok=tok, workers=1)
+    rows = data.rows(range(len(data)))["tokens"]
+    assert rows.dtype == np.uint32 and data.manifest["dtype"] == "uint32" and (rows[:, 0] == tok.bos).all()
+    narrow = packed(Texts(TEXTS), tmp_path, workers=0)
+    assert np.array_equal(rows - 70_000, narrow.rows(range(len(narrow)))["tokens"])
+
+
+def test_conversations_are_rendered_by_children_in_the_same_order(tmp_path):
+    mixture = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]}
+        for text in TEXTS
+    ]
+    options = {"all_targets": False, "key": [], "log": lambda line: None}
+    want = pack_conversations(mixture, Bytes(), 100, tmp_path / "a", workers=0, **options)
+    got = pack_conversations(mixture, Bytes(), 100, tmp_path / "b", workers=2, **options)
+    assert contents(got.path) == contents(want.path) and len(got) > ROWS
+    mixture[300] = {"messages": [{"role": "assistant", "content": "first"}]}
+    with pytest.raises(UserError, match="message 0"):
+        pack_conversations(mixture, Bytes(), 100, tmp_path / "c", workers=2, **options)
+    assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------- while it is packed
+
+
+def test_rows_are_read_while_others_are_packed(whole, tmp_path):
+    gate = tmp_path / "gate"
+    with start(Texts(TEXTS, gate=gate, hold=250), tmp_path, workers=2) as data:
+        assert data.wait_for(1) >= ROWS and not data.complete
+        early = data.rows(range(ROWS))["tokens"]
+        gate.touch()
+        assert len(data) == json.loads(whole["manifest.json"])["rows"] and data.complete
+        assert np.array_equal(data.rows(range(ROWS))["tokens"], early)
+    assert contents(data.path) == whole
+
+
+def test_who_comes_second_reads_and_takes_over(whole, tmp_path):
+    gate = tmp_path / "gate"
+    documents = Texts(TEXTS, gate=gate, hold=250)
+    with start(documents, tmp_path, workers=1) as first, start(documents, tmp_path, workers=1) as second:
+        assert second.wait_for(ROWS) >= ROWS
+        first.close()
+        gate.touch()
+        len(second)
+    assert contents(second.path) == whole
+
+
+def test_a_wait_can_be_ended(tmp_path):
+    stop = threading.Event()
+    with start(Texts(TEXTS, gate=tmp_path / "never", hold=0), tmp_path, workers=1) as data:
+        threading.Timer(0.2, stop.set).start()
+        assert data.wait_for(1, stop) == 0
+
+
+# ---------------------------------------------------------------------------------------------- killed
+
+
+class Kill(BaseException):
+    pass
+
+
+def test_killed_between_any_two_changes_of_the_folder(whole, tmp_path, monkeypatch):
+    """Every rename and removal in turn is the one before which it dies."""
+    done = False
+    for n in itertools.count():
+        left = [n]
+
+        def then_dies(do, left=left):
+            def act(*args, **more):
+                if not left[0]:
+                    raise Kill
+                left[0] -= 1
+                return do(*args, **more)
+
+            return act
+
+        cache = tmp_path / str(n)
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", then_dies(os.replace))
+            patch.setattr("pathlib.Path.unlink", then_dies(type(tmp_path).unlink))
+            try:
+                packed(Texts(TEXTS[:90]), cache, workers=0)
+                done = True
+            except Kill:
+                pass
+        data = packed(Texts(TEXTS[:90]), cache, workers=0)
+        if n == 0:
+            want = contents(data.path)
+        assert contents(data.path) == want, n
+        if done:
+            break
+    assert n > 20
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments(whole, tmp_path, seed):
+    rng = random.Random(seed)
+    documents = Texts(TEXTS, pause=0.002)
+    with start(documents, tmp_path, workers=2) as data:
+        for _ in range(ahead.RESTARTS):  # started again by who waits for rows
+            time.sleep(rng.uniform(0.2, 0.8))
+            if not data.packer.working():
+                break
+            family = [psutil.Process(data.packer.pid), *psutil.Process(data.packer.pid).children()]
+            victim = rng.choice(family)
+            victim.send_signal(signal.SIGKILL)
+            psutil.wait_procs(family, timeout=10)
+            if data.complete:
+                break
+            data.wait_for(data.available() + 1)
+    assert contents(packed(Texts(TEXTS), tmp_path, workers=2).path) == whole
+
+
+def test_who_is_killed_again_and_again_is_not_started_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "RESTARTS", 1)
+    with start(Texts(TEXTS, gate=tmp_path / "never"), tmp_path, workers=1) as data:
+        for _ in range(2):
+            os.kill(data.packer.pid, signal.SIGKILL)
+            data.packer._listener.join()
+            if _ == 0:
+                assert data.packer.working()
+        with pytest.raises(UserError, match="SIGKILL"):
+            data.wait_for(1)
+
+
+def test_all_processes_end_with_the_one_that_trains(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from data_fakes import *\n"
+        "folder = Path(sys.argv[1])\n"
+        "data = pack_documents(Texts(random_texts(50), gate=folder / 'never'), Bytes(), 31, folder, split='train',"
+        " workers=2)\n"
+        "print('started', flush=True); data.wait_for(1)"
+    )
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    env = {**os.environ, "PYTHONPATH": path}
+    trainer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=env)
+    assert trainer.stdout.readline() == b"started\n"
+    family = psutil.Process(trainer.pid)
+    deadline = time.monotonic() + 20
+    while len(found := family.children(recursive=True)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    trainer.kill()
+    trainer.wait()
+    gone, alive = psutil.wait_procs(found, timeout=10)
+    assert len(gone) == 3 and not alive
+
+
+def test_a_damaged_state_packs_from_the_beginning(whole, tmp_path):
+    data = packed(Texts(TEXTS), tmp_path, workers=0, goal_rows=20)
+    (state,) = data.path.glob("resume_*")
+    raw = bytearray(state.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    state.write_bytes(raw)
+    assert contents(packed(Texts(TEXTS), tmp_path, workers=0).path) == whole
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_a_worker_cannot_read_reaches_the_trainer(tmp_path, workers):
+    error = UserError("shard 3 is damaged; fetch it again")
+    with pytest.raises(UserError, match="shard 3 is damaged; fetch it again"):
+        packed(Texts(TEXTS, bad=333, error=error), tmp_path, workers=workers)
+    with pytest.raises((RuntimeError, ZeroDivisionError), match="by zero"):
+        packed(Texts(TEXTS, bad=333, error=ZeroDivisionError("by zero")), tmp_path, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_documents_that_fill_no_row(tmp_path, workers):
+    with pytest.raises(UserError, match="do not fill one row"):
+        packed(Texts(("abc",)), tmp_path, workers=workers)
+
+
+def test_a_full_disk(whole, tmp_path):
+    with Child(pack_with_small_files, 400, Texts(TEXTS), Bytes(), SEQ, tmp_path) as child:
+        message = next(child)
+    assert "no space is left for packed rows" in message and "\n" not in message
+    (folder,) = tmp_path.iterdir()
+    assert contents(folder) == {}
+    assert contents(packed(Texts(TEXTS), tmp_path, workers=0).path) == whole
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be kept in .* set data.cache_dir"):
+        packed(Texts(TEXTS), tmp_path / "file", workers=0)
+    data = packed(Texts(TEXTS), tmp_path, workers=0, goal_rows=10)
+
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(ahead, "claim", read_only)
+    with pytest.raises(UserError, match="Read-only file system"):
+        packed(Texts(TEXTS), tmp_path, workers=0)
+    assert len(packed(Texts(TEXTS), tmp_path, workers=0, goal_rows=10)) == len(data)  # reading takes no lock
+
+
+def test_a_folder_that_nobody_packs_is_not_waited_for(tmp_path):
+    path = packed(Texts(TEXTS), tmp_path, workers=0, goal_rows=10).path
+    with pytest.raises(UserError, match="was not packed to its end"):
+        len(PackedDataset(path))
+    assert PackedDataset(path).wait_for(12) == 16
+
+
+# ---------------------------------------------------------------------------------------------- children
+
+
+def test_children_import_no_jax():
+    with Child(imported) as child:
+        names = next(child)
+    assert "data_fakes" in names and "nanochat_jax.data.packing" in names
+    assert not {"jax", "jaxlib", "grain", "flax"} & set(names)
+
+
+def test_children_answer_in_order():
+    with Child(shout, "a", "b") as child:
+        child.send("c")
+        assert list(itertools.islice(child, 3)) == ["A", "B", "C"]
+    with Child(exit_in_the_middle) as child:
+        assert next(child) == "half"
+        with pytest.raises(Killed, match="status 9"):
+            next(child)
+    with Child(shout, 7) as child, pytest.raises(RuntimeError, match="no attribute 'upper'"):
+        next(child)
