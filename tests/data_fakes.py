@@ -73,6 +73,10 @@ def random_texts(n, seed=0, longest=60):
 
 
 def imported(received):
+    """The modules of a process that knows documents of all kinds and the tokenizer."""
+    import tokenizer.chat  # noqa: F401
+    from nanochat_jax.data import embedded, registry  # noqa: F401
+
     yield sorted(sys.modules)
 
 

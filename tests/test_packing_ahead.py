@@ -145,7 +145,7 @@ def test_conversations_are_rendered_by_children_in_the_same_order(tmp_path):
 
 def test_rows_are_read_while_others_are_packed(whole, tmp_path):
     gate = tmp_path / "gate"
-    with start(Texts(TEXTS, gate=gate, hold=250), tmp_path, workers=2) as data:
+    with start(Texts(TEXTS, gate=gate, hold=400), tmp_path, workers=2) as data:
         assert data.wait_for(1) >= ROWS and not data.complete
         early = data.rows(range(ROWS))["tokens"]
         gate.touch()
@@ -156,7 +156,7 @@ def test_rows_are_read_while_others_are_packed(whole, tmp_path):
 
 def test_who_comes_second_reads_and_takes_over(whole, tmp_path):
     gate = tmp_path / "gate"
-    documents = Texts(TEXTS, gate=gate, hold=250)
+    documents = Texts(TEXTS, gate=gate, hold=400)
     with start(documents, tmp_path, workers=1) as first, start(documents, tmp_path, workers=1) as second:
         assert second.wait_for(ROWS) >= ROWS
         first.close()

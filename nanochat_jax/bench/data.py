@@ -85,7 +85,7 @@ def pack_all(documents, tok, folder: Path, workers: int, text_bytes: int) -> dic
 
 
 def _while_the_buffer_is_full(manifest: dict) -> dict:
-    """All shards but the last: the reference, which reads on from the first document again, can be compared with them."""
+    """Of all shards but the last, to compare with the reference: at the end that begins anew, and ours runs dry."""
     shards = manifest["shards"][:-1]
     tokens, cropped = (sum(shard[name] for shard in shards) for name in ("tokens", "tokens_cropped"))
     return {"full_rows": sum(s["rows"] for s in shards), "full_cropped": cropped / max(1, tokens + cropped)}
