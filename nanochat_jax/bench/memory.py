@@ -33,6 +33,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+ACCUMULATION = 2  # micro-batches of the compiled step: more of them need no more memory than the second does
+
+
 class Planned:
     """The step of one depth on the mesh, and the memory of its micro-batches."""
 
@@ -58,14 +61,14 @@ class Planned:
         self.compiled: dict = {}
 
     def needed(self, rows: int) -> int:
-        """Bytes a device, with `rows` at a time, accumulated at least twice, as a real batch is."""
+        """Bytes a device, with `rows` at a time."""
         import jax
         import numpy as np
 
         from nanochat_jax import memory, sharding
 
         if rows not in self.compiled:
-            shape = (max(2, self.per_device // rows), rows * sharding.data_parallel(self.mesh), self.seq)
+            shape = (ACCUMULATION, rows * sharding.data_parallel(self.mesh), self.seq)
             array = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(self.mesh, leading=1))
             self.compiled[rows] = self.step.lower(self.state, {"tokens": array, "targets": array}).compile()
         return memory.needed_bytes(self.compiled[rows])
@@ -90,7 +93,7 @@ class Planned:
 
         self.needed(rows)
         before = peak_memory_gb()
-        shape = (max(2, self.per_device // rows), rows * sharding.data_parallel(self.mesh), self.seq)
+        shape = (ACCUMULATION, rows * sharding.data_parallel(self.mesh), self.seq)
         batch = jax.device_put(np.zeros(shape, np.int32), sharding.rows(self.mesh, leading=1))
         state = train.init_state(self.cfg, self.optimizer, 0, self.mesh)
         for _ in range(2):
