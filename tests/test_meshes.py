@@ -125,7 +125,7 @@ def test_from_two_processes_to_a_mesh_to_one_device(place, one, tmp_path):
     run = tmp_path / "run"
     stop_at(place, run, 5, which=1, devices=4, processes=2)
     first = len(curve(run))
-    stop_at(place, run, first + 5, devices=8, mesh="4,2,1")
+    stop_at(place, run, first + 5, devices=8, mesh="2,2,2")
     assert 5 <= first < len(curve(run)) < STEPS
     finish(start(place, run))
     same_losses(run, one)

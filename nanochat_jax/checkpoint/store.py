@@ -274,7 +274,8 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 def _describe(state: Any) -> dict[str, dict]:
     """name -> {"shape", "dtype", "checksum"} of every array."""
-    sums = jax.device_get({name: _checksum(x) for name, x in _named(state)})
+    # one after the other: simulated devices share few threads, where several sums at once can lock each other out
+    sums = {name: jax.device_get(_checksum(x)) for name, x in _named(state)}
     return {
         name: {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": int(sums[name])} for name, x in _named(state)
     }
