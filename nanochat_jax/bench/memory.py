@@ -5,7 +5,8 @@
 
 The step is compiled for this machine's devices with one and with two rows; what more rows need lies on the line through
 both. On a CPU the figures are upper bounds for a GPU: its bfloat16 products make float32 copies, and its attention
-keeps blocks of scores. --check runs one step of the planned size and compares.
+keeps blocks of scores. --check runs one step of the planned size and compares; on a CPU give it one
+depth, as what a process held once counts into its peak.
 """
 
 from __future__ import annotations
@@ -87,12 +88,13 @@ class Planned:
         """The most bytes of one device while one step runs for real."""
         import jax
         import numpy as np
+        import psutil
 
         from nanochat_jax import sharding, train
         from nanochat_jax.tracking import peak_memory_gb
 
         self.needed(rows)
-        before = peak_memory_gb()
+        before = psutil.Process().memory_info().rss / 1e9
         shape = (ACCUMULATION, rows * sharding.data_parallel(self.mesh), self.seq)
         batch = jax.device_put(np.zeros(shape, np.int32), sharding.rows(self.mesh, leading=1))
         state = train.init_state(self.cfg, self.optimizer, 0, self.mesh)
