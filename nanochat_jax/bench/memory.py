@@ -1,7 +1,7 @@
 """What a train step needs of a device's memory, from the compiler's analysis; nothing runs but where --check asks.
 
     python -m nanochat_jax.bench memory --depths 12,20,24,26 --gb 24,40,80,141 [--devices 8 --fsdp 8]
-    python -m nanochat_jax.bench memory --depths 4,6 --seq 512 --check
+    python -m nanochat_jax.bench memory --depths 4 --seq 512 --max-rows 8 --dtype float32 --check
 
 The step is compiled for this machine's devices with one and with two rows; what more rows need lies on the line through
 both. On a CPU the figures are upper bounds for a GPU: its bfloat16 products make float32 copies, and its attention
