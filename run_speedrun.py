@@ -17,13 +17,12 @@ from pathlib import Path
 
 from nanochat_jax import hugepages
 from nanochat_jax.config import dump_yaml, load_config, to_dict
-from nanochat_jax.errors import UserError
+from nanochat_jax.errors import START_AGAIN, Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parent
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
 ON_ONE_HOST = ("rl", "eval", "report")  # stages that are over soon and need a single one
 MAY_DIFFER = ("evals", "mesh", "checkpoints", "price_per_hour")  # settings that a finished stage does not depend on
-START_AGAIN = 75  # exit status after a stop that saved (EX_TEMPFAIL)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -180,7 +179,6 @@ def scores(run) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from nanochat_jax import hosts
-    from nanochat_jax.errors import Interrupted
 
     try:
         with hosts.together(say=lambda text: print(text, file=sys.stderr), orderly=(Interrupted,)):

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from evals.scoring import Scorer
+from evals.tasks.base import ScoredTask
+from nanochat_jax.errors import UserError
 from tokenizer.chat import parse_completion, render_prompt
 
 SUBSET_SEED = 1337  # of the choice of max_per_task questions
@@ -102,6 +104,8 @@ def evaluate_chat_task(
     if not asked:
         raise ValueError(f"the task {task.name} has no questions")
     conversations = [task[i] for i in asked]
+    if not isinstance(task, ScoredTask):
+        raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
     if task.kind == "categorical":
         answers = [{"completion": a} for a in answer_categorical(scorer, tokenizer, conversations)]
     else:

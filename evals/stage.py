@@ -157,19 +157,10 @@ class _Bench:
     def validation_rows(self):
         """The packed rows of the pinned validation text, the same as in training."""
         from nanochat_jax.data.documents import open_documents
-        from nanochat_jax.data.packing import pack_documents
+        from nanochat_jax.data.packing import pack_split
 
-        return pack_documents(
-            open_documents(self.config.data, self.cache_dir),
-            self.tok,
-            self.config.model.sequence_len,
-            self.cache_dir / "packed",
-            split="val",
-            buffer=self.config.data.pack_buffer,
-            goal_rows=max(1, self.config.base.eval_tokens // self.config.model.sequence_len),
-            workers=self.config.data.pack_workers,
-            log=self.log,
-        )
+        documents = open_documents(self.config.data, self.cache_dir)
+        return pack_split(self.config, documents, self.tok, self.cache_dir, "val", log=self.log)
 
     def core(self) -> dict:
         bundle = find_bundle(self.config)

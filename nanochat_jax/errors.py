@@ -1,4 +1,6 @@
-"""The one exception that a user can cause: its message is one line that says what to do."""
+"""What ends a program and is no defect, each with one line that says what to do."""
+
+START_AGAIN = 75  # exit status (EX_TEMPFAIL) of a run that goes on when it is started again
 
 
 class UserError(Exception):

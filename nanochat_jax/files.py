@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat_jax.errors import UserError
 
 
+def part_of(path: Path) -> Path:
+    """Where this process writes what will be `path`: beside it, and apart from other processes, on other hosts too."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+
+
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Writes beside the target, flushes to the disk and renames: a reader never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         with open(part, "w", encoding="utf-8") as f:
             f.write(text)

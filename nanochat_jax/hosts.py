@@ -21,8 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from nanochat_jax.cluster import Cluster, detect
-from nanochat_jax.errors import UserError
-from nanochat_jax.watch import LEAVING, START_AGAIN, Watch
+from nanochat_jax.errors import START_AGAIN, UserError
+from nanochat_jax.watch import LEAVING, Watch
 
 HEARTBEAT = 100  # seconds until jax takes a process for dead: only for one that hangs, the watch is faster for the rest
 PATIENCE = 35.0  # seconds until a failed collective counts as this process's own error: longer than the watch needs
@@ -86,6 +86,15 @@ def _sleep_before_aborting() -> None:
         libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
+def _hush() -> None:
+    """Sends what C++ writes to stderr nowhere, and keeps Python's: gRPC's complaint that the others are gone, which
+    they are at this process's word, would come after the line that says why."""
+    sys.stderr.flush()
+    sys.stderr = open(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
 def _leave_jax() -> None:
     import jax
 
@@ -113,6 +122,7 @@ def stop(error: BaseException | None = None, orderly: bool = False) -> None:
     if error is not None and not orderly:
         if _follows(error):
             time.sleep(PATIENCE)  # the watch ends this process
+        _hush()
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".removesuffix(": ")
         code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         watch.tell(f"{watch.who(watch.me)} stopped: {text}", code)
@@ -176,6 +186,16 @@ def barrier(name: str) -> None:
     All must come to the same names in the same order; where they do not, all end and say who waited where.
     """
     gather(name)
+
+
+@contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """Process 0 goes through the block, and when it has the others: what it leaves in a shared folder they find."""
+    if not is_main():
+        barrier(name)
+    yield
+    if is_main():
+        barrier(name)
 
 
 def gather(name: str, value=None) -> list:

@@ -22,9 +22,8 @@ import time
 from collections.abc import Callable
 
 from nanochat_jax.cluster import ADDRESS, Cluster
-from nanochat_jax.errors import UserError
+from nanochat_jax.errors import START_AGAIN, UserError
 
-START_AGAIN = 75  # exit status of who can be started again and goes on (EX_TEMPFAIL)
 LEAVING = "the end"  # the meeting after which a broken connection is nobody's death
 GONE = "is gone; the run stops here and goes on from its last checkpoint when started again"
 _PROBES = {  # a silent host is taken for gone after 10 + 3 x 5 seconds, and after 25 where something was sent to it

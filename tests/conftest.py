@@ -69,6 +69,17 @@ class Golden:
         return nnx.merge(graph, params)
 
 
+def write_own_sources(folder: Path) -> None:
+    """The project's own sources as documents: folder/pretrain with a shard to train on and one for validation."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (folder / "pretrain").mkdir(parents=True)
+    texts = [p.read_text() for p in sorted((Path(__file__).parent.parent / "nanochat_jax").rglob("*.py"))]
+    for i, part in enumerate((texts[:-4], texts[-4:])):
+        pq.write_table(pa.table({"text": part}), folder / "pretrain" / f"shard_{i}.parquet")
+
+
 def relative_error(got, want) -> float:
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, (got.shape, want.shape)

@@ -11,9 +11,11 @@ from evals.__main__ import summary
 from evals.plots import moving_average
 from evals.report import count, duration, table
 from evals.scoring import Scorer
-from evals.tasks.base import MultipleChoice, Task
+from evals.tasks.base import MultipleChoice, ScoredTask
+from evals.tasks.identity import Identity
 from nanochat_jax.calculator import CalculatorTool
 from nanochat_jax.engine import Engine
+from nanochat_jax.errors import UserError
 from tokenizer.chat import render_prompt
 
 TOK = ByteTokenizer()
@@ -28,7 +30,7 @@ class Choices(MultipleChoice):
         return f"What is {row}?", letters, [f"choice {c}" for c in letters], letters[row % len(letters)]
 
 
-class Echo(Task):
+class Echo(ScoredTask):
     """Right is what the model says greedily."""
 
     name, kind = "echo", "generative"
@@ -112,3 +114,10 @@ def test_words_of_the_report():
     assert [count(n) for n in (None, 12, 1234, 12_345_678, 3e9)] == ["-", "12", "1.23 k", "12.3 M", "3 G"]
     assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n| :-- | --: |\n| x | 1 |"
     assert moving_average([1, 3, 5, 7], 2) == [1, 2, 4, 6]
+
+
+def test_a_task_with_nothing_to_score_is_an_error(model, tmp_path):
+    with pytest.raises(UserError, match="identity holds conversations to learn from"):
+        chat.evaluate_chat_task(
+            Identity(), TOK, Scorer(model, 2), None, max_per_task=1, max_new_tokens=4, records=tmp_path / "r"
+        )

@@ -387,9 +387,6 @@ class Run:
     def last_words(self) -> list[str]:
         return [(path.read_text().splitlines() or [""])[-1] for path in self.err]
 
-    def said(self, i: int) -> list[str]:
-        return self.err[i].read_text().splitlines()
-
 
 GONE = f"host {HOST} (process %d) is gone; the run stops here and goes on from its last checkpoint when started again"
 
@@ -424,10 +421,7 @@ def test_an_error_ends_collectives(tmp_path, deeds, code, said):
     with Run(tmp_path, *deeds, light=False) as run:
         run.wait_until_ready()
         assert run.codes(within=10) == [code, code]
-        ours = [words.replace("%s", HOST) for words in said]
-        erring = next(i for i, deed in enumerate(deeds) if deed != "forever")
-        assert run.last_words()[1 - erring] == ours[1 - erring]
-        assert ours[erring] in run.said(erring)  # on a busy machine gRPC adds a line of its own after it
+        assert run.last_words() == [words.replace("%s", HOST) for words in said]
 
 
 def test_an_orderly_end_is_silent(tmp_path):

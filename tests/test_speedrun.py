@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import run_speedrun
+from conftest import write_own_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("base", "mid", "sft", "rl")
@@ -32,14 +33,8 @@ price_per_hour: 2.0
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data (this project's own sources) and a configuration."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder = tmp_path_factory.mktemp("speedrun")
-    (folder / "data" / "pretrain").mkdir(parents=True)
-    texts = [p.read_text() for p in sorted((ROOT / "nanochat_jax").rglob("*.py"))]
-    for i, part in enumerate((texts[:-4], texts[-4:])):
-        pq.write_table(pa.table({"text": part}), folder / "data" / "pretrain" / f"shard_{i}.parquet")
+    write_own_sources(folder / "data")
     (folder / "tiny.yaml").write_text(CONFIG % (folder / "data", folder / "cache"))
     return folder
 

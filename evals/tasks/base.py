@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nanochat_jax.errors import UserError
 
 
-class Task:
+class Task(ABC):
     """len, and [i] -> {"messages": [...], ...}, whose last message is the reference answer of the assistant.
 
     kind: categorical (the conversation has "letters", the answer is one of them), generative (the answer is free
-    text), or conversation (nothing to score). baseline: the accuracy of guessing.
+    text), or conversation (nothing to score).
     """
 
     name: str
     kind: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> dict: ...
+
+
+class ScoredTask(Task):
+    """A task with a verdict. baseline: the accuracy of guessing."""
+
     baseline: float = 0.0
 
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def __getitem__(self, i: int) -> dict:
-        raise NotImplementedError
-
+    @abstractmethod
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether the visible text of a completion is right."""
-        raise NotImplementedError
 
     def reward(self, conversation: dict, completion: str) -> float:
         """What RL maximises."""
@@ -40,7 +46,7 @@ def render_multiple_choice(question: str, letters: Sequence[str], choices: Seque
     return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
 
 
-class MultipleChoice(Task):
+class MultipleChoice(ScoredTask):
     """Rows that `read` turns into (question, letters, choices, the right letter)."""
 
     kind, baseline = "categorical", 0.25
@@ -48,8 +54,8 @@ class MultipleChoice(Task):
     def __init__(self, name: str, rows: Sequence[dict]):
         self.name, self._rows = name, rows
 
-    def read(self, row: dict) -> tuple[str, list[str], list[str], str]:
-        raise NotImplementedError
+    @abstractmethod
+    def read(self, row: dict) -> tuple[str, list[str], list[str], str]: ...
 
     def __len__(self) -> int:
         return len(self._rows)

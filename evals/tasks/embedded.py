@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from abc import abstractmethod
 from collections.abc import Callable
 
-from evals.tasks.base import Task
+from evals.tasks.base import ScoredTask
 from evals.tasks.gsm8k import extract_answer, parse_parts
 
 TEST_SHARE = 10  # every so manieth question, by its hash, is a test question
@@ -28,7 +29,7 @@ def is_test(question: str) -> bool:
     return int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % TEST_SHARE == 0
 
 
-class Generated(Task):
+class Generated(ScoredTask):
     """A task whose questions a function makes: make(rng) -> conversation."""
 
     def __init__(self, split: str, size: int | None = None):
@@ -46,8 +47,8 @@ class Generated(Task):
             if is_test(conversation["messages"][0]["content"]) == (self.split == "test"):
                 return conversation
 
-    def make(self, rng: random.Random) -> dict:
-        raise NotImplementedError
+    @abstractmethod
+    def make(self, rng: random.Random) -> dict: ...
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic

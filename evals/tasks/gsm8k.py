@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from evals.tasks.base import Task, check_columns
+from evals.tasks.base import ScoredTask, check_columns
 
 _CALL = re.compile(r"<<([^>]+)>>")
 _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
@@ -36,7 +36,7 @@ def same_answer(completion: str, answer: str | None) -> bool:
     return answer is not None and extract_answer(completion) == answer
 
 
-class GSM8K(Task):
+class GSM8K(ScoredTask):
     """Rows with `question` and `answer`."""
 
     name, kind, baseline = "gsm8k", "generative", 0.0

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from evals.sandbox import run_program
-from evals.tasks.base import Task, check_columns
+from evals.tasks.base import ScoredTask, check_columns
 
 _FENCED = re.compile(r"```(?:python)?\s*?\n(?P<code>.*?)\n```", re.DOTALL)
 SECONDS = 5.0  # that a program may take
@@ -24,7 +24,7 @@ def import_lines(prompt: str) -> list[str]:
     return [line for line in head.splitlines() if line.startswith(("import ", "from "))]
 
 
-class HumanEval(Task):
+class HumanEval(ScoredTask):
     """Rows with `prompt`, `canonical_solution`, `test` and `entry_point`."""
 
     name, kind, baseline = "humaneval", "generative", 0.0

@@ -17,7 +17,7 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.tasks.base import Task
+from evals.tasks.base import ScoredTask
 from evals.tasks.gsm8k import same_answer
 from nanochat_jax.errors import UserError
 
@@ -74,7 +74,7 @@ SPELL_REQUESTS = (
 QUOTES = ("", "", "'", '"', "`")
 
 
-class _OnWords(Task):
+class _OnWords(ScoredTask):
     """Questions about the words of a split: the word and the wording depend on the split and the index alone."""
 
     def __init__(self, words: Sequence[str], split: str, size: int):

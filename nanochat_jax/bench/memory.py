@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ class Planned:
         from nanochat_jax.config import ModelConfig, OptimConfig
         from nanochat_jax.model import graph_of
 
-        self.depth, self.mesh, self.seq = depth, mesh, args.seq
+        self.mesh, self.seq = mesh, args.seq
         self.cfg = scaling.gpt_config(ModelConfig(depth=depth, sequence_len=args.seq), args.vocab)
         plan = scaling.plan(self.cfg, ratio=12.0)
         dtype = jnp.dtype(args.dtype)
@@ -82,7 +83,7 @@ class Planned:
     def state_bytes(self) -> int:
         import jax
 
-        return sum(x.dtype.itemsize * int(_size(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(self.state))
+        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(self.state))
 
     def run(self, rows: int) -> int:
         """The most bytes of one device while one step runs for real."""
@@ -104,13 +105,6 @@ class Planned:
         stats = jax.local_devices()[0].memory_stats() or {}
         grown = (peak_memory_gb() - before) * 1e9 / jax.local_device_count()
         return int(stats.get("peak_bytes_in_use", grown))
-
-
-def _size(shape) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out
 
 
 def main(argv: Sequence[str] | None = None) -> int:

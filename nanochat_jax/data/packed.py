@@ -21,7 +21,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import atomic_write_json, read_json
+from nanochat_jax.files import atomic_write_json, part_of, read_json
 
 MANIFEST = "manifest.json"
 SHARD_ROWS = 4096
@@ -240,7 +240,7 @@ def write_packed(
     `counts` is read when the rows are through, so that what makes them can count. The folder appears whole or not at
     all, also where two processes pack the same.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     shards, pending, masked = [], [], False
 
     def flush():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.config import fingerprint
+from nanochat_jax.config import RunConfig, fingerprint
 from nanochat_jax.data import packed
 from nanochat_jax.data.ahead import Job, Packer, pack
 from nanochat_jax.data.children import Child, spare_cores
@@ -64,6 +64,26 @@ def pack_documents(
     else:
         packer = Packer(job, workers or spare_cores(), log)
     return PackedDataset(folder, tokenizer_hash=tok.hash, row_len=seq_len + 1, limit=goal_rows, packer=packer)
+
+
+def pack_split(
+    config: RunConfig, documents, tok, cache_dir: Path, split: str, *, rows: int | None = None, log=print
+) -> PackedDataset:
+    """`pack_documents` as a run's settings say: up to `rows`, data.max_train_tokens or base.eval_tokens."""
+    length = config.model.sequence_len
+    tokens = config.data.max_train_tokens if split == "train" else config.base.eval_tokens
+    limits = [rows, None if tokens is None else max(1, tokens // length)]
+    return pack_documents(
+        documents,
+        tok,
+        length,
+        cache_dir / "packed",
+        split=split,
+        buffer=config.data.pack_buffer,
+        goal_rows=min((n for n in limits if n is not None), default=None),
+        workers=config.data.pack_workers,
+        log=log,
+    )
 
 
 # --------------------------------------------------------------------------------------------- conversations

@@ -18,7 +18,7 @@ from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
 from nanochat_jax.data.documents import open_documents
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.packed import PackedDataset
-from nanochat_jax.data.packing import pack_documents
+from nanochat_jax.data.packing import pack_split
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import graph_of, merge
 from nanochat_jax.preemption import Stop
@@ -62,18 +62,8 @@ class Run:
     def packed(self, split: str, rows: int | None = None) -> PackedDataset:
         """The packed rows of the documents' train or val split, `rows` of them at most: to be closed, as they may
         still be being packed."""
-        tokens = self.config.data.max_train_tokens if split == "train" else self.config.base.eval_tokens
-        wanted = [n for n in (rows, tokens and max(1, tokens // self.config.model.sequence_len)) if n is not None]
-        return pack_documents(
-            self.documents,
-            self.tokenizer,
-            self.config.model.sequence_len,
-            self.cache_dir / "packed",
-            split=split,
-            buffer=self.config.data.pack_buffer,
-            goal_rows=min(wanted, default=None),
-            workers=self.config.data.pack_workers,
-            log=self.log.say,
+        return pack_split(
+            self.config, self.documents, self.tokenizer, self.cache_dir, split, rows=rows, log=self.log.say
         )
 
     def params_of(self, stage: str) -> dict:
@@ -100,10 +90,6 @@ class Step:
     run: Callable
     accumulation: int
     rows: int
-
-    @property
-    def batch_rows(self) -> int:
-        return self.accumulation * self.rows
 
 
 def compile_step(run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int) -> Step:
@@ -139,8 +125,7 @@ def abstract_state(run: Run, optimizer):
 def place(batch: dict, accumulation: int, mesh) -> dict:
     """Host arrays (rows, T) as device arrays (accumulation, rows / accumulation, T), rows split over the mesh."""
     put = sharding.rows(mesh, leading=1)
-    shaped = {k: v.reshape(accumulation, -1, v.shape[-1]) for k, v in batch.items()}
-    return {k: jax.device_put(v, put) for k, v in shaped.items()}
+    return {k: jax.device_put(v.reshape(accumulation, -1, v.shape[-1]), put) for k, v in batch.items()}
 
 
 def loader(run: Run, dataset: PackedDataset, step: Step) -> Loader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from evals.tasks import VERSION, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
+from nanochat_jax import hosts
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.config import FinetuneConfig, to_dict
 from nanochat_jax.data.mixture import Mixture
@@ -41,7 +42,8 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
 def main(run: common.Run, name: str) -> dict:
     cfg: FinetuneConfig = getattr(run.config, name)
     before = "mid" if name == "sft" and read_done(run.dir / "mid") else "base"
-    dataset = _dataset(run, name, cfg)
+    with hosts.main_first(f"{name} packed"):
+        dataset = _dataset(run, name, cfg)
     batch_tokens = cfg.batch_tokens or run.config.base.batch_tokens or read_done(run.dir / "base")["batch_tokens"]
     batch_rows = batch_tokens // run.config.model.sequence_len
     steps = max(1, round(cfg.epochs * len(dataset) / max(batch_rows, 1)))

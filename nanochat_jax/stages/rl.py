@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.tasks import load_task
-from evals.tasks.base import Task
+from evals.tasks.base import ScoredTask
 from nanochat_jax import memory, train
 from nanochat_jax.calculator import CalculatorTool
 from nanochat_jax.checkpoint import read_done
@@ -38,7 +38,7 @@ class Rollouts:
 class Sampler:
     """Samples completions for questions of a task with the current parameters, and scores them."""
 
-    def __init__(self, run: common.Run, task: Task, model, slots: int):
+    def __init__(self, run: common.Run, task: ScoredTask, model, slots: int):
         self.run, self.task, self.cfg, self.tok = run, task, run.config.rl, run.tokenizer
         self.engine = Engine(
             model,
