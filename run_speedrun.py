@@ -179,7 +179,9 @@ def scores(run) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from nanochat_jax import hosts
+    from nanochat_jax.devices import take_memory
 
+    take_memory()
     try:
         with hosts.together(say=lambda text: print(text, file=sys.stderr), orderly=(Interrupted,)):
             result = pipeline(args)

@@ -1,17 +1,18 @@
 """What a train step needs of a device's memory, from the compiler's analysis; nothing runs but where --check asks.
 
-    python -m nanochat_jax.bench memory --depths 12,20,24,26 --gb 24,40,80,141 [--devices 8 --fsdp 8]
+    python -m nanochat_jax.bench memory --depths 12,20,24,26 --gpus rtx4090,a100,h100,h200 [--devices 8 --fsdp 8]
     python -m nanochat_jax.bench memory --depths 4 --seq 512 --max-rows 8 --dtype float32 --check
 
-The step is compiled for this machine's devices with one and with two rows; what more rows need lies on the line through
-both. On a CPU the figures are upper bounds for a GPU: its bfloat16 products make float32 copies, and its attention
-keeps blocks of scores. --check runs one step of the planned size and compares; on a CPU give it one
-depth, as what a process held once counts into its peak.
+The step is compiled with one and with two rows; what more rows need lies on the line through both. With --gpus it is
+compiled for GPUs that need not be here (the `gpu` extra must be installed: uv run --extra gpu, and JAX_PLATFORMS=cpu
+where there is none). Without, for this machine's devices; --check then runs one step of the planned size and compares.
+On a CPU give it one depth, as what a process held once counts into its peak.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -23,12 +24,12 @@ from pathlib import Path
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench memory", description=__doc__.split("\n\n")[0])
     p.add_argument("--depths", default="12,20,24,26")
-    p.add_argument("--gb", help="memory of a device, several after commas; default: that of the device at hand")
+    p.add_argument("--gpus", help="kinds of GPU to compile for, several after commas; default: the devices at hand")
     p.add_argument("--vocab", type=int, default=32768)
     p.add_argument("--seq", type=int, default=2048)
     p.add_argument("--dtype", default="bfloat16", help="of the products: float32 | bfloat16")
     p.add_argument("--max-rows", type=int, default=64, help="of a micro-batch on a device")
-    p.add_argument("--devices", type=int, default=1, help="simulated CPU devices; on a GPU those that there are")
+    p.add_argument("--devices", type=int, default=1, help="GPUs of the described kind, or simulated CPU devices")
     p.add_argument("--fsdp", type=int, default=1)
     p.add_argument("--tensor", type=int, default=1)
     p.add_argument("--check", action="store_true", help="run one step of the planned size")
@@ -41,7 +42,7 @@ ACCUMULATION = 2  # micro-batches of the compiled step: more of them need no mor
 class Planned:
     """The step of one depth on the mesh, and the memory of its micro-batches."""
 
-    def __init__(self, depth: int, args: argparse.Namespace, mesh):
+    def __init__(self, depth: int, args: argparse.Namespace, mesh, kind: str | None = None):
         import jax
         import jax.numpy as jnp
 
@@ -49,7 +50,7 @@ class Planned:
         from nanochat_jax.config import ModelConfig, OptimConfig
         from nanochat_jax.model import graph_of
 
-        self.mesh, self.seq = mesh, args.seq
+        self.mesh, self.seq, self.kind = mesh, args.seq, kind
         self.cfg = scaling.gpt_config(ModelConfig(depth=depth, sequence_len=args.seq), args.vocab)
         plan = scaling.plan(self.cfg, ratio=12.0)
         dtype = jnp.dtype(args.dtype)
@@ -67,12 +68,13 @@ class Planned:
         import jax
         import numpy as np
 
-        from nanochat_jax import memory, sharding
+        from nanochat_jax import memory, sharding, targets
 
         if rows not in self.compiled:
             shape = (ACCUMULATION, rows * sharding.data_parallel(self.mesh), self.seq)
             array = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(self.mesh, leading=1))
-            self.compiled[rows] = self.step.lower(self.state, {"tokens": array, "targets": array}).compile()
+            with targets.tracing(self.kind) if self.kind else contextlib.nullcontext():
+                self.compiled[rows] = self.step.lower(self.state, {"tokens": array, "targets": array}).compile()
         return memory.needed_bytes(self.compiled[rows])
 
     def line(self) -> tuple[float, float]:
@@ -109,49 +111,56 @@ class Planned:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    if args.devices > 1 and "XLA_FLAGS" not in os.environ:
+    if args.devices > 1 and not args.gpus and "XLA_FLAGS" not in os.environ:
         os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
-    import jax
-
-    from nanochat_jax import memory, sharding
-    from nanochat_jax.config import MeshConfig
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.errors import UserError
 
-    use_compilation_cache(Path("runs/cache/compiled").absolute())
+    if not args.gpus:
+        use_compilation_cache(Path("runs/cache/compiled").absolute())
+    print(
+        f"{args.dtype}, rows of {args.seq}; GB on a device, of those that may be planned; rows at a time x accumulation"
+    )
+    print(f"{'devices':>16} {'depth':>5}  {'GB':>5}  {'state':>6}  {'fixed':>6}  {'a row':>6}  {'rows':>8}", flush=True)
     try:
-        mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor))
+        out = [table_row(kind, int(depth), args) for kind in kinds(args) for depth in args.depths.split(",")]
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    limits = [memory.MARGIN * float(g) * 1e9 for g in args.gb.split(",")] if args.gb else [memory.device_bytes()]
-    names = [f"{limit / memory.MARGIN / 1e9:.0f} GB" for limit in limits]
-    print(
-        f"{mesh.size} x {jax.devices()[0].device_kind}, {args.dtype}, rows of {args.seq}; rows at a time x accumulation"
-    )
-    print(
-        f"{'depth':>5}  {'state GB':>8}  {'no rows':>7}  {'a row':>6}  " + "  ".join(f"{n:>9}" for n in names),
-        flush=True,
-    )
-    out = {}
-    for depth in (int(d) for d in args.depths.split(",")):
-        planned = Planned(depth, args, mesh)
-        fixed, row = planned.line()
-        sizes = memory.micro_batches(planned.per_device, args.max_rows)
-        fits = [next((m for m in sizes if fixed + m * row <= limit), None) for limit in limits]
-        cells = [f"{m} x {planned.per_device // m}" if m else "no" for m in fits]
-        state = planned.state_bytes()
-        figures = f"{depth:5}  {state / 1e9:8.2f}  {fixed / 1e9:7.2f}  {row / 1e9:6.3f}  "
-        print(figures + "  ".join(f"{c:>9}" for c in cells), flush=True)
-        out[depth] = {"state_bytes": state, "fixed_bytes": fixed, "row_bytes": row, "rows": dict(zip(names, fits))}
-        if args.check and fits[0]:
-            rows = fits[0]
-            predicted, analysed, seen = fixed + rows * row, planned.needed(rows), planned.run(rows)
-            print(
-                f"       {rows} rows: line {predicted / 1e9:.2f} GB, analysis {analysed / 1e9:.2f} GB, "
-                f"run {seen / 1e9:.2f} GB",
-                flush=True,
-            )
-            out[depth] |= {"line_bytes": predicted, "analysed_bytes": analysed, "run_bytes": seen}
-    print(json.dumps({"device": jax.devices()[0].device_kind, "devices": mesh.size, "depths": out}))
+    print(json.dumps({"dtype": args.dtype, "seq": args.seq, "steps": out}))
     return 0
+
+
+def kinds(args: argparse.Namespace) -> list[str | None]:
+    """The GPUs to compile for; None for the devices at hand."""
+    return [k.strip() for k in args.gpus.split(",")] if args.gpus else [None]
+
+
+def table_row(kind: str | None, depth: int, args: argparse.Namespace) -> dict:
+    """Plans one depth for one kind of device, and prints it."""
+    import jax
+
+    from nanochat_jax import memory, sharding, targets
+    from nanochat_jax.config import MeshConfig
+    from nanochat_jax.devices import POOL
+
+    devices = targets.devices(kind, args.devices) if kind else jax.devices()
+    limit = memory.MARGIN * POOL * targets.GPUS[kind].gb * 1e9 if kind else memory.device_bytes()
+    mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), devices)
+    planned = Planned(depth, args, mesh, kind)
+    fixed, row = planned.line()
+    sizes = memory.micro_batches(planned.per_device, args.max_rows)
+    rows = next((m for m in sizes if fixed + m * row <= limit), None)
+    state = planned.state_bytes()
+    fits = f"{rows} x {planned.per_device // rows}" if rows else "no"
+    name = f"{mesh.size} x {kind or devices[0].device_kind}"
+    gigabytes = f"{state / 1e9:6.2f}  {fixed / 1e9:6.2f}  {row / 1e9:6.3f}"
+    print(f"{name:>16} {depth:5}  {limit / 1e9:5.1f}  {gigabytes}  {fits:>8}", flush=True)
+    out = {"device": devices[0].device_kind, "devices": mesh.size, "limit_bytes": limit, "depth": depth, "rows": rows}
+    out |= {"state_bytes": state, "fixed_bytes": fixed, "row_bytes": row}
+    if args.check and rows and not kind:
+        predicted, analysed, seen = fixed + rows * row, planned.needed(rows), planned.run(rows)
+        gigabytes = [f"{x / 1e9:.2f} GB" for x in (predicted, analysed, seen)]
+        print(f"{rows} rows: line {gigabytes[0]}, analysis {gigabytes[1]}, run {gigabytes[2]}", flush=True)
+        out |= {"line_bytes": predicted, "analysed_bytes": analysed, "run_bytes": seen}
+    return out

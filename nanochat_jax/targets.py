@@ -1,0 +1,116 @@
+"""GPUs that are not here: programs compiled for them on any machine, by the compiler that a node would use.
+
+XLA compiles for a described device without having one (openxla/xla#16913); only the `gpu` extra must be installed. So a
+laptop can say what a train step needs of an H200's memory, and which kernels it calls. Nothing can run.
+
+What such a compilation does not know: cuDNN's scratch (its attention's backward pass keeps dq in float32, B T H N
+values of one layer at a time), and what autotuning on the device would choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import jax
+
+from nanochat_jax.errors import UserError
+
+CUDNN = (9, 10, 0)  # the version that programs are lowered for
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of GPU as its maker describes it. gb: memory in 10^9 bytes; bandwidth in bytes/s; clock in GHz."""
+
+    name: str
+    capability: tuple[int, int]
+    gb: float
+    bandwidth: float
+    multiprocessors: int
+    fpus: int  # float32 lanes of a multiprocessor
+    threads: int  # resident threads of a multiprocessor
+    shared_kb: int  # shared memory of a multiprocessor
+    l2_mb: int
+    clock: float
+
+    def description(self) -> str:
+        """An xla GpuTargetConfigProto as text."""
+        major, minor = self.capability
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {self.threads}
+  shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_kb << 10}
+  shared_memory_per_block_optin: {(self.shared_kb - 1) << 10}
+  core_count: {self.multiprocessors} fpus_per_core: {self.fpus}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {int(self.bandwidth)} l2_cache_size: {self.l2_mb << 20} clock_rate_ghz: {self.clock}
+  device_memory_size: {int(self.gb * 1e9)}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
+device_description_str: "{self.name}"
+"""
+
+
+GPUS = {
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 25.3, 1.01e12, 128, 128, 1536, 100, 72, 2.52),
+    "a100": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 42.3, 1.56e12, 108, 64, 2048, 164, 40, 1.41),
+    "a100_80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 84.9, 2.04e12, 108, 64, 2048, 164, 40, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 84.9, 3.35e12, 132, 128, 2048, 228, 50, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 150.1, 4.8e12, 132, 128, 2048, 228, 50, 1.98),
+}
+
+
+def devices(kind: str, count: int = 1) -> list[jax.Device]:
+    """`count` devices of one host that programs can be compiled for, and not run on; for `sharding.make_mesh`.
+
+    UserError for a kind that is not in GPUS, or without the libraries.
+    """
+    from jax.experimental import topologies
+
+    if kind not in GPUS:
+        raise UserError(f"there is no description of a GPU {kind!r}; there are {', '.join(GPUS)}")
+    if not any(p.platform == "gpu" for p in jax.devices()):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # needs a device
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", target_config=GPUS[kind].description(), topology=f"1x1x{count}"
+        )
+    except (NotImplementedError, RuntimeError, ValueError) as e:
+        raise UserError(
+            f"cannot compile for {kind} ({str(e).splitlines()[0]}); install the GPU libraries, uv sync --extra gpu, "
+            "and set JAX_PLATFORMS=cpu where there is no GPU"
+        ) from None
+    return topology.devices
+
+
+@contextlib.contextmanager
+def tracing(kind: str) -> Iterator[None]:
+    """Programs traced in here call what `kind` has: cuDNN's attention, which jax would look for on this machine."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    from nanochat_jax import attention
+
+    capability = GPUS[kind].capability
+
+    def at_least(wanted: str) -> bool:
+        return capability >= tuple(map(int, re.findall(r"\d+", wanted)))
+
+    def equal(wanted: str) -> bool:
+        return capability == tuple(map(int, re.findall(r"\d+", wanted)))
+
+    version = CUDNN[0] * 10000 + CUDNN[1] * 100 + CUDNN[2]
+    with (
+        mock.patch.object(attention, "_has_cudnn", lambda: True),
+        mock.patch.object(cudnn, "check_cudnn_version", lambda: version),
+        mock.patch.object(cudnn, "check_compute_capability", at_least),
+        mock.patch.object(cudnn, "is_cuda_compute_capability_equal", equal),
+    ):
+        yield
