@@ -8,10 +8,10 @@ Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), N
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
+
+from nanochat_jax import devices
 
 _MASKED = -1e30  # finite: a row of -inf would make the softmax NaN
 
@@ -27,14 +27,9 @@ def causal_attention(
     return _BACKENDS[backend or default_backend(q.dtype)](q, k, v, window)
 
 
-@functools.cache
-def _has_cudnn() -> bool:
-    return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
-
-
 def default_backend(dtype) -> str:
     """cudnn takes 16-bit floats on NVIDIA only."""
-    return "cudnn" if jnp.dtype(dtype).itemsize == 2 and _has_cudnn() else "blocks"
+    return "cudnn" if jnp.dtype(dtype).itemsize == 2 and devices.has_cudnn() else "blocks"
 
 
 def _cudnn(q, k, v, window):

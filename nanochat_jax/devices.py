@@ -5,7 +5,10 @@ A device that is not here has no MFU: n/a is better than a wrong figure.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import jax
@@ -38,6 +41,34 @@ _CHIPS = (
     ("tpu v5", 197e12, 0.82e12),
     ("tpu v4", 275e12, 1.2e12),
 )
+
+
+# (platform, whether it has cuDNN) that programs are traced for, where that is not this machine
+_elsewhere: ContextVar[tuple[str, bool] | None] = ContextVar("elsewhere", default=None)
+
+
+def platform() -> str:
+    """cpu, gpu or tpu: what programs are traced for."""
+    elsewhere = _elsewhere.get()
+    return elsewhere[0] if elsewhere else jax.default_backend()
+
+
+def has_cudnn() -> bool:
+    """Whether what programs are traced for is NVIDIA's."""
+    elsewhere = _elsewhere.get()
+    if elsewhere:
+        return elsewhere[1]
+    return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str, cudnn: bool = False) -> Iterator[None]:
+    """Programs traced in here are for another platform than this machine's."""
+    token = _elsewhere.set((platform, cudnn))
+    try:
+        yield
+    finally:
+        _elsewhere.reset(token)
 
 
 POOL = 0.92  # of a GPU's memory that jax may take; the rest is for CUDA, NCCL and the libraries' own buffers

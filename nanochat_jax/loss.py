@@ -23,13 +23,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax import devices
+
 CHUNK = 512  # tokens
 CPU_BLOCK = 4096  # entries of the vocabulary; a chunk's logits of one block are 8 MB, which the last cache holds
 
 
 def _vocab_blocks(size):
     """Slices of the (padded) vocabulary: all of it at once but on a CPU."""
-    block = CPU_BLOCK if jax.default_backend() == "cpu" else size
+    block = CPU_BLOCK if devices.platform() == "cpu" else size
     return [slice(start, min(start + block, size)) for start in range(0, size, block)]
 
 

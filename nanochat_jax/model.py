@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nanochat_jax import devices
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
 
@@ -99,7 +100,7 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     rows = math.prod(x.shape[:-1])
     if rows == 1:
         return (x.reshape(1, -1) @ weight.T).reshape(*x.shape[:-1], -1)
-    if rows <= FEW_ROWS and jax.default_backend() == "cpu":
+    if rows <= FEW_ROWS and devices.platform() == "cpu":
         columns = jax.lax.optimization_barrier(x.reshape(rows, -1).T)
         return jax.lax.optimization_barrier(weight @ columns).T.reshape(*x.shape[:-1], -1)
     return jnp.einsum("...i,oi->...o", x, weight)

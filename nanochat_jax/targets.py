@@ -18,6 +18,7 @@ from unittest import mock
 
 import jax
 
+from nanochat_jax.devices import tracing_for
 from nanochat_jax.errors import UserError
 
 CUDNN = (9, 10, 0)  # the version that programs are lowered for
@@ -96,8 +97,6 @@ def tracing(kind: str) -> Iterator[None]:
     """Programs traced in here call what `kind` has: cuDNN's attention, which jax would look for on this machine."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    from nanochat_jax import attention
-
     capability = GPUS[kind].capability
 
     def at_least(wanted: str) -> bool:
@@ -108,7 +107,7 @@ def tracing(kind: str) -> Iterator[None]:
 
     version = CUDNN[0] * 10000 + CUDNN[1] * 100 + CUDNN[2]
     with (
-        mock.patch.object(attention, "_has_cudnn", lambda: True),
+        tracing_for("gpu", cudnn=True),
         mock.patch.object(cudnn, "check_cudnn_version", lambda: version),
         mock.patch.object(cudnn, "check_compute_capability", at_least),
         mock.patch.object(cudnn, "is_cuda_compute_capability_equal", equal),
