@@ -1,6 +1,9 @@
-"""Evaluates one stage of a run.
+"""Evaluates one stage of a run; shows what it answered; compares two runs or stages.
 
     python -m evals --run-dir runs/demo --stage sft --tasks mmlu,gsm8k --max-per-task 100
+    python -m evals --run-dir runs/demo --tasks humaneval --samples 10 --temperature 0.8      # and pass@k
+    python -m evals show runs/demo --task gsm8k --wrong                                       # questions and answers
+    python -m evals compare runs/demo:sft runs/demo:rl                                        # is it more than noise?
 
 Tasks are the names of chat tasks, `bpb`, `core` and `samples`; without --tasks it is all that the stage and the data
 allow. Results go into evals/<stage>.json of the run, every question and verdict into evals/<stage>.<task>.jsonl, and a
@@ -15,6 +18,8 @@ import sys
 from collections.abc import Sequence
 
 from nanochat_jax.errors import UserError
+
+EPILOG = "python -m evals show --help, python -m evals compare --help: what was answered, and what differs."
 
 
 def _count(text: str) -> int:
@@ -37,30 +42,48 @@ def summary(result: dict) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m evals", description=__doc__.split("\n\n")[0])
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if argv[:1] == ["show"]:
+            from evals import browse
+
+            return browse.main(argv[1:])
+        if argv[:1] == ["compare"]:
+            from evals import compare
+
+            return compare.main(argv[1:])
+        return evaluate(argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """The command without a name: evaluates."""
+    parser = argparse.ArgumentParser(prog="python -m evals", description=__doc__.split("\n\n")[0], epilog=EPILOG)
     parser.add_argument("--run-dir", required=True, help="the run directory")
     parser.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
     parser.add_argument("--tasks", help="a comma-separated choice of chat tasks, bpb, core, samples; default: all")
     parser.add_argument(
         "--max-per-task", type=_count, metavar="N", help="questions per task; default: the run's setting"
     )
+    parser.add_argument("--samples", type=_count, metavar="N", help="answers drawn to every question, for pass@k")
+    parser.add_argument("--temperature", type=float, metavar="T", help="of these; default: the run's setting")
     parser.add_argument("--int8", action="store_true", help="weights rounded to int8; results go into <stage>-int8")
     args = parser.parse_args(argv)
     from evals import evaluate_stage
 
     tasks = [t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else None
-    try:
-        result = evaluate_stage(
-            args.run_dir,
-            args.stage,
-            tasks=tasks,
-            max_per_task=args.max_per_task,
-            int8=args.int8,
-            log=lambda text: print(text, file=sys.stderr),
-        )
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    result = evaluate_stage(
+        args.run_dir,
+        args.stage,
+        tasks=tasks,
+        max_per_task=args.max_per_task,
+        samples=args.samples,
+        temperature=args.temperature,
+        int8=args.int8,
+        log=lambda text: print(text, file=sys.stderr),
+    )
     print(json.dumps({"run_dir": args.run_dir, "stage": result["stage"], "scores": summary(result)}))
     return 0
 

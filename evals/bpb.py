@@ -8,21 +8,26 @@ text taken one by one, which is what a model of byte frequencies alone would sco
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 
+from evals import records
+from evals.records import content_id
 from evals.scoring import Scorer
+from evals.significance import ratio_error
 
 
-def evaluate_bpb(scorer: Scorer, dataset, tokenizer, max_tokens: int | None = None) -> dict:
-    """{"bpb", "byte_unigram", "below_unigram", "loss", "tokens", "bytes", "rows"} over the first rows of `dataset`.
+def evaluate_bpb(scorer: Scorer, dataset, tokenizer, max_tokens: int | None = None, path: Path | None = None) -> dict:
+    """{"bpb", "stderr", "byte_unigram", "below_unigram", "loss", "tokens", "bytes", "rows"} of `dataset`'s first rows.
 
     dataset: len and rows(indices) -> {"tokens": (n, T + 1), "mask": (n, T + 1) or None}. max_tokens bounds the rows.
     bpb and byte_unigram are in bits per byte, below_unigram the share by which bpb is smaller, loss in nats per token.
+    stderr: of bpb, rows taken as independent draws of such text. What each of them cost goes to the file `path`.
     """
     table = np.asarray(tokenizer.token_bytes(), np.int64)
     counts = np.zeros(len(table), np.int64)
-    n_rows, row, nats = len(dataset), scorer.batch_rows, 0.0
+    n_rows, row, nats, costs = len(dataset), scorer.batch_rows, 0.0, []
     if n_rows and max_tokens is not None:
         width = dataset.rows([0])["tokens"].shape[1] - 1
         n_rows = min(n_rows, max(1, max_tokens // width))
@@ -37,11 +42,20 @@ def evaluate_bpb(scorer: Scorer, dataset, tokenizer, max_tokens: int | None = No
         losses = scorer.row_losses(np.pad(ids[:, :-1], spare), targets)
         text = (targets >= 0) & (table[np.maximum(targets, 0)] > 0)
         nats += float(losses[text].sum(dtype=np.float64))
+        bits = np.where(text, losses, 0).sum(axis=1, dtype=np.float64) / math.log(2)
+        sizes = np.where(text, table[np.maximum(targets, 0)], 0).sum(axis=1)
+        costs += [
+            {"index": at + r, "id": content_id(ids[r].tobytes()), "bits": float(bits[r]), "bytes": int(sizes[r])}
+            for r in range(len(ids))
+        ]
         counts += np.bincount(targets[text], minlength=len(table))
+    if path is not None:
+        records.write(path, costs)
     n_bytes, n_tokens = int(counts @ table), int(counts.sum())
     if not n_bytes:
         return {
             "bpb": None,
+            "stderr": None,
             "byte_unigram": None,
             "below_unigram": None,
             "loss": None,
@@ -53,6 +67,7 @@ def evaluate_bpb(scorer: Scorer, dataset, tokenizer, max_tokens: int | None = No
     unigram = byte_entropy(byte_histogram(tokenizer, counts))
     return {
         "bpb": bpb,
+        "stderr": ratio_error(*(np.array([c[name] for c in costs]) for name in ("bits", "bytes"))),
         "byte_unigram": unigram,
         "below_unigram": 1 - bpb / unigram if unigram else None,
         "loss": nats / n_tokens,

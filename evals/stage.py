@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from evals import records
 from evals.bpb import evaluate_bpb
-from evals.chat import chatcore, evaluate_chat_task
+from evals.chat import Draws, chatcore, evaluate_chat_task
 from evals.core import evaluate_core, find_bundle
 from evals.scoring import Scorer
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.config import RunConfig
+from nanochat_jax.config import RunConfig, check_evals
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 from nanochat_jax.quantize import rounded
@@ -50,6 +52,8 @@ def evaluate_stage(
     *,
     tasks: Sequence[str] | None = None,
     max_per_task: int | None = None,
+    samples: int | None = None,
+    temperature: float | None = None,
     int8: bool = False,
     log: Callable[[str], None] = print,
 ) -> dict:
@@ -58,16 +62,21 @@ def evaluate_stage(
     int8: with its weights rounded as they are for serving; the file is then evals/<stage>-int8.json.
 
     tasks: names of chat tasks, `bpb`, `core`, `samples`; None for all that the stage and the data allow. Where given,
-    the results join those that are in the file already. max_per_task (None: config.evals's) bounds the questions of
-    each. UserError for an unknown task, or a run or stage that is not there.
+    the results join those that are in the file already. max_per_task bounds the questions of each; samples answers at
+    temperature are drawn beside the greedy ones; None: as config.evals has it. UserError for an unknown task, or a run
+    or stage that is not there.
     """
     began = time.perf_counter()
     run_dir = Path(run_dir)
     loaded = load_model(run_dir, stage)
     stage, config = loaded.stage, config or loaded.config
+    chosen = {"max_per_task": max_per_task, "samples": samples, "temperature": temperature}
+    evals = replace(config.evals, **{name: value for name, value in chosen.items() if value is not None})
+    check_evals(evals)
+    config = replace(config, evals=evals)
     name = f"{stage}-int8" if int8 else stage
     model = rounded(loaded.model) if int8 else loaded.model
-    bench = _Bench(run_dir, name, model, loaded, config, max_per_task or config.evals.max_per_task, log)
+    bench = _Bench(run_dir, name, model, loaded, config, log)
     chosen = bench.default_tasks() if tasks is None else bench.check(tasks)
     out = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
     if tasks is not None:
@@ -85,9 +94,9 @@ def evaluate_stage(
 class _Bench:
     """One loaded model, with what measures it: the scorer at once, the engine when first needed."""
 
-    def __init__(self, run_dir: Path, name: str, model, loaded, config: RunConfig, max_per_task: int | None, log):
+    def __init__(self, run_dir: Path, name: str, model, loaded, config: RunConfig, log):
         self.run_dir, self.name, self.stage, self.config, self.log = run_dir, name, loaded.stage, config, log
-        self.model, self.tok, self.max_per_task = model, loaded.tokenizer, max_per_task
+        self.model, self.tok, self.max_per_task = model, loaded.tokenizer, config.evals.max_per_task
         self.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir.parent / "cache"
         self.scorer = Scorer(self.model, config.evals.batch)
         self._engine = None
@@ -146,7 +155,7 @@ class _Bench:
 
     def bpb(self) -> dict:
         with self.validation_rows() as rows:
-            out = evaluate_bpb(self.scorer, rows, self.tok)
+            out = evaluate_bpb(self.scorer, rows, self.tok, path=records.path_of(self.run_dir, self.name, "bpb"))
         if out["bpb"] is not None:
             self.log(
                 f"{self.name} bpb: {out['bpb']:.4f}, {100 * out['below_unigram']:.1f} % below the bytes' own entropy "
@@ -173,7 +182,8 @@ class _Bench:
 
     def chat(self, name: str) -> dict:
         task, began = self.load(name), time.perf_counter()
-        limit = self.max_per_task
+        evals = self.config.evals
+        limit = evals.max_per_task
         if self.stage == "base":
             limit = min(limit or BASE_QUESTIONS, BASE_QUESTIONS)
         out = evaluate_chat_task(
@@ -182,14 +192,18 @@ class _Bench:
             self.scorer,
             self.engine if task.kind == "generative" else None,
             max_per_task=limit,
-            max_new_tokens=self.config.evals.max_new_tokens,
-            records=self.run_dir / "evals" / f"{self.name}.{name}.jsonl",
+            max_new_tokens=evals.max_new_tokens,
+            draws=Draws(evals.samples, evals.temperature, self.config.seed) if evals.samples else None,
+            path=records.path_of(self.run_dir, self.name, name),
         )
         out["seconds"] = time.perf_counter() - began
         self.log(
             f"{self.name} {name}: accuracy {out['accuracy']:.4f} ± {out['stderr']:.4f} "
             f"({out['n']} questions, chance {out['baseline']:.2f}), {out['seconds']:.1f} s"
         )
+        if "pass_at_k" in out:
+            found = ", ".join(f"{k} {e['value']:.4f} ± {e['stderr']:.4f}" for k, e in out["pass_at_k"].items())
+            self.log(f"{self.name} {name}: {out['samples']} samples at temperature {out['temperature']:g}: {found}")
         return out
 
     def samples(self) -> list[dict]:

@@ -183,6 +183,8 @@ class EvalConfig:
     core_dir: str | None = None  # default: data.dir/core
     max_per_task: int | None = None  # examples per task; None: all
     max_new_tokens: int = 512
+    samples: int = 0  # answers to every generative question, drawn beside the greedy one, for pass@k
+    temperature: float = 0.8  # of these
     batch: int = 32  # slots of the engine, and rows of a scoring batch
     stages: tuple[str, ...] = ("base", "mid", "sft", "rl")
 
@@ -377,6 +379,7 @@ def check(config: RunConfig) -> None:
         raise UserError(f"model.sequence_len={m.sequence_len} is too short for a conversation; take 16 or more")
     if m.window_pattern is not None and (not m.window_pattern or set(m.window_pattern) - set("SL")):
         raise UserError(f"model.window_pattern={m.window_pattern} may hold only the letters S and L")
+    check_evals(config.evals)
     if config.tokenizer.vocab_size < 512:
         raise UserError(
             f"tokenizer.vocab_size={config.tokenizer.vocab_size} is too small: 256 bytes, 9 control symbols and the "
@@ -393,6 +396,14 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"{name}.batch_tokens={s.batch_tokens} must be a multiple of model.sequence_len={m.sequence_len}"
             )
+
+
+def check_evals(evals: EvalConfig) -> None:
+    """Raises UserError."""
+    if evals.samples < 0:
+        raise UserError(f"evals.samples={evals.samples} must not be negative; 0 draws none")
+    if not evals.temperature > 0:
+        raise UserError(f"evals.temperature={evals.temperature} must be more than 0: greedy answers are all alike")
 
 
 def dump_yaml(config: RunConfig) -> str:

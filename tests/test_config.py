@@ -44,6 +44,8 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("data.dir=/no/such/folder", "is not a folder"),
         ("data.source=local", "needs data.dir"),
         ("evals.stages=3", "takes a list"),
+        ("evals.samples=-1", "must not be negative"),
+        ("evals.temperature=0", "must be more than 0"),
         ("mid.mixture=3", "takes a mapping"),
         ("price_per_hour=[1", "takes a float"),
     ],

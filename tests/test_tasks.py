@@ -2,11 +2,15 @@
 
 import gzip
 import json
+import os
 import random
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import golden_files
+from evals.chat import by_subject
 from evals.tasks import TASKS, available, load_task, trainable
 from evals.tasks.arc import ARC
 from evals.tasks.base import read_rows, render_multiple_choice
@@ -318,6 +322,32 @@ def test_local_folder_offers_what_it_holds(tmp_path):
     with pytest.raises(UserError, match="gsm8k_main_test.parquet"):
         load_task("gsm8k", split="test", data=data, cache_dir=tmp_path)
     assert ("gsm8k", "train", 1) in mid_mixture(data) and all(n in TASKS for n, _, _ in sft_mixture(data))
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The data source of the published tables."""
+    folder = os.environ.get("NANOCHAT_DATA")
+    if not folder or not any((Path(folder) / "tasks").glob("*.parquet")):
+        pytest.skip("NANOCHAT_DATA does not name a folder with tasks/*.parquet")
+    return DataConfig(dir=folder)
+
+
+def test_published_mmlu_has_57_subjects(published, tmp_path):
+    task = load_task("mmlu", split="test", data=published, cache_dir=tmp_path)
+    conversations = [task[i] for i in range(len(task))]
+    found = by_subject([c["subject"] for c in conversations], np.ones(len(task)))
+    assert len(task) == 14_042 and len(found["subjects"]) == 57 and found["macro"]["accuracy"] == 1.0
+    assert found["subjects"]["astronomy"]["n"] == 152 and found["subjects"]["professional_law"]["n"] == 1534
+    assert all(task.evaluate(c, c["messages"][1]["content"]) for c in conversations)
+
+
+@pytest.mark.parametrize(("name", "size"), [("gsm8k", 1319), ("arc_easy", 2376), ("arc_challenge", 1172)])
+def test_published_answers_are_right(published, tmp_path, name, size):
+    task = load_task(name, split="test", data=published, cache_dir=tmp_path)
+    assert len(task) == size
+    for i in range(size):
+        assert task.evaluate(task[i], reference_answer(task[i]))
 
 
 def test_mixture_overrides():

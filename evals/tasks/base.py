@@ -35,9 +35,19 @@ class ScoredTask(Task):
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether the visible text of a completion is right."""
 
+    def judge(self, conversation: dict, completion: str) -> tuple[bool, str]:
+        """The verdict, and what there is to say of it: why a program failed, for example."""
+        return self.evaluate(conversation, completion), ""
+
     def reward(self, conversation: dict, completion: str) -> float:
         """What RL maximises."""
         return float(self.evaluate(conversation, completion))
+
+
+def prompt_messages(conversation: dict) -> list[dict]:
+    """A conversation up to its last user turn: what the model is asked."""
+    messages = conversation["messages"]
+    return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
 def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
@@ -61,10 +71,15 @@ class MultipleChoice(ScoredTask):
         return len(self._rows)
 
     def __getitem__(self, i: int) -> dict:
-        question, letters, choices, answer = self.read(self._rows[i])
+        row = self._rows[i]
+        question, letters, choices, answer = self.read(row)
         text = render_multiple_choice(question, letters, choices)
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "letters": letters}
+        return {"messages": messages, "letters": letters, **self.also(row)}
+
+    def also(self, row: dict) -> dict:
+        """What a conversation says of its row beside: {"subject"} where the task has subjects."""
+        return {}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return completion.strip() == conversation["messages"][-1]["content"]

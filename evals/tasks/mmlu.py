@@ -11,7 +11,7 @@ NESTED = "train"  # the hub's configuration auxiliary_train has its rows one lev
 
 
 class MMLU(MultipleChoice):
-    """Rows with `question`, `choices` (four texts) and `answer` (0 to 3)."""
+    """Rows with `question`, `choices` (four texts), `answer` (0 to 3) and, in the test split, `subject`."""
 
     def __init__(self, rows: Sequence[dict]):
         if len(rows) and NESTED not in rows[0]:
@@ -21,3 +21,7 @@ class MMLU(MultipleChoice):
     def read(self, row: dict) -> tuple[str, list[str], list[str], str]:
         row = row.get(NESTED) or row
         return row["question"], list(LETTERS), list(row["choices"]), LETTERS[row["answer"]]
+
+    def also(self, row: dict) -> dict:
+        subject = (row.get(NESTED) or row).get("subject")
+        return {"subject": subject} if subject else {}

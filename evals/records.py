@@ -1,0 +1,117 @@
+"""What an evaluation leaves in a run: evals/<stage>.json with the figures, and what was asked and answered.
+
+evals/<stage>.<task>.jsonl has a line for each question, a JSON object with
+
+    index       of the question in the task          id          of what the model was shown: equal ids, equal prompts
+    prompt      text of it                           expected    the answer, where the task states one
+    completion  visible text of the greedy answer    correct     the verdict on it
+    reason      what there is to say of the verdict: why a program failed
+    finish_reason, tokens                            of a generative task: stop, length or prompt too long
+    parts       the completion with its tool calls, where there are any
+    subject     of the question, where the task has subjects
+    samples     further answers, drawn for pass@k, each with completion, correct, reason, finish_reason, tokens, parts
+
+and evals/<stage>.bpb.jsonl for each row of validation text its index, id, bits and bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from evals.tasks.base import prompt_messages
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_text, read_json
+
+ORDER = ("base", "mid", "sft", "rl")
+
+
+def content_id(content: bytes) -> str:
+    """12 hex digits that tell contents apart."""
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+def visible(content: str | Sequence[dict]) -> str:
+    """The text of a message, without its tool calls."""
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+
+
+def said(answer: dict) -> str:
+    """A completion as one text, its tool calls in GSM8K's notation."""
+    marks = {"text": "{}", "python": "<<{}", "python_output": "={}>>"}
+    parts = answer.get("parts") or [{"type": "text", "text": answer["completion"]}]
+    return "".join(marks[p["type"]].format(p["text"]) for p in parts)
+
+
+def asked(conversation: dict) -> dict:
+    """What a record says of a question: id, prompt, expected, and subject where it has one."""
+    shown, answer = prompt_messages(conversation), conversation["messages"][-1]
+    if len(shown) == 1:
+        prompt = visible(shown[0]["content"])
+    else:
+        prompt = "\n\n".join(f"{m['role']}: {visible(m['content'])}" for m in shown)
+    out = {"id": content_id(json.dumps(shown, sort_keys=True).encode()), "prompt": prompt}
+    expected = conversation.get("answer") or (visible(answer["content"]) if answer["role"] == "assistant" else None)
+    if expected is not None:
+        out["expected"] = expected
+    if conversation.get("subject"):
+        out["subject"] = conversation["subject"]
+    return out
+
+
+def split_spec(spec: str) -> tuple[Path, str | None]:
+    """RUN or RUN:STAGE as (run directory, stage or None)."""
+    run, colon, stage = spec.rpartition(":")
+    return (Path(spec), None) if not colon or Path(spec).is_dir() else (Path(run), stage)
+
+
+def path_of(run_dir: str | Path, stage: str, task: str) -> Path:
+    return Path(run_dir) / "evals" / f"{stage}.{task}.jsonl"
+
+
+def tasks_of(run_dir: str | Path, stage: str) -> list[str]:
+    """The tasks that a stage has records of questions and answers of."""
+    names = (path.name[len(stage) + 1 : -len(".jsonl")] for path in Path(run_dir).glob(f"evals/{stage}.*.jsonl"))
+    return sorted(name for name in names if name != "bpb" and "." not in name)
+
+
+def write(path: Path, records: Iterable[dict]) -> None:
+    """All of them, or none where it fails."""
+    atomic_write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+
+
+def read(path: Path) -> list[dict] | None:
+    """The records of a file, None where there is none. UserError where a line is not a record."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    out, lines = [], text.removesuffix("\n").split("\n")  # splitlines would split at more than line ends
+    for number, line in enumerate(lines, 1):
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number} is not a record; evaluate that task anew") from None
+    return out
+
+
+def results(run_dir: str | Path) -> dict[str, dict]:
+    """{stage: what its evals/<stage>.json says}, in the order of training. UserError where there is nothing."""
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
+    found = {path.stem: read_json(path) for path in (run_dir / "evals").glob("*.json")}
+    if not found:
+        raise UserError(f"no stage of {run_dir} has been evaluated; python -m evals --run-dir {run_dir} does that")
+    places = {stage: i for i, stage in enumerate(ORDER)}
+    return {s: found[s] for s in sorted(found, key=lambda s: (places.get(s.split("-")[0], len(ORDER)), s))}
+
+
+def stage_of(run_dir: str | Path, found: dict[str, dict], stage: str | None) -> str:
+    """The stage, by default the latest, of `results`. UserError for one that has not been evaluated."""
+    stage = stage or list(found)[-1]
+    if stage not in found:
+        raise UserError(f"stage {stage} of {run_dir} has not been evaluated; there are {', '.join(found)}")
+    return stage
