@@ -195,6 +195,7 @@ class CheckpointConfig:
 
     save_minutes: float | None = None  # saved after so long in any case; None: by save_every alone
     keep: int = 2  # the newest
+    sandbox: str = "auto"  # of HumanEval's programs. auto: what the machine allows; required: namespaces and seccomp
     keep_every_hours: float | None = None  # and the first, and one for every so many hours after it; None: no others
 
 
@@ -357,6 +358,7 @@ def check(config: RunConfig) -> None:
         "model.sequence_len": m.sequence_len,
         "model.head_dim": m.head_dim,
         "base.micro_batch": config.base.micro_batch,
+        "evals.sandbox": (config.evals.sandbox, ("auto", "required")),
         "mid.micro_batch": config.mid.micro_batch,
         "sft.micro_batch": config.sft.micro_batch,
         "rl.micro_batch": config.rl.micro_batch,

@@ -44,6 +44,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("data.dir=/no/such/folder", "is not a folder"),
         ("data.source=local", "needs data.dir"),
         ("evals.stages=3", "takes a list"),
+        ("evals.sandbox=never", "is not one of auto, required"),
         ("evals.samples=-1", "must not be negative"),
         ("evals.temperature=0", "must be more than 0"),
         ("mid.mixture=3", "takes a mapping"),
