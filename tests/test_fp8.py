@@ -1,0 +1,78 @@
+"""8-bit products: how near they are, what they keep, and that scales follow the tensor."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax import fp8
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
+
+
+def off(got, want):
+    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
+
+
+@pytest.mark.parametrize("dtype, close", [(fp8.E4M3, 2**-4), (fp8.E5M2, 2**-3)])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_quantised_is_near_whatever_the_size(dtype, close, size):
+    x = size * normal(0, 64, 64)
+    q = fp8.quantize(x, dtype)
+    assert q.values.dtype == dtype and float(jnp.abs(q.values.astype(jnp.float32)).max()) == float(jnp.finfo(dtype).max)
+    back = q.values.astype(jnp.float32) * q.scale
+    assert off(back, x) < close / 2
+    large = jnp.abs(x) > 1e-2 * jnp.abs(x).max()  # below come the subnormals
+    assert float(jnp.where(large, jnp.abs(back / x - 1), 0).max()) <= close
+
+
+def test_zeros_stay_zeros():
+    x = jnp.zeros((32, 128))
+    y, back = jax.vjp(fp8.product, x, normal(0, 128, 128))
+    assert not np.any(y) and not any(np.isnan(g).any() for g in back(jnp.ones_like(y)))
+
+
+def test_product_and_gradients_are_near_those_of_float32():
+    x, w, dy = normal(0, 2, 32, 128), normal(1, 256, 128), normal(2, 2, 32, 256)
+    y, back = jax.vjp(fp8.product, x, w)
+    want, exact = jax.vjp(lambda x, w: x @ w.T, x, w)
+    assert 1e-3 < off(y, want) < 0.04  # 3 bits of fraction: about 2^-5 a factor
+    for got, grad in zip(back(dy), exact(dy)):
+        assert got.shape == grad.shape and got.dtype == grad.dtype
+        assert 1e-3 < off(got, grad) < 0.08
+
+
+def test_equals_the_products_of_what_was_rounded():
+    x, w, dy = normal(0, 32, 128), normal(1, 256, 128), normal(2, 32, 256)
+    x8, w8, dy8 = (
+        q.values.astype(jnp.float32) * q.scale for q in map(fp8.quantize, (x, w, dy), (fp8.E4M3, fp8.E4M3, fp8.E5M2))
+    )
+    y, back = jax.vjp(fp8.product, x, w)
+    dx, dw = back(dy)
+    for got, want in ((y, x8 @ w8.T), (dx, dy8 @ w8), (dw, dy8.T @ x8)):
+        assert off(got, want) < 1e-5
+
+
+def test_eight_bits_are_kept_for_the_backward_pass():
+    x, w = normal(0, 32, 128).astype(jnp.bfloat16), normal(1, 128, 128).astype(jnp.bfloat16)
+    kept = jax.eval_shape(lambda x, w: jax.vjp(fp8.product, x, w)[1], x, w)
+    sizes = [a.size * a.dtype.itemsize for a in jax.tree.leaves(kept)]
+    assert sum(sizes) <= x.size + w.size + 8
+
+
+def test_lowered_for_cuda_with_8_bit_operands():
+    x, w = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
+
+    def loss(x, w):
+        return fp8.product(x, w).astype(jnp.float32).sum()
+
+    text = jax.export.export(jax.jit(jax.grad(loss, (0, 1))), platforms=["cuda"])(x, w).mlir_module()
+    dots = [line for line in text.splitlines() if "= stablehlo.dot_general" in line]
+    assert len(dots) == 2  # the forward product is not needed for the gradient of a sum
+    assert all("f8E5M2>" in line and "f8E4M3FN>" in line for line in dots)
+
+
+def test_gates_and_odd_sizes_stay_in_16_bits():
+    assert fp8.worthwhile((6144, 1536)) and not fp8.worthwhile((12, 24)) and not fp8.worthwhile((1000, 136))
