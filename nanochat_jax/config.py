@@ -162,16 +162,24 @@ class RLConfig:
             final_lr=0.0,
         )
     )
-    task: str | None = None  # None: gsm8k, or arithmetic with the embedded data
+    # a name, or names with their shares of the questions, {gsm8k: 3, spellingbee: 1}; None: gsm8k, or arithmetic with
+    # the embedded data
+    task: str | dict[str, int] | None = None
     questions: int = 16  # per step
     samples: int = 16  # per question
+    zscore: bool = False  # divide a question's advantages by their standard deviation
+    kl: float | None = None  # weight of the KL to the model that RL began with; 0 only measures it; None: neither
+    clip: float | None = None  # the ratio to the policy that sampled is kept within 1 - clip .. 1 + clip; None: free
+    clip_high: float | None = None  # within 1 - clip .. 1 + clip_high; None: as clip
+    epochs: int = 1  # passes over a step's samples; beyond the first update the ratio is not 1
+    minibatches: int = 1  # updates in a pass, each on its part of the questions
     steps: int | None = None  # None: one epoch over the questions
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 50
-    micro_batch: int = 16  # sequences per training micro-step
+    micro_batch: int = 16  # sequences per data-parallel device and micro-step
     eval_every: int = 60
-    eval_questions: int = 400
+    eval_questions: int = 400  # of each task
     eval_samples: int = 8  # pass@k for k up to this
     save_every: int = 60
 
@@ -187,6 +195,7 @@ class EvalConfig:
     temperature: float = 0.8  # of these
     batch: int = 32  # slots of the engine, and rows of a scoring batch
     stages: tuple[str, ...] = ("base", "mid", "sft", "rl")
+    sandbox: str = "auto"  # of HumanEval's programs. auto: what the machine allows; required: namespaces and seccomp
 
 
 @dataclass(frozen=True)
@@ -195,7 +204,6 @@ class CheckpointConfig:
 
     save_minutes: float | None = None  # saved after so long in any case; None: by save_every alone
     keep: int = 2  # the newest
-    sandbox: str = "auto"  # of HumanEval's programs. auto: what the machine allows; required: namespaces and seccomp
     keep_every_hours: float | None = None  # and the first, and one for every so many hours after it; None: no others
 
 
@@ -234,7 +242,8 @@ def _convert(value, hint, where: str):
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
+        hints = [a for a in typing.get_args(hint) if a is not type(None)]
+        hint = next((a for a in hints if (typing.get_origin(a) or a) is type(value)), hints[0])
         return _convert(value, hint, where)
     if dataclasses.is_dataclass(hint):
         raise UserError(f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}")
@@ -349,6 +358,7 @@ def check(config: RunConfig) -> None:
         "model.arch": (m.arch, ("modern", "classic")),
         "data.source": (config.data.source, ("auto", "embedded", "local", "hub")),
         "dtype": (config.dtype, ("auto", "float32", "bfloat16")),
+        "evals.sandbox": (config.evals.sandbox, ("auto", "required")),
     }
     for name, (value, allowed) in one_of.items():
         if value not in allowed:
@@ -358,11 +368,13 @@ def check(config: RunConfig) -> None:
         "model.sequence_len": m.sequence_len,
         "model.head_dim": m.head_dim,
         "base.micro_batch": config.base.micro_batch,
-        "evals.sandbox": (config.evals.sandbox, ("auto", "required")),
         "mid.micro_batch": config.mid.micro_batch,
         "sft.micro_batch": config.sft.micro_batch,
         "rl.micro_batch": config.rl.micro_batch,
         "rl.questions": config.rl.questions,
+        "rl.samples": config.rl.samples,
+        "rl.epochs": config.rl.epochs,
+        "rl.minibatches": config.rl.minibatches,
         "evals.batch": config.evals.batch,
         "checkpoints.keep": config.checkpoints.keep,
     }
@@ -381,6 +393,7 @@ def check(config: RunConfig) -> None:
         raise UserError(f"model.sequence_len={m.sequence_len} is too short for a conversation; take 16 or more")
     if m.window_pattern is not None and (not m.window_pattern or set(m.window_pattern) - set("SL")):
         raise UserError(f"model.window_pattern={m.window_pattern} may hold only the letters S and L")
+    _check_rl(config.rl)
     check_evals(config.evals)
     if config.tokenizer.vocab_size < 512:
         raise UserError(
@@ -398,6 +411,19 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"{name}.batch_tokens={s.batch_tokens} must be a multiple of model.sequence_len={m.sequence_len}"
             )
+
+
+def _check_rl(rl: RLConfig) -> None:
+    if rl.questions % rl.minibatches:
+        raise UserError(f"rl.questions={rl.questions} must be a multiple of rl.minibatches={rl.minibatches}")
+    if rl.kl is not None and rl.kl < 0:
+        raise UserError(f"rl.kl={rl.kl} must not be negative")
+    if rl.clip is not None and not 0 < rl.clip < 1:
+        raise UserError(f"rl.clip={rl.clip} must lie between 0 and 1, such as 0.2; leave it out for no clipping")
+    if rl.clip_high is not None and (rl.clip is None or rl.clip_high < rl.clip):
+        raise UserError(f"rl.clip_high={rl.clip_high} must be at least rl.clip, which is {rl.clip}")
+    if isinstance(rl.task, dict) and (not rl.task or min(rl.task.values()) < 1):
+        raise UserError(f"rl.task={rl.task} needs a name at least, and shares of 1 or more")
 
 
 def check_evals(evals: EvalConfig) -> None:

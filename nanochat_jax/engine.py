@@ -310,6 +310,11 @@ class Engine:
         return self._program.dtype
 
     @property
+    def arrays(self) -> tuple:
+        """All that it keeps on the devices: parameters and cache."""
+        return self.params, self._cache
+
+    @property
     def busy(self) -> bool:
         """Something is queued, running, or yet to be reported."""
         return bool(self._queue or self._running or self._cancelled)

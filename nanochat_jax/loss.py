@@ -129,10 +129,11 @@ def weighted_nll(hidden, head, targets, weights, *, vocab: int, softcap: float, 
     return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk)
 
 
-def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int = CHUNK):
+def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int = CHUNK, entropy: bool = False):
     """Per token: -log p(target) float32 (0 where the target is negative) and the most likely id, shaped as targets.
 
-    No gradient: for evaluation. The chunk bounds the memory as in `weighted_nll`.
+    entropy: a third array, that of the whole distribution in nats. No gradient: for evaluation, and for what RL weighs
+    tokens by. The chunk bounds the memory as in `weighted_nll`.
     """
     shape, targets = targets.shape, targets.reshape(-1)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -142,8 +143,10 @@ def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int =
         x, y = xs
         t, e = (a[:, :vocab] for a in _capped(x, head, softcap))
         t_y = jnp.take_along_axis(t, jnp.maximum(y, 0)[:, None], axis=1)[:, 0]
-        nll = jnp.log(e.sum(axis=-1)) - softcap * t_y
-        return None, (jnp.where(y >= 0, nll, 0.0), t.argmax(axis=-1).astype(jnp.int32))
+        s = e.sum(axis=-1)
+        nll = jnp.log(s) - softcap * t_y
+        found = (jnp.where(y >= 0, nll, 0.0), t.argmax(axis=-1).astype(jnp.int32))
+        return None, (*found, jnp.log(s) - softcap * (e * t).sum(axis=-1) / s) if entropy else found
 
-    _, (nll, best) = jax.lax.scan(body, None, (_split(flat, chunk), _split(targets, chunk)))
-    return tuple(a.reshape(-1)[: targets.shape[0]].reshape(shape) for a in (nll, best))
+    _, found = jax.lax.scan(body, None, (_split(flat, chunk), _split(targets, chunk)))
+    return tuple(a.reshape(-1)[: targets.shape[0]].reshape(shape) for a in found)

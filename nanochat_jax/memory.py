@@ -41,6 +41,12 @@ def device_bytes() -> int:
     return int(MARGIN * total) // jax.local_device_count()
 
 
+def held_bytes(tree) -> int:
+    """Bytes that the arrays of a pytree take on the first device of this process."""
+    first = jax.local_devices()[0]
+    return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
+
+
 def micro_batches(rows: int, at_most: int) -> list[int]:
     """The sizes that divide a device's `rows` of a batch, the largest of `at_most` first."""
     return [m for m in range(min(at_most, rows), 0, -1) if rows % m == 0]

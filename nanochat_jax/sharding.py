@@ -142,6 +142,23 @@ def _specs(tree, mesh: Mesh, rule: Callable):
     return jax.tree_util.tree_map_with_path(lambda path, x: _manual(rule(path, tuple(x.shape), mesh)), tree)
 
 
+def _manual_axes(mesh: Mesh) -> set[str]:
+    """With all axes manual, kernels such as cuDNN's attention are called as they are, without a partitioner."""
+    return set(BATCH) if mesh.shape["tensor"] > 1 else set(AXES)
+
+
+def _gather(params, specs, mesh: Mesh):
+    """A device's parts of the parameters to the whole ones, along the batch's axes."""
+
+    def whole(x, spec):
+        for axis, part in enumerate(spec):
+            for name in _axes(part):
+                x = jax.lax.all_gather(x, name, axis=axis, tiled=True) if mesh.shape[name] > 1 else x
+        return x
+
+    return jax.tree.map(whole, params, specs)
+
+
 def over_rows(local: Callable, mesh: Mesh) -> Callable:
     """f(params, *batch) -> (loss, gradients) over the rows of all devices, from `local`, the same over a device's own.
 
@@ -149,14 +166,6 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
     gathers the parameters, runs `local`, and of the summed gradients keeps its part: a reduce-scatter, where an
     all-reduce would send twice as much and leave everyone the whole.
     """
-    # with all axes manual, kernels such as cuDNN's attention are called as they are, without a partitioner of their own
-    manual = set(BATCH) if mesh.shape["tensor"] > 1 else set(AXES)
-
-    def gather(x, spec):
-        for axis, part in enumerate(spec):
-            for name in _axes(part):
-                x = jax.lax.all_gather(x, name, axis=axis, tiled=True) if mesh.shape[name] > 1 else x
-        return x
 
     def scatter(x, spec):
         left = [name for name in BATCH if mesh.shape[name] > 1]
@@ -171,7 +180,7 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
         held, kept = _specs(params, mesh, spec), _specs(params, mesh, state_spec)
 
         def on_device(params, *batch):
-            loss, grads = local(jax.tree.map(gather, params, held), *batch)
+            loss, grads = local(_gather(params, held, mesh), *batch)
             return jax.lax.psum(loss, BATCH), jax.tree.map(scatter, grads, kept)
 
         split = P(None, BATCH)
@@ -180,7 +189,25 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
             mesh=mesh,
             in_specs=(held, *[split for _ in batch]),
             out_specs=(P(), kept),
-            axis_names=manual,
+            axis_names=_manual_axes(mesh),
+            check_vma=False,
+        )(params, *batch)
+
+    return whole
+
+
+def each_row(local: Callable, mesh: Mesh, leading: int = 1) -> Callable:
+    """f(params, *batch) -> arrays whose axis `leading` is rows, as the batch's are: (A, R, T), or (R, ...) where it is 0;
+    from `local`, the same over a device's own rows."""
+
+    def whole(params, *batch):
+        held, split = _specs(params, mesh, spec), P(*([None] * leading), BATCH)
+        return jax.shard_map(
+            lambda params, *batch: local(_gather(params, held, mesh), *batch),
+            mesh=mesh,
+            in_specs=(held, *[split for _ in batch]),
+            out_specs=split,
+            axis_names=_manual_axes(mesh),
             check_vma=False,
         )(params, *batch)
 

@@ -93,23 +93,33 @@ class Step:
 
 
 def compile_step(run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int) -> Step:
-    """The step of a batch of `batch_tokens`, in micro-batches of at most micro_batch rows a device that fit its memory.
+    """The step of a batch of `batch_tokens`, in micro-batches of at most micro_batch rows a device that fit it."""
+    length = run.config.model.sequence_len
+    per_device = rows_per_device(name, batch_tokens, length, run.mesh)
+    step = train.make_step(graph_of(run.gpt_config, run.dtype), optimizer, run.dtype, run.mesh)
+    arrays = {"tokens": np.int32, "targets": np.int32}
+    return fit_step(run, name, step, abstract_state(run, optimizer), arrays, (per_device, length), micro_batch)
+
+
+def fit_step(
+    run: Run, name: str, step, state, arrays: dict, shape: tuple[int, int], micro_batch: int, held: int = 0
+) -> Step:
+    """A jitted `step` compiled for the abstract `state` and a batch of `arrays` (name -> type), each of `shape` on each
+    data-parallel device, in micro-batches of at most micro_batch rows that fit beside `held` bytes.
 
     The compiler's own analysis says what fits, before anything runs; accumulation makes up the rest.
     """
-    length, mesh = run.config.model.sequence_len, run.mesh
-    per_device = rows_per_device(name, batch_tokens, length, mesh)
+    (per_device, length), mesh, compiled = shape, run.mesh, {}
     sizes = memory.micro_batches(per_device, micro_batch)
-    step = train.make_step(graph_of(run.gpt_config, run.dtype), optimizer, run.dtype, mesh)
-    state, compiled = abstract_state(run, optimizer), {}
 
     def needed(size: int) -> int:
-        shape = (per_device // size, size * sharding.data_parallel(mesh), length)
-        array = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(mesh, leading=1))
-        compiled[size] = step.lower(state, {"tokens": array, "targets": array}).compile()
+        whole = (per_device // size, size * sharding.data_parallel(mesh), length)
+        split = sharding.rows(mesh, leading=1)
+        batch = {k: jax.ShapeDtypeStruct(whole, dtype, sharding=split) for k, dtype in arrays.items()}
+        compiled[size] = step.lower(state, batch).compile()
         return memory.needed_bytes(compiled[size])
 
-    limit = memory.device_bytes()
+    limit = memory.device_bytes() - held
     size = memory.largest_that_fits(sizes, needed, limit, name)
     need = memory.needed_bytes(compiled[size])
     run.log.write(f"{name}: {size} rows at a time need {need / 1e9:.2f} of {limit / 1e9:.2f} GB on each device")

@@ -1,0 +1,175 @@
+"""What RL learns from: questions of one task or several, samples of their answers, and rewards; pass@k."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.tasks.base import ScoredTask
+from nanochat_jax.calculator import CalculatorTool
+from nanochat_jax.engine import Completion, Engine, Request
+from nanochat_jax.stages import common
+from tokenizer.chat import parse_completion, render_prompt
+
+_BUCKET = 64  # sequence lengths of the training batch are rounded up to multiples of this, to compile few shapes
+
+
+@dataclass(frozen=True)
+class Question:
+    task: ScoredTask
+    index: int  # in the task
+    id: int  # among the questions of all tasks
+
+
+class Questions:
+    """The questions of several tasks in one order: of every sum(shares) in a row, shares[name] are of task `name`.
+
+    Which one stands at a place depends on the seed and the place alone. A task that has been gone through begins again,
+    in another order.
+    """
+
+    def __init__(self, tasks: dict[str, ScoredTask], shares: dict[str, int], seed: int):
+        self.tasks, self._shares, self._seed = tasks, shares, seed
+        self._cycle = [(name, rank) for name, share in shares.items() for rank in range(share)]
+        self._first = dict(zip(tasks, np.cumsum([0, *map(len, tasks.values())]).tolist()))
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the epoch that a task is in, and its order
+
+    def __len__(self) -> int:
+        """Places until the first of the tasks has been gone through."""
+        return min(len(self.tasks[name]) * len(self._cycle) // share for name, share in self._shares.items())
+
+    def __getitem__(self, place: int) -> Question:
+        turn, at = divmod(place, len(self._cycle))
+        name, rank = self._cycle[at]
+        epoch, i = divmod(turn * self._shares[name] + rank, len(self.tasks[name]))
+        if self._orders.get(name, (None,))[0] != epoch:
+            self._orders[name] = epoch, common.permutation(self._seed, epoch, len(self.tasks[name]))
+        return self.question(name, int(self._orders[name][1][i]))
+
+    def question(self, name: str, index: int) -> Question:
+        return Question(self.tasks[name], index, self._first[name] + index)
+
+
+@dataclass
+class Rollouts:
+    """Questions x samples: prompts (ids), completions and their rewards (Q, S)."""
+
+    prompts: list[list[int]]
+    completions: list[list[Completion]]
+    rewards: np.ndarray
+
+    def metrics(self, questions: Sequence[Question]) -> dict[str, float]:
+        """Mean reward, of each task where there are several, mean length, and how many were cut off at the limit."""
+        flat = [c for group in self.completions for c in group]
+        names = [q.task.name for q in questions]
+        each = {f"{n}/reward": float(self.rewards[[m == n for m in names]].mean()) for n in dict.fromkeys(names)}
+        return {
+            "reward": float(self.rewards.mean()),
+            **(each if len(each) > 1 else {}),
+            "completion_tokens": float(np.mean([len(c.ids) for c in flat])),
+            "truncated": float(np.mean([c.finish_reason == "length" for c in flat])),
+        }
+
+
+class Sampler:
+    """Samples answers to questions with the current parameters, all in one batch over the mesh, and scores them."""
+
+    def __init__(self, run: common.Run, model, slots: int):
+        self.cfg, self.tok = run.config.rl, run.tokenizer
+        self.engine = Engine(
+            model,
+            slots=slots,
+            max_len=run.config.model.sequence_len,
+            tool=CalculatorTool(run.tokenizer),
+            mesh=run.mesh,
+        )
+
+    def __call__(
+        self, params: dict, questions: Sequence[Question], samples: int, seed_of: Callable[[int, int], int]
+    ) -> Rollouts:
+        """seed_of(a question's id, sample) makes each sample a function of its place alone."""
+        self.engine.update_params(params)
+        conversations = [q.task[q.index] for q in questions]
+        prompts = [render_prompt(self.tok, c["messages"][:-1]) for c in conversations]
+        requests = [
+            Request(
+                ids=p,
+                max_new_tokens=self.cfg.max_new_tokens,
+                temperature=self.cfg.temperature,
+                top_k=self.cfg.top_k,
+                seed=seed_of(q.id, s),
+                stop_ids=(self.tok.assistant_end, self.tok.bos),
+            )
+            for q, p in zip(questions, prompts)
+            for s in range(samples)
+        ]
+        flat = self.engine.generate(requests)
+        completions = [flat[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+        rewards = [
+            [q.task.reward(c, parse_completion(self.tok, x.ids)[0]) for x in group]
+            for q, c, group in zip(questions, conversations, completions)
+        ]
+        return Rollouts(prompts, completions, np.asarray(rewards, np.float32))
+
+
+def advantages(rewards: np.ndarray, zscore: bool) -> np.ndarray:
+    """rewards (Q, S) less their question's mean; zscore: over their (population) standard deviation, unless it is 0."""
+    advantage = rewards - rewards.mean(axis=1, keepdims=True)
+    if zscore:
+        deviation = rewards.std(axis=1, keepdims=True)
+        advantage = advantage / np.where(deviation > 0, deviation, 1)
+    return advantage
+
+
+def training_batch(rollouts: Rollouts, end_id: int, pad_id: int, max_len: int, zscore: bool = False) -> dict:
+    """tokens, targets (N, T) int32; share and weights (N, T) float32 such that sum(weights * nll) has the gradient.
+
+    share = 1 / (sampled tokens of the question * questions), 0 where nothing was sampled: token-normalised within a
+    question, as DAPO (arXiv 2503.14476) and the reference have it; weights = advantage * share. The end token counts as
+    sampled where the model chose to stop.
+    """
+    rows, masks = [], []
+    for prompt, group in zip(rollouts.prompts, rollouts.completions):
+        for c in group:
+            end = [end_id] if c.finish_reason == "stop" else []
+            rows.append((prompt + c.ids + end)[: max_len + 1])
+            masks.append(([0] * len(prompt) + c.mask + [1] * len(end))[: max_len + 1])
+    longest = max(len(r) for r in rows) - 1
+    width = min(-(-longest // _BUCKET) * _BUCKET, max_len) + 1
+    tokens = np.full((len(rows), width), pad_id, np.int32)
+    sampled = np.zeros((len(rows), width), bool)
+    for i, (row, mask) in enumerate(zip(rows, masks)):
+        tokens[i, : len(row)], sampled[i, : len(mask)] = row, mask
+    sampled = sampled[:, 1:]
+    questions, samples = rollouts.rewards.shape
+    count = np.maximum(sampled.reshape(questions, samples, -1).sum(axis=(1, 2)), 1)[:, None] * questions
+    weight = (advantages(rollouts.rewards, zscore) / count).reshape(-1, 1)
+    share = np.repeat(1 / count, samples, axis=1).reshape(-1, 1)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": np.where(sampled, tokens[:, 1:], -1),
+        "weights": (weight * sampled).astype(np.float32),
+        "share": (share * sampled).astype(np.float32),
+    }
+
+
+def minibatches(batch: dict, count: int) -> list[dict]:
+    """The rows of a training batch in `count` parts, each weighed as if it were the whole."""
+    parts = [dict(zip(batch, arrays)) for arrays in zip(*(np.split(a, count) for a in batch.values()))]
+    return [{**p, "weights": p["weights"] * count, "share": p["share"] * count} for p in parts]
+
+
+def pass_at_k(rewards: np.ndarray) -> dict[str, float]:
+    """pass@k for k = 1, 2, 4, ... of rewards (Q, S): unbiased, 1 - C(S - c, k) / C(S, k) (arXiv 2107.03374)."""
+    samples = rewards.shape[1]
+    correct = (rewards >= 1.0).sum(axis=1)
+    out, k = {}, 1
+    while k <= samples:
+        miss = np.ones(len(correct))
+        for i in range(k):  # C(S - c, k) / C(S, k) = prod_i (S - c - i) / (S - i)
+            miss *= np.maximum(samples - correct - i, 0) / (samples - i)
+        out[f"pass@{k}"] = float(1.0 - miss.mean())
+        k *= 2
+    return out
