@@ -123,7 +123,8 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(init(rngs.params(), (rows, width)))
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding[...].at[ids].get(mode="clip")
+        with jax.named_scope("embedding"):
+            return self.embedding[...].at[ids].get(mode="clip")
 
 
 class Attention(nnx.Module):

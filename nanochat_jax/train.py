@@ -55,7 +55,8 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh) -> Ca
         model = merge(graph, params)
         head = params["lm_head"]["weight"]
         hidden = model.hidden(tokens)
-        return weighted_nll(hidden, head, targets, weights, vocab=model.cfg.vocab_size, softcap=model.cfg.softcap)
+        with jax.named_scope("loss"):
+            return weighted_nll(hidden, head, targets, weights, vocab=model.cfg.vocab_size, softcap=model.cfg.softcap)
 
     def micro(params, *rows):
         found = jax.value_and_grad(micro_loss)(params, *rows)
@@ -77,9 +78,12 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh) -> Ca
             weights = is_target / jnp.maximum(is_target.sum(), 1.0)
         params = cast_matrices(state.params, dtype)
         loss, grads = sharding.over_rows(sum_over_micro_batches, mesh)(params, tokens, targets, weights)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = sharding.constrain(updates, mesh, sharding.state_spec)  # made where the moments are, then gathered
-        new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates = sharding.constrain(
+                updates, mesh, sharding.state_spec
+            )  # made where the moments are, then gathered
+            new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         new = jax.lax.with_sharding_constraint(new, sharding.tree_shardings(new, mesh))
         return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
