@@ -51,6 +51,7 @@ def fitting_config() -> Path:
 
 def open_run(args: argparse.Namespace):
     """The run directory, made or taken up again. UserError where it was made with other settings."""
+    from evals import sandbox
     from nanochat_jax import hosts
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.files import atomic_write_text
@@ -60,6 +61,8 @@ def open_run(args: argparse.Namespace):
 
     path = Path(args.config) if args.config else fitting_config()
     config = load_config(path, args.mesh, args.settings)
+    if config.evals.sandbox == "required":
+        sandbox.prepare(config.evals.sandbox, print)  # now, and not after hours of training
     run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
     existing = run_dir / "config.yaml"
     if existing.is_file():

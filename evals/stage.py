@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evals import records
+from evals import records, sandbox
 from evals.bpb import evaluate_bpb
 from evals.chat import Draws, chatcore, evaluate_chat_task
 from evals.core import evaluate_core, find_bundle
@@ -81,6 +81,8 @@ def evaluate_stage(
     out = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
     if tasks is not None:
         out |= read_json(run_dir / "evals" / f"{name}.json") or {}
+    if "humaneval" in chosen:
+        sandbox.prepare(config.evals.sandbox, log)
     for task in chosen:
         bench.run(task, out)
     if stage != "base" and out["chat"]:

@@ -46,8 +46,12 @@ class HumanEval(ScoredTask):
         return {"messages": messages, "test": row["test"], "entry_point": row["entry_point"]}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the tests pass in the sandbox. Helpers that a prompt defines must be in the completion."""
+        return self.judge(conversation, completion)[0]
+
+    def judge(self, conversation: dict, completion: str) -> tuple[bool, str]:
+        """Whether the tests pass in the sandbox, and what happened. Helpers of a prompt must be in the completion."""
         imports = "\n".join(import_lines(conversation["messages"][0]["content"]))
         check = f"check({conversation['entry_point']})"
         source = "\n\n".join([imports, extract_program(completion), conversation["test"], check])
-        return run_program(source, timeout=SECONDS).ok
+        result = run_program(source, timeout=SECONDS)
+        return result.ok, str(result)

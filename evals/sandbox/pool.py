@@ -1,0 +1,160 @@
+"""The evaluator's side: workers that are started when needed, at most as many as there are cores."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evals.sandbox import wire
+from evals.sandbox.result import Outcome, Result
+from nanochat_jax.errors import UserError
+
+_ROOT = str(Path(__file__).resolve().parents[2])
+_START = f"import sys; sys.path.insert(0, {_ROOT!r}); from evals.sandbox.zygote import main; del sys.path[0]; main()"
+_PATIENCE = 30.0  # seconds beyond a program's own, until a worker that does not answer is given up
+
+
+class Pool:
+    """Runs programs, from any thread, which may have to wait. `with Pool() as pool`, or close() at the end.
+
+    policy: `auto` takes what walls the machine allows and says once what is missing; `required` raises UserError where
+    any is. without: walls that are not tried (namespaces, seccomp).
+    """
+
+    def __init__(
+        self, policy: str = "auto", log: Callable[[str], None] | None = None, without: Sequence[str] = ()
+    ) -> None:
+        self.policy, self.log = policy, log or logging.getLogger(__name__).warning
+        self._missing = dict.fromkeys(without, "not tried")
+        self._said = False
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._cores = threading.BoundedSemaphore(os.cpu_count() or 1)  # more at once would only run out of time
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def missing(self) -> set[str]:
+        """The walls that were not to be had, as far as it is known: after the first program, or prepare()."""
+        return set(self._missing)
+
+    def prepare(self) -> None:
+        """Starts a worker, so that what is missing is known before the first program. UserError as the policy says."""
+        self._give_back(self._take())
+
+    def run(self, source: str, timeout: float, memory_mb: int) -> Result:
+        request = {"source": source, "timeout": timeout, "memory_mb": memory_mb}
+        with self._cores:
+            answer = self._ask(request) or self._ask(request)  # a worker that somebody killed is replaced once
+        if answer is None:
+            raise RuntimeError("the sandbox's worker ended without an answer, twice; its reason is on stderr")
+        refused = tuple(answer.pop("refused"))
+        return Result(**answer | {"outcome": Outcome(answer["outcome"]), "refused": refused})
+
+    def close(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for worker in idle:
+            worker.close()
+
+    def _ask(self, request: dict) -> dict | None:
+        worker = self._take()
+        try:
+            answer = worker.ask(request)
+        except BaseException:  # such as Ctrl-C: the program must not run on
+            worker.close()
+            raise
+        if answer is None:
+            worker.close()
+        else:
+            self._give_back(worker)
+        return answer
+
+    def _take(self) -> _Worker:
+        while True:
+            with self._lock:
+                self._judge()
+                if self._idle:
+                    return self._idle.pop()
+                without = tuple(self._missing)
+            worker = _Worker(without)
+            missing = worker.hello()
+            if missing == {}:
+                return worker
+            worker.close()
+            if missing is None:
+                raise RuntimeError("the sandbox's worker did not start; its reason is on stderr")
+            with self._lock:
+                self._missing |= missing
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._lock:
+            self._idle.append(worker)
+
+    def _judge(self) -> None:
+        """Says what is missing, or refuses."""
+        if not self._missing:
+            return
+        reasons = ", ".join(f"{name} ({why})" for name, why in self._missing.items())
+        if self.policy == "required":
+            raise UserError(
+                f"evals.sandbox=required, but programs that a model wrote would run without {reasons}; run where user "
+                "namespaces and seccomp are allowed, or set evals.sandbox=auto"
+            )
+        if not self._said:
+            self._said = True
+            self.log(f"programs that a model wrote run without {reasons}: what is left stops accidents, not malice")
+
+
+class _Worker:
+    """A zygote and the socket to it."""
+
+    def __init__(self, without: Sequence[str]) -> None:
+        self._control, theirs = socket.socketpair()
+        options = json.dumps({"temp": tempfile.gettempdir(), "without": without})
+        command = [sys.executable, "-I", "-B", "-X", "utf8", "-c", _START, str(theirs.fileno()), options]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                cwd="/",
+                env={"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"},  # every arena would reserve address space
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,  # Ctrl-C in the terminal is for the evaluator
+            )
+
+    def hello(self) -> dict | None:
+        """{wall: why it is missing}, of those that were tried; None where the worker did not start."""
+        self._control.settimeout(_PATIENCE)
+        message = wire.receive(self._control)
+        return message and message["missing"]
+
+    def ask(self, request: dict) -> dict | None:
+        self._control.settimeout(request["timeout"] + _PATIENCE)
+        try:
+            wire.send(self._control, request)
+            return wire.receive(self._control)
+        except (BrokenPipeError, ConnectionResetError):
+            return None
+
+    def close(self) -> None:
+        self._control.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.wait()
