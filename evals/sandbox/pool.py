@@ -87,9 +87,13 @@ class Pool:
         while True:
             with self._lock:
                 self._judge()
-                if self._idle:
-                    return self._idle.pop()
+                worker = self._idle.pop() if self._idle else None
                 without = tuple(self._missing)
+            if worker is not None:
+                if worker.is_alive():
+                    return worker
+                worker.close()
+                continue
             worker = _Worker(without)
             missing = worker.hello()
             if missing == {}:
@@ -150,6 +154,9 @@ class _Worker:
             return wire.receive(self._control)
         except (BrokenPipeError, ConnectionResetError):
             return None
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
 
     def close(self) -> None:
         self._control.close()

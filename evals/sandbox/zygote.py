@@ -40,7 +40,7 @@ def main() -> None:
             if name not in options["without"]:
                 proc = go()
         except (OSError, AttributeError) as e:  # AttributeError: a C library that is not Linux's
-            missing[name] = str(e)
+            missing[name] = getattr(e, "strerror", None) or str(e)
     wire.send(control, {"missing": missing})
     if missing:
         return  # half a wall cannot be taken down: the pool starts another worker, without
