@@ -75,6 +75,7 @@ PROCESSES = [
     ),
     Hostile("stops itself", "import signal; os.kill(os.getpid(), signal.SIGSTOP)", Outcome.TIMED_OUT, ""),
     Hostile("kills the evaluator", "os.kill(EVALUATOR, 9)", Outcome.FAILED, "ProcessLookupError"),
+    Hostile("a signal without a name", "os.kill(os.getpid(), 40)", Outcome.KILLED, "signal 40"),
     Hostile("kills its group", "os.kill(0, 9)", Outcome.KILLED, "SIGKILL"),
     Hostile("pidfd of the evaluator", "os.pidfd_open(EVALUATOR)", Outcome.FAILED, "ProcessLookupError"),
     Hostile(
@@ -140,6 +141,9 @@ CALLS = _calls(
     ("kill", "os.kill(os.getppid(), 9)"),
     ("kill", "os.kill(-1, 9)"),
     ("kill", "must(libc.kill(1, 9))"),
+    ("tgkill", "syscall(234, 131, 1, 1, 2)"),
+    ("tkill", "syscall(200, 130, 1, 2)"),
+    ("rt_sigqueueinfo", "syscall(129, 138, 1, 2, 0)"),
     ("ptrace", "must(libc.ptrace(16, 1, 0, 0))"),
     ("process_vm_readv", "must(libc.process_vm_readv(1, 0, 0, 0, 0, 0))"),
     ("unshare", "must(libc.unshare(0x10000000))"),
@@ -192,6 +196,14 @@ ENDS = [
         Outcome.FORGED,
         "",
     ),
+    Hostile(
+        "forges the report from our own frames, and breaks it",
+        "frame = sys._getframe()\nwhile 'nonce' not in frame.f_locals: frame = frame.f_back\n"
+        "os.write(3, frame.f_locals['nonce'] + b'[' * 60000)",
+        Outcome.FORGED,
+        "",
+    ),
+    Hostile("takes functions from us", "os.write = os._exit = os.getpid = None; 1 / 0", Outcome.FAILED, "ZeroDivision"),
     Hostile("floods the report", "while True: os.write(3, b'x' * 4096)", Outcome.TOO_MUCH_OUTPUT, ""),
     Hostile("closes everything", "os.closerange(0, 99)", Outcome.LEFT_EARLY, "exit status 0"),
     Hostile(

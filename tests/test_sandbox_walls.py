@@ -243,7 +243,7 @@ def test_the_filter_answers_as_its_lists_say(machine, alone):
         return decide(program, number, *args, arch=arch)
 
     assert {answer(n) for n in refused.values()} == {notify}
-    assert {answer(n) for n in extra.values()} == {allow if alone is None else notify}
+    assert {answer(n) for n in extra.values()} <= {allow if alone is None else notify}
     named = {*refused.values(), *judged.values(), *extra.values(), 435}
     assert {answer(n) for n in range(463) if n not in named} == {allow}
     assert {answer(n) for n in (435, 463, 1000, 0x40000000 | 1)} == {0x00050000 | 38}  # ENOSYS
@@ -253,12 +253,13 @@ def test_the_filter_answers_as_its_lists_say(machine, alone):
     assert answer(judged["clone"], thread) == allow
     assert answer(judged["clone"], process) == (allow if alone is None else notify)
     signals = {pid: answer(judged["kill"], pid, 9) for pid in (1, -1, 0, 2, 77)}
+    assert answer(judged["tgkill"], 1) == notify and answer(judged["tgkill"], 77) == allow
     if alone is None:
         assert signals == {1: notify, -1: notify, 0: allow, 2: allow, 77: allow}
         assert all(answer(judged["clone"], process | bit) == notify for bit in (1 << 17, 1 << 28, 1 << 30))
     else:
         assert signals == {1: notify, -1: notify, 0: notify, 2: notify, 77: allow}
-        assert (answer(judged["tgkill"], 77), answer(judged["tgkill"], 78)) == (allow, notify)
+        assert answer(judged["tgkill"], 78) == notify
 
 
 @pytest.mark.parametrize("machine", seccomp.MACHINES)

@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import struct
+import sys
 import tempfile
 import time
 from typing import NoReturn
@@ -32,8 +33,8 @@ _STATUS = struct.Struct("=i?")  # of init's message: the program's wait status, 
 def keep(request: dict, control: socket.socket, has: Walls, proc: int | None, temp: str) -> dict | None:
     """Runs one program to its end; the answer, or None where the evaluator hung up at `control` meanwhile.
 
-    proc: a descriptor of the machine's /proc. temp: where scratch folders
-    are made where there are no namespaces.
+    proc: a descriptor of the machine's /proc. temp: where scratch folders are made where there are no namespaces.
+    RuntimeError where the program could not be started.
     """
     if has.namespaces:
         return _Watch(request, walls.SCRATCH, has, proc, control).run()
@@ -106,6 +107,8 @@ class _Watch:
                 elif name == "listener":
                     self.poller.unregister(fd)  # nobody is behind the filter any more
                 elif not self._read(fd, name):
+                    if name == "status":
+                        raise RuntimeError("the sandbox could not start a program")
                     self.poller.unregister(fd)
             if self.kept["status"]:
                 return None
@@ -178,21 +181,22 @@ class _Watch:
         if code == -signal.SIGXCPU:
             return Outcome.TIMED_OUT, "of CPU"
         if code < 0:
-            return Outcome.KILLED, signal.Signals(-code).name
+            known = -code in set(signal.Signals)  # not all real-time signals have names
+            return Outcome.KILLED, signal.Signals(-code).name if known else f"signal {-code}"
         report = bytes(self.kept["report"])
         if not report:
             return Outcome.LEFT_EARLY, f"exit status {code}"
+        if not report.startswith(self.nonce):
+            return Outcome.FORGED, ""
         try:
-            if not report.startswith(self.nonce):
-                raise ValueError
             told = json.loads(report.removeprefix(self.nonce))
-            self.refused = [*told["refused"], *self.refused][:16]
-            outcome, detail = Outcome(told["outcome"]), told["detail"]
-        except (ValueError, KeyError, TypeError):
+            outcome, detail, could_be = Outcome(told["outcome"]), str(told["detail"]), bool(told["could_be"])
+            self.refused = [*map(str, told["refused"]), *self.refused][:16]
+        except (ValueError, KeyError, TypeError, RecursionError):
             return Outcome.FORGED, ""
         if outcome is Outcome.PASSED and code != 0:
             return Outcome.LEFT_EARLY, f"exit status {code}"
-        return with_refusals(outcome, self.refused, told["could_be"]), detail
+        return with_refusals(outcome, self.refused, could_be), detail
 
 
 def _descendants(proc: int | None, pid: int) -> list[int]:
@@ -235,6 +239,8 @@ def _read_file(proc: int, path: str, listing: bool = False):
 def _be_init(watch: _Watch, pipes: dict, door: socket.socket) -> NoReturn:
     """Starts the program and waits for its end. In a namespace this is process 1: orphans become its children."""
     try:
+        # What process 1 has no handler for its namespace cannot send to it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.close(pipes["alive"][1])
         os.setsid()
         linux.die_with_parent()
@@ -242,20 +248,33 @@ def _be_init(watch: _Watch, pipes: dict, door: socket.socket) -> NoReturn:
             walls.furnish_room()
         if select.select([pipes["alive"][0]], [], [], 0)[0]:
             os._exit(1)  # the worker ended before it could take this process with it
-        child = os.fork()
+        me, child = os.getpid(), os.fork()
         if child == 0:
-            if not watch.has.namespaces:
-                linux.die_with_parent()
-            os.dup2(pipes["stdout"][1], 1)
-            os.dup2(pipes["stderr"][1], 2)
-            program.become(watch.request, watch.scratch, watch.nonce, pipes["report"][1], door, watch.has)
+            _be_program(watch, pipes, door, me)
         status = None
         while status is None:
             pid, ended = os.wait()
             status = ended if pid == child else None
         os.write(pipes["status"][1], _STATUS.pack(status, _has_children()))
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
     finally:
-        os._exit(0)
+        os._exit(1)
+
+
+def _be_program(watch: _Watch, pipes: dict, door: socket.socket, init: int) -> NoReturn:
+    try:
+        if not watch.has.namespaces:  # with them, the end of process 1 is the end of all
+            linux.die_with_parent()
+            if os.getppid() != init:
+                os._exit(1)
+        os.dup2(pipes["stdout"][1], 1)
+        os.dup2(pipes["stderr"][1], 2)
+        program.become(watch.request, watch.scratch, watch.nonce, pipes["report"][1], door, watch.has)
+    except BaseException:  # such as a limit that leaves no room for an interpreter
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(1)
 
 
 def _has_children() -> bool:

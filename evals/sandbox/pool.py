@@ -16,10 +16,14 @@ from pathlib import Path
 
 from evals.sandbox import wire
 from evals.sandbox.result import Outcome, Result
+from evals.sandbox.walls import SCRATCH
 from nanochat_jax.errors import UserError
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 _START = f"import sys; sys.path.insert(0, {_ROOT!r}); from evals.sandbox.zygote import main; del sys.path[0]; main()"
+# The program's environment too. Every arena, and every pool of threads, would reserve address space.
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": SCRATCH, "TMPDIR": SCRATCH, "LANG": "C.UTF-8"}
+_ENVIRONMENT |= {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _PATIENCE = 30.0  # seconds beyond a program's own, until a worker that does not answer is given up
 
 
@@ -58,7 +62,7 @@ class Pool:
     def run(self, source: str, timeout: float, memory_mb: int) -> Result:
         request = {"source": source, "timeout": timeout, "memory_mb": memory_mb}
         with self._cores:
-            answer = self._ask(request) or self._ask(request)  # a worker that somebody killed is replaced once
+            answer = self._ask(request) or self._ask(request, fresh=True)  # somebody may have killed a worker
         if answer is None:
             raise RuntimeError("the sandbox's worker ended without an answer, twice; its reason is on stderr")
         refused = tuple(answer.pop("refused"))
@@ -70,8 +74,8 @@ class Pool:
         for worker in idle:
             worker.close()
 
-    def _ask(self, request: dict) -> dict | None:
-        worker = self._take()
+    def _ask(self, request: dict, fresh: bool = False) -> dict | None:
+        worker = self._take(fresh)
         try:
             answer = worker.ask(request)
         except BaseException:  # such as Ctrl-C: the program must not run on
@@ -83,17 +87,13 @@ class Pool:
             self._give_back(worker)
         return answer
 
-    def _take(self) -> _Worker:
+    def _take(self, fresh: bool = False) -> _Worker:
         while True:
             with self._lock:
                 self._judge()
-                worker = self._idle.pop() if self._idle else None
+                if self._idle and not fresh:
+                    return self._idle.pop()
                 without = tuple(self._missing)
-            if worker is not None:
-                if worker.is_alive():
-                    return worker
-                worker.close()
-                continue
             worker = _Worker(without)
             missing = worker.hello()
             if missing == {}:
@@ -136,7 +136,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 cwd="/",
-                env={"LANG": "C.UTF-8", "MALLOC_ARENA_MAX": "1"},  # every arena would reserve address space
+                env=_ENVIRONMENT,
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C in the terminal is for the evaluator
             )
@@ -154,9 +154,6 @@ class _Worker:
             return wire.receive(self._control)
         except (BrokenPipeError, ConnectionResetError):
             return None
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
 
     def close(self) -> None:
         self._control.close()

@@ -8,6 +8,7 @@ import json
 import linecache
 import os
 import resource
+import signal
 import socket
 import sys
 import threading
@@ -22,7 +23,7 @@ from evals.sandbox.walls import Walls
 FILE_BYTES = 16 * 1024 * 1024  # of any file that the program writes
 OPEN_FILES = 64
 PROCESSES = 64  # and threads
-_NAME = "program.py"
+NAME = "program.py"
 
 
 def become(request: dict, scratch: str, nonce: bytes, report: int, door: socket.socket, has: Walls) -> NoReturn:
@@ -30,8 +31,12 @@ def become(request: dict, scratch: str, nonce: bytes, report: int, door: socket.
 
     report: where `nonce` and a JSON object go at the end. door: takes the listener of the system call filter.
     """
-    me = os.getpid()
-    _set_environment(scratch)
+    # As they are before the program changes them.
+    leave, tell, dump, number, me = os._exit, os.write, json.dumps, os.getpid, os.getpid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(scratch)
+    if os.environ["HOME"] != scratch:
+        os.environ.update({"HOME": scratch, "TMPDIR": scratch})
     if has.namespaces:
         linux.drop_capabilities()
     _set_limits(request, PROCESSES + 3 if has.namespaces else _running_tasks() + PROCESSES)
@@ -46,20 +51,11 @@ def become(request: dict, scratch: str, nonce: bytes, report: int, door: socket.
     _forget_ourselves(keep_ctypes=has.namespaces)
     seen = [] if has.namespaces else guard.put_up(scratch)
     outcome, detail, could_be = _run(request["source"], scratch)
-    if os.getpid() == me:  # and not something that it forked
+    if number() == me:  # and not something that it forked
         told = {"outcome": outcome, "detail": detail, "could_be": could_be, "refused": seen}
         with contextlib.suppress(OSError):
-            os.write(report, nonce + json.dumps(told).encode())
-    os._exit(0)
-
-
-def _set_environment(scratch: str) -> None:
-    os.chdir(scratch)
-    os.environ.clear()
-    os.environ.update({"PATH": "/usr/bin:/bin", "HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"})
-    # Every pool of threads would reserve address space.
-    os.environ.update({"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
-    sys.argv[:] = [_NAME]
+            tell(report, nonce + dump(told).encode())
+    leave(0)
 
 
 def _running_tasks() -> int:
@@ -105,13 +101,13 @@ def _run(source: str, scratch: str) -> tuple[Outcome, str, bool]:
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     ended = Outcome.PASSED, "", False
     try:
-        code = compile(source, _NAME, "exec", dont_inherit=True)
-        linecache.cache[_NAME] = (len(source), None, source.splitlines(keepends=True), _NAME)
+        code = compile(source, NAME, "exec", dont_inherit=True)
+        linecache.cache[NAME] = (len(source), None, source.splitlines(keepends=True), NAME)
         exec(code, main.__dict__)
     except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)
-        ended = Outcome.LEFT_EARLY, f"SystemExit: {e.code}", False
+        ended = Outcome.LEFT_EARLY, f"SystemExit: {e.code}"[:500], False
     except BaseException as e:
         with contextlib.suppress(Exception):
             # Without our own frame at the top.

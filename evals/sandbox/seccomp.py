@@ -15,60 +15,70 @@ import functools
 import os
 import struct
 import sys
+from typing import NamedTuple
 
 from evals.sandbox import linux
 
-# Numbers from 424 on are the same everywhere.
-_COMMON = {
-    **{"pidfd_send_signal": 424, "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427},
-    **{"open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433},
-    **{"pidfd_getfd": 438, "process_madvise": 440, "mount_setattr": 442, "quotactl_fd": 443, "memfd_secret": 447},
-    **{"process_mrelease": 448, "statmount": 457, "listmount": 458},
-    **{"lsm_set_self_attr": 460},
-}
-_CLONE3, _LAST = 435, 462
-_X86_64 = {
-    **{"shmget": 29, "shmat": 30, "shmctl": 31, "socket": 41, "semget": 64, "semop": 65, "semctl": 66, "msgget": 68},
-    **{"msgsnd": 69, "msgrcv": 70, "msgctl": 71, "execve": 59, "ptrace": 101, "syslog": 103, "mknod": 133},
-    **{"uselib": 134, "personality": 135, "ustat": 136, "sysfs": 139, "setpriority": 141, "sched_setparam": 142},
-    **{"sched_setscheduler": 144, "mlock": 149, "mlockall": 151, "vhangup": 153, "modify_ldt": 154, "pivot_root": 155},
-    **{"adjtimex": 159, "setrlimit": 160, "chroot": 161, "acct": 163, "settimeofday": 164, "mount": 165},
-    **{"umount2": 166, "swapon": 167, "swapoff": 168, "reboot": 169, "sethostname": 170, "setdomainname": 171},
-    **{"iopl": 172, "ioperm": 173, "init_module": 175, "delete_module": 176, "quotactl": 179},
-    **{"sched_setaffinity": 203, "lookup_dcookie": 212, "semtimedop": 220, "clock_settime": 227},
-    **{"mq_open": 240, "mq_unlink": 241, "kexec_load": 246, "add_key": 248, "request_key": 249},
-    **{"keyctl": 250, "ioprio_set": 251, "migrate_pages": 256, "mknodat": 259, "unshare": 272, "move_pages": 279},
-    **{"perf_event_open": 298, "fanotify_init": 300, "fanotify_mark": 301, "name_to_handle_at": 303},
-    **{"open_by_handle_at": 304, "clock_adjtime": 305, "setns": 308, "process_vm_readv": 310},
-    **{"process_vm_writev": 311, "kcmp": 312, "finit_module": 313, "sched_setattr": 314, "seccomp": 317},
-    **{"memfd_create": 319, "kexec_file_load": 320, "bpf": 321, "execveat": 322, "userfaultfd": 323, "mlock2": 325},
-}
-_AARCH64 = {
-    **{"lookup_dcookie": 18, "ioprio_set": 30, "mknodat": 33, "umount2": 39, "mount": 40, "pivot_root": 41},
-    **{"chroot": 51, "vhangup": 58, "quotactl": 60, "acct": 89, "personality": 92, "unshare": 97, "kexec_load": 104},
-    **{"init_module": 105, "delete_module": 106, "clock_settime": 112, "syslog": 116, "ptrace": 117},
-    **{"sched_setparam": 118, "sched_setscheduler": 119, "sched_setaffinity": 122, "setpriority": 140, "reboot": 142},
-    **{"sethostname": 161, "setdomainname": 162, "setrlimit": 164, "settimeofday": 170, "adjtimex": 171},
-    **{"mq_open": 180, "mq_unlink": 181, "msgget": 186, "msgctl": 187, "msgrcv": 188, "msgsnd": 189, "semget": 190},
-    **{"semctl": 191, "semtimedop": 192, "semop": 193, "shmget": 194, "shmctl": 195, "shmat": 196, "socket": 198},
-    **{"add_key": 217, "request_key": 218, "keyctl": 219, "execve": 221, "swapon": 224, "swapoff": 225, "mlock": 228},
-    **{"mlockall": 230, "migrate_pages": 238, "move_pages": 239},
-    **{"perf_event_open": 241, "fanotify_init": 262, "fanotify_mark": 263, "name_to_handle_at": 264},
-    **{"open_by_handle_at": 265, "clock_adjtime": 266, "setns": 268, "process_vm_readv": 270},
-    **{"process_vm_writev": 271, "kcmp": 272, "finit_module": 273, "sched_setattr": 274, "seccomp": 277},
-    **{"memfd_create": 279, "bpf": 280, "execveat": 281, "userfaultfd": 282, "mlock2": 284, "kexec_file_load": 294},
-}
-# Calls that are judged by an argument, and those that only a program without walls is refused.
-_X86_64_JUDGED = {"clone": 56, "kill": 62, "tgkill": 234, "prlimit64": 302}
-_AARCH64_JUDGED = {"clone": 220, "kill": 129, "tgkill": 131, "prlimit64": 261}
-_X86_64_ALONE = {"fork": 57, "vfork": 58, "rt_sigqueueinfo": 129, "tkill": 200, "rt_tgsigqueueinfo": 297}
-_AARCH64_ALONE = {"tkill": 130, "rt_sigqueueinfo": 138, "rt_tgsigqueueinfo": 240}
+# name, number on x86_64, number on aarch64
+_REFUSED = (
+    # the network; socketpair, which asyncio needs, is no way out
+    "socket 41 198, "
+    # other programs: there are none inside, and none are started
+    "execve 59 221, execveat 322 281, "
+    # other processes, and signals that could reach process 1 of the namespace
+    "ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, "
+    "process_mrelease 448 448, kcmp 312 272, pidfd_getfd 438 438, pidfd_send_signal 424 424, tkill 200 130, "
+    "rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, "
+    # walls and mounts
+    "unshare 272 97, setns 308 268, chroot 161 51, pivot_root 155 41, mount 165 40, umount2 166 39, "
+    "mount_setattr 442 442, open_tree 428 428, move_mount 429 429, fsopen 430 430, fsconfig 431 431, "
+    "fsmount 432 432, fspick 433 433, statmount 457 457, listmount 458 458, mknod 133 -, mknodat 259 33, "
+    "name_to_handle_at 303 264, open_by_handle_at 304 265, "
+    # memory that no limit counts
+    "memfd_create 319 279, memfd_secret 447 447, shmget 29 194, shmat 30 196, shmctl 31 195, semget 64 190, "
+    "semop 65 193, semctl 66 191, semtimedop 220 192, msgget 68 186, msgsnd 69 189, msgrcv 70 188, "
+    "msgctl 71 187, mq_open 240 180, mq_unlink 241 181, mlock 149 228, mlock2 325 284, mlockall 151 230, "
+    # limits and shares
+    "setrlimit 160 164, setpriority 141 140, ioprio_set 251 30, sched_setparam 142 118, "
+    "sched_setscheduler 144 119, sched_setattr 314 274, sched_setaffinity 203 122, migrate_pages 256 238, "
+    "move_pages 279 239, "
+    # large parts of the kernel that programs have no need of
+    "bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425 425, io_uring_enter 426 426, "
+    "io_uring_register 427 427, keyctl 250 219, add_key 248 217, request_key 249 218, fanotify_init 300 262, "
+    "fanotify_mark 301 263, seccomp 317 277, personality 135 92, modify_ldt 154 -, lookup_dcookie 212 18, "
+    "lsm_set_self_attr 460 460, uselib 134 -, ustat 136 -, sysfs 139 -, "
+    # the machine
+    "reboot 169 142, kexec_load 246 104, kexec_file_load 320 294, init_module 175 105, finit_module 313 273, "
+    "delete_module 176 106, iopl 172 -, ioperm 173 -, swapon 167 224, swapoff 168 225, acct 163 89, "
+    "quotactl 179 60, quotactl_fd 443 443, syslog 103 116, vhangup 153 58, sethostname 170 161, "
+    "setdomainname 171 162, settimeofday 164 170, adjtimex 159 171, clock_settime 227 112, "
+    "clock_adjtime 305 266, "
+)
+# Judged by an argument.
+_JUDGED = "clone 56 220, kill 62 129, tgkill 234 131, prlimit64 302 261, "
+_ALONE = "fork 57 -, vfork 58 -, "  # refused to a program without walls
+_CLONE3, _LAST = 435, 462  # the same everywhere; the newest call that this file knows of
 
-# machine: (AUDIT_ARCH_*, seccomp's own number, refused, judged, refused to a program without walls)
-MACHINES = {
-    "x86_64": (0xC000003E, 317, _COMMON | _X86_64, _X86_64_JUDGED, _X86_64_ALONE),
-    "aarch64": (0xC00000B7, 277, _COMMON | _AARCH64, _AARCH64_JUDGED, _AARCH64_ALONE),
-}
+
+class Machine(NamedTuple):
+    """arch: its AUDIT_ARCH_*. own: the number of seccomp. refused, judged, alone: {name: number}."""
+
+    arch: int
+    own: int
+    refused: dict[str, int]
+    judged: dict[str, int]
+    alone: dict[str, int]
+
+
+def _machine(arch: int, own: int, column: int) -> Machine:
+    def numbers(table: str) -> dict[str, int]:
+        rows = [entry.split() for entry in table.split(", ") if entry]
+        return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
+
+    return Machine(arch, own, numbers(_REFUSED), numbers(_JUDGED), numbers(_ALONE))
+
+
+MACHINES = {"x86_64": _machine(0xC000003E, 317, 1), "aarch64": _machine(0xC00000B7, 277, 2)}
 
 _NAMESPACES = (
     linux.CLONE_NEWNS
@@ -92,7 +102,7 @@ def check() -> None:
     if sys.platform != "linux" or machine not in MACHINES:
         raise OSError(f"no list of system calls for {sys.platform} on {machine}")
     action = ctypes.c_uint32(_NOTIFY)
-    linux.syscall("seccomp", MACHINES[machine][1], _GET_ACTION_AVAIL, 0, ctypes.byref(action))
+    linux.syscall("seccomp", MACHINES[machine].own, _GET_ACTION_AVAIL, 0, ctypes.byref(action))
     build(machine, None)  # is remembered, and so there in every program
 
 
@@ -121,6 +131,7 @@ def build(machine: str, alone: int | None) -> bytes:
     if alone is None:
         judge(judged["clone"], [(first, _ANY_BIT, _NAMESPACES)], _NOTIFY, _ALLOW)
         judge(judged["kill"], [(first, _EQUAL, 1), (first, _EQUAL, 2**32 - 1)], _NOTIFY, _ALLOW)  # init, everybody
+        judge(judged["tgkill"], [(first, _EQUAL, 1)], _NOTIFY, _ALLOW)
     else:
         judge(judged["clone"], [(first, _ANY_BIT, linux.CLONE_THREAD)], _ALLOW, _NOTIFY)
         judge(judged["kill"], [(first, _EQUAL, alone)], _ALLOW, _NOTIFY)
@@ -145,7 +156,7 @@ def install(alone: int | None) -> int:
         _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
     program = Program(len(filter_) // 8, filter_)
-    return linux.syscall("seccomp", MACHINES[machine][1], _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(program))
+    return linux.syscall("seccomp", MACHINES[machine].own, _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(program))
 
 
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV and _SEND
@@ -165,5 +176,5 @@ def refuse_next(listener: int) -> str | None:
 
 @functools.cache
 def _names() -> dict[int, str]:
-    _, _, refused, judged, extra = MACHINES[os.uname().machine]
-    return {number: name for name, number in (refused | judged | extra).items()}
+    of = MACHINES[os.uname().machine]
+    return {number: name for name, number in (of.refused | of.judged | of.alone).items()}

@@ -17,7 +17,7 @@ import socket
 import sys
 from pathlib import Path
 
-from evals.sandbox import keeper, linux, seccomp, walls, wire
+from evals.sandbox import keeper, linux, program, seccomp, walls, wire
 
 # What programs like to import; already loaded it costs them nothing, but each adds to the cost of a fork.
 _WARM = (
@@ -29,6 +29,7 @@ _WARM = (
 def main() -> None:
     """argv: the control socket's descriptor, and {"temp": folder, "without": [walls that are not to be tried]}."""
     control, options = socket.socket(fileno=int(sys.argv[1])), json.loads(sys.argv[2])
+    sys.argv[:] = [program.NAME]
     os.umask(0o022)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # where memory runs out, this goes before the evaluator
