@@ -10,7 +10,7 @@ import pytest
 from evals_fakes import ByteTokenizer
 
 from evals.tasks.base import ScoredTask
-from nanochat_jax import checkpoint, config
+from nanochat_jax import checkpoint, config, devices
 from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.model import graph_of, init_params, merge
 from nanochat_jax.preemption import Stop
@@ -19,7 +19,7 @@ from nanochat_jax.stages.rollouts import Questions, Sampler
 from nanochat_jax.tracking import RunLog
 
 TINY = (
-    "model.depth=2",
+    "model.depth=1",
     "model.width=32",
     "model.head_dim=16",
     "model.sequence_len=128",
@@ -80,9 +80,8 @@ class TinyRun(common.Run):
     def params_of(self, stage):
         assert stage == "sft"
         rng = np.random.default_rng(1)
-        return jax.tree.map(
-            lambda p: p + 0.1 * jnp.asarray(rng.normal(size=p.shape), jnp.float32), init_params(self.gpt_config, 0)
-        )
+        shapes = jax.eval_shape(lambda: init_params(self.gpt_config, 0))
+        return jax.tree.map(lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), jnp.float32), shapes)
 
 
 class StopAfter(Stop):
@@ -98,9 +97,16 @@ class StopAfter(Stop):
 def make_run(folder, *settings, stop_after=99):
     folder.mkdir(exist_ok=True)
     checkpoint.write_done(folder / "sft", {"stage": "sft"})
-    settings = (*TINY, *(settings or ("rl.task=bytes",)))
-    loaded = config.load_config(None, None, settings)
-    return TinyRun(folder, loaded, RunLog(folder, silent=False), StopAfter(stop_after))
+    return TinyRun(folder, config.load_config(None, None, [*TINY, *settings]), RunLog(folder), StopAfter(stop_after))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Programs are compiled once for all runs, as in a run's own cache."""
+    before = jax.config.jax_compilation_cache_dir
+    devices.use_compilation_cache(tmp_path_factory.mktemp("compiled"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.fixture(autouse=True)
@@ -126,9 +132,8 @@ def saved(run):
 def test_stopped_and_resumed_bit_for_bit_with_every_switch_on_a_mesh(tmp_path):
     settings = (*ALL, *MESHES["data-fsdp"])
     done = rl.main(make_run(tmp_path / "whole", *settings))
-    for step in (1, 2):  # the second time it goes on from where the first had gone on to
-        with pytest.raises(Interrupted, match=f"saved at step {step} of 4"):
-            rl.main(make_run(tmp_path / "parts", *settings, stop_after=1))
+    with pytest.raises(Interrupted, match="saved at step 2 of 4"):
+        rl.main(make_run(tmp_path / "parts", *settings, stop_after=2))
     rl.main(make_run(tmp_path / "parts", *settings))
     whole = records(tmp_path / "whole")
     assert records(tmp_path / "parts") == whole
@@ -147,7 +152,8 @@ def test_stopped_and_resumed_bit_for_bit_with_every_switch_on_a_mesh(tmp_path):
 
 def test_what_is_measured_changes_nothing(tmp_path):
     """kl=0, and clipping where there is one update, leave the parameters as they are without, bit for bit."""
-    plain, measured = make_run(tmp_path / "a"), make_run(tmp_path / "b", "rl.task=bytes", "rl.kl=0", "rl.clip=0.2")
+    settings = ("rl.task=bytes", "rl.steps=2", "rl.eval_every=0", *MESHES["data-fsdp"])
+    plain, measured = make_run(tmp_path / "a", *settings), make_run(tmp_path / "b", *settings, "rl.kl=0", "rl.clip=0.2")
     rl.main(plain)
     rl.main(measured)
     pairs = zip(jax.tree.leaves(saved(plain)), jax.tree.leaves(saved(measured)), strict=True)
@@ -181,10 +187,21 @@ def test_sequences_that_devices_cannot_share_say_so(tmp_path):
         rl.main(make_run(tmp_path, "rl.questions=3", "mesh.data=8", "rl.task=bytes"))
 
 
-def test_a_micro_batch_that_fits_is_found_beside_what_the_engine_holds(tmp_path, monkeypatch):
-    run = make_run(tmp_path, "rl.task=bytes", "rl.micro_batch=16", "rl.steps=1", "mesh.data=1", "mesh.fsdp=8")
-    asked = []
-    monkeypatch.setattr(common.memory, "device_bytes", lambda: 10**9)
-    monkeypatch.setattr(common.memory, "needed_bytes", lambda compiled: asked.append(compiled) or 10**9 // len(asked))
-    rl.main(run)
-    assert len(asked) > 2 and "rl: 1 rows at a time" in (tmp_path / "log.txt").read_text()
+def test_a_micro_batch_that_fits_is_found_beside_what_is_held(tmp_path, monkeypatch):
+    class Step:  # needs 100 bytes and 10 for every row
+        def lower(self, state, batch):
+            assert state == "state" and batch["weights"].shape[2] == 64
+            self.rows = batch["weights"].shape[1]
+            return self
+
+        def compile(self):
+            return 100 + 10 * self.rows
+
+    monkeypatch.setattr(common.memory, "device_bytes", lambda: 300)
+    monkeypatch.setattr(common.memory, "needed_bytes", lambda compiled: compiled)
+    run = make_run(tmp_path, "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8")
+    arrays = {"tokens": np.int32, "weights": np.float32}
+    sizes = [common.fit_step(run, "rl", Step(), "state", arrays, (16, 64), 16, held) for held in (0, 100, 130)]
+    assert [(s.accumulation, s.rows) for s in sizes] == [(1, 16), (2, 8), (4, 4)]
+    with pytest.raises(UserError, match="rl: a step needs .* even with 1 rows"):
+        common.fit_step(run, "rl", Step(), "state", arrays, (16, 64), 16, 200)

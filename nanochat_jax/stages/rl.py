@@ -99,7 +99,7 @@ class Learner:
             weights, clipped = policy.weigh(nll, *fixed, kl=self.cfg.kl or 0.0, clip=self._clip)
             rows["weights"] = jax.device_put(weights, part["weights"].sharding)
             state, metrics = batch.train.run(state, rows)
-            measured.append(_read({**metrics, **({} if self._clip is None else {"clip_fraction": clipped})}))
+            measured.append({**metrics, **({} if self._clip is None else {"clip_fraction": clipped})})
         # a step of the loop is all of these updates, so that it is never left in their middle
         done = jax.device_put(np.int32(batch.step + 1), sharding.replicated(self.run.mesh))
         return state._replace(step=done), _mean(measured)
@@ -109,7 +109,7 @@ def _read(metrics: dict) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items()}
 
 
-def _mean(measured: list[dict[str, float]]) -> dict[str, float]:
+def _mean(measured: list[dict]) -> dict:
     return {k: sum(m[k] for m in measured) / len(measured) for k in measured[0]}
 
 
