@@ -260,6 +260,8 @@ def _curves(run: _Run) -> str:
     passed = [Series(f"{k} on held-out questions", *_points(rl, k), marks=True) for k in ks]
     shown = passed[:1] + (passed[-1:] if len(passed) > 1 else [])
     add("reward", "RL: reward", "share of answers that are right", [reward, *shown], share=True)
+    add("rl_length", "RL: length of answers", "tokens", [Series("", *_points(rl, "completion_tokens"), True)])
+    add("rl_entropy", "RL: entropy of the policy", "nats per token", [Series("", *_points(rl, "entropy"), True)])
     return "## Curves\n\n" + "\n\n".join(images) if images else ""
 
 

@@ -20,6 +20,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
     got = c.load_config(tmp_path / "a.yaml", tmp_path / "m.yaml", ["base.ratio=9.5", "rl.task=gsm8k", "sft.max_rows="])
     assert (got.model.depth, got.base.ratio, got.mesh.fsdp, got.rl.task) == (6, 9.5, 2, "gsm8k")
     assert got.base.optim.matrix_lr == 0.01 and got.base.optim.embedding_lr == 0.3 and got.sft.max_rows is None
+    assert c.load_config(None, None, ["rl.task={gsm8k: 3, spellingbee: 1}"]).rl.task == {"gsm8k": 3, "spellingbee": 1}
     assert c.load_config(None, None, ["mid.optim.lr_scale=3"]).mid.optim.warmup_steps == 0  # a stage's own default
     (tmp_path / "b.yaml").write_text(c.dump_yaml(got))
     assert c.load_config(tmp_path / "b.yaml") == got
@@ -48,6 +49,12 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("evals.samples=-1", "must not be negative"),
         ("evals.temperature=0", "must be more than 0"),
         ("mid.mixture=3", "takes a mapping"),
+        ("rl.task={gsm8k: 0}", "shares of 1 or more"),
+        ("rl.task={gsm8k: half}", "rl.task.gsm8k takes an int"),
+        ("rl.minibatches=3", "must be a multiple of rl.minibatches=3"),
+        ("rl.clip=1.2", "must lie between 0 and 1"),
+        ("rl.clip_high=0.3", "must be at least rl.clip, which is None"),
+        ("rl.kl=-1", "must not be negative"),
         ("price_per_hour=[1", "takes a float"),
     ],
 )
