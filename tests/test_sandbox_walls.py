@@ -9,9 +9,11 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,27 +82,29 @@ def test_a_program_has_no_capabilities_and_no_descriptors(pool):
     )
 
 
-def test_a_worker_is_in_namespaces_of_its_own_and_its_programs_are_nobody(pool, tmp_path):
-    started = threading.Thread(target=pool.run, args=("import time; time.sleep(60) # ", 2.0, 512))
-    started.start()
-    time.sleep(0.5)
-    worker = pool_workers(pool)
-    kin = [pid for pid in processes_with("evals.sandbox.zygote") if _parent(pid) in worker]
-    kin += [pid for pid in processes_with("evals.sandbox.zygote") if _parent(pid) in kin]
-    for kind in ("user", "mnt", "net", "ipc", "uts"):
-        outside = os.readlink(f"/proc/self/ns/{kind}")
-        assert outside not in {os.readlink(f"/proc/{pid}/ns/{kind}") for pid in kin}
-    program = max(kin, key=lambda pid: (_parent(pid) in kin, pid))
-    assert os.readlink(f"/proc/{program}/ns/pid") != os.readlink("/proc/self/ns/pid")
-    status = Path(f"/proc/{program}/status").read_text()
-    assert status.split("Uid:")[1].split()[0] == str(os.geteuid() or 65534)
-    assert "Seccomp:\t2" in status and "NoNewPrivs:\t1" in status
-    started.join()
+def test_a_worker_is_in_namespaces_of_its_own_and_its_programs_are_nobody(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with open_pool() as opened:
+        running = threading.Thread(target=opened.run, args=("import time; time.sleep(1)", 20.0, 512))
+        running.start()
+        _wait(lambda: len(processes_with(str(tmp_path))) == 3)
+        worker, init, program = family(processes_with(str(tmp_path)))
+        _wait(lambda: "Seccomp:\t2" in Path(f"/proc/{program}/status").read_text())
+        for kind in ("user", "mnt", "net", "ipc", "uts", "pid"):
+            inside, outside = (os.readlink(f"/proc/{pid}/ns/{kind}") for pid in (program, "self"))
+            assert inside != outside
+        status = Path(f"/proc/{program}/status").read_text()
+        assert status.split("Uid:")[1].split()[:4] == [str(os.geteuid() or 65534)] * 4
+        assert "NoNewPrivs:\t1" in status and "CapPrm:\t0000000000000000" in status
+        running.join()
 
 
-def pool_workers(pool) -> set[int]:
-    """Process ids of the workers that this process has started."""
-    return {pid for pid in processes_with("evals.sandbox.zygote") if _parent(pid) == os.getpid()}
+def family(pids) -> list[int]:
+    """A worker that this process has started, its child, and so on."""
+    line = [os.getpid()]
+    while found := [pid for pid in pids if _parent(pid) == line[-1]]:
+        line += found
+    return line[1:]
 
 
 def _parent(pid: int) -> int:
@@ -157,16 +161,19 @@ def test_nothing_outlives_the_evaluator(mode, ended_by, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_worker_that_somebody_kills_is_replaced_and_takes_its_program_along(pool):
-    workers = pool_workers(pool)
+def test_a_worker_that_somebody_kills_is_replaced_and_takes_its_program_along(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     got = []
-    asking = threading.Thread(target=lambda: got.append(pool.run("import time; time.sleep(1)", 20.0, 512)))
-    asking.start()
-    time.sleep(0.3)
-    for pid in workers:
-        os.kill(pid, signal.SIGKILL)
-    asking.join()
-    assert got[0].ok and not workers & set(processes_with("evals.sandbox.zygote"))
+    with open_pool() as opened:
+        source = "import time; time.sleep(1); print(1)"
+        asking = threading.Thread(target=lambda: got.append(opened.run(source, 20.0, 512)))
+        asking.start()
+        _wait(lambda: len(processes_with(str(tmp_path))) == 3)
+        worker, init, program = family(processes_with(str(tmp_path)))
+        os.kill(worker, signal.SIGKILL)
+        _wait(lambda: not {worker, init, program} & set(processes_with(str(tmp_path))))
+        asking.join()
+    assert got[0].stdout == "1\n"
 
 
 def _wait(condition, seconds=15.0):
@@ -293,5 +300,7 @@ def test_every_canonical_solution_of_humaneval_passes():
     if not folder or not path.is_file():
         pytest.skip("needs NANOCHAT_DATA, a folder with tasks/humaneval_test.parquet")
     task = HumanEval(read_rows(path))
-    verdicts = {row: task.judge(task[row], task[row]["messages"][-1]["content"]) for row in range(len(task))}
-    assert len(verdicts) == 164 and {row: why for row, (right, why) in verdicts.items() if not right} == {}
+    rows = [task[i] for i in range(len(task))]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        verdicts = list(threads.map(lambda row: task.judge(row, row["messages"][-1]["content"]), rows))
+    assert verdicts == [(True, "passed")] * 164

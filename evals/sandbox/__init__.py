@@ -6,11 +6,12 @@
     evaluator ──socket── worker (a warm interpreter behind walls) ── init ── program
 
 The evaluator, which holds JAX's threads and so must not fork, starts workers as fresh interpreters (`pool`, `zygote`),
-at most as many as there are cores. A worker goes behind the walls once (`walls`: user, mount, network, IPC
-and host-name namespaces) and forks for each program (`keeper`) a process namespace and an empty scratch folder, which
-end with it. The program (`program`) has hard limits on memory, CPU, file size, processes and open files, no
-capabilities, and a filter of system calls (`seccomp`) that tells the keeper what was refused. The keeper limits time,
-output and the memory of all its processes together.
+at most as many as there are cores. A worker goes behind the walls once (`walls`: user, mount, network, IPC and host-
+name namespaces) and forks for each program (`keeper`) a process namespace and an empty scratch folder, which end with
+it. The program (`program`) has hard limits on memory, CPU, file size, processes and open files, no capabilities, and a
+filter of system calls (`seccomp`) that tells the keeper what was refused. The keeper limits time, output and the
+memory of all its processes together; control groups would do the last, but an evaluator can rarely make one below its
+own.
 
 Where the kernel forbids namespaces or the filter (containers often do), what is left is used, with an audit hook
 (`guard`) in the program's own interpreter: that stops accidents and not malice. The log says so once;
@@ -49,7 +50,6 @@ def prepare(policy: str, log: Callable[[str], None]) -> None:
 
 
 def _pool():
-    global _default
     global _default
     with _lock:
         if _default is None:

@@ -60,6 +60,7 @@ class Pool:
         self._give_back(self._take())
 
     def run(self, source: str, timeout: float, memory_mb: int) -> Result:
+        """As `evals.sandbox.run_program`. RuntimeError where the sandbox itself fails."""
         request = {"source": source, "timeout": timeout, "memory_mb": memory_mb}
         with self._cores:
             answer = self._ask(request) or self._ask(request, fresh=True)  # somebody may have killed a worker

@@ -17,7 +17,7 @@ import types
 from typing import NoReturn
 
 from evals.sandbox import guard, linux, seccomp
-from evals.sandbox.result import Outcome, of_exception
+from evals.sandbox.result import Outcome, could_be_refusal, of_exception
 from evals.sandbox.walls import Walls
 
 FILE_BYTES = 16 * 1024 * 1024  # of any file that the program writes
@@ -112,8 +112,7 @@ def _run(source: str, scratch: str) -> tuple[Outcome, str, bool]:
         with contextlib.suppress(Exception):
             # Without our own frame at the top.
             traceback.print_exception(type(e), e, e.__traceback__ and e.__traceback__.tb_next)
-        could_be = isinstance(e, OSError) and e.errno in (None, 1, 13)
-        ended = *of_exception(e, scratch), could_be
+        ended = *of_exception(e, scratch), could_be_refusal(e)
     # What an interpreter does at its end.
     with contextlib.suppress(BaseException):
         threading._shutdown()

@@ -87,6 +87,11 @@ def _is_outside(path: object, scratch: str) -> bool:
     return path != scratch and not path.startswith(scratch + os.sep)
 
 
+def could_be_refusal(e: BaseException) -> bool:
+    """Whether an exception may come of a refused call: libraries wrap EPERM, and a resolver has numbers of its own."""
+    return isinstance(e, OSError) and (e.errno in (None, errno.EPERM, errno.EACCES) or e.errno < 0)
+
+
 def with_refusals(outcome: Outcome, refused: list[str], could_be: bool) -> Outcome:
     """The outcome where the exception `could_be` that of a refused call."""
     if not refused or not could_be:

@@ -41,7 +41,7 @@ _REFUSED = (
     # limits and shares
     "setrlimit 160 164, setpriority 141 140, ioprio_set 251 30, sched_setparam 142 118, "
     "sched_setscheduler 144 119, sched_setattr 314 274, sched_setaffinity 203 122, migrate_pages 256 238, "
-    "move_pages 279 239, "
+    "move_pages 279 239, io_setup 206 0, "
     # large parts of the kernel that programs have no need of
     "bpf 321 280, perf_event_open 298 241, userfaultfd 323 282, io_uring_setup 425 425, io_uring_enter 426 426, "
     "io_uring_register 427 427, keyctl 250 219, add_key 248 217, request_key 249 218, fanotify_init 300 262, "
@@ -80,15 +80,8 @@ def _machine(arch: int, own: int, column: int) -> Machine:
 
 MACHINES = {"x86_64": _machine(0xC000003E, 317, 1), "aarch64": _machine(0xC00000B7, 277, 2)}
 
-_NAMESPACES = (
-    linux.CLONE_NEWNS
-    | linux.CLONE_NEWCGROUP
-    | linux.CLONE_NEWUTS
-    | linux.CLONE_NEWIPC
-    | linux.CLONE_NEWUSER
-    | linux.CLONE_NEWPID
-    | linux.CLONE_NEWNET
-)
+_NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWCGROUP | linux.CLONE_NEWUTS | linux.CLONE_NEWIPC
+_NAMESPACES |= linux.CLONE_NEWUSER | linux.CLONE_NEWPID | linux.CLONE_NEWNET
 
 _SET_MODE_FILTER, _GET_ACTION_AVAIL, _NEW_LISTENER = 1, 2, 8
 _KILL, _ERRNO, _NOTIFY, _ALLOW = 0x80000000, 0x00050000, 0x7FC00000, 0x7FFF0000
