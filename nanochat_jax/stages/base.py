@@ -54,5 +54,9 @@ def main(run: common.Run) -> dict:
                 save_every=cfg.save_every,
                 evaluate=_evaluator(run, val_rows),
                 eval_every=cfg.eval_every,
-                extra=lambda: {"batch_tokens": plan.batch_tokens, "epochs": wanted / len(train_rows)},
+                extra=lambda: {
+                    "batch_tokens": plan.batch_tokens,
+                    "epochs": wanted / len(train_rows),
+                    "packed": {k: train_rows.manifest[k] for k in ("documents", "tokens", "tokens_cropped")},
+                },
             )

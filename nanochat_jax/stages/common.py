@@ -22,7 +22,7 @@ from nanochat_jax.data.packing import pack_split
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import graph_of, merge
 from nanochat_jax.preemption import Stop
-from nanochat_jax.tracking import RunLog, Tracker
+from nanochat_jax.tracking import RunLog, Tracker, system_info
 from tokenizer import Tokenizer
 
 
@@ -244,6 +244,7 @@ def train_stage(
         "tokens": steps * tokens_per_step,
         "seconds": metrics.pop("seconds"),
         "metrics": metrics,
+        "system": system_info(),
         **extra(),
     }
     if hosts.is_main():

@@ -63,5 +63,9 @@ def main(run: common.Run, name: str) -> dict:
             save_every=cfg.save_every,
             evaluate=common.bpb_evaluator(run, val_rows),
             eval_every=cfg.eval_every,
-            extra=lambda: {"from": before, "batch_tokens": batch_tokens},
+            extra=lambda: {
+                "from": before,
+                "batch_tokens": batch_tokens,
+                "packed": {k: dataset.manifest[k] for k in ("conversations", "cropped", "dropped")},
+            },
         )
