@@ -159,6 +159,15 @@ def test_run_program_takes_a_pool_of_its_own():
     assert run_program("print(1)").stdout == "1\n"
 
 
+def test_a_sandbox_that_fails_is_no_verdict(capfd):
+    """A program that was never behind its limits has neither passed nor failed."""
+    with pool.Pool(log=lambda line: None) as opened:
+        with pytest.raises(RuntimeError, match="ended without an answer"):
+            opened.run("print(1)", 20.0, memory_mb=2**60)  # a limit that no kernel takes
+        assert "could not start a program" in capfd.readouterr().err
+        assert opened.run("print(1)", 20.0, 512).ok
+
+
 # --------------------------------------------------------------------------------------------- without namespaces
 
 

@@ -54,6 +54,7 @@ class _Watch:
         self.read_bytes = 0
         self.refused: list[str] = []
         self.nonce = os.urandom(16)
+        self.confined = False  # whether the program was behind its limits before it ran
 
     def run(self) -> dict | None:
         """The answer; None where the evaluator went away meanwhile."""
@@ -73,6 +74,7 @@ class _Watch:
         self.door = door
         why = self._watch(time.monotonic() + self.request["timeout"])
         self._end_all()
+        self._open_door()
         for fd, name in self.sources.items():  # all writers have ended: what is left in the pipes is all there is
             while name in self.kept and self._read(fd, name):
                 pass
@@ -101,23 +103,26 @@ class _Watch:
                 if name == "control":
                     return "gone"
                 if name == "door":
-                    self._open_door(fd)
+                    self.poller.unregister(fd)
+                    self._open_door()
                 elif name == "listener" and event & select.POLLIN:
                     self._refuse(fd)
                 elif name == "listener":
                     self.poller.unregister(fd)  # nobody is behind the filter any more
                 elif not self._read(fd, name):
                     if name == "status":
-                        raise RuntimeError("the sandbox could not start a program")
+                        raise RuntimeError("the sandbox could not give a program its room")
                     self.poller.unregister(fd)
             if self.kept["status"]:
                 return None
             if self.read_bytes > FLOOD_BYTES:
                 return Outcome.TOO_MUCH_OUTPUT
 
-    def _open_door(self, fd: int) -> None:
-        self.poller.unregister(fd)
-        _, descriptors, _, _ = socket.recv_fds(self.door, 1, 1)
+    def _open_door(self) -> None:
+        if self.confined:
+            return
+        data, descriptors, _, _ = socket.recv_fds(self.door, 1, 1)
+        self.confined = bool(data)
         for listener in descriptors:
             self.sources[listener] = "listener"
             self.poller.register(listener, select.POLLIN)
@@ -165,13 +170,16 @@ class _Watch:
         status = bytes(self.kept["status"])
         code, left_behind = _STATUS.unpack(status) if len(status) == _STATUS.size else (0, False)
         outcome, detail = why, ""
+        stdout, stderr = (self.kept[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
         if why is None:
+            if not self.confined:
+                raise RuntimeError(f"the sandbox could not start a program: {stderr}")
             outcome, detail = self._from_report(os.waitstatus_to_exitcode(code))
         return {
             "outcome": outcome,
             "detail": detail,
-            "stdout": self.kept["stdout"].decode("utf-8", "replace"),
-            "stderr": self.kept["stderr"].decode("utf-8", "replace"),
+            "stdout": stdout,
+            "stderr": stderr,
             "refused": self.refused,
             "left_behind": left_behind,
         }
@@ -271,7 +279,7 @@ def _be_program(watch: _Watch, pipes: dict, door: socket.socket, init: int) -> N
         os.dup2(pipes["stdout"][1], 1)
         os.dup2(pipes["stderr"][1], 2)
         program.become(watch.request, watch.scratch, watch.nonce, pipes["report"][1], door, watch.has)
-    except BaseException:  # such as a limit that leaves no room for an interpreter
+    except BaseException:  # such as a limit that leaves no room for an interpreter: the keeper reads it as stderr
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(1)

@@ -29,26 +29,14 @@ NAME = "program.py"
 def become(request: dict, scratch: str, nonce: bytes, report: int, door: socket.socket, has: Walls) -> NoReturn:
     """Runs request["source"] in this process, whose descriptors 0, 1 and 2 are in place.
 
-    report: where `nonce` and a JSON object go at the end. door: takes the listener of the system call filter.
+    report: where `nonce` and a JSON object go at the end. door: takes a byte when all limits are in force, and with it
+    the listener of the system call filter; the program never has it.
     """
     # As they are before the program changes them.
     leave, tell, dump, number, me = os._exit, os.write, json.dumps, os.getpid, os.getpid()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.chdir(scratch)
-    if os.environ["HOME"] != scratch:
-        os.environ.update({"HOME": scratch, "TMPDIR": scratch})
-    if has.namespaces:
-        linux.drop_capabilities()
-    _set_limits(request, PROCESSES + 3 if has.namespaces else _running_tasks() + PROCESSES)
-    linux.gain_nothing_from_now_on()
-    if has.seccomp:
-        listener = seccomp.install(alone=None if has.namespaces else me)
-        socket.send_fds(door, [b"1"], [listener])
-        os.close(listener)
-    door.close()
+    _confine(request, scratch, door, has)
     report = os.dup2(report, 3)
     os.closerange(4, 1 << 16)
-    _forget_ourselves(keep_ctypes=has.namespaces)
     seen = [] if has.namespaces else guard.put_up(scratch)
     outcome, detail, could_be = _run(request["source"], scratch)
     if number() == me:  # and not something that it forked
@@ -56,6 +44,21 @@ def become(request: dict, scratch: str, nonce: bytes, report: int, door: socket.
         with contextlib.suppress(OSError):
             tell(report, nonce + dump(told).encode())
     leave(0)
+
+
+def _confine(request: dict, scratch: str, door: socket.socket, has: Walls) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(scratch)
+    if os.environ["HOME"] != scratch:
+        os.environ.update({"HOME": scratch, "TMPDIR": scratch})
+    _forget_ourselves(keep_ctypes=has.namespaces)
+    if has.namespaces:
+        linux.drop_capabilities()
+    _set_limits(request, PROCESSES + 3 if has.namespaces else _running_tasks() + PROCESSES)
+    linux.gain_nothing_from_now_on()
+    listener = [seccomp.install(alone=None if has.namespaces else os.getpid())] if has.seccomp else []
+    socket.send_fds(door, [b"1"], listener)
+    door.close()
 
 
 def _running_tasks() -> int:
