@@ -25,8 +25,14 @@ import jax.numpy as jnp
 
 from nanochat_jax import devices
 
-CHUNK = 512  # tokens
+CHUNK = 512  # tokens on a CPU
+GPU_CHUNK = 4096  # every chunk adds to the head's gradient, V x D in float32, which a GPU reads and writes from memory
 CPU_BLOCK = 4096  # entries of the vocabulary; a chunk's logits of one block are 8 MB, which the last cache holds
+
+
+def _chunk(tokens: int, chunk: int | None) -> int:
+    """`chunk`, or what suits the device; at most as many as there are."""
+    return min(chunk or (CHUNK if devices.platform() == "cpu" else GPU_CHUNK), tokens)
 
 
 def _vocab_blocks(size):
@@ -116,7 +122,7 @@ def _weighted_sum_bwd(vocab, softcap, chunk, kept, g):
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
 
 
-def weighted_nll(hidden, head, targets, weights, *, vocab: int, softcap: float, chunk: int = CHUNK) -> jax.Array:
+def weighted_nll(hidden, head, targets, weights, *, vocab: int, softcap: float, chunk: int | None = None) -> jax.Array:
     """sum_t weights_t * -log p(targets_t), a float32 scalar; differentiable in hidden and head only.
 
     hidden (..., D) and head (padded V, D) in one dtype; targets (...) int32, any negative one is ignored;
@@ -125,11 +131,11 @@ def weighted_nll(hidden, head, targets, weights, *, vocab: int, softcap: float, 
     targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     weights = jnp.where(targets >= 0, weights, 0.0)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    chunk = min(chunk, hidden.shape[0])
+    chunk = _chunk(hidden.shape[0], chunk)
     return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk)
 
 
-def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int = CHUNK, entropy: bool = False):
+def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int | None = None, entropy: bool = False):
     """Per token: -log p(target) float32 (0 where the target is negative) and the most likely id, shaped as targets.
 
     entropy: a third array, that of the whole distribution in nats. No gradient: for evaluation, and for what RL weighs
@@ -137,7 +143,7 @@ def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int =
     """
     shape, targets = targets.shape, targets.reshape(-1)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    chunk = min(chunk, flat.shape[0])
+    chunk = _chunk(flat.shape[0], chunk)
 
     def body(_, xs):
         x, y = xs

@@ -1,7 +1,7 @@
 """Whether a step fits a device: from the compiler's own analysis of the compiled step, before anything runs.
 
-A step's memory is nearly a straight line in the rows of its micro-batch: parameters, moments, gradients and the
-gathered weights do not depend on them, activations do.
+Parameters, moments and gradients do not depend on the rows of a micro-batch, activations do: with few rows a step needs
+the most while the optimizer runs, with many at the end of the forward pass.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ def micro_batches(rows: int, at_most: int) -> list[int]:
 def largest_that_fits(sizes: list[int], needed: Callable[[int], int], limit: int, name: str) -> int:
     """The first of descending micro-batches whose step needs at most `limit` bytes; UserError where none does.
 
-    `needed(m)` compiles, so it is asked little: the largest first, which mostly fits, then the smallest, and between
-    them from where the line through both says.
+    `needed(m)` compiles, so it is asked little: the largest first, which mostly fits, and then by halves.
     """
-    most = needed(sizes[0])
-    if most <= limit:
+    if needed(sizes[0]) <= limit:
         return sizes[0]
-    least = needed(sizes[-1])
-    if least > limit:
-        raise UserError(
-            f"{name}: a step needs {least / 1e9:.1f} GB on each device even with {sizes[-1]} rows, and there are "
-            f"{limit / 1e9:.1f} GB; split the state over more devices (mesh.fsdp), or take a smaller model.depth or "
-            "model.sequence_len"
-        )
-    per_row = (most - least) / (sizes[0] - sizes[-1])
-    for size in sizes[1:-1]:
-        if least + per_row * (size - sizes[-1]) <= limit and needed(size) <= limit:
-            return size
-    return sizes[-1]
+    too_many, fits = 0, len(sizes)  # places; the one between them is asked next
+    while fits - too_many > 1:
+        middle = (too_many + fits) // 2
+        if needed(sizes[middle]) <= limit:
+            fits = middle
+        else:
+            too_many = middle
+    if fits < len(sizes):
+        return sizes[fits]
+    raise UserError(
+        f"{name}: a step needs {needed(sizes[-1]) / 1e9:.1f} GB on each device even with {sizes[-1]} rows, and there "
+        f"are {limit / 1e9:.1f} GB; split the state over more devices (mesh.fsdp), or take a smaller model.depth or "
+        "model.sequence_len"
+    )

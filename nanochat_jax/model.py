@@ -42,11 +42,18 @@ def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + N/2}) by minus the angle. x (B, T, heads, N)."""
-    cos, sin = (t.astype(x.dtype) for t in rope)
-    x1, x2 = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1)
+def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float, eps: float) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + N/2}) by minus the angle, then the RMS norm times `gain`. x (B, T, heads, N).
+
+    A rotation keeps the norm, which is therefore taken of x itself. In float32, with halves exchanged and not cut out,
+    XLA makes one kernel for the norm and one for all the rest.
+    """
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * (gain * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps))
+    halves = x32.reshape(*x.shape[:-1], 2, -1)
+    cos, sin = (t[..., None, :] for t in rope)
+    sin = jnp.concatenate([sin, -sin], axis=-2)
+    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------ initialisers
@@ -148,7 +155,7 @@ class Attention(nnx.Module):
         if self.ve_gate is not None:
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape)
-        q, k = (cfg.qk_gain * rms_norm(rotate(t, rope), cfg.norm_eps) for t in (q, k))
+        q, k = (rotate_and_norm(t, rope, cfg.qk_gain, cfg.norm_eps) for t in (q, k))
         return self.proj(attend(q, k, v).reshape(B, T, D))
 
 
@@ -202,25 +209,27 @@ class GPT(nnx.Module):
         """Normed token embeddings (..., D), before the smear."""
         return rms_norm(self.wte(tokens).astype(self.dtype), self.cfg.norm_eps)
 
-    def _smear(self, x, before):
-        """Adds a gated copy of the previous position's embedding; `before` (B, D) stands left of position 0."""
-        shifted = jnp.concatenate([before[:, None], x[:, :-1]], axis=1)
+    def _smear(self, x, prev_tokens):
+        """Adds a gated copy of the previous token's embedding; prev_tokens as in `trunk`."""
+        if prev_tokens is None:
+            before = jnp.zeros_like(x[:, :1])
+        else:
+            prev_tokens = prev_tokens.reshape(len(x), -1)
+            before = jnp.where(prev_tokens[..., None] >= 0, self.embed(prev_tokens), 0)
+        shifted = jnp.concatenate([before, x[:, :-1]], axis=1) if before.shape[1] == 1 else before
         gate = jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + self.smear_lambda[...].astype(x.dtype) * gate * shifted
 
     def trunk(self, tokens, positions, attend: Attend, prev_tokens=None) -> jax.Array:
         """Normed hidden states (B, T, D) that the head reads.
 
-        tokens (B, T); positions (T,) or (B, T), for the rotary embedding; prev_tokens (B,) are the tokens left of
-        position 0, negative for none.
+        tokens (B, T); positions (T,) or (B, T), for the rotary embedding; prev_tokens (B,) stand left of the first
+        tokens, (B, T) left of each, where rows are no runs of text; negative for none.
         """
         cfg, scalar = self.cfg, lambda p: p[...].astype(self.dtype)
         x = self.embed(tokens)
         if cfg.smear:
-            before = jnp.zeros_like(x[:, 0])
-            if prev_tokens is not None:
-                before = jnp.where(prev_tokens[:, None] >= 0, self.embed(prev_tokens), before)
-            x = self._smear(x, before)
+            x = self._smear(x, prev_tokens)
         rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
         x0, kept = x, None
         for i, block in enumerate(self.blocks):
@@ -240,7 +249,7 @@ class GPT(nnx.Module):
         return self.trunk(
             tokens,
             jnp.arange(tokens.shape[1]),
-            lambda i, q, k, v: causal_attention(q, k, v, windows[i] if windows[i] < self.cfg.sequence_len else None),
+            lambda i, q, k, v: causal_attention(q, k, v, windows[i]),
         )
 
     def logits(self, hidden: jax.Array) -> jax.Array:

@@ -18,14 +18,14 @@ def test_the_largest_divisor_that_fits_and_few_compilations():
 
     for limit, want in ((1000, 24), (340, 24), (339, 16), (259, 12), (115, 1)):
         asked.clear()
-        assert memory.largest_that_fits(sizes, needed, limit, "base") == want and len(asked) <= 3
+        assert memory.largest_that_fits(sizes, needed, limit, "base") == want and len(asked) <= 5
     with pytest.raises(UserError, match="base: a step needs .* even with 1 rows"):
         memory.largest_that_fits(sizes, needed, 109, "base")
 
 
-def test_a_line_that_promises_too_much_is_not_believed():
-    need = {4: 400, 2: 390, 1: 100}  # more than the line through 4 and 1 says
-    assert memory.largest_that_fits([4, 2, 1], need.__getitem__, 250, "base") == 1
+def test_no_straight_line_is_assumed():
+    need = {8: 800, 4: 210, 2: 200, 1: 200}  # the optimizer's memory, until that of the activations outgrows it
+    assert memory.largest_that_fits([8, 4, 2, 1], need.__getitem__, 250, "base") == 4
 
 
 def test_needed_bytes_are_what_a_program_holds():

@@ -134,15 +134,15 @@ class Program:
         if "fmha" in i.text:
             kernel.flops, kernel.operand = attention_flops(i, types), "attention"
         elif "matmul" in i.text and i.op == "custom-call":
-            a, b = (arrays(types[o])[0] for o in i.operands[:2])
-            kernel.flops, kernel.operand = product_flops(a[1], b[1], arrays(i.type)[0][1]), a[0]
+            kind, left = arrays(types[i.operands[0]])[0]
+            kernel.flops, kernel.operand = product_flops(i, left, arrays(i.type)[0][1]), kind
         else:
             shapes = {j.name: arrays(j.type)[0] for j in inner if arrays(j.type)}
             for j in inner:
                 if j.op == "dot":
-                    a, b = (shapes[o] for o in j.operands[:2])
-                    kernel.flops += product_flops(a[1], b[1], shapes[j.name][1])
-                    kernel.operand = a[0]
+                    kind, left = shapes[j.operands[0]]
+                    kernel.flops += product_flops(j, left, shapes[j.name][1])
+                    kernel.operand = kind
         return kernel
 
     @staticmethod
@@ -173,10 +173,11 @@ class Program:
         return total + written
 
 
-def product_flops(a: tuple[int, ...], b: tuple[int, ...], c: tuple[int, ...]) -> float:
-    """2 M N K (times the batch) of a product: |A| |B| |C| is batch^3 (M N K)^2."""
-    batch = a[0] if len(a) == len(b) == len(c) == 3 and a[0] == b[0] == c[0] else 1
-    return 2.0 * math.sqrt(math.prod(a) * math.prod(b) * math.prod(c) / batch)
+def product_flops(i: Instruction, left: tuple[int, ...], out: tuple[int, ...]) -> float:
+    """2 x the elements of the result x the length of what is summed over, of a dot or a cuBLAS call."""
+    found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', i.text)
+    over = [int(d) for d in re.findall(r"\d+", found.group(1))]
+    return 2.0 * math.prod(out) * math.prod(left[d] for d in over)
 
 
 def attention_flops(i: Instruction, types: dict[str, str]) -> float:

@@ -3,7 +3,8 @@
     python -m nanochat_jax.bench memory --depths 12,20,24,26 --gpus rtx4090,a100,h100,h200 [--devices 8 --fsdp 8]
     python -m nanochat_jax.bench memory --depths 4 --seq 512 --max-rows 8 --dtype float32 --check
 
-The step is compiled with one and with two rows; what more rows need lies on the line through both. With --gpus it is
+The step is compiled with 1, 8 and 16 rows; between them what is needed lies below the line, and beyond on it: with few
+rows the optimizer needs the most, with many the activations. With --gpus it is
 compiled for GPUs that need not be here (the `gpu` extra must be installed: uv run --extra gpu, and JAX_PLATFORMS=cpu
 where there is none). Without, for this machine's devices; --check then runs one step of the planned size and compares.
 On a CPU give it one depth, as what a process held once counts into its peak.
@@ -36,6 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+POINTS = (1, 8, 16)  # rows of the steps that are compiled
 ACCUMULATION = 2  # micro-batches of the compiled step: more of them need no more memory than the second does
 
 
@@ -77,10 +79,15 @@ class Planned:
                 self.compiled[rows] = self.step.lower(self.state, {"tokens": array, "targets": array}).compile()
         return memory.needed_bytes(self.compiled[rows])
 
-    def line(self) -> tuple[float, float]:
-        """(bytes with no rows, bytes a row)."""
-        one, two = self.needed(1), self.needed(2)
-        return 2 * one - two, two - one
+    def estimate(self, rows: int) -> float:
+        """Bytes a device with `rows` at a time, from the compiled POINTS: an upper bound between them."""
+        points = [p for p in POINTS if p <= self.per_device] or [1]
+        below = max((p for p in points[:-1] if p <= rows), default=points[0])
+        above = next((p for p in points if p > below), below)
+        if above == below:
+            return self.needed(below)
+        low, high = self.needed(below), self.needed(above)
+        return low + (high - low) * (rows - below) / (above - below)
 
     def state_bytes(self) -> int:
         import jax
@@ -121,7 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         f"{args.dtype}, rows of {args.seq}; GB on a device, of those that may be planned; rows at a time x accumulation"
     )
-    print(f"{'devices':>16} {'depth':>5}  {'GB':>5}  {'state':>6}  {'fixed':>6}  {'a row':>6}  {'rows':>8}", flush=True)
+    points = "  ".join(f"{f'{n} rows':>7}" for n in POINTS)
+    print(f"{'devices':>16} {'depth':>5}  {'GB':>5}  {'state':>6}  {points}  {'rows':>8}", flush=True)
     try:
         out = [table_row(kind, int(depth), args) for kind in kinds(args) for depth in args.depths.split(",")]
     except UserError as e:
@@ -148,19 +156,18 @@ def table_row(kind: str | None, depth: int, args: argparse.Namespace) -> dict:
     limit = memory.MARGIN * POOL * targets.GPUS[kind].gb * 1e9 if kind else memory.device_bytes()
     mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), devices)
     planned = Planned(depth, args, mesh, kind)
-    fixed, row = planned.line()
     sizes = memory.micro_batches(planned.per_device, args.max_rows)
-    rows = next((m for m in sizes if fixed + m * row <= limit), None)
+    rows = next((m for m in sizes if planned.estimate(m) <= limit), None)
     state = planned.state_bytes()
     fits = f"{rows} x {planned.per_device // rows}" if rows else "no"
     name = f"{mesh.size} x {kind or devices[0].device_kind}"
-    gigabytes = f"{state / 1e9:6.2f}  {fixed / 1e9:6.2f}  {row / 1e9:6.3f}"
-    print(f"{name:>16} {depth:5}  {limit / 1e9:5.1f}  {gigabytes}  {fits:>8}", flush=True)
+    needed = {n: planned.needed(n) for n in POINTS if n <= planned.per_device}
+    gigabytes = "  ".join(f"{x / 1e9:7.2f}" for x in needed.values())
+    print(f"{name:>16} {depth:5}  {limit / 1e9:5.1f}  {state / 1e9:6.2f}  {gigabytes}  {fits:>8}", flush=True)
     out = {"device": devices[0].device_kind, "devices": mesh.size, "limit_bytes": limit, "depth": depth, "rows": rows}
-    out |= {"state_bytes": state, "fixed_bytes": fixed, "row_bytes": row}
+    out |= {"state_bytes": state, "needed_bytes": needed}
     if args.check and rows and not kind:
-        predicted, analysed, seen = fixed + rows * row, planned.needed(rows), planned.run(rows)
-        gigabytes = [f"{x / 1e9:.2f} GB" for x in (predicted, analysed, seen)]
-        print(f"{rows} rows: line {gigabytes[0]}, analysis {gigabytes[1]}, run {gigabytes[2]}", flush=True)
-        out |= {"line_bytes": predicted, "analysed_bytes": analysed, "run_bytes": seen}
+        analysed, seen = planned.needed(rows), planned.run(rows)
+        print(f"{rows} rows: analysis {analysed / 1e9:.2f} GB, run {seen / 1e9:.2f} GB", flush=True)
+        out |= {"analysed_bytes": analysed, "run_bytes": seen}
     return out
