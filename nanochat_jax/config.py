@@ -167,6 +167,8 @@ class RLConfig:
     task: str | dict[str, int] | None = None
     questions: int = 16  # per step
     samples: int = 16  # per question
+    objective: str = "grpo"  # grpo | dpo
+    beta: float = 0.1  # of DPO: how strongly its preferences hold to the model that RL began with
     zscore: bool = False  # divide a question's advantages by their standard deviation
     kl: float | None = None  # weight of the KL to the model that RL began with; 0 only measures it; None: neither
     clip: float | None = None  # the ratio to the policy that sampled is kept within 1 - clip .. 1 + clip; None: free
@@ -358,6 +360,7 @@ def check(config: RunConfig) -> None:
         "model.arch": (m.arch, ("modern", "classic")),
         "data.source": (config.data.source, ("auto", "embedded", "local", "hub")),
         "dtype": (config.dtype, ("auto", "float32", "bfloat16")),
+        "rl.objective": (config.rl.objective, ("grpo", "dpo")),
         "evals.sandbox": (config.evals.sandbox, ("auto", "required")),
     }
     for name, (value, allowed) in one_of.items():
@@ -422,6 +425,8 @@ def _check_rl(rl: RLConfig) -> None:
         raise UserError(f"rl.clip={rl.clip} must lie between 0 and 1, such as 0.2; leave it out for no clipping")
     if rl.clip_high is not None and (rl.clip is None or rl.clip_high < rl.clip):
         raise UserError(f"rl.clip_high={rl.clip_high} must be at least rl.clip, which is {rl.clip}")
+    if rl.objective == "dpo" and (rl.kl or rl.clip or rl.zscore):
+        raise UserError("rl.objective=dpo has neither rl.kl nor rl.clip nor rl.zscore; leave them out")
     if isinstance(rl.task, dict) and (not rl.task or min(rl.task.values()) < 1):
         raise UserError(f"rl.task={rl.task} needs a name at least, and shares of 1 or more")
 

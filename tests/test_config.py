@@ -55,6 +55,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("rl.clip=1.2", "must lie between 0 and 1"),
         ("rl.clip_high=0.3", "must be at least rl.clip, which is None"),
         ("rl.kl=-1", "must not be negative"),
+        ("rl.objective=ppo", "is not one of grpo, dpo"),
         ("price_per_hour=[1", "takes a float"),
     ],
 )

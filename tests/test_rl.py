@@ -13,13 +13,13 @@ from flax import nnx
 
 from evals.tasks.embedded import Arithmetic
 from nanochat_jax import sharding, train
-from nanochat_jax.config import MeshConfig
+from nanochat_jax.config import MeshConfig, RLConfig
 from nanochat_jax.engine import Completion
 from nanochat_jax.loss import token_nll, weighted_nll
 from nanochat_jax.model import graph_of, merge
 from nanochat_jax.stages import policy
 from nanochat_jax.stages.common import mix_seed, permutation, place
-from nanochat_jax.stages.rollouts import Questions, Rollouts, advantages, minibatches, pass_at_k, training_batch
+from nanochat_jax.stages.rollouts import Questions, Rollouts, advantages, minibatches, pairs, pass_at_k, training_batch
 
 END, PAD = 9, 0
 
@@ -105,7 +105,7 @@ def test_a_minibatch_is_weighed_as_if_it_were_the_whole():
 
 # ------------------------------------------------------------------------------------------------ the objective
 
-KL, CLIP = 0.3, (0.8, 1.25)
+KL, CLIP = 0.3, (0.2, 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -149,20 +149,22 @@ def written_out(graph, params, old, reference, batch, kl, clip):
     ratio = jnp.exp(now - log_p(old))
     gain, weights = ratio * batch["weights"][0], batch["weights"][0]
     if clip:
-        gain = jnp.where(weights > 0, jnp.minimum(ratio, clip[1]) * weights, jnp.maximum(ratio, clip[0]) * weights)
+        low, high = 1 - clip[0], 1 + clip[1]
+        gain = jnp.where(weights > 0, jnp.minimum(ratio, high) * weights, jnp.maximum(ratio, low) * weights)
     q = jnp.exp(log_p(reference) - now)
-    penalty = kl * batch["share"][0] * (q - jnp.log(q) - 1)
+    penalty = (kl or 0) * batch["share"][0] * (q - jnp.log(q) - 1)
     return -jnp.where(sampled, gain - penalty, 0.0).sum()
 
 
-@pytest.mark.parametrize(("kl", "clip"), [(0.0, None), (KL, None), (0.0, CLIP), (KL, CLIP)])
+@pytest.mark.parametrize(("kl", "clip"), [(None, None), (KL, CLIP)])
 def test_weighed_nll_has_the_gradient_of_the_objective(tiny, kl, clip):
     """Through the train step itself, from log-probabilities of the pass."""
     graph, params, batch, log_probs, step = tiny
     old, reference = moved(params, 1), moved(params, 2)
     nll, before, kept = (log_probs(p, batch["tokens"], batch["targets"])[0] for p in (params, old, reference))
-    weights, clipped = policy.weigh(nll, before, kept, batch["weights"], batch["share"], kl=kl, clip=clip)
-    assert clip is None or 0.1 < clipped < 0.9, "both sides of the bounds are met"
+    settings = RLConfig(kl=kl, clip=clip and clip[0], clip_high=clip and clip[1])
+    weights, found = policy.make_weigh(settings)(nll, {**batch, "old": before, "reference": kept})
+    assert not clip or 0.1 < found["clip_fraction"] < 0.9, "some are beyond the bounds"
     state = train.TrainState(jax.tree.map(jnp.copy, params), optax.sgd(1.0).init(params), jnp.int32(0))
     rows = {"tokens": batch["tokens"], "targets": batch["targets"], "weights": weights}
     after = step(state, rows)[0].params
@@ -174,12 +176,41 @@ def test_weighed_nll_has_the_gradient_of_the_objective(tiny, kl, clip):
     assert max(float(jnp.abs(w).max()) for w in jax.tree.leaves(want)) > 1e-2
 
 
-@pytest.mark.parametrize("clip", [None, CLIP])
+@pytest.mark.parametrize("clip", [None, 0.2])
 def test_at_the_first_update_the_weights_are_the_advantages_bit_for_bit(tiny, clip):
     batch = tiny[2]
     nll = np.random.default_rng(0).exponential(2, batch["weights"].shape).astype(np.float32)
-    weights, clipped = policy.weigh(nll, nll, None, batch["weights"], batch["share"], kl=0.0, clip=clip)
-    assert np.array_equal(weights, batch["weights"]) and clipped == 0
+    weights, found = policy.make_weigh(RLConfig(clip=clip))(nll, {**batch, "old": nll, "reference": None})
+    assert np.array_equal(weights, batch["weights"]) and found == ({"clip_fraction": 0} if clip else {})
+
+
+def test_dpo_is_the_sigmoid_loss_of_pairs_and_its_weights_are_their_gradient():
+    """Of whole answers, summed over tokens; a question without a pair, and tokens not sampled, count for nothing."""
+    rng = np.random.default_rng(0)
+    nll, reference = (rng.exponential(1, (2, 3, 5)).astype(np.float32) for _ in range(2))
+    signs = rng.integers(0, 2, (3, 2, 5)) * np.array([[[0.1], [-0.1]], [[0], [0]], [[0.2], [-0.3]]])
+    batch = {"weights": signs.reshape(2, 3, 5).astype(np.float32), "reference": reference}
+
+    def plainly(nll):
+        total = 0.0
+        for pair in (0, 2):
+            ratios = [((reference - nll).reshape(6, 5)[2 * pair + i] * (signs[pair, i] != 0)).sum() for i in (0, 1)]
+            total -= jnp.log(jax.nn.sigmoid(0.3 * (ratios[0] - ratios[1])))
+        return total / 2
+
+    loss, want = jax.value_and_grad(plainly)(nll)
+    got, found = policy.make_weigh(RLConfig(objective="dpo", beta=0.3))(nll, batch)
+    assert np.allclose(got, want, atol=1e-7) and np.isclose(found["loss"], loss) and np.abs(want).max() > 0.01
+    level, at_start = policy.make_weigh(RLConfig(objective="dpo"))(reference, batch)
+    assert np.isclose(at_start["loss"], np.log(2)) and at_start["preferred"] == at_start["margin"] == 0
+
+
+def test_pairs_are_a_right_and_a_wrong_answer():
+    said = [[Completion([10 * q + s], [1], "stop") for s in range(3)] for q in range(3)]
+    found = pairs(Rollouts([[1], [2], [3]], said, np.array([[0, 0, 1], [1, 1, 1], [1, 0, 0]], np.float32)))
+    assert [[c.ids for c in g] for g in found.completions] == [[[2], [0]], [[10], [10]], [[20], [21]]]
+    assert found.rewards.tolist() == [[1, 0], [1, 1], [1, 0]]
+    assert (training_batch(found, END, PAD, 64)["weights"][2:4] == 0).all()
 
 
 def test_entropy_is_that_of_the_softmax_and_the_kl_is_right_in_the_mean():

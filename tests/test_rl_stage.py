@@ -162,6 +162,14 @@ def test_what_is_measured_changes_nothing(tmp_path):
     assert last["kl"] > 0 and last["clip_fraction"] == 0 and "kl" not in records(tmp_path / "a")[-2]
 
 
+def test_dpo_learns_to_prefer_what_is_right(tmp_path):
+    settings = ("rl.task=bytes", "rl.objective=dpo", "rl.steps=6", "rl.optim.warmdown=0", *MESHES["data-fsdp"])
+    rl.main(make_run(tmp_path, *settings))
+    steps = [r for r in records(tmp_path) if "loss" in r]
+    assert steps[0]["loss"] == pytest.approx(np.log(2)) and steps[0]["margin"] == 0 and "kl" not in steps[0]
+    assert steps[-1]["entropy"] != steps[0]["entropy"] and np.mean([r["preferred"] for r in steps[2:]]) > 0.6
+
+
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
 def test_eight_devices_sample_what_one_does(mesh, tmp_path):
     """From parameters that are on the mesh as the train state's are."""

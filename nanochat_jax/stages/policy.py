@@ -9,7 +9,9 @@ The ratio and its clipping: PPO, arXiv 1707.06347. The KL's estimator, and advan
 standard deviation (rl.zscore): GRPO in DeepSeekMath, arXiv 2402.03300. An upper bound of its own: DAPO, arXiv
 2503.14476. Without clip the ratio is free; at the first update of a step it is 1, and the gradient REINFORCE's.
 
-The loss depends on the parameters through the tokens' log-probabilities alone, so its gradient is that of a weighted
+With rl.objective=dpo the loss is that of pairs of answers instead, `preference_loss`.
+
+Either depends on the parameters through the tokens' log-probabilities alone, so its gradient is that of a weighted
 negative log-likelihood, with d loss / d nll as the weights: a pass gives the log-probabilities, `weigh` the weights,
 and the train step of the other stages does the rest. Probabilities are those of the whole softmax at temperature 1.
 """
@@ -23,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax import sharding
+from nanochat_jax.config import RLConfig
 from nanochat_jax.loss import token_nll
 from nanochat_jax.model import cast_matrices, merge
 
@@ -46,11 +49,11 @@ def make_log_probs(graph, dtype, mesh) -> Callable:
     return jax.jit(lambda params, *batch: sharding.each_row(local, mesh)(cast_matrices(params, dtype), *batch))
 
 
-def make_look(log_probs: Callable) -> Callable:
+def make_look(log_probs: Callable, on_policy: bool = True) -> Callable:
     """f(params, reference, batch) -> -log p of the targets under both, and mean entropy and KL over what was sampled.
 
-    One program. reference: parameters, or None for neither its log-probabilities nor the KL. batch: tokens, targets and
-    share (A, R, T).
+    One program. reference: parameters, or None for neither its log-probabilities nor the KL, which takes samples of
+    params. batch: tokens, targets and share (A, R, T).
     """
 
     @jax.jit
@@ -60,7 +63,8 @@ def make_look(log_probs: Callable) -> Callable:
         metrics, kept = {"entropy": mean(entropy, share)}, None
         if reference is not None:
             kept, _ = log_probs(reference, *rows)
-            metrics["kl"] = mean(estimated_kl(old, kept), share)
+            if on_policy:
+                metrics["kl"] = mean(estimated_kl(old, kept), share)
         return old, kept, metrics
 
     return look
@@ -88,16 +92,39 @@ def token_loss(nll, old, reference, weights, share, *, kl: float, clip: tuple[fl
     return penalty - gain, clipped
 
 
-@functools.partial(jax.jit, static_argnames=("kl", "clip"))
-def weigh(nll, old, reference, weights, share, *, kl: float, clip: tuple[float, float] | None):
-    """d token_loss / d nll, by which the train step weighs each token's nll; and the share of clipped tokens."""
+def preference_loss(nll, reference, signs, beta: float):
+    """DPO's loss, arXiv 2305.18290, in the mean over pairs; and how well right and wrong are told apart.
 
-    def total(nll):
-        loss, clipped = token_loss(nll, old, reference, weights, share, kl=kl, clip=clip)
-        return loss.sum(), clipped
+    nll, reference: -log p (A, R, T) of now and of the model that RL began with. Of the A * R rows each two are a
+    question's right answer, whose tokens have a positive sign, and a wrong one, negative; 0 where nothing was sampled
+    or the question has no pair.
+    """
+    signs = jnp.sign(signs).reshape(-1, 2, nll.shape[-1])
+    margins = beta * (signs * (reference - nll).reshape(signs.shape)).sum(axis=(1, 2))
+    is_pair = jnp.any(signs != 0, axis=(1, 2))
+    count = jnp.maximum(is_pair.sum(), 1)
+    loss = -jnp.where(is_pair, jax.nn.log_sigmoid(margins), 0.0).sum() / count
+    metrics = {"margin": margins.sum() / count, "preferred": (is_pair & (margins > 0)).sum() / count}
+    return loss, {"loss": loss, **metrics}
 
-    found, clipped = jax.grad(total, has_aux=True)(nll)
-    return found, mean(clipped, share)
+
+def make_weigh(cfg: RLConfig) -> Callable:
+    """f(nll, batch) -> d loss / d nll, by which the train step weighs each token's nll, and metrics; jitted.
+
+    nll (A, R, T) of now; batch: old, reference, weights and share alike, as `token_loss` and `preference_loss` say.
+    """
+    high = cfg.clip if cfg.clip_high is None else cfg.clip_high
+    clip = None if cfg.clip is None else (1.0 - cfg.clip, 1.0 + high)
+
+    def grpo(nll, batch):
+        fixed = (batch[k] for k in ("old", "reference", "weights", "share"))
+        loss, clipped = token_loss(nll, *fixed, kl=cfg.kl or 0.0, clip=clip)
+        return loss.sum(), {} if clip is None else {"clip_fraction": mean(clipped, batch["share"])}
+
+    def dpo(nll, batch):
+        return preference_loss(nll, batch["reference"], batch["weights"], cfg.beta)
+
+    return jax.jit(jax.grad({"grpo": grpo, "dpo": dpo}[cfg.objective], has_aux=True))
 
 
 def mean(values, share):

@@ -1,34 +1,26 @@
 """Reinforcement learning on tasks with a verdict: GRPO (DeepSeekMath, arXiv 2402.03300), by default in its plain form,
-without KL, clipping and the division by the standard deviation (compare Dr. GRPO, arXiv 2503.20783).
+without KL, clipping and the division by the standard deviation (compare Dr. GRPO, arXiv 2503.20783); or DPO on pairs.
 
 A step samples every question several times, as one batch through the engine with its tools. A sample's advantage is its
 reward less the mean of its question's; what a tool wrote carries no weight. rl.epochs and rl.minibatches say how many
 updates a step makes of its samples, rl.kl, rl.clip and rl.zscore what these maximise (`policy.py`).
+
+DPO (rl.objective=dpo, arXiv 2305.18290) samples from the model that RL began with, and learns to prefer the first right
+answer to the first wrong one, of questions that have both; its probabilities are not normalised by length.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import jax
-import numpy as np
 
 from evals.tasks import load_task
-from nanochat_jax import memory, sharding, train
+from nanochat_jax import memory, sharding
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import cast_matrices, graph_of, merge
-from nanochat_jax.stages import common, policy
-from nanochat_jax.stages.rollouts import Questions, Sampler, minibatches, pass_at_k, training_batch
-
-
-class Batch(NamedTuple):
-    """What a step learns from: its minibatches' arrays, placed for the compiled train step."""
-
-    step: int
-    train: common.Step
-    parts: list[dict]  # tokens, targets, weights, share; old and reference: -log p then, and of the reference or None
+from nanochat_jax.stages import common
+from nanochat_jax.stages.learner import Batch, Learner
+from nanochat_jax.stages.rollouts import Questions, Sampler, pairs, pass_at_k, training_batch
 
 
 def default_task(run: common.Run) -> str:
@@ -46,73 +38,6 @@ def load_questions(run: common.Run, shares: dict[str, int], split: str) -> Quest
     return Questions(tasks, shares, run.config.seed)
 
 
-def rows_per_device(run: common.Run) -> int:
-    """Sequences of a minibatch that each data-parallel device takes. UserError where they cannot be shared evenly."""
-    cfg, devices = run.config.rl, sharding.data_parallel(run.mesh)
-    rows = cfg.questions * cfg.samples // cfg.minibatches
-    if rows % devices:
-        raise UserError(
-            f"rl: {rows} sequences of an update, rl.questions x rl.samples / rl.minibatches, cannot be shared by "
-            f"{devices} data-parallel devices; make them a multiple of {devices}"
-        )
-    return rows // devices
-
-
-class Learner:
-    """The updates that a step makes of its samples, and what it measures of them."""
-
-    def __init__(self, run: common.Run, optimizer, reference: dict | None, held: int):
-        """reference: parameters of the KL's other side; held: bytes on a device beside those of the train step."""
-        self.run, self.cfg, self.reference = run, run.config.rl, reference
-        low, high = self.cfg.clip, self.cfg.clip_high
-        self._clip = None if low is None else (1 - low, 1 + (low if high is None else high))
-        graph = graph_of(run.gpt_config, run.dtype)
-        self._log_probs = policy.make_log_probs(graph, run.dtype, run.mesh)
-        self._look = policy.make_look(self._log_probs)
-        step, state = train.make_step(graph, optimizer, run.dtype, run.mesh), common.abstract_state(run, optimizer)
-        arrays = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
-        rows = rows_per_device(run)
-
-        @functools.cache
-        def step_of(length: int) -> common.Step:
-            return common.fit_step(run, "rl", step, state, arrays, (rows, length), self.cfg.micro_batch, held)
-
-        self._step_of = step_of
-
-    def prepare(self, step: int, params: dict, batch: dict) -> tuple[Batch, dict]:
-        """The batch of a step from the arrays of `training_batch`, with -log p as of now; and mean entropy and KL."""
-        compiled, parts, measured = self._step_of(batch["tokens"].shape[1]), [], []
-        for part in minibatches(batch, self.cfg.minibatches):
-            part = common.place(part, compiled.accumulation, self.run.mesh)
-            old, reference, metrics = self._look(params, self.reference, part)
-            parts.append({**part, "old": old, "reference": reference})
-            measured.append(_read(metrics))
-        return Batch(step, compiled, parts), _mean(measured)
-
-    def __call__(self, state: train.TrainState, batch: Batch) -> tuple[train.TrainState, dict]:
-        """All updates of a step; its metrics are their means."""
-        measured = []
-        for part in batch.parts * self.cfg.epochs:
-            fixed = (part[k] for k in ("old", "reference", "weights", "share"))
-            rows = {k: part[k] for k in ("tokens", "targets")}
-            nll = self._log_probs(state.params, *rows.values())[0] if measured else part["old"]
-            weights, clipped = policy.weigh(nll, *fixed, kl=self.cfg.kl or 0.0, clip=self._clip)
-            rows["weights"] = jax.device_put(weights, part["weights"].sharding)
-            state, metrics = batch.train.run(state, rows)
-            measured.append({**metrics, **({} if self._clip is None else {"clip_fraction": clipped})})
-        # a step of the loop is all of these updates, so that it is never left in their middle
-        done = jax.device_put(np.int32(batch.step + 1), sharding.replicated(self.run.mesh))
-        return state._replace(step=done), _mean(measured)
-
-
-def _read(metrics: dict) -> dict[str, float]:
-    return {k: float(v) for k, v in metrics.items()}
-
-
-def _mean(measured: list[dict]) -> dict:
-    return {k: sum(m[k] for m in measured) / len(measured) for k in measured[0]}
-
-
 def main(run: common.Run) -> dict:
     cfg, tok, seed = run.config.rl, run.tokenizer, run.config.seed
     named = cfg.task or default_task(run)
@@ -126,7 +51,7 @@ def main(run: common.Run) -> dict:
         run, cfg.optim, updates, run.config.base.batch_tokens or 2**19, cfg.optim.weight_decay or 0.0
     )
     reference = None
-    if cfg.kl is not None:
+    if cfg.kl is not None or cfg.objective == "dpo":
         start = run.params_of(before)
         start = jax.device_put(start, sharding.tree_shardings(start, run.mesh))
         reference = cast_matrices(start, run.dtype)
@@ -137,8 +62,10 @@ def main(run: common.Run) -> dict:
 
     def next_batch(step: int, params: dict) -> tuple[Batch, dict]:
         chosen = [questions[step * cfg.questions + i] for i in range(cfg.questions)]
-        rollouts = sampler(params, chosen, cfg.samples, lambda q, s: common.mix_seed(seed, step, q, s))
-        arrays = training_batch(rollouts, tok.assistant_end, tok.bos, run.config.model.sequence_len, cfg.zscore)
+        policy = reference if cfg.objective == "dpo" else params
+        rollouts = sampler(policy, chosen, cfg.samples, lambda q, s: common.mix_seed(seed, step, q, s))
+        learned = pairs(rollouts) if cfg.objective == "dpo" else rollouts
+        arrays = training_batch(learned, tok.assistant_end, tok.bos, run.config.model.sequence_len, cfg.zscore)
         batch, metrics = learner.prepare(step, params, arrays)
         return batch, {**rollouts.metrics(chosen), **metrics}
 

@@ -155,6 +155,14 @@ def training_batch(rollouts: Rollouts, end_id: int, pad_id: int, max_len: int, z
     }
 
 
+def pairs(rollouts: Rollouts) -> Rollouts:
+    """Of each question the first right answer and the first wrong one, rewards 1 and 0; without both, two of one."""
+    right = rollouts.rewards >= 1.0
+    chosen = np.stack([right.argmax(axis=1), (~right).argmax(axis=1)], axis=1)
+    completions = [[group[i] for i in row] for group, row in zip(rollouts.completions, chosen)]
+    return Rollouts(rollouts.prompts, completions, np.take_along_axis(right, chosen, axis=1).astype(np.float32))
+
+
 def minibatches(batch: dict, count: int) -> list[dict]:
     """The rows of a training batch in `count` parts, each weighed as if it were the whole."""
     parts = [dict(zip(batch, arrays)) for arrays in zip(*(np.split(a, count) for a in batch.values()))]

@@ -1,0 +1,89 @@
+"""The updates that a step of RL makes of its samples: what `policy` weighs, through the train step of all stages."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from nanochat_jax import sharding, train
+from nanochat_jax.errors import UserError
+from nanochat_jax.model import graph_of
+from nanochat_jax.stages import common, policy
+from nanochat_jax.stages.rollouts import minibatches
+
+
+class Batch(NamedTuple):
+    """What a step learns from: its minibatches' arrays, placed for the compiled train step."""
+
+    step: int
+    train: common.Step
+    parts: list[dict]  # tokens, targets, weights, share; old and reference: -log p then, and of the reference or None
+
+
+def rows_per_device(run: common.Run) -> int:
+    """Sequences of a minibatch that each data-parallel device takes. UserError where they cannot be shared evenly."""
+    cfg, devices = run.config.rl, sharding.data_parallel(run.mesh)
+    each, name = (2, "2 answers") if cfg.objective == "dpo" else (cfg.samples, "rl.samples")
+    rows = cfg.questions * each // cfg.minibatches
+    if rows % devices:
+        raise UserError(
+            f"rl: {rows} sequences of an update, rl.questions x {name} / rl.minibatches, cannot be shared by "
+            f"{devices} data-parallel devices; make them a multiple of {devices}"
+        )
+    return rows // devices
+
+
+class Learner:
+    """The updates that a step makes of its samples, and what it measures of them."""
+
+    def __init__(self, run: common.Run, optimizer, reference: dict | None, held: int):
+        """reference: parameters of the KL's other side, and DPO's; held: bytes on a device beside the train step's."""
+        self.run, self.cfg, self.reference = run, run.config.rl, reference
+        graph = graph_of(run.gpt_config, run.dtype)
+        self._log_probs = policy.make_log_probs(graph, run.dtype, run.mesh)
+        self._look = policy.make_look(self._log_probs, on_policy=self.cfg.objective != "dpo")
+        self._weigh = policy.make_weigh(self.cfg)
+        step, state = train.make_step(graph, optimizer, run.dtype, run.mesh), common.abstract_state(run, optimizer)
+        arrays = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
+        rows = rows_per_device(run)
+
+        @functools.cache
+        def step_of(length: int) -> common.Step:
+            return common.fit_step(run, "rl", step, state, arrays, (rows, length), self.cfg.micro_batch, held)
+
+        self._step_of = step_of
+
+    def prepare(self, step: int, params: dict, batch: dict) -> tuple[Batch, dict]:
+        """The batch of a step from the arrays of `training_batch`, with -log p as of now; and mean entropy and KL."""
+        compiled, parts, measured = self._step_of(batch["tokens"].shape[1]), [], []
+        for part in minibatches(batch, self.cfg.minibatches):
+            part = common.place(part, compiled.accumulation, self.run.mesh)
+            old, reference, metrics = self._look(params, self.reference, part)
+            parts.append({**part, "old": old, "reference": reference})
+            measured.append(_read(metrics))
+        return Batch(step, compiled, parts), _mean(measured)
+
+    def __call__(self, state: train.TrainState, batch: Batch) -> tuple[train.TrainState, dict]:
+        """All updates of a step; its metrics are their means."""
+        measured = []
+        for part in batch.parts * self.cfg.epochs:
+            rows = {k: part[k] for k in ("tokens", "targets")}
+            nll = self._log_probs(state.params, *rows.values())[0] if measured else part["old"]
+            weights, found = self._weigh(nll, part)
+            rows["weights"] = jax.device_put(weights, part["weights"].sharding)
+            state, metrics = batch.train.run(state, rows)
+            measured.append({**metrics, **found})
+        # a step of the loop is all of these updates, so that it is never left in their middle
+        done = jax.device_put(np.int32(batch.step + 1), sharding.replicated(self.run.mesh))
+        return state._replace(step=done), _mean(measured)
+
+
+def _read(metrics: dict) -> dict[str, float]:
+    return {k: float(v) for k, v in metrics.items()}
+
+
+def _mean(measured: list[dict]) -> dict:
+    return {k: sum(m[k] for m in measured) / len(measured) for k in measured[0]}
