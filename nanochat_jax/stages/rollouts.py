@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evals.passk import estimates
 from evals.tasks.base import ScoredTask
 from nanochat_jax.calculator import CalculatorTool
 from nanochat_jax.engine import Completion, Engine, Request
@@ -170,14 +171,5 @@ def minibatches(batch: dict, count: int) -> list[dict]:
 
 
 def pass_at_k(rewards: np.ndarray) -> dict[str, float]:
-    """pass@k for k = 1, 2, 4, ... of rewards (Q, S): unbiased, 1 - C(S - c, k) / C(S, k) (arXiv 2107.03374)."""
-    samples = rewards.shape[1]
-    correct = (rewards >= 1.0).sum(axis=1)
-    out, k = {}, 1
-    while k <= samples:
-        miss = np.ones(len(correct))
-        for i in range(k):  # C(S - c, k) / C(S, k) = prod_i (S - c - i) / (S - i)
-            miss *= np.maximum(samples - correct - i, 0) / (samples - i)
-        out[f"pass@{k}"] = float(1.0 - miss.mean())
-        k *= 2
-    return out
+    """pass@k, as evals/passk.py estimates it, of rewards (Q, S) of which 1 and more is right."""
+    return {name: found["value"] for name, found in estimates(rewards >= 1.0).items()}
