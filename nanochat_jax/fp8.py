@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-_TINY = 1e-12  # of the largest element, where all are 0
+_TINY = 1e-12  # the least largest element, where all are 0
 MULTIPLE, SMALLEST = 16, 128  # both dimensions of a matrix: what the tensor cores want, and what is worth the casts
 
 
@@ -25,10 +25,11 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
 
-def quantize(x: jax.Array, dtype=E4M3) -> Quantized:
-    """x (any shape) so that its largest element takes the largest number of `dtype`."""
+def quantize(x: jax.Array, dtype=E4M3, largest: jax.Array | None = None) -> Quantized:
+    """x (any shape) so that its largest element (`largest`, where known) takes the largest number of `dtype`."""
     most = float(jnp.finfo(dtype).max)
-    scale = jnp.maximum(jnp.max(jnp.abs(x)).astype(jnp.float32), _TINY) / most
+    largest = jnp.max(jnp.abs(x)) if largest is None else largest
+    scale = jnp.maximum(largest.astype(jnp.float32), _TINY) / most
     scaled = x.astype(jnp.float32) / scale
     return Quantized(jnp.clip(scaled, -most, most).astype(dtype), scale)
 

@@ -23,7 +23,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import devices
+from nanochat_jax import devices, fp8
 
 CHUNK = 512  # tokens on a CPU
 GPU_CHUNK = 4096  # every chunk adds to the head's gradient, V x D in float32, which a GPU reads and writes from memory
@@ -43,7 +43,11 @@ def _vocab_blocks(size):
 
 def _capped(x, head, softcap):
     """tanh(z / softcap) and exp of the capped logits, (C, V) float32."""
-    t = jnp.tanh(jnp.einsum("cd,vd->cv", x, head, preferred_element_type=jnp.float32) / softcap)
+    return _capped_logits(jnp.einsum("cd,vd->cv", x, head, preferred_element_type=jnp.float32), softcap)
+
+
+def _capped_logits(z, softcap):
+    t = jnp.tanh(z / softcap)
     return t, jnp.exp(softcap * t)  # no maximum to subtract: |logit| <= softcap, so the sum stays far below overflow
 
 
@@ -67,8 +71,8 @@ def _split(array, chunk):
     return array.reshape(-1, chunk, *array.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
     def body(total, xs):
         x, y, w = xs
         t_y, s = _target(x, head[y], softcap)
@@ -81,8 +85,9 @@ def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk):
     return jax.lax.scan(body, jnp.float32(0), chunks)[0]
 
 
-def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk):
-    blocks = _vocab_blocks(head.shape[0])
+def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
+    blocks = _vocab_blocks(head.shape[0]) if not eight_bits else [slice(0, head.shape[0])]
+    head8 = fp8.quantize(head) if eight_bits else None
 
     def body(carry, xs):
         total, d_head = carry
@@ -105,16 +110,33 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk):
         dx = dx * w_s[:, None] + d_y[:, None] * rows
         return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), d_head), (dx.astype(x.dtype), d_y)
 
+    def body8(carry, xs):
+        """The same by 8-bit products; the logits' gradient is scaled by its own largest element."""
+        total, (d_head,) = carry
+        x, y, w = xs
+        x8 = fp8.quantize(x)
+        t, e = _capped_logits(fp8.dot(x8, head8, (1, 1), jnp.float32), softcap)
+        e = jnp.where(_others(blocks[0], y, vocab), e, 0.0)
+        u = e * (1.0 - t * t)
+        rest, most, rows = e.sum(axis=-1), u.max(axis=-1), head[y]
+        t_y, e_y = _target(x, rows, softcap)
+        s = rest + e_y
+        w_s, d_y = w / s, -w * (1.0 - t_y * t_y) * rest / s
+        g8 = fp8.quantize(u.astype(x.dtype) * w_s[:, None], fp8.E5M2, (most * jnp.abs(w_s)).max())
+        dx = fp8.dot(g8, head8, (1, 0), jnp.float32) + d_y[:, None] * rows
+        d_head = d_head + fp8.dot(x8, g8, (0, 0), jnp.float32)
+        return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), [d_head]), (dx.astype(x.dtype), d_y)
+
     chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
     start = (jnp.float32(0), [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks])
-    (total, d_head), (dx, d_y) = jax.lax.scan(body, start, chunks)
+    (total, d_head), (dx, d_y) = jax.lax.scan(body8 if eight_bits else body, start, chunks)
     n = hidden.shape[0]
     d_rows = d_y.reshape(-1)[:n, None] * hidden.astype(jnp.float32)
     d_head = jnp.concatenate([d.T for d in d_head]).at[targets].add(d_rows)
     return total, (dx.reshape(-1, hidden.shape[-1])[:n], d_head.astype(head.dtype))
 
 
-def _weighted_sum_bwd(vocab, softcap, chunk, kept, g):
+def _weighted_sum_bwd(vocab, softcap, chunk, eight_bits, kept, g):
     d_hidden, d_head = kept
     return (g * d_hidden).astype(d_hidden.dtype), (g * d_head).astype(d_head.dtype), None, None
 
@@ -122,17 +144,20 @@ def _weighted_sum_bwd(vocab, softcap, chunk, kept, g):
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
 
 
-def weighted_nll(hidden, head, targets, weights, *, vocab: int, softcap: float, chunk: int | None = None) -> jax.Array:
+def weighted_nll(
+    hidden, head, targets, weights, *, vocab: int, softcap: float, chunk: int | None = None, eight_bits: bool = False
+) -> jax.Array:
     """sum_t weights_t * -log p(targets_t), a float32 scalar; differentiable in hidden and head only.
 
     hidden (..., D) and head (padded V, D) in one dtype; targets (...) int32, any negative one is ignored;
     weights (...) float32. Softmax over the first `vocab` entries of softcap * tanh(z / softcap).
+    eight_bits: its products in 8-bit floats where a gradient is asked for (`fp8.py`); the target's own term is not.
     """
     targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     weights = jnp.where(targets >= 0, weights, 0.0)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     chunk = _chunk(hidden.shape[0], chunk)
-    return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk)
+    return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk, eight_bits)
 
 
 def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int | None = None, entropy: bool = False):

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nanochat_jax import devices
+from nanochat_jax import devices, fp8
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
 
@@ -114,13 +114,17 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x (..., in) -> (..., out) in x's dtype, no bias."""
+    """x (..., in) -> (..., out) in x's dtype, no bias; by 8-bit products where `eight_bits` is set and it is large."""
 
     def __init__(self, n_in: int, n_out: int, init: Callable, rngs: nnx.Rngs):
         self.weight = nnx.Param(init(rngs.params(), (n_out, n_in)))
+        self.eight_bits = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return product(x, self.weight[...].astype(x.dtype))
+        weight = self.weight[...].astype(x.dtype)
+        if self.eight_bits and fp8.worthwhile(weight.shape):
+            return fp8.product(x, weight)
+        return product(x, weight)
 
 
 class Embedding(nnx.Module):
@@ -264,9 +268,13 @@ class GPT(nnx.Module):
 # ------------------------------------------------------------------------- the model apart from its parameters
 
 
-def graph_of(cfg: GPTConfig, dtype):
-    """The model without its parameters, to be joined with them by `nnx.merge`."""
-    return nnx.split(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype)))[0]
+def graph_of(cfg: GPTConfig, dtype, eight_bits: bool = False):
+    """The model without its parameters, to be joined with them by `nnx.merge`; eight_bits: see `Linear`."""
+    model = nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.eight_bits = eight_bits
+    return nnx.split(model)[0]
 
 
 def init_params(cfg: GPTConfig, seed: int) -> dict:

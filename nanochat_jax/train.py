@@ -56,7 +56,15 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh) -> Ca
         head = params["lm_head"]["weight"]
         hidden = model.hidden(tokens)
         with jax.named_scope("loss"):
-            return weighted_nll(hidden, head, targets, weights, vocab=model.cfg.vocab_size, softcap=model.cfg.softcap)
+            return weighted_nll(
+                hidden,
+                head,
+                targets,
+                weights,
+                vocab=model.cfg.vocab_size,
+                softcap=model.cfg.softcap,
+                eight_bits=model.lm_head.eight_bits,
+            )
 
     def micro(params, *rows):
         found = jax.value_and_grad(micro_loss)(params, *rows)

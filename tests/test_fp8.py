@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import fp8
+from nanochat_jax import fp8, loss, optim, sharding, train
+from nanochat_jax.config import GPTConfig, MeshConfig, OptimConfig
+from nanochat_jax.model import graph_of
 
 
 def normal(seed, *shape):
@@ -65,10 +67,10 @@ def test_eight_bits_are_kept_for_the_backward_pass():
 def test_lowered_for_cuda_with_8_bit_operands():
     x, w = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16), jax.ShapeDtypeStruct((512, 128), jnp.bfloat16)
 
-    def loss(x, w):
+    def total(x, w):
         return fp8.product(x, w).astype(jnp.float32).sum()
 
-    text = jax.export.export(jax.jit(jax.grad(loss, (0, 1))), platforms=["cuda"])(x, w).mlir_module()
+    text = jax.export.export(jax.jit(jax.grad(total, (0, 1))), platforms=["cuda"])(x, w).mlir_module()
     dots = [line for line in text.splitlines() if "= stablehlo.dot_general" in line]
     assert len(dots) == 2  # the forward product is not needed for the gradient of a sum
     assert all("f8E5M2>" in line and "f8E4M3FN>" in line for line in dots)
@@ -76,3 +78,37 @@ def test_lowered_for_cuda_with_8_bit_operands():
 
 def test_gates_and_odd_sizes_stay_in_16_bits():
     assert fp8.worthwhile((6144, 1536)) and not fp8.worthwhile((12, 24)) and not fp8.worthwhile((1000, 136))
+
+
+def weighted(hidden, head, targets, weights, **more):
+    return loss.weighted_nll(hidden, head, targets, weights, vocab=500, softcap=15.0, chunk=32, **more)
+
+
+def test_the_loss_and_its_gradients_are_near_those_of_float32():
+    hidden, head = 2 * normal(0, 80, 128), 0.3 * normal(1, 512, 128)
+    targets = jax.random.randint(jax.random.key(2), (80,), 0, 500).at[::7].set(-1)
+    weights = jnp.where(jnp.arange(80) % 3 == 0, -1.0, 1.0) / 80  # RL has negative ones
+    exact, grads = jax.value_and_grad(weighted, (0, 1))(hidden, head, targets, weights)
+    rough, grads8 = jax.value_and_grad(lambda *a: weighted(*a, eight_bits=True), (0, 1))(hidden, head, targets, weights)
+    assert 0 < abs(float(rough / exact) - 1) < 0.02
+    for got, want in zip(grads8, grads):
+        assert 1e-3 < off(got, want) < 0.1
+    ignored = np.asarray(targets) < 0
+    assert ignored.any() and not np.asarray(grads8[0])[ignored].any()
+    assert not np.asarray(grads8[1])[500:].any(), "the padding has no gradient"
+
+
+def test_a_step_in_8_bits_is_near_one_in_16():
+    cfg = GPTConfig(vocab_size=256, n_layer=1, n_head=1, n_kv_head=1, n_embd=128, sequence_len=16)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer = optim.make_optimizer(cfg, OptimConfig(), optim.make_schedules(OptimConfig(), 30, 0.0, "modern"), 2**14)
+    ids = (np.arange(8)[:, None] * 7 + np.arange(17)).astype(np.int32)[None] % 256
+    losses = {}
+    for eight_bits in (False, True):
+        step = train.make_step(graph_of(cfg, jnp.float32, eight_bits), optimizer, jnp.float32, mesh)
+        state, losses[eight_bits] = train.init_state(cfg, optimizer, 0, mesh), []
+        for _ in range(6):
+            state, metrics = step(state, {"tokens": ids[..., :-1], "targets": ids[..., 1:]})
+            losses[eight_bits].append(float(metrics["loss"]))
+    assert losses[False] != losses[True] and losses[False][-1] < losses[False][0] - 0.1
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3)
