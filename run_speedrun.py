@@ -121,7 +121,7 @@ def run_stage(run, name: str) -> None:
     elif name == "report":
         from evals.report import write_report
 
-        run.log.say(f"report: {write_report(run.dir)}")
+        run.log.say(f"report: {write_report(run.dir, html=True)}")
 
 
 def needs(run, name: str, chosen: list[str]) -> None:

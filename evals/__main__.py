@@ -4,6 +4,7 @@
     python -m evals --run-dir runs/demo --tasks humaneval --samples 10 --temperature 0.8      # and pass@k
     python -m evals show runs/demo --task gsm8k --wrong                                       # questions and answers
     python -m evals compare runs/demo:sft runs/demo:rl                                        # is it more than noise?
+    python -m evals report --run-dir runs/demo --html                                         # the page about a run
 
 Tasks are the names of chat tasks, `bpb`, `core` and `samples`; without --tasks it is all that the stage and the data
 allow. Results go into evals/<stage>.json of the run, every question and verdict into evals/<stage>.<task>.jsonl, and a
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 
 from nanochat_jax.errors import UserError
 
-EPILOG = "python -m evals show --help, python -m evals compare --help: what was answered, and what differs."
+EPILOG = "python -m evals show|compare|report --help: what was answered, what differs, and the page about a run."
 
 
 def _count(text: str) -> int:
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from evals import compare
 
             return compare.main(argv[1:])
+        if argv[:1] == ["report"]:
+            from evals import report
+
+            return report.main(argv[1:])
         return evaluate(argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Chat tasks end to end on a tiny model, ChatCORE, and the report's arithmetic."""
+"""Chat tasks end to end on a tiny model, and ChatCORE."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,6 @@ from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
 from evals import chat, records
 from evals.__main__ import summary
-from evals.plots import moving_average
-from evals.report import count, duration, table
 from evals.scoring import Scorer
 from evals.stage import CHATCORE
 from evals.tasks.arc import ARC
@@ -204,13 +202,6 @@ def test_chatcore_of_the_published_runs():
 def test_summary_leaves_out_what_was_not_measured():
     full = {"bpb": {"bpb": 1.23456}, "core": None, "chat": {"a": result(0.5)}, "chatcore": {"score": None}}
     assert summary(full) == {"bpb": 1.2346, "a": 0.5}
-
-
-def test_words_of_the_report():
-    assert [duration(s) for s in (None, 5, 65, 3723)] == ["-", "5.0 s", "1 min 05 s", "1 h 02 min"]
-    assert [count(n) for n in (None, 12, 1234, 12_345_678, 3e9)] == ["-", "12", "1.23 k", "12.3 M", "3 G"]
-    assert table(["a", "b"], [["x", "1"]]) == "| a | b |\n| :-- | --: |\n| x | 1 |"
-    assert moving_average([1, 3, 5, 7], 2) == [1, 2, 4, 6]
 
 
 def test_a_task_with_nothing_to_score_is_an_error(model, tmp_path):

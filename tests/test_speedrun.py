@@ -96,7 +96,7 @@ def test_everything_is_in_the_run_directory(whole):
     assert (run_dir / "report" / "rl_entropy.png").is_file()
     for text in ("BASE", "SFT", "bits per byte", "SpellingBee", "$0.0", "git commit", "Who are you?"):
         assert text in report
-    assert (run_dir / "report" / "base_loss.png").stat().st_size > 5000
+    assert (run_dir / "report" / "loss.png").stat().st_size > 5000
     log = (run_dir / "log.txt").read_text()
     assert "base 120/120  loss" in log and "MFU n/a" in log and "left: " in log
     assert "base 120/120" in done.stderr and "\x1b[" not in done.stderr  # plain lines without a terminal
