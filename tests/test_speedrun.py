@@ -93,7 +93,7 @@ def test_everything_is_in_the_run_directory(whole):
     assert losses[-1] < losses[0] - 1
     assert {"reward", "completion_tokens", "truncated", "entropy"} <= set(records(run_dir, "rl")[-2])
     report = (run_dir / "report.md").read_text()
-    assert (run_dir / "report" / "rl_entropy.png").is_file()
+    assert (run_dir / "report" / "policy.png").is_file()
     for text in ("BASE", "SFT", "bits per byte", "SpellingBee", "$0.0", "git commit", "Who are you?"):
         assert text in report
     assert (run_dir / "report" / "loss.png").stat().st_size > 5000

@@ -15,6 +15,8 @@ POLICY = (
     ("entropy", "entropy", "nats per token"),
     ("kl", "KL to its first model", "nats per token"),
     ("clip_fraction", "clipped tokens", "share"),
+    ("preferred", "right answer preferred", "share of pairs"),
+    ("margin", "margin of the right answer", "nats"),
 )
 
 
