@@ -136,27 +136,31 @@ def printable(text: str) -> str:
 
 def show(console: Console, record: dict) -> None:
     """A question with all that was answered to it."""
-    title = Text.assemble((f" {record['index']} ", "reverse"), f" {record.get('subject', '').replace('_', ' ')}")
-    console.rule(title, align="left", style="dim")
+    subject = record.get("subject", "").replace("_", " ")
+    console.rule(Text.assemble((f" {record['index']} ", "reverse"), f" {subject} " if subject else ""), align="left")
     console.print(Text(printable(record["prompt"].strip())))
     _show_answer(console, "answer", record)
-    for i, sample in enumerate(record.get("samples", ())):
-        _show_answer(console, f"sample {i}", sample)
+    alike: dict[tuple, list[int]] = {}  # samples that say the same are shown once
+    samples = record.get("samples", ())
+    for i, sample in enumerate(samples):
+        alike.setdefault((records.said(sample), sample["correct"]), []).append(i)
+    for places in alike.values():
+        name = f"sample{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}"
+        _show_answer(console, name, samples[places[0]])
     expected = record.get("expected")
     if expected is not None and not record["correct"]:
-        console.print(Text("expected", "bold yellow"))
+        console.print(Text("\nexpected", "bold yellow"))
         console.print(Text(printable(expected.strip())))
     console.print()
 
 
 def _show_answer(console: Console, name: str, answer: dict) -> None:
-    verdict = "right" if answer["correct"] else "wrong"
-    notes = [verdict]
+    notes = ["right" if answer["correct"] else "wrong"]
     if "finish_reason" in answer:
-        notes.append(f"{answer['tokens']} tokens")
+        notes.append(f"{answer['tokens']} token{'s' if answer['tokens'] != 1 else ''}")
         if answer["finish_reason"] != "stop":
-            notes.append(answer["finish_reason"])
+            notes.append({"length": "cut off at the limit"}.get(answer["finish_reason"], answer["finish_reason"]))
     if answer.get("reason"):
         notes.append(printable(answer["reason"]))
-    console.print(Text.assemble((name, "bold"), " ", (", ".join(notes), STYLES[answer["correct"]])))
+    console.print(Text.assemble("\n", (name, "bold"), ": ", (", ".join(notes), STYLES[answer["correct"]])))
     console.print(Text(printable(records.said(answer).strip()) or "(nothing)"))

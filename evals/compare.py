@@ -14,23 +14,23 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from evals import records
-from evals.browse import PLAIN_WIDTH
 from evals.passk import pass_at_k
 from evals.significance import by_error, holm, mcnemar, paired, two_proportions
 from nanochat_jax.errors import UserError
 
 ALPHA = 0.05
+TABLE_WIDTH = 104
 STYLES = {"a": "bold red", "b": "bold green"}
 IN_COMMON = 0.5  # of the smaller one's questions: from there on the comparison is of these, question by question
 
@@ -242,20 +242,33 @@ def open_sides(specs: Sequence[str], stage: str | None) -> tuple[Side, Side]:
 
 
 def table(found: Sequence[Difference], alpha: float) -> Table:
-    numbers = [Column(h, justify="right") for h in ("A", "B", "B - A", "n", "only A", "only B", "p", "Holm's p")]
-    out = Table("", *numbers, "")
+    numbers = [Column(h, justify="right", no_wrap=True) for h in ("A", "B", "B - A", "n", "only A, B", "Holm's p")]
+    out = Table(Column("", no_wrap=True), *numbers, Column("", no_wrap=True), box=SIMPLE_HEAD, pad_edge=False)
     for d in found:
         better, digits = d.better(alpha), 4 if d.headline else 3
-        n = f"{d.n:,}" if isinstance(d.n, int) else f"{d.n[0]:,} / {d.n[1]:,}"
-        only = [f"{x:,}" for x in d.only] if d.only else ["", ""]
+        only = f"{d.only[0]:,}, {d.only[1]:,}" if d.only else ""
         figures = [f"{d.a:.{digits}f}", f"{d.b:.{digits}f}", f"{d.difference:+.{digits}f} ± {d.stderr:.{digits}f}"]
-        verdict = Text(f"{better.upper()} is better", STYLES[better]) if better else Text("noise", "dim")
-        out.add_row(d.name, *figures, n, *only, _p(d.p), _p(d.p_holm), verdict)
+        verdict = Text(f"{better.upper()} better", STYLES[better]) if better else Text("noise", "dim")
+        p = "< 0.001" if d.p_holm < 0.001 else f"{d.p_holm:.3f}"
+        out.add_row(d.name, *figures, _count(d), only, p, verdict)
     return out
 
 
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+def _count(d: Difference) -> str:
+    """What stands in the column n."""
+    unit = {"bpb": " rows", "core": " tasks", "chatcore": " tasks"}.get(d.name, "")
+    return "/".join(f"{n:,}" for n in (d.n if isinstance(d.n, tuple) else (d.n,))) + unit
+
+
+def legend(found: Sequence[Difference], alpha: float) -> str:
+    heads = sum(d.headline for d in found)
+    parts = [f"{n} {what}" for n, what in ((heads, "headline figures"), (len(found) - heads, "others")) if n]
+    text = f"± one standard error. Noise: p, corrected for {' and '.join(parts)}, is {alpha:g} or more."
+    if any(d.only for d in found):
+        text += " only A, B: questions that one alone has right."
+    if any(isinstance(d.n, tuple) for d in found):
+        text += " n of both: they were not asked the same."
+    return text
 
 
 def main(argv: Sequence[str]) -> int:
@@ -269,9 +282,11 @@ def main(argv: Sequence[str]) -> int:
         p.error("--alpha must lie between 0 and 1")
     a, b = open_sides(args.runs, args.stage)
     found = compare(a, b, [t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else None)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)  # figures are never cut
     console.print(Text.assemble(("A", "bold"), f" {a}\n", ("B", "bold"), f" {b}"))
     console.print(table(found, args.alpha))
+    console.print(Text(legend(found, args.alpha), "dim"))
     print(
         json.dumps({"a": str(a), "b": str(b), "alpha": args.alpha, "figures": [_as_json(d, args.alpha) for d in found]})
     )
@@ -280,4 +295,5 @@ def main(argv: Sequence[str]) -> int:
 
 def _as_json(d: Difference, alpha: float) -> dict:
     plain = {k: v for k, v in asdict(d).items() if v is not None and k not in ("headline", "less_is_better")}
-    return plain | {"difference": d.difference, "better": d.better(alpha)}
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in plain.items()}
+    return rounded | {"difference": float(f"{d.difference:.6g}"), "better": d.better(alpha)}

@@ -10,6 +10,7 @@ from evals import records
 from evals.__main__ import main
 from nanochat_jax.config import RunConfig
 
+DRAWN = {"completion": "drawn", "correct": True, "finish_reason": "stop", "tokens": 2}
 RECORDS = [
     {"index": 3, "id": "a", "prompt": "Two and two?", "completion": "#### 4", "correct": True, "expected": "4"}
     | {"finish_reason": "stop", "tokens": 5},
@@ -17,7 +18,7 @@ RECORDS = [
     | {"parts": [{"type": "text", "text": "It is "}, {"type": "python", "text": "6*7"}], "tokens": 9}
     | {"finish_reason": "length", "reason": "no number"},
     {"index": 9, "id": "c", "prompt": "[red]Odd?", "completion": "\x1b[2J\u202e", "correct": False, "subject": "a_b"}
-    | {"samples": [{"completion": "drawn", "correct": True, "finish_reason": "stop", "tokens": 2}]},
+    | {"samples": [DRAWN, DRAWN | {"completion": "other", "correct": False, "tokens": 1}, DRAWN]},
 ]
 
 
@@ -48,9 +49,13 @@ def test_what_there_is_to_read(run, capsys):
 def test_questions_answers_and_verdicts_are_shown(run, capsys):
     code, said = show(capsys, run, "--task", "gsm8k")
     assert code == 0 and f"{run} rl gsm8k: 1 of 3 right; 3 of 3 chosen shown" in said.out
-    assert "Two and two?" in said.out and "answer right, 5 tokens" in said.out
-    assert "answer wrong, 9 tokens, length, no number\nIt is <<6*7\nexpected\n42" in said.out
-    assert "[red]Odd?" in said.out and "sample 0 right, 2 tokens\ndrawn" in said.out and " a b " in said.out
+    assert "Two and two?" in said.out and "answer: right, 5 tokens" in said.out
+    assert "answer: wrong, 9 tokens, cut off at the limit, no number\nIt is <<6*7\n\nexpected\n42" in said.out
+    assert (
+        "[red]Odd?" in said.out
+        and "samples 0, 2: right, 2 tokens\ndrawn\n\nsample 1: wrong, 1 token\nother" in said.out
+        and " a b " in said.out
+    )
     assert "\x1b" not in said.out and "\u202e" not in said.out  # a model may not steer the terminal
 
 

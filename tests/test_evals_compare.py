@@ -152,7 +152,7 @@ def test_the_command_says_it_in_a_table_and_in_one_line(tmp_path, capsys):
     assert main(["compare", f"{run}:sft", f"{run}:rl"]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     text = "\n".join(lines)
-    assert "B is better" in text and "noise" in text and f"A {run}:sft" in text
+    assert "B better" in text and "noise" in text and f"A {run}:sft" in text
     said = {f["name"]: f for f in json.loads(last)["figures"]}
     assert said["gsm8k"]["better"] == "b" and said["mmlu"]["better"] is None and said["mmlu"]["only"] == [50, 50]
     assert main(["compare", str(run), f"{run}:sft"]) == 2
