@@ -117,6 +117,7 @@ class BaseConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ratio: float = 12.0  # training tokens per scaling parameter
     tokens: int | None = None  # overrides ratio
+    fp8: bool = False  # products of the training step in 8-bit floats; for H100s and later, emulated elsewhere
     batch_tokens: int | None = None  # tokens per optimizer step; None: the scaling rule
     micro_batch: int = 8  # rows per data-parallel device and micro-step
     eval_every: int = 250  # steps between validation passes

@@ -36,7 +36,7 @@ def main(run: common.Run) -> dict:
     optimizer = common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay)
     wanted = plan.steps * plan.batch_tokens // run.config.model.sequence_len
     with run.packed("val") as val_rows, run.packed("train", wanted) as train_rows:
-        step = common.compile_step(run, "base", optimizer, plan.batch_tokens, cfg.micro_batch)
+        step = common.compile_step(run, "base", optimizer, plan.batch_tokens, cfg.micro_batch, cfg.fp8)
         run.log.say(
             f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
             f"{scaling.param_counts(run.gpt_config)['total']:,} parameters"

@@ -92,11 +92,16 @@ class Step:
     rows: int
 
 
-def compile_step(run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int) -> Step:
-    """The step of a batch of `batch_tokens`, in micro-batches of at most micro_batch rows a device that fit it."""
+def compile_step(
+    run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int, eight_bits: bool = False
+) -> Step:
+    """The step of a batch of `batch_tokens`, in micro-batches of at most micro_batch rows a device that fit it.
+
+    eight_bits: with its products in 8-bit floats.
+    """
     length = run.config.model.sequence_len
     per_device = rows_per_device(name, batch_tokens, length, run.mesh)
-    step = train.make_step(graph_of(run.gpt_config, run.dtype), optimizer, run.dtype, run.mesh)
+    step = train.make_step(graph_of(run.gpt_config, run.dtype, eight_bits), optimizer, run.dtype, run.mesh)
     arrays = {"tokens": np.int32, "targets": np.int32}
     return fit_step(run, name, step, abstract_state(run, optimizer), arrays, (per_device, length), micro_batch)
 
