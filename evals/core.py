@@ -2,8 +2,10 @@
 
 The bundle is a folder of `core.yaml` (the tasks), `eval_meta_data.csv` (what chance scores) and `eval_data/` (JSON
 lines). Prompts, the choice of few-shot examples and the order of the data are those of karpathy/nanochat, so that
-scores compare with published ones; the work is batched. A task without its file is left out and named, and the score is
-then marked partial: the mean over fewer tasks is another quantity.
+scores compare with published ones, and so are the wrong answers that the bundle states as right; a score by the right
+ones stands beside it (corrections.py). The work is batched, and what the choices of a question share is computed once.
+A task without its file is left out and named, and the score is then marked partial: the mean over fewer tasks is
+another quantity.
 
     results = evaluate_core(scorer, tokenizer, "eval_bundle", max_per_task=100)
 """
@@ -18,16 +20,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
+from evals.branches import Answer, common_prefix
+from evals.corrections import right_golds
 from evals.scoring import Scorer
 from nanochat_jax.config import RunConfig
+from nanochat_jax.data.bundle import FILES, FOLDER, is_bundle
 from nanochat_jax.errors import UserError
 
 SHUFFLE_SEED = 1337  # of the order of a task's examples, from which max_per_task takes the first
 FEWSHOT_SEED = 1234  # plus the example's index: of the choice of its few-shot examples
 BLOCK = 512  # examples tokenized and scored at a time: bounds memory, leaves enough to sort by length
+CONTEXTS = 10  # as many contexts long may a prompt be: the reference crops none, and its table of angles ends there
 TASK_TYPES = ("multiple_choice", "schema", "language_modeling")
 
 
@@ -43,12 +50,13 @@ class CoreTask:
     baseline: float  # accuracy of guessing, 0 to 1
 
 
-def find_bundle(config: RunConfig) -> Path | None:
-    """The folder of the CORE bundle that the settings name, or that the data folder holds; else None."""
+def find_bundle(config: RunConfig, cache_dir: Path) -> Path | None:
+    """The folder of the CORE bundle: the one that the settings name, or that the data folder or the cache of downloads
+    holds; else None."""
     if config.evals.core_dir:
         return Path(config.evals.core_dir)
-    folder = Path(config.data.dir) / "core" if config.data.dir else None
-    return folder if folder is not None and (folder / "core.yaml").is_file() else None
+    folders = [Path(config.data.dir) / FOLDER] if config.data.dir else []
+    return next((f for f in [*folders, Path(cache_dir) / "hub" / FOLDER] if is_bundle(f)), None)
 
 
 # --------------------------------------------------------------------------------------------------- prompts
@@ -85,16 +93,7 @@ def render_prompts(task_type: str, item: dict, delimiter: str, fewshot: list[dic
     return prompts
 
 
-def common_prefix(sequences: list[list[int]]) -> int:
-    """How many leading ids all sequences share."""
-    shortest = min(map(len, sequences))
-    for i in range(shortest):
-        if any(s[i] != sequences[0][i] for s in sequences):
-            return i
-    return shortest
-
-
-def answer_spans(task_type: str, ids: list[list[int]]) -> list[tuple[list[int], int, int]]:
+def answer_spans(task_type: str, ids: list[list[int]]) -> list[Answer]:
     """(ids, start, end) to score for one example, from the ids of its prompts; no span is empty.
 
     multiple_choice: what follows the common prefix; schema: the common suffix; language_modeling: the second prompt
@@ -116,7 +115,7 @@ def answer_spans(task_type: str, ids: list[list[int]]) -> list[tuple[list[int], 
 
 def load_tasks(bundle: Path) -> list[CoreTask]:
     """The tasks that core.yaml lists, in its order. UserError where the bundle is not one."""
-    for name in ("core.yaml", "eval_meta_data.csv"):
+    for name in FILES:
         if not (bundle / name).is_file():
             raise UserError(f"no {name} in {bundle}: set evals.core_dir to the folder of the CORE bundle")
     with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
@@ -158,10 +157,17 @@ def load_examples(path: Path, max_per_task: int | None) -> list[dict]:
 # ---------------------------------------------------------------------------------------------------- scores
 
 
-def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict]) -> tuple[list[bool], int]:
-    """(whether each example was answered right, how many prompts were cropped to the context length)."""
-    right: list[bool] = []
-    cropped = 0
+class Marks(NamedTuple):
+    """Of one task's examples."""
+
+    right: list[bool]
+    chosen: list[int | None]  # which of the choices; None for language_modeling
+    lengths: list[int]  # tokens of its longest prompt
+
+
+def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict]) -> Marks:
+    """What the model makes of every example."""
+    marks = Marks([], [], [])
     for at in range(0, len(examples), BLOCK):
         indices = range(at, min(at + BLOCK, len(examples)))
         prompts = []
@@ -169,23 +175,19 @@ def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict
             shots = [examples[i] for i in fewshot_indices(idx, len(examples), task.num_fewshot)]
             prompts.append(render_prompts(task.task_type, examples[idx], task.delimiter, shots))
         encoded = iter(tokenizer.encode_batch([p for ps in prompts for p in ps]))
-        spans = []
-        for ps in prompts:
-            ids = [[tokenizer.bos, *next(encoded)] for _ in ps]
-            spans.append(answer_spans(task.task_type, ids))
-        flat = [s for example in spans for s in example]
-        cropped += sum(len(ids) > scorer.cfg.sequence_len for ids, _, _ in flat)
-        scores = iter(scorer.token_losses([ids for ids, _, _ in flat], [(s, e) for _, s, e in flat]))
-        for idx, example in zip(indices, spans):
-            got = [next(scores) for _ in example]
+        spans = [answer_spans(task.task_type, [[tokenizer.bos, *next(encoded)] for _ in ps]) for ps in prompts]
+        scores = scorer.token_losses(spans, limit=CONTEXTS * scorer.cfg.sequence_len)
+        for idx, answers, got in zip(indices, spans, scores, strict=True):
+            marks.lengths.append(max(len(ids) for ids, _, _ in answers))
             if task.task_type == "language_modeling":
-                ids, _, end = example[0]
-                best = got[0].best
-                right.append(best.tolist() == list(ids[end - len(best) : end]))
+                (ids, _, end), best = answers[0], got[0].best
+                marks.chosen.append(None)
+                marks.right.append(best.tolist() == list(ids[end - len(best) : end]))
             else:
                 losses = [float(g.nll.mean()) for g in got]
-                right.append(losses.index(min(losses)) == examples[idx]["gold"])
-    return right, cropped
+                marks.chosen.append(losses.index(min(losses)))
+                marks.right.append(marks.chosen[-1] == examples[idx]["gold"])
+    return marks
 
 
 def evaluate_core(
@@ -198,13 +200,18 @@ def evaluate_core(
     """CORE over the tasks whose data are in `bundle`.
 
     Returns core_metric (mean of the centred accuracies, None without a task) and its stderr; per task results
-    (accuracy), centered, stderr (of the accuracy), n, cropped; n_tasks of total_tasks; missing (tasks without data);
+    (accuracy), centered, stderr (of the accuracy), n; n_tasks of total_tasks; missing (tasks without data);
     substitutes (task: the file that stood in); partial: not all tasks, or not all with their own data.
+
+    Per task, where there is something to say: corrected (accuracy by the right answers, where the bundle has wrong
+    ones) with core_metric_corrected, None where no task has any; long and cropped, how many examples have a prompt
+    beyond the model's context, and beyond what is scored of one.
     """
     bundle = Path(bundle)
     tasks = load_tasks(bundle)
-    out: dict = {"results": {}, "centered": {}, "stderr": {}, "n": {}, "cropped": {}, "substitutes": {}, "missing": []}
-    variance = 0.0
+    per_task = ("results", "centered", "stderr", "n", "corrected", "long", "cropped", "substitutes")
+    out: dict = {name: {} for name in per_task} | {"missing": []}
+    variance, gained = 0.0, 0.0
     for task in tasks:
         path, stand_in = find_data(bundle, task)
         if path is None:
@@ -213,23 +220,32 @@ def evaluate_core(
             continue
         started = time.monotonic()
         examples = load_examples(path, max_per_task)
-        right, cropped = evaluate_task(scorer, tokenizer, task, examples)
-        accuracy = sum(right) / len(right)
-        stderr = math.sqrt(accuracy * (1 - accuracy) / len(right))
-        centered = (accuracy - task.baseline) / (1 - task.baseline)
-        variance += (stderr / (1 - task.baseline)) ** 2
-        out["results"][task.label], out["centered"][task.label] = accuracy, centered
-        out["stderr"][task.label], out["n"][task.label] = stderr, len(right)
-        if cropped:
-            out["cropped"][task.label] = cropped
+        marks = evaluate_task(scorer, tokenizer, task, examples)
+        n, room = len(marks.right), 1 - task.baseline
+        accuracy = sum(marks.right) / n
+        stderr = math.sqrt(accuracy * (1 - accuracy) / n)
+        centered = (accuracy - task.baseline) / room
+        variance += (stderr / room) ** 2
+        found = {"results": accuracy, "centered": centered, "stderr": stderr, "n": n}
+        if golds := right_golds(task.label, examples):
+            changed = sum((marks.chosen[i] == gold) - marks.right[i] for i, gold in golds.items())
+            found["corrected"] = accuracy + changed / n
+            gained += changed / n / room
+        context = scorer.cfg.sequence_len
+        for name, limit in (("long", context), ("cropped", CONTEXTS * context)):
+            if beyond := sum(length > limit for length in marks.lengths):
+                found[name] = beyond
         if stand_in:
-            out["substitutes"][task.label] = path.name
+            found["substitutes"] = path.name
+        for name, value in found.items():
+            out[name][task.label] = value
         say(
-            f"CORE {task.label} ({task.num_fewshot}-shot, {len(right)} examples): accuracy {accuracy:.4f}, "
+            f"CORE {task.label} ({task.num_fewshot}-shot, {n} examples): accuracy {accuracy:.4f}, "
             f"centred {centered:.4f}, {time.monotonic() - started:.1f} s"
         )
     n = len(out["results"])
     out["core_metric"] = sum(out["centered"].values()) / n if n else None
+    out["core_metric_corrected"] = out["core_metric"] + gained / n if out["corrected"] else None
     out["core_stderr"] = math.sqrt(variance) / n if n else None
     out |= {"n_tasks": n, "total_tasks": len(tasks), "max_per_task": max_per_task}
     out["partial"] = bool(out["missing"] or out["substitutes"])

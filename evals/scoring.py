@@ -1,12 +1,14 @@
 """What a model thinks of given texts: losses and guesses per token, logits at the end. Nothing is sampled here.
 
-CORE, bits per byte and the multiple-choice tasks all go through `Scorer`. It turns lists of ids of any length into a
-few fixed shapes: sorted by length, so many rows a batch, each padded to the next of a few lengths, so that a whole
-evaluation compiles about ten programs. The head reads only the positions asked for, in chunks: logits of a whole batch
-are never in memory, and a question with a long context costs the head no more than its answer.
+CORE, bits per byte and the multiple-choice tasks all go through `Scorer`. It turns questions of any length into a few
+fixed shapes: those of like length together, so many rows a batch, padded to the next of a few lengths. What the texts
+of a question share is computed once (branches.py), and the head reads only the positions asked for, in chunks: logits
+of a whole batch are never in memory, and a question with a long context costs the head no more than its answers.
 
     scorer = Scorer(model, batch_rows=32)
-    nll, best = scorer.token_losses([ids])[0]
+    ((nll, best),) = scorer.token_losses([[(ids, 1, len(ids))]])[0]
+
+On a mesh, rows are split over its data axes, and parameters lie as sharding.py says.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import jax
@@ -21,163 +24,260 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from evals import branches
+from evals.branches import Answer, Tree
+from nanochat_jax import devices, sharding
+from nanochat_jax import model as gpt
 from nanochat_jax.loss import token_nll
 
-SHORTEST = 64  # tokens of the shortest bucket
-FEWEST = 128  # positions of the smallest batch of positions that the head reads
+SHORTEST = 16  # tokens of the shortest bucket of a prefix, and of the least step between buckets
+# A CPU is fastest where a batch fits its caches, and waits longer for what fills rows up than for compiling.
+CPU_TOKENS, CPU_STEPS = 2048, 4  # of a batch on each device, and buckets of prefixes in each doubling
+TOKENS, STEPS = 16384, 1
 IN_FLIGHT = 2  # batches handed to the device before the first result is waited for
 
 
 class TokenScores(NamedTuple):
-    """Of the targets of one sequence, in order: their loss in nats (n,) float32, and the likeliest ids (n,) int32."""
+    """Of the targets of one text, in order: their loss in nats (n,) float32, and the likeliest ids (n,) int32."""
 
     nll: np.ndarray
     best: np.ndarray
 
 
-def bucket(length: int, longest: int) -> int:
-    """The padded length for `length` tokens: 64, 96, 128, 192, 256, ... in steps of at most 1.5, up to `longest`."""
+def bucket(length: int, steps: int) -> int:
+    """The padded length of a prefix: 16, 32, 64, ... with `steps` of equal size, at least 16, in each doubling."""
     size = SHORTEST
-    while size < length:
-        size += size // 2 if size & (size - 1) == 0 else size // 3
-    return min(size, longest)
+    while 2 * size < length:
+        size *= 2
+    step = max(SHORTEST, size // steps)
+    return max(size, -(-length // step) * step)
 
 
-def crop_left(ids: Sequence[int], start: int, end: int, limit: int) -> tuple[Sequence[int], int, int]:
-    """The last `limit` ids, with the span [start, end) moved along; it starts at 1 at least, as ids[0] is no target."""
-    cut = max(0, len(ids) - limit)
-    return ids[cut:], max(1, start - cut), end - cut
+def power_of_four(n: int) -> int:
+    """The next one, not below n >= 1: the padded number of branch tokens or targets, and the places for a prefix."""
+    return 1 << 2 * -(-(n - 1).bit_length() // 2)
 
 
-# The model's graph is a static argument, so that a second Scorer of the same architecture compiles nothing anew.
+def crop_left(answers: Sequence[Answer], limit: int) -> list[Answer]:
+    """Texts of one question with the same number of ids cut off at the left, so that `limit` are left of the longest.
+
+    Spans move along; they start at 1 at least, as the first id is no target.
+    """
+    cut = max(0, max(len(ids) for ids, _, _ in answers) - limit)
+    return [(ids[cut:], max(1, start - cut), max(1, end - cut)) for ids, start, end in answers]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _hidden(graph, state, tokens):
-    """tokens (R, T) -> (R, T, D)."""
-    return nnx.merge(graph, state).hidden(tokens)
+# ------------------------------------------------------------------------------------------------- the programs
+# The model's graph and the mesh are static arguments, so that a second Scorer of the same kind compiles nothing anew.
 
 
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _nll_at(hidden, head, index, targets, vocab, softcap):
-    """index and targets (M,), index into the R * T positions -> nll (M,) float32, best (M,) int32."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return token_nll(flat[index], head, targets, vocab=vocab, softcap=softcap)
+def _program(*static: int):
+    """A jitted function of (graph, mesh, params, ...), run by every device on its own rows."""
+    return functools.partial(jax.jit, static_argnums=(0, 1, *static))
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _candidates_at(hidden, head, index, candidates, softcap):
-    """index (R,), candidates (R, C) ids -> softcapped logits (R, C) float32."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    z = jnp.einsum("rd,rcd->rc", flat[index], head[candidates], preferred_element_type=jnp.float32)
-    return softcap * jnp.tanh(z / softcap)
+def _by_rows(local: Callable, graph, mesh) -> Callable:
+    def run(params, *arrays):
+        return local(gpt.merge(graph, params), *arrays)
+
+    return run if mesh is None else sharding.each_row(run, mesh, leading=0)
+
+
+@_program()
+def _row_losses(graph, mesh, params, tokens, targets):
+    """(R, T) -> (R, T) float32."""
+
+    def local(model, tokens, targets):
+        return _losses(model, model.hidden(tokens), targets)[0]
+
+    return _by_rows(local, graph, mesh)(params, tokens, targets)
+
+
+@_program(4)
+def _prefixes(graph, mesh, params, tokens, width):
+    """tokens (R, P) -> keys and values, (R, width, K, N) for each layer."""
+
+    def local(model, tokens):
+        return branches.prefix_states(model, tokens, width)
+
+    return _by_rows(local, graph, mesh)(params, tokens)
+
+
+@_program()
+def _branch_losses(graph, mesh, params, kept, rows, index, targets):
+    """rows: of branch_hidden; index and targets (R, M) -> losses (R, M) float32 and best guesses (R, M) int32."""
+
+    def local(model, kept, rows, index, targets):
+        hidden = branches.branch_hidden(model, kept, **rows)
+        return _losses(model, jnp.take_along_axis(hidden, index[..., None], axis=1), targets)
+
+    return _by_rows(local, graph, mesh)(params, kept, rows, index, targets)
+
+
+@_program()
+def _branch_logits(graph, mesh, params, kept, rows, candidates):
+    """candidates (R, C) ids -> softcapped logits (R, C) float32 after the stem, which is all that `rows` hold."""
+
+    def local(model, kept, rows, candidates):
+        hidden = branches.branch_hidden(model, kept, **rows)[:, 0]
+        head = model.lm_head.weight[...].astype(hidden.dtype)[candidates]
+        z = jnp.einsum("rd,rcd->rc", hidden, head, preferred_element_type=jnp.float32)
+        return model.cfg.softcap * jnp.tanh(z / model.cfg.softcap)
+
+    return _by_rows(local, graph, mesh)(params, kept, rows, candidates)
+
+
+def _losses(model, hidden, targets):
+    head = model.lm_head.weight[...].astype(hidden.dtype)
+    return token_nll(hidden, head, targets, vocab=model.cfg.vocab_size, softcap=model.cfg.softcap)
+
+
+# ------------------------------------------------------------------------------------------------------- scorer
 
 
 class Scorer:
-    """Scores sequences with `model`, `batch_rows` at a time; `place` puts a batch on the devices.
+    """Scores texts with `model`, on one device or, with a mesh, over the devices of that.
 
-    The model needs hidden(tokens) (R, T) -> (R, T, D), lm_head.weight (padded V, D), dtype, and cfg with vocab_size,
-    sequence_len and softcap. Sequences longer than sequence_len are cropped at the left.
+    The model is a GPT. Texts longer than the context, or than `limit`, are cropped at the left. batch_rows is what
+    row_losses should be given at a time, and bounds a batch to as many contexts' worth of tokens.
     """
 
-    def __init__(self, model, batch_rows: int = 32, place: Callable[[np.ndarray], jax.Array] = jnp.asarray):
-        self.cfg, self.batch_rows, self._place = model.cfg, batch_rows, place
+    def __init__(self, model, batch_rows: int = 32, mesh: jax.sharding.Mesh | None = None):
+        self.cfg, self.batch_rows = model.cfg, batch_rows
+        self._mesh = mesh if mesh is not None and mesh.size > 1 else None
+        self._devices = 1 if self._mesh is None else sharding.data_parallel(self._mesh)
+        tokens, self._steps = (CPU_TOKENS, CPU_STEPS) if devices.platform() == "cpu" else (TOKENS, STEPS)
+        self._tokens = min(tokens, -(-batch_rows * self.cfg.sequence_len // self._devices))
         self._graph, state = nnx.split(model)
         # Once, and not in every call: what the products use. Vectors and scalars stay as they are.
-        self._state = jax.tree.map(lambda p: p.astype(model.dtype) if p.ndim > 1 else p, state)
-        self._head = model.lm_head.weight[...].astype(model.dtype)
+        self._params = gpt.cast_matrices(nnx.to_pure_dict(state), model.dtype)
+        if self._mesh is not None:
+            self._params = jax.device_put(self._params, sharding.tree_shardings(self._params, self._mesh))
 
     # ---------------------------------------------------------------------------------------------- public
 
-    def token_losses(
-        self, sequences: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]] | None = None
-    ) -> list[TokenScores]:
-        """Loss and best guess at the tokens [start, end) of each sequence; by default at all but its first.
+    def token_losses(self, questions: Sequence[Sequence[Answer]], limit: int | None = None) -> list[list[TokenScores]]:
+        """Loss and best guess at the tokens [start, end) of each text, (ids, start, end), of each question.
 
-        A sequence of n tokens has targets 1 to n - 1. Where cropping cuts into a span, the rest of it is scored.
+        A text of n tokens has targets 1 to n - 1. Where cropping cuts into a span, the rest of it is scored; the texts
+        of a question are cropped alike, and so go on sharing their beginning.
         """
-        spans = spans or [(1, len(ids)) for ids in sequences]
-        cropped = [crop_left(ids, s, e, self.cfg.sequence_len) for ids, (s, e) in zip(sequences, spans)]
+        limit = limit or self.cfg.sequence_len
+        trees = [branches.grow(crop_left(answers, limit)) for answers in questions]
 
-        def score(rows: list[int], hidden: jax.Array):
-            T = hidden.shape[1]
-            index, targets = [], []
-            for r, i in enumerate(rows):
-                ids, start, end = cropped[i]
-                index += range(r * T + start - 1, r * T + end - 1)
-                targets += ids[start:end]
-            size = FEWEST
-            while size < len(index):
-                size *= 2
-            pad = size - len(index)
-            at, want = np.array(index + [0] * pad, np.int32), np.array(targets + [-1] * pad, np.int32)
-            return _nll_at(hidden, self._head, at, want, self.cfg.vocab_size, self.cfg.softcap)
+        def score(batch: list[int], kept, arrays):
+            shape = arrays["tokens"].shape
+            index = _stack([trees[i].index for i in batch], shape, 0)
+            targets = _stack([trees[i].targets for i in batch], shape, -1)
+            return _branch_losses(*self._static, self._params, kept, arrays, *self._put((index, targets)))
 
-        out: list[TokenScores] = [None] * len(cropped)
-        for rows, (nll, best) in self._batches([ids for ids, _, _ in cropped], score):
-            at = 0
-            for i in rows:
-                n = max(0, cropped[i][2] - cropped[i][1])
-                out[i] = TokenScores(nll[at : at + n], best[at : at + n])
-                at += n
+        out: list[list[TokenScores]] = [None] * len(trees)
+        for i, (nll, best) in self._scored(trees, score):
+            out[i] = [TokenScores(nll[span], best[span]) for span in trees[i].spans]
         return out
 
     def last_logits(self, sequences: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Logits after the last token of each sequence, of its candidate ids only: float32 arrays, one per sequence."""
-        limit, most = self.cfg.sequence_len, max((len(c) for c in candidates), default=1)
+        most = max((len(c) for c in candidates), default=1)
+        ends = [[(ids, len(ids), len(ids))] for ids in sequences]
+        trees = [branches.grow(crop_left(end, self.cfg.sequence_len)) for end in ends]
 
-        def score(rows: list[int], hidden: jax.Array):
-            R, T = hidden.shape[:2]
-            index, ids = np.zeros(R, np.int32), np.zeros((R, most), np.int32)
-            for r, i in enumerate(rows):
-                index[r] = r * T + min(len(sequences[i]), limit) - 1
-                ids[r, : len(candidates[i])] = candidates[i]
-            return (_candidates_at(hidden, self._head, index, ids, self.cfg.softcap),)
+        def score(batch: list[int], kept, arrays):
+            ids = _stack([candidates[i] for i in batch], (len(arrays["tokens"]), most), 0)
+            return (_branch_logits(*self._static, self._params, kept, arrays, self._put(ids)),)
 
-        out: list[np.ndarray] = [None] * len(sequences)
-        for rows, (logits,) in self._batches([s[-limit:] for s in sequences], score):
-            for r, i in enumerate(rows):
-                out[i] = logits[r, : len(candidates[i])]
+        out: list[np.ndarray] = [None] * len(trees)
+        for i, (logits,) in self._scored(trees, score):
+            out[i] = logits[: len(candidates[i])]
         return out
 
     def row_losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """tokens and targets (R, T) int32, targets negative where there is none -> losses (R, T) float32, 0 there."""
-        hidden = _hidden(self._graph, self._state, self._place(np.asarray(tokens, np.int32)))
-        index = np.arange(tokens.size, dtype=np.int32)
-        flat = np.asarray(targets, np.int32).reshape(-1)
-        nll, _ = _nll_at(hidden, self._head, index, flat, self.cfg.vocab_size, self.cfg.softcap)
-        return _to_host(nll).reshape(tokens.shape)
+        n, width = tokens.shape
+        whole = -(-n // self._devices) * self._devices
+        each = min(whole, max(1, self._tokens // width) * self._devices)
+        spare = ((0, -n % each), (0, 0))
+        tokens, targets = (np.pad(np.asarray(a, np.int32), spare) for a in (tokens, targets))
+        found = [
+            _row_losses(*self._static, self._params, *self._put((tokens[at : at + each], targets[at : at + each])))
+            for at in range(0, n, each)
+        ]
+        return np.concatenate([_to_host(x) for x in found])[:n]
 
     # ---------------------------------------------------------------------------------------------- batches
 
-    def _batches(self, sequences: list[Sequence[int]], score: Callable) -> Iterator[tuple[list[int], tuple]]:
-        """(indices of a batch, its results as numpy arrays), the longest sequences first.
+    @property
+    def _static(self) -> tuple:
+        return self._graph, self._mesh
 
-        Longest first: then only the last batch, the cheapest, has rows to spare, and memory is highest at once.
-        """
-        order = sorted((i for i in range(len(sequences)) if sequences[i]), key=lambda i: -len(sequences[i]))
-        if len(order) < len(sequences):
+    def _put(self, arrays):
+        """Host arrays (R, ...) on the devices, rows split over them."""
+        if self._mesh is None:
+            return arrays
+        split = sharding.rows(self._mesh)
+        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, split, lambda at: a[at]), arrays)
+
+    def _scored(self, trees: list[Tree], score: Callable) -> Iterator[tuple[int, tuple]]:
+        """(index of a tree, its row of score's results as numpy arrays), in the order in which they are done."""
+        if any(not tree.tokens for tree in trees):
             raise ValueError("a sequence to score must hold one token at least")
-        rows = 1
-        while rows < min(len(order), self.batch_rows):
-            rows *= 2
-        rows = min(rows, self.batch_rows)
         pending: deque = deque()
-        for at in range(0, len(order), rows):
-            batch = order[at : at + rows]
-            tokens = np.zeros((rows, bucket(len(sequences[batch[0]]), self.cfg.sequence_len)), np.int32)
-            for r, i in enumerate(batch):
-                tokens[r, : len(sequences[i])] = sequences[i]
-            hidden = _hidden(self._graph, self._state, self._place(tokens))
-            pending.append((batch, score(batch, hidden)))
+        for batch, rows in self._batches(trees):
+            group = [trees[i] for i in batch]
+            longest, shape = max(len(t.prefix) for t in group), (rows, _size(group[0]))
+            prefixes = _stack([t.prefix for t in group], (rows, bucket(longest, self._steps)), 0)
+            kept = _prefixes(*self._static, self._params, self._put(prefixes), _width(longest))
+            fill = {"tokens": 0, "before": -1, "positions": 0, "branch": branches.NOTHING}
+            arrays = {name: _stack([getattr(t, name) for t in group], shape, value) for name, value in fill.items()}
+            arrays["lengths"] = np.array([len(t.prefix) for t in group] + [0] * (rows - len(group)), np.int32)
+            pending.append((batch, score(batch, kept, self._put(arrays))))
             if len(pending) > IN_FLIGHT:
-                yield _fetch(pending.popleft())
-        yield from map(_fetch, pending)
+                yield from _fetch(pending.popleft())
+        while pending:
+            yield from _fetch(pending.popleft())
+
+    def _batches(self, trees: list[Tree]) -> Iterator[tuple[list[int], int]]:
+        """(indices of trees of one size, rows of their batch), the longest prefixes first.
+
+        The number of rows follows from the widths, not from how many trees are left, so that there are few programs;
+        rows to spare stay empty.
+        """
+
+        def size(i: int) -> int:
+            return _size(trees[i])
+
+        most = power_of_four(max(1, -(-len(trees) // self._devices)))
+        for branch_tokens, found in groupby(sorted(range(len(trees)), key=size, reverse=True), size):
+            order, at = sorted(found, key=lambda i: -len(trees[i].prefix)), 0
+            while at < len(order):
+                fit = self._tokens // max(branch_tokens, _width(len(trees[order[at]].prefix)))
+                rows = min(most, max(1, fit)) * self._devices
+                yield order[at : at + rows], rows
+                at += rows
 
 
-def _fetch(item: tuple[list[int], Iterable[jax.Array]]) -> tuple[list[int], tuple]:
+def _size(tree: Tree) -> int:
+    """The padded number of its tokens, and of its targets."""
+    return power_of_four(max(len(tree.tokens), len(tree.targets)))
+
+
+def _width(longest: int) -> int:
+    """Places for prefixes of this length."""
+    return power_of_four(max(longest, SHORTEST))
+
+
+def _stack(lists: list[Sequence[int]], shape: tuple[int, int], fill: int) -> np.ndarray:
+    """int32 of a shape, each list at the left of its row."""
+    out = np.full(shape, fill, np.int32)
+    for row, values in zip(out, lists):
+        row[: len(values)] = values
+    return out
+
+
+def _fetch(item: tuple[list[int], Iterable[jax.Array]]) -> Iterator[tuple[int, tuple]]:
     batch, arrays = item
-    return batch, tuple(_to_host(a) for a in arrays)
+    rows = tuple(_to_host(a) for a in arrays)
+    return ((i, tuple(a[r] for a in rows)) for r, i in enumerate(batch))
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

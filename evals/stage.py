@@ -16,8 +16,9 @@ from evals.bpb import evaluate_bpb
 from evals.chat import Draws, chatcore, evaluate_chat_task
 from evals.core import evaluate_core, find_bundle
 from evals.scoring import Scorer
+from nanochat_jax import sharding
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.config import RunConfig, check_evals
+from nanochat_jax.config import MeshConfig, RunConfig, check_evals
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 from nanochat_jax.quantize import rounded
@@ -100,7 +101,7 @@ class _Bench:
         self.run_dir, self.name, self.stage, self.config, self.log = run_dir, name, loaded.stage, config, log
         self.model, self.tok, self.max_per_task = model, loaded.tokenizer, config.evals.max_per_task
         self.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir.parent / "cache"
-        self.scorer = Scorer(self.model, config.evals.batch)
+        self.scorer = Scorer(self.model, config.evals.batch, sharding.make_mesh(MeshConfig()))
         self._engine = None
 
     @property
@@ -125,7 +126,7 @@ class _Bench:
         chat = self.chat_tasks()
         if self.stage != "base":
             return ["bpb", *chat, "samples"]
-        core = ["core"] if self.config.evals.core and find_bundle(self.config) else []
+        core = ["core"] if self.config.evals.core and find_bundle(self.config, self.cache_dir) else []
         return ["bpb", *core, *(name for name in chat if self.load(name).kind == "categorical"), "samples"]
 
     def check(self, tasks: Sequence[str]) -> list[str]:
@@ -174,9 +175,12 @@ class _Bench:
         return pack_split(self.config, documents, self.tok, self.cache_dir, "val", log=self.log)
 
     def core(self) -> dict:
-        bundle = find_bundle(self.config)
+        bundle = find_bundle(self.config, self.cache_dir)
         if bundle is None:
-            raise UserError("no CORE bundle: set evals.core_dir to its folder, or data.dir to one that holds core/")
+            raise UserError(
+                "no CORE bundle: python -m nanochat_jax.data download --dataset core fetches it; or set evals.core_dir "
+                "to its folder, or data.dir to one that holds core/"
+            )
         out = evaluate_core(self.scorer, self.tok, bundle, self.max_per_task, self.log)
         if out["core_metric"] is not None:
             self.log(f"{self.name} CORE: {out['core_metric']:.4f} over {out['n_tasks']} of {out['total_tasks']} tasks")

@@ -191,7 +191,7 @@ class RLConfig:
 class EvalConfig:
     chat_tasks: tuple[str, ...] | None = None  # None: all that the data source has
     core: bool = True  # CORE on the base model, where the bundle is at hand
-    core_dir: str | None = None  # default: data.dir/core
+    core_dir: str | None = None  # default: data.dir/core, or the one downloaded
     max_per_task: int | None = None  # examples per task; None: all
     max_new_tokens: int = 512
     samples: int = 0  # answers to every generative question, drawn beside the greedy one, for pass@k

@@ -197,8 +197,8 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
 
 
 def each_row(local: Callable, mesh: Mesh, leading: int = 1) -> Callable:
-    """f(params, *batch) -> arrays whose axis `leading` is rows, as the batch's are: (A, R, T), or (R, ...) where it is 0;
-    from `local`, the same over a device's own rows."""
+    """f(params, *batch) -> arrays whose axis `leading` is rows, as the batch's are: (A, R, T), or (R, ...) where it is
+    0; from `local`, the same over a device's own rows."""
 
     def whole(params, *batch):
         held, split = _specs(params, mesh, spec), P(*([None] * leading), BATCH)

@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
 from conftest import golden_files
-from evals import core
+from evals import core, corrections
 from evals.scoring import Scorer
 from nanochat_jax.errors import UserError
 
@@ -17,7 +19,7 @@ TOK = ByteTokenizer()
 
 @pytest.fixture(scope="module")
 def model():
-    return tiny_model(sequence_len=128)
+    return tiny_model()
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +92,6 @@ def reference_right(full, task, examples):
         ids = [[TOK.bos, *TOK.encode(p)] for p in prompts]
         means = []
         for seq, start, end in core.answer_spans(task.task_type, ids):
-            cut = max(0, len(seq) - 128)
-            seq, start, end = seq[cut:], start - cut, end - cut
             means.append(full.nll(seq)[start - 1 : end - 1].mean())
             best = full(seq).argmax(-1)[start - 1 : end - 1].tolist() == seq[start:end]
         right.append(best if task.task_type == "language_modeling" else int(np.argmin(means)) == item["gold"])
@@ -104,8 +104,10 @@ def reference_right(full, task, examples):
 @pytest.mark.parametrize("shots", [0, 3, 5])
 def test_batched_scores_equal_one_at_a_time(model, full, kind, rows, shots):
     task = core.CoreTask("t", kind, "t.jsonl", shots, "\nAnswer: ", 0.25)
-    got, _ = core.evaluate_task(Scorer(model, batch_rows=4), TOK, task, rows)
-    assert got == reference_right(full, task, rows)
+    marks = core.evaluate_task(Scorer(model, batch_rows=4), TOK, task, rows)
+    assert marks.right == reference_right(full, task, rows)
+    for item, right, chosen in zip(rows, marks.right, marks.chosen, strict=True):
+        assert chosen is None if kind == "language_modeling" else right == (chosen == item["gold"])
 
 
 def test_language_modeling_is_right_only_where_every_token_is(model, full):
@@ -119,14 +121,14 @@ def test_language_modeling_is_right_only_where_every_token_is(model, full):
     class Greedy:  # of the ids that are ASCII, as the continuation above
         cfg = scorer.cfg
 
-        def token_losses(self, sequences, spans):
-            full = scorer.token_losses(sequences, spans)
-            return [g._replace(best=np.asarray(s[a:b])) for g, s, (a, b) in zip(full, sequences, spans)]
+        def token_losses(self, questions, limit):
+            full = scorer.token_losses(questions, limit)
+            return [[g._replace(best=np.asarray(s[a:b]))] for ((s, a, b),), (g,) in zip(questions, full)]
 
     task = core.CoreTask("t", "language_modeling", "t.jsonl", 0, "", 0.0)
-    assert core.evaluate_task(Greedy(), TOK, task, [{"context": "abc", "continuation": text}])[0] == [True]
-    right, _ = core.evaluate_task(scorer, TOK, task, [{"context": "abc", "continuation": text[:-1] + "~~"}])
-    assert right == [False]
+    assert core.evaluate_task(Greedy(), TOK, task, [{"context": "abc", "continuation": text}]).right == [True]
+    marks = core.evaluate_task(scorer, TOK, task, [{"context": "abc", "continuation": text[:-1] + "~~"}])
+    assert marks.right == [False]
 
 
 def test_missing_data_and_stand_ins_are_named(tmp_path, model):
@@ -157,10 +159,43 @@ def test_a_whole_bundle_is_not_partial_and_none_has_no_score(tmp_path, model):
     assert out["core_metric"] is None and out["partial"] is True
 
 
-def test_cropped_prompts_are_counted(tmp_path, model):
-    rows = [{"context": "word " * 80, "continuation": "end"}, {"context": "short", "continuation": "end"}]
+def test_long_and_cropped_prompts_are_counted(tmp_path, model):
+    """Beyond the context a prompt is scored whole, as the reference does, and beyond ten contexts cropped."""
+    rows = [{"context": "word " * n, "continuation": "end"} for n in (1, 50, 400)]
     out = core.evaluate_core(Scorer(model, 4), TOK, bundle(tmp_path, {"t": ("language_modeling", 0, 0, rows)}))
-    assert out["cropped"] == {"t": 1}
+    assert out["long"] == {"t": 2} and out["cropped"] == {"t": 1}
+
+
+def test_wrong_answers_of_the_bundle_are_marked_by_the_right_ones_too(tmp_path, model, monkeypatch):
+    scorer, tasks = Scorer(model, 4), {"t": ("multiple_choice", 0, 25, MC), "u": ("schema", 0, 50, SCHEMA)}
+    plain = core.evaluate_core(scorer, TOK, bundle(tmp_path, tasks))
+    assert plain["corrected"] == {} and plain["core_metric_corrected"] is None
+    task = core.CoreTask("t", "multiple_choice", "", 0, " ", 0.25)
+    chosen = core.evaluate_task(scorer, TOK, task, MC).chosen
+    table = [(i, corrections.digest(MC[i]), chosen[i] if i < 7 else (chosen[i] + 1) % 3) for i in range(1, 9)]
+    monkeypatch.setitem(corrections.TABLE, "t", table)
+    out = core.evaluate_core(scorer, TOK, tmp_path)
+    right = [c == item["gold"] for c, item in zip(chosen, MC)]
+    assert out["results"] == plain["results"] and out["core_metric"] == plain["core_metric"]
+    assert out["corrected"] == {"t": pytest.approx((right[0] + 6) / 9)}
+    centered = [(out["corrected"]["t"] - 0.25) / 0.75, plain["centered"]["u"]]
+    assert out["core_metric_corrected"] == pytest.approx(sum(centered) / 2)
+    json.dumps(out)
+
+
+def test_the_table_of_wrong_answers_is_for_one_file_only():
+    rows, keys, golds = zip(*corrections.TABLE["arc_challenge"])
+    assert len(set(keys)) == 20 and sorted(rows) == list(rows) and set(golds) <= {0, 1, 2, 3}
+    assert corrections.right_golds("arc_challenge", MC) == {} and corrections.right_golds("copa", MC) == {}
+
+
+@pytest.mark.skipif(not os.environ.get("NANOCHAT_DATA"), reason="NANOCHAT_DATA names no folder of data that has core/")
+def test_the_table_of_wrong_answers_fits_the_bundle():
+    path = Path(os.environ["NANOCHAT_DATA"]) / "core" / "eval_data" / "world_knowledge" / "arc_challenge.jsonl"
+    items = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    table = {row: gold for row, _, gold in corrections.TABLE["arc_challenge"]}
+    assert corrections.right_golds("arc_challenge", items) == table
+    assert all(items[row]["gold"] != gold for row, gold in table.items())
 
 
 def test_a_folder_that_is_no_bundle(tmp_path, model):

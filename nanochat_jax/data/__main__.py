@@ -2,6 +2,7 @@
 
 python -m nanochat_jax.data download --dataset climbmix -n 40
 python -m nanochat_jax.data download --dataset HuggingFaceFW/fineweb-edu --folder sample/10BT -n 3 --to DIR
+python -m nanochat_jax.data download --dataset core
 python -m nanochat_jax.data ls
 """
 
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 from nanochat_jax.config import DataConfig
+from nanochat_jax.data.bundle import FOLDER
 from nanochat_jax.data.registry import NAMED
 from nanochat_jax.errors import UserError
 
@@ -28,13 +30,15 @@ def _tables() -> dict[str, list[tuple[str, str | None, str]]]:
 
 
 def _download(args: argparse.Namespace) -> list[str]:
-    from nanochat_jax.data.download import download, download_tables
+    from nanochat_jax.data.download import download, download_core, download_tables
     from nanochat_jax.data.registry import hub_documents
 
+    if args.dataset == FOLDER:
+        return [download_core(args.to)]
     if "/" not in args.dataset and args.dataset not in NAMED:
         tables = _tables()
         if args.dataset not in tables:
-            known = ", ".join((*NAMED, *tables))
+            known = ", ".join((*NAMED, FOLDER, *tables))
             raise UserError(f"there is no dataset {args.dataset}; take owner/name of the hub, or one of {known}")
         return download_tables(tables[args.dataset], args.to)
     return [download(hub_documents(args.dataset, args.folder, args.n, args.to), args.workers)]
@@ -65,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dataset",
         required=True,
         help=f"{', '.join(NAMED)}, or owner/name of parquet, jsonl or txt files; smoltalk or the name of another task "
-        "for its questions, tasks for those of all",
+        f"for its questions, tasks for those of all; {FOLDER} for the CORE bundle",
     )
     download.add_argument("--folder", help="take only what is below this folder of the dataset")
     download.add_argument("-n", type=_positive, default=DataConfig.hub_shards, help="training files (%(default)s)")

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from nanochat_jax.data.bundle import core_bundle, is_bundle
 from nanochat_jax.data.hub import ELSEWHERE, Stopped, is_whole, task_table
 from nanochat_jax.data.registry import LISTING, HubDocuments, HubFile
 from nanochat_jax.errors import UserError
@@ -71,6 +72,18 @@ def download_tables(tables: list[tuple[str, str | None, str]], cache_dir: Path) 
     return lines
 
 
+def download_core(cache_dir: Path) -> str:
+    """Fetches the CORE bundle into the cache that runs read. A line on it."""
+    from evals.core import find_data, load_tasks
+
+    with _bar(0, 0, 1) as advance:
+        folder, source = core_bundle(cache_dir, on_block=advance)
+    tasks = load_tasks(folder)
+    have = sum(find_data(folder, task)[0] is not None for task in tasks)
+    came = f"; from {source['url']}, SHA-256 {source['sha256']}, which its publisher does not state" if source else ""
+    return f"CORE: {have} of {len(tasks)} tasks have their data in {folder}{came}"
+
+
 def _parts(path: Path) -> int:
     part = path.with_name(path.name + ".part")
     return part.stat().st_size if part.is_file() else 0
@@ -120,6 +133,8 @@ def contents(cache_dir: Path) -> list[str]:
             lines.append(f"{name}: {len(whole)} of {listed} files whole ({_gigabytes(whole)}){half}")
         elif tables := [p for p in files if p.suffix == ".arrow"]:
             lines.append(f"{folder.name.replace('___', '/', 1)}: {len(tables)} tables ({_gigabytes(tables)})")
+        elif is_bundle(folder):
+            lines.append(f"{folder.name}: the CORE bundle, {len(files)} files ({_gigabytes(files)})")
     return lines
 
 

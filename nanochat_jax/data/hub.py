@@ -48,11 +48,13 @@ def fetch(
     size: int | None = None,
     sha256: str | None = None,
     on_block: Callable[[int], None] | None = None,
+    **words: str,
 ) -> Path:
     """`target`, downloaded from the path `source` unless it is there and whole. UserError where that fails.
 
     size, sha256: what it must have, where the caller knows; else what the hub says now. on_block(bytes) is called for
-    every block that comes, and while another process downloads; what it raises ends the download.
+    every block that comes, and while another process downloads; what it raises ends the download. words: those of
+    `asking`.
     """
     watch = on_block or (lambda n: None)
     note = target.with_name(target.name + ".json")
@@ -63,7 +65,7 @@ def fetch(
         with _alone(target.with_name(f".{target.name}.lock"), watch):
             digest = (read_json(note) or {}).get("sha256") or sha256
             if not is_whole(target, size, sha256):
-                digest = _download(source, target, fs or hub_filesystem(), size, sha256, watch)
+                digest = _download(source, target, fs or hub_filesystem(), size, sha256, watch, words)
             found = target.stat()
             now = {"size": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns}
             if now != read_json(note):
@@ -105,11 +107,11 @@ def _alone(path: Path, watch: Callable[[int], None]) -> Iterator[None]:
         yield
 
 
-def _download(source: str, target: Path, fs, size: int | None, sha256: str | None, watch: Callable) -> str:
+def _download(source: str, target: Path, fs, size, sha256: str | None, watch: Callable, words: dict) -> str:
     """Downloads, checks, and gives the file its name. Its SHA-256."""
     part = target.with_name(target.name + ".part")
     if size is None:
-        info = asking(source, lambda: fs.info(source))
+        info = asking(source, lambda: fs.info(source), **words)
         size, sha256 = info["size"], sha256 or (info.get("lfs") or {}).get("sha256")
 
     def attempt() -> str:
@@ -122,7 +124,7 @@ def _download(source: str, target: Path, fs, size: int | None, sha256: str | Non
             raise OSError("what came is not what the hub has, or had when it was listed")
         return digest
 
-    digest = asking(source, attempt)
+    digest = asking(source, attempt, **words)
     os.replace(part, target)
     return digest
 
@@ -148,8 +150,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def asking(what: str, ask: Callable, pause: float = 1.0):
-    """ask(), tried again with growing pauses where that may help. UserError where it fails for good."""
+def asking(what: str, ask: Callable, pause: float = 1.0, server: str = "the hub", advice: str = OFFLINE):
+    """ask(), tried again with growing pauses where that may help. UserError where it fails for good: what `server` has
+    not got or will not give, and what to do then."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     for attempt in range(TRIES):
@@ -158,7 +161,7 @@ def asking(what: str, ask: Callable, pause: float = 1.0):
         except Stopped:
             raise
         except FileNotFoundError:
-            raise UserError(f"the hub has no {what}; {OFFLINE}") from None
+            raise UserError(f"{server} has no {what}; {advice}") from None
         except Exception as e:
             reason = (str(e).splitlines() or [""])[0][:120]
             if getattr(e, "errno", None) in LOCAL_ERRORS:
@@ -166,7 +169,7 @@ def asking(what: str, ask: Callable, pause: float = 1.0):
             status = getattr(getattr(e, "response", None), "status_code", None)
             hopeless = isinstance(e, OfflineModeIsEnabled) or status in (401, 403, 404)
             if hopeless or attempt == TRIES - 1:
-                raise UserError(f"cannot get {what} ({type(e).__name__}: {reason}); {OFFLINE}") from None
+                raise UserError(f"cannot get {what} ({type(e).__name__}: {reason}); {advice}") from None
             time.sleep(pause * 2**attempt)
 
 

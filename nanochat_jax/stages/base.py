@@ -11,7 +11,8 @@ CORE_EXAMPLES = 500  # a task, while training; the eval stage takes all
 
 def _evaluator(run: common.Run, val_rows):
     """Bits per byte, and every core_every steps CORE as well, where its bundle is at hand."""
-    bpb, bundle, every = common.bpb_evaluator(run, val_rows), find_bundle(run.config), run.config.base.core_every
+    bpb, every = common.bpb_evaluator(run, val_rows), run.config.base.core_every
+    bundle = find_bundle(run.config, run.cache_dir)
 
     def evaluate(step: int, params: dict) -> dict:
         out = bpb(step, params)

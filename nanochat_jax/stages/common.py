@@ -156,13 +156,8 @@ def loader(run: Run, dataset: PackedDataset, step: Step) -> Loader:
 
 def scorer(run: Run, params: dict, rows: int) -> Scorer:
     """What scores texts with `params`, `rows` of them at a time on each device."""
-    put = sharding.rows(run.mesh)
     model = merge(graph_of(run.gpt_config, run.dtype), params)
-    return Scorer(
-        model,
-        rows * sharding.data_parallel(run.mesh),
-        place=lambda tokens: jax.make_array_from_callback(tokens.shape, put, lambda index: tokens[index]),
-    )
+    return Scorer(model, rows * sharding.data_parallel(run.mesh), run.mesh)
 
 
 def bpb_evaluator(run: Run, rows: PackedDataset) -> Callable[[int, dict], dict]:

@@ -1,0 +1,121 @@
+"""Texts that begin alike: the beginning is computed once, and what follows it in each text branches off.
+
+Of the beginning, the prefix, only keys and values are wanted. Behind it stands a row of the tokens that tell something:
+the stem, which is the last token that all texts share, and then the branches, one after the other. A token sees the
+prefix, the stem and what stands before it in its own branch. Positions go on from the prefix in every branch, so that
+windows and rotary angles are those of the text by itself, and the smear gets the token before it in its text. The last
+token of a text is a target only and is not computed.
+
+Shapes: R rows, P tokens of a prefix, S of stem and branches, M targets, D width, H heads, K key/value heads, N head
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax.attention import causal_attention
+
+STEM, NOTHING = 0, -1  # in place of a branch's number: what all see, and what fills a row up
+
+Answer = tuple[Sequence[int], int, int]  # ids of a text and the span [start, end) of its targets, start >= 1
+Kept = list[tuple[jax.Array, jax.Array]]  # per layer the keys and values of the prefixes, (R, P, K, N)
+
+
+class Tree(NamedTuple):
+    """One question: texts with what is to be predicted in them."""
+
+    prefix: Sequence[int]
+    tokens: list[int]  # (S,)
+    before: list[int]  # (S,) the token before each in its text, -1 for none
+    positions: list[int]  # (S,)
+    branch: list[int]  # (S,) STEM, or 1, 2, ...
+    index: list[int]  # (M,) which of the S predicts each target
+    targets: list[int]  # (M,)
+    spans: list[slice]  # per answer, where its targets are among the M; answers that are equal share them
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many leading ids all sequences share."""
+    first, shortest = sequences[0], min(map(len, sequences))
+    for i in range(shortest):
+        if any(s[i] != first[i] for s in sequences):
+            return i
+    return shortest
+
+
+def grow(answers: Sequence[Answer]) -> Tree:
+    """The tree of some texts, one or more."""
+    keys = [(tuple(ids), start, end) for ids, start, end in answers]
+    texts = list(dict.fromkeys(keys))  # equal ones score equal, to the last bit
+    shared = min(common_prefix([ids for ids, _, _ in texts]), min(start for _, start, _ in texts))
+    first = texts[0][0]
+    tree = Tree(first[: max(0, shared - 1)], [], [], [], [], [], [], [])
+
+    def add(ids, position, branch):
+        tree.tokens.append(ids[position])
+        tree.before.append(ids[position - 1] if position else -1)
+        tree.positions.append(position)
+        tree.branch.append(branch)
+
+    if shared:
+        add(first, shared - 1, STEM)
+    spans = {}
+    for branch, (ids, start, end) in enumerate(texts, STEM + 1):
+        at = len(tree.tokens) - shared  # plus the position is the place
+        for position in range(shared, end - 1):
+            add(ids, position, branch)
+        places = [0 if t == shared else at + t - 1 for t in range(start, end)]
+        spans[ids, start, end] = slice(len(tree.index), len(tree.index) + len(places))
+        tree.index.extend(places)
+        tree.targets.extend(ids[start:end])
+    tree.spans.extend(spans[key] for key in keys)
+    return tree
+
+
+# --------------------------------------------------------------------------------------------------- the device
+
+
+def prefix_states(model, tokens: jax.Array, width: int) -> Kept:
+    """Keys and values of prefixes (R, P) at width >= P places. What the last layer makes of them is never computed."""
+    windows, kept = model.cfg.windows, []
+    room = ((0, 0), (0, width - tokens.shape[1]), (0, 0), (0, 0))
+
+    def attend(i, q, k, v):
+        kept.append((jnp.pad(k, room), jnp.pad(v, room)))
+        return causal_attention(q, k, v, windows[i])
+
+    model.trunk(tokens, jnp.arange(tokens.shape[1]), attend)
+    return kept
+
+
+def branch_hidden(model, kept: Kept, lengths, tokens, before, positions, branch) -> jax.Array:
+    """Hidden states (R, S, D) behind prefixes of `lengths` (R,); the other arrays are (R, S), as in `Tree`."""
+    windows, (S, P) = model.cfg.windows, (tokens.shape[1], kept[0][0].shape[1])
+    far = positions[:, :, None] - jnp.arange(P)  # (R, S, P), how far back each place of the prefix is
+    near = positions[:, :, None] - positions[:, None, :]  # (R, S, S)
+    there = (jnp.arange(P) < lengths[:, None])[:, None, :]
+    same = (branch[:, :, None] == branch[:, None, :]) | (branch == STEM)[:, None, :]
+    same &= jnp.arange(S)[:, None] >= jnp.arange(S)
+
+    def attend(i, q, k, v):
+        seen = jnp.concatenate([there & (far <= windows[i]), same & (near <= windows[i])], axis=-1)
+        return _attend(q, (kept[i][0], k), (kept[i][1], v), seen)
+
+    return model.trunk(tokens, positions, attend, prev_tokens=before)
+
+
+def _attend(q, keys, values, seen) -> jax.Array:
+    """Queries (R, S, H, N) over two parts, (R, P, K, N) and (R, S, K, N), of which `seen` (R, S, P + S) is seen."""
+    R, S, H, N = q.shape
+    K, P = keys[0].shape[2], keys[0].shape[1]
+    q = (q * N**-0.5).reshape(R, S, K, H // K, N)
+    scores = [jnp.einsum("rskgn,rpkn->rkgsp", q, k, preferred_element_type=jnp.float32) for k in keys]
+    scores = jnp.where(seen[:, None, None], jnp.concatenate(scores, axis=-1), -1e30)
+    probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    parts = zip((probs[..., :P], probs[..., P:]), values)
+    return sum(jnp.einsum("rkgsp,rpkn->rskgn", p, v) for p, v in parts).reshape(R, S, H, N)

@@ -1,0 +1,97 @@
+"""The CORE bundle as karpathy/nanochat publishes it: one archive, fetched, checked and unpacked into the cache.
+
+Its publisher states no checksum. What can be checked is the size that the server names and, member by member, the sizes
+and CRCs of the archive; the SHA-256 of what came is written down beside it, in `source.json`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+
+from nanochat_jax.data import hub
+from nanochat_jax.data.web import Web
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_json, part_of, read_json
+
+URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+FOLDER = "core"  # in the cache of downloads
+FILES = ("core.yaml", "eval_meta_data.csv")  # what makes a folder a bundle
+ADVICE = (
+    "the same command goes on from what came; without a network, run it where there is one and copy runs/cache/hub/core"
+    " here, or set evals.core_dir to a folder that holds the bundle"
+)
+
+
+def is_bundle(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in FILES)
+
+
+def core_bundle(cache_dir: Path, on_block: Callable[[int], None] | None = None) -> tuple[Path, dict]:
+    """The bundle's folder in the cache, fetched unless it is there, and {"url", "size", "sha256"} of its archive.
+
+    UserError in one line where the archive is not to be had, is damaged, or is no bundle.
+    """
+    folder = Path(cache_dir) / FOLDER
+    if not is_bundle(folder):
+        archive = folder.with_name("eval_bundle.zip")
+        hub.fetch(URL, archive, Web(), on_block=on_block, server="the server", advice=ADVICE)
+        note = archive.with_name(archive.name + ".json")
+        source = {"url": URL, **{name: read_json(note)[name] for name in ("size", "sha256")}}
+        _unpack(archive, folder, source)
+        archive.unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+    return folder, read_json(folder / "source.json") or {}
+
+
+def _unpack(archive: Path, folder: Path, source: dict) -> None:
+    """Makes `folder` of the archive, whole or not at all."""
+    part = part_of(folder)
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            members = {m.filename: m for m in zipped.infolist() if not m.is_dir()}
+            targets = _targets(members, archive)
+            needed, free = sum(members[name].file_size for name in targets), shutil.disk_usage(folder.parent).free
+            if needed > free:
+                raise UserError(
+                    f"{archive.name} unpacks to {needed / 1e9:.2f} GB, and the disk of {folder.parent} has "
+                    f"{free / 1e9:.2f} GB free; {hub.ELSEWHERE}"
+                )
+            for name, target in targets.items():
+                (part / target).parent.mkdir(parents=True, exist_ok=True)
+                with zipped.open(name) as packed, open(part / target, "wb") as out:
+                    shutil.copyfileobj(packed, out)  # compares the CRC at the end
+        atomic_write_json(part / "source.json", source)
+        if folder.is_dir():  # what stood there is no bundle
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # the last: encrypted, or packed otherwise
+        archive.unlink()
+        raise UserError(f"{source['url']} came damaged ({e}) and was removed; {ADVICE}") from None
+    except OSError as e:
+        raise UserError(f"cannot unpack {archive.name} into {folder} ({e.strerror or e}); {hub.ELSEWHERE}") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _targets(members: dict[str, zipfile.ZipInfo], archive: Path) -> dict[str, PurePosixPath]:
+    """{member: its path below the bundle's folder}, of the files in the folder where core.yaml is.
+
+    UserError where there is none, or where a member would land outside of it or is a link.
+    """
+    roots = [PurePosixPath(name).parent for name in members if PurePosixPath(name).name == FILES[0]]
+    if not roots:
+        raise UserError(f"{archive} holds no {FILES[0]}, so it is no CORE bundle; {ADVICE}")
+    root = min(roots, key=lambda path: len(path.parts))
+    out = {}
+    for name, member in members.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or stat.S_ISLNK(member.external_attr >> 16):
+            raise UserError(f"{archive} has a member {name!r}, which would lie outside of its folder; {ADVICE}")
+        if path.is_relative_to(root):
+            out[name] = path.relative_to(root)
+    return out
