@@ -241,11 +241,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--vocab", type=int, default=32768)
     p.add_argument("--accumulation", type=int, help="micro-batches of a step; default: as the recipe's batch wants")
     p.add_argument("--gpu", choices=sorted(PRODUCTS), default="h100")
-    p.add_argument("--dtype", default="bfloat16", help=argparse.SUPPRESS)
+    p.add_argument("--fp8", action="store_true", help="the step's products in 8-bit floats")
     p.add_argument("--top", type=int, default=12, help="how many of the longest kernels are named")
     p.add_argument("--hlo", help="a file of an optimised program, instead of compiling one")
     p.add_argument("--dump", help="write the optimised program there")
     args = p.parse_args(argv)
+    args.dtype = "bfloat16"
     from nanochat_jax import sharding, targets
     from nanochat_jax.config import MeshConfig
     from nanochat_jax.errors import UserError
@@ -279,5 +280,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for k in longest:
         each = k.floor(bandwidth, args.gpu)
         print(f"  {k.part:12} {k.name:40} {k.times:4} x {1e6 * each:8.1f} us  {k.bytes / 1e6:9.1f} MB")
-    print(json.dumps({"depth": args.depth, "rows": args.rows, "gpu": args.gpu, "parts": parts, "seconds": seconds}))
+    print(
+        json.dumps(
+            {
+                "depth": args.depth,
+                "rows": args.rows,
+                "fp8": args.fp8,
+                "gpu": args.gpu,
+                "parts": parts,
+                "seconds": seconds,
+            }
+        )
+    )
     return 0

@@ -29,6 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--vocab", type=int, default=32768)
     p.add_argument("--seq", type=int, default=2048)
     p.add_argument("--dtype", default="bfloat16", help="of the products: float32 | bfloat16")
+    p.add_argument("--fp8", action="store_true", help="the step's products in 8-bit floats")
     p.add_argument("--max-rows", type=int, default=64, help="of a micro-batch on a device")
     p.add_argument("--devices", type=int, default=1, help="GPUs of the described kind, or simulated CPU devices")
     p.add_argument("--fsdp", type=int, default=1)
@@ -58,7 +59,7 @@ class Planned:
         dtype = jnp.dtype(args.dtype)
         schedules = optim.make_schedules(OptimConfig(), 1000, 0.1, "modern")
         self.optimizer = optim.make_optimizer(self.cfg, OptimConfig(), schedules, plan.batch_tokens, dtype, mesh)
-        self.step = train.make_step(graph_of(self.cfg, dtype), self.optimizer, dtype, mesh)
+        self.step = train.make_step(graph_of(self.cfg, dtype, args.fp8), self.optimizer, dtype, mesh)
         self.state = sharding.abstract(
             jax.eval_shape(lambda: train.init_state(self.cfg, self.optimizer, 0, mesh)), mesh
         )
