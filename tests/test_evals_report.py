@@ -12,7 +12,9 @@ from markdown_it import MarkdownIt
 from report_fakes import HOSTILE, STAGES, SYSTEM, full_run, put
 
 from evals.__main__ import main as evals
+from evals.chat import chatcore
 from evals.report import plots, write_report
+from evals.report.facts import TITLES
 from evals.report.plots import moving_average
 from evals.report.words import count, cut, duration, fence, listed, plain, plus_minus, printable, table
 
@@ -46,10 +48,10 @@ def test_scores_are_over_stages_with_errors_the_best_and_what_is_partial(whole):
     assert corrected == pytest.approx(value + 0.003, abs=1e-4)
     notes = re.findall(r"^(\d)\. (.*)$", page, re.MULTILINE)
     assert [n for n, _ in notes] == ["1", "2", "3", "4"]
-    stand_in = r"squad (squad.other\|set.jsonl)"
+    stand_in = r"squad.other\|set.jsonl for squad"
     assert notes[1][1] == (
         "Partial CORE: over 7 of 8 tasks and 1,400 examples; without coqa, whose data are missing; stand-ins for "
-        f"{stand_in}; at most 200 examples a task."
+        f"data: {stand_in}; at most 200 examples a task."
     )
     assert "GSM8K (200 of 1,319)" in notes[3][1]
     assert "**Total wall-clock: 10 h 00 min, $240.00**" in page
@@ -111,7 +113,7 @@ def test_what_was_partial_is_said_in_one_place(whole):
         "sft: 12 conversations were cropped to a row, and 3 dropped",
         "CORE of base: no data for coqa.",
         "CORE of base: prompts longer than the model's context: squad (7).",
-        "mid, sft and rl: not all questions were asked of ARC-Easy (200 of 1,319)",
+        "Not all questions were asked of ARC-Easy (200 of 1,319)",
         "answers that had no end within 512 tokens and the context: GSM8K (10.0 %)",
     ):
         assert text in section
@@ -184,6 +186,17 @@ def test_less_than_a_whole_run_makes_a_shorter_page(name, whole, tmp_path, monke
     page = (run / "report.md").read_text()
     assert there in page and gone not in page and len(page) < len(whole[1])
     assert page.count("![") == len(list(run.glob("report/*.png"))) == html.count("<img")
+
+
+def test_means_over_different_tasks_are_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "DPI", 30)
+    run = full_run(tmp_path / "run")
+    assert cells(write_report(run).read_text(), "ChatCORE")[4].startswith("**")
+    found = json.loads((run / "evals" / "rl.json").read_text())
+    del found["chat"]["mmlu"]
+    put(run / "evals" / "rl.json", found | {"chatcore": chatcore(found["chat"], tuple(TITLES))})
+    page = write_report(run).read_text()
+    assert "**" not in "".join(cells(page, "ChatCORE")) and ", without MMLU; not to be compared" in page
 
 
 def test_a_machine_without_gpus_has_hours_and_no_gpu_hours(tmp_path, monkeypatch):

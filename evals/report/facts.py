@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from evals import records
-from evals.report.words import listed
+from evals.report.words import listed, plain
 from nanochat_jax.config import RunConfig, from_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
@@ -28,6 +28,14 @@ TITLES = {
 
 def titled(task: str) -> str:
     return TITLES.get(task, task)
+
+
+def stand_ins(core: dict) -> list[str]:
+    """Files that stand in for the data of tasks of CORE, with these tasks."""
+    tasks: dict[str, list[str]] = {}
+    for task, path in core.get("substitutes", {}).items():
+        tasks.setdefault(path, []).append(plain(task))
+    return [f"{plain(path)} for {listed(of)}" for path, of in tasks.items()]
 
 
 class Facts:
@@ -49,10 +57,15 @@ class Facts:
         """{task: scores} of a stage."""
         return self.evals.get(stage, {}).get("chat") or {}
 
-    def asked_in_part(self, stage: str) -> str:
-        """The tasks of which not all questions were asked, and how many were; "" where there is none."""
-        asked = ((titled(t), r["n"], r.get("of", r["n"])) for t, r in self.chat(stage).items())
-        return listed([f"{title} ({n:,} of {of:,})" for title, n, of in asked if n < of])
+    def asked_in_part(self) -> str:
+        """The tasks of which some stage was not asked all questions, and how many it was; "" where there is none."""
+        out = []
+        for task in self.tasks():
+            found = [r for s in STAGES if (r := self.chat(s).get(task)) and r["n"] < r.get("of", r["n"])]
+            if found:
+                asked = " or ".join(f"{n:,}" for n in sorted({r["n"] for r in found}))
+                out.append(f"{titled(task)} ({asked} of {found[0]['of']:,})")
+        return listed(out)
 
     def core(self, stage: str) -> dict | None:
         core = self.evals.get(stage, {}).get("core")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from evals.report.facts import STAGES, Facts, titled
+from evals.report.facts import STAGES, Facts, stand_ins, titled
 from evals.report.words import listed, percent, plain
 from nanochat_jax.data.documents import source_of
 
@@ -60,8 +60,8 @@ def _core(facts: Facts) -> list[str]:
         name = f"CORE of {stage}"
         if core["missing"]:
             out.append(f"{name}: no data for {listed([plain(t) for t in core['missing']])}.")
-        for task, path in core.get("substitutes", {}).items():
-            out.append(f"{name}: {plain(path)} stands in for the data of {plain(task)}.")
+        if found := stand_ins(core):
+            out.append(f"{name}: stand-ins for data: {', '.join(found)}.")
         for key, what in (("long", "longer than the model's context"), ("cropped", "cropped at the left")):
             if found := core.get(key):
                 out.append(f"{name}: prompts {what}: {_of_tasks(found)}.")
@@ -80,13 +80,13 @@ def _chat(facts: Facts) -> list[str]:
     for stage in STAGES:
         for text in _chat_of(facts, stage):
             found.setdefault(text, []).append(stage)
-    return [f"{listed(stages)}: {text}" for text, stages in found.items()]
+    few = facts.asked_in_part()
+    out = [f"Not all questions were asked of {few}."] if few else []
+    return out + [f"{listed(stages)}: {text}" for text, stages in found.items()]
 
 
 def _chat_of(facts: Facts, stage: str) -> list[str]:
     asked, out = facts.chat(stage), []
-    if few := facts.asked_in_part(stage):
-        out.append(f"not all questions were asked of {few}.")
     if missing := (facts.evals.get(stage, {}).get("chatcore") or {}).get("missing"):
         out.append(f"ChatCORE lacks {listed([titled(t) for t in missing])}.")
     endless = [f"{titled(t)} ({percent(r['unfinished'])})" for t, r in asked.items() if r.get("unfinished")]

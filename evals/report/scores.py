@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from evals.report.facts import STAGES, Facts, titled
+from evals.report.facts import STAGES, Facts, stand_ins, titled
 from evals.report.words import DASH, duration, listed, percent, plain, plus_minus, table
 
 LEGEND = (
@@ -18,7 +18,8 @@ LEGEND = (
 class Cell(NamedTuple):
     value: float
     text: str
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()  # of what it is the mean: means over different tasks cannot be compared
 
 
 class Notes:
@@ -27,12 +28,10 @@ class Notes:
     def __init__(self):
         self.texts: list[str] = []
 
-    def mark(self, text: str) -> str:
-        if not text:
-            return ""
-        if text not in self.texts:
-            self.texts.append(text)
-        return f" <sup>{self.texts.index(text) + 1}</sup>"
+    def mark(self, texts: Sequence[str]) -> str:
+        self.texts += [text for text in texts if text not in self.texts]
+        numbers = ", ".join(str(self.texts.index(text) + 1) for text in texts)
+        return f" <sup>{numbers}</sup>" if numbers else ""
 
     def __str__(self):
         return "\n".join(f"{i}. {text}" for i, text in enumerate(self.texts, 1))
@@ -52,10 +51,11 @@ def section(facts: Facts) -> str:
     row("below byte frequencies", "0 %", lambda s: _below_unigram(facts.evals[s].get("bpb")))
     row("CORE", "0", lambda s: _core(facts.core(s)))
     row("CORE by the right answers", "0", lambda s: _core_corrected(facts.core(s)))
+    in_part = f"Not all questions were asked of {facts.asked_in_part()}."
     for task in facts.tasks():
         chance = next(facts.chat(s)[task]["baseline"] for s in stages if task in facts.chat(s))
-        row(titled(task), f"{chance:.2f}", lambda s, task=task: _task(facts.chat(s).get(task), facts.asked_in_part(s)))
-    row("ChatCORE", "0", lambda s: _chatcore(facts.evals[s].get("chatcore"), facts.asked_in_part(s)))
+        row(titled(task), f"{chance:.2f}", lambda s, task=task: _task(facts.chat(s).get(task), in_part))
+    row("ChatCORE", "0", lambda s: _chatcore(facts.evals[s], in_part))
     head = ["", "chance", *(s.upper() for s in stages)]
     return "\n\n".join(filter(None, ["## Scores", table(head, rows), str(notes), _took(facts), LEGEND]))
 
@@ -69,17 +69,18 @@ def _took(facts: Facts) -> str:
 
 
 def _texts(stages: list[str], cells: dict[str, Cell], best, notes: Notes) -> list[str]:
-    """A row; bold where it is the best as it is printed, and not all are alike."""
+    """A row; bold where it is the best as it is printed, if they can be compared and not all are alike."""
     bare = {s: c.text.split(" ± ")[0] for s, c in cells.items()}
     top = bare[best(cells, key=lambda s: cells[s].value)]
-    marked = {top} if len(set(bare.values())) > 1 else set()
+    comparable = len({c.over for c in cells.values()}) == 1 < len(set(bare.values()))
     out = []
     for stage in stages:
         cell = cells.get(stage)
         if cell is None:
             out.append(DASH)
             continue
-        out.append((f"**{cell.text}**" if bare[stage] in marked else cell.text) + notes.mark(cell.note))
+        is_best = comparable and bare[stage] == top
+        out.append((f"**{cell.text}**" if is_best else cell.text) + notes.mark(cell.notes))
     return out
 
 
@@ -93,7 +94,7 @@ def _below_unigram(bpb: dict | None) -> Cell | None:
     if not bpb or bpb.get("below_unigram") is None:
         return None
     note = f"Less than the {bpb['byte_unigram']:.2f} bits that the frequencies of the text's bytes alone allow."
-    return Cell(bpb["below_unigram"], percent(bpb["below_unigram"]), note)
+    return Cell(bpb["below_unigram"], percent(bpb["below_unigram"]), (note,))
 
 
 def _core(core: dict | None) -> Cell | None:
@@ -102,16 +103,17 @@ def _core(core: dict | None) -> Cell | None:
     said = []
     if core["missing"]:
         said.append(f"without {listed([plain(n) for n in core['missing']])}, whose data are missing")
-    if core.get("substitutes"):
-        said.append("stand-ins for " + listed([f"{plain(k)} ({plain(v)})" for k, v in core["substitutes"].items()]))
+    if found := stand_ins(core):
+        said.append(f"stand-ins for data: {', '.join(found)}")
     if core.get("max_per_task"):
         said.append(f"at most {core['max_per_task']:,} examples a task")
-    note = ""
+    notes = []
     if said:
         kind = "Partial CORE" if core["partial"] else "CORE"
         over = f"{core['n_tasks']} of {core['total_tasks']} tasks and {sum(core.get('n', {}).values()):,} examples"
-        note = f"{kind}: over {over}; {'; '.join(said)}."
-    return Cell(core["core_metric"], plus_minus(core["core_metric"], core.get("core_stderr"), 4), note)
+        notes.append(f"{kind}: over {over}; {'; '.join(said)}.")
+    text = plus_minus(core["core_metric"], core.get("core_stderr"), 4)
+    return Cell(core["core_metric"], text, tuple(notes), tuple(sorted(core["results"])))
 
 
 def _core_corrected(core: dict | None) -> Cell | None:
@@ -119,22 +121,27 @@ def _core_corrected(core: dict | None) -> Cell | None:
     if value is None:
         return None
     tasks = listed([plain(n) for n in core["corrected"]])
-    return Cell(value, f"{value:.4f}", f"The bundle states wrong answers in {tasks}; here they are put right.")
+    note = f"The bundle states wrong answers in {tasks}; here they are put right."
+    return Cell(value, f"{value:.4f}", (note,), tuple(sorted(core["results"])))
 
 
 def _task(task: dict | None, in_part: str) -> Cell | None:
-    """in_part: the tasks of the stage of which not all questions were asked."""
+    """in_part: the remark on tasks of which not all questions were asked."""
     if not task:
         return None
-    note = f"Not all questions were asked of {in_part}." if task["n"] < task.get("of", task["n"]) else ""
-    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), note)
+    notes = (in_part,) if task["n"] < task.get("of", task["n"]) else ()
+    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), notes)
 
 
-def _chatcore(score: dict | None, in_part: str) -> Cell | None:
+def _chatcore(found: dict, in_part: str) -> Cell | None:
+    score = found.get("chatcore")
     if not score or score["score"] is None:
         return None
-    note = f"Not all questions were asked of {in_part}." if in_part else ""
+    asked, notes = (found["chat"][task] for task in score["tasks"]), []
+    if any(task["n"] < task.get("of", task["n"]) for task in asked):
+        notes.append(in_part)
     if score["partial"]:
         over, missing = (listed([titled(n) for n in score[k]]) for k in ("tasks", "missing"))
-        note = f"Partial ChatCORE: over {over}, without {missing}; not to be compared with a whole one."
-    return Cell(score["score"], plus_minus(score["score"], score.get("stderr"), 4), note)
+        notes.append(f"Partial ChatCORE: over {over}, without {missing}; not to be compared with a whole one.")
+    text = plus_minus(score["score"], score.get("stderr"), 4)
+    return Cell(score["score"], text, tuple(notes), tuple(sorted(score["tasks"])))
