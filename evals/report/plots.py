@@ -6,6 +6,7 @@ any colour vision (Okabe and Ito 2008, the purple darkened) and keep their meani
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,7 +173,7 @@ def bars(
     places = range(len(found))
     widths = [b.value - origin for b in found]
     error = {"ecolor": INK, "elinewidth": 1, "capsize": 2.5}
-    errors = [b.error for b in found]
+    errors = [b.error or math.nan for b in found]  # none is drawn where it says nothing
     axes.barh(places, widths, left=origin, height=0.66, color=COLOURS[0], alpha=0.85, xerr=errors, error_kw=error)
     axes.axvline(origin, color=INK, linewidth=1.2)
     marked = [(b.other, i) for i, b in zip(places, found) if b.other is not None]

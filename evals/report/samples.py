@@ -61,5 +61,6 @@ def _answer(record: dict) -> str:
     lines = ["> " + cut(record["prompt"].strip(), CHARS, LINES).replace("\n", "\n> ")]
     lines.append(cut(records.said(record).strip(), CHARS, LINES) or "(nothing)")
     if not record["correct"] and record.get("expected"):
-        lines.append("expected:\n" + cut(record["expected"].strip(), CHARS // 2, LINES // 2))
+        expected = record["expected"].rpartition(record["prompt"])[2]  # code is asked to be gone on with
+        lines.append("expected:\n" + cut(expected.strip("\n"), CHARS // 2, LINES // 2))
     return title + "\n\n" + fence("\n\n".join(lines))

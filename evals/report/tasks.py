@@ -19,7 +19,7 @@ def core(facts: Facts) -> str:
         marks = "the right answers, where the bundle states wrong ones" if found.get("corrected") else ""
         bars(
             facts.dir / "report" / f"{name}.png",
-            f"CORE of {stage}, task by task",
+            f"CORE of {stage}, task by task" + (" (* stand-in data)" if found.get("substitutes") else ""),
             "accuracy centred at chance",
             chart,
             other=marks,
