@@ -101,17 +101,20 @@ class _Bench:
         self.run_dir, self.name, self.stage, self.config, self.log = run_dir, name, loaded.stage, config, log
         self.model, self.tok, self.max_per_task = model, loaded.tokenizer, config.evals.max_per_task
         self.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir.parent / "cache"
-        self.scorer = Scorer(self.model, config.evals.batch, sharding.make_mesh(MeshConfig()))
+        self.mesh = sharding.make_mesh(MeshConfig())
+        self.scorer = Scorer(self.model, config.evals.batch, self.mesh)
         self._engine = None
 
     @property
     def engine(self):
         if self._engine is None:
+            from evals.engines import Engines
             from nanochat_jax.calculator import CalculatorTool
-            from nanochat_jax.engine import Engine
 
             slots, max_len = self.config.evals.batch, self.model.cfg.sequence_len
-            self._engine = Engine(self.model, slots=slots, max_len=max_len, tool=CalculatorTool(self.tok))
+            self._engine = Engines(
+                self.model, slots=slots, max_len=max_len, tool=CalculatorTool(self.tok), mesh=self.mesh
+            )
         return self._engine
 
     # ---------------------------------------------------------------------------------------------- what to run

@@ -2,7 +2,8 @@
 
 A small operating system. A slot of the cache is a process's memory, the queue is what waits for one, and `step` is a
 turn: it gives free slots to what waits, prefills a chunk of the prompts that are not in the cache yet, and decodes a
-time slice for all that are. A slice is short while somebody waits and lasts about SLICE_SECONDS otherwise.
+time slice for all that are. A slice is short while somebody waits and lasts about SLICE_SECONDS otherwise. In
+`generate` nobody watches, and a slice is as long as makes the whole shortest.
 
 A slot keeps what it holds when its request ends. A prompt that begins like it, as the next turn of a conversation does,
 or like the prompt of a request beside it, as the samples of one question do, is prefilled from where they part.
@@ -38,6 +39,7 @@ from nanochat_jax.sampling import TOP_LOGPROBS, Settings, log_probabilities, mod
 
 SHORT, LONG = 8, 32  # tokens of a slice: while somebody waits, and at most
 SLICE_SECONDS = 0.08  # how long a slice lasts where nobody waits
+PATIENT_PARTS = 8  # slices of a usual answer where nobody watches: the last one's rest is then a small part of it
 TRAFFIC_SECONDS = 1.0  # for so long after a request came beside others, another one is expected
 CHUNKS = (16, 64, kv.SLACK)  # tokens of a prompt that one call takes in: the smallest that holds all
 PREFILL_TOKENS = 8192  # rows times chunk of one call, at most
@@ -131,6 +133,8 @@ class Counters:
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompts: found in the cache
     generated_tokens: int = 0
+    answers: int = 0  # that came to their end
+    answer_tokens: int = 0  # of these
     calls: int = 0  # of the device
 
 
@@ -175,7 +179,6 @@ class Program:
         return model, model.trunk(tokens, positions, attend, prev_tokens=before)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _prefill(program: Program, span, params, cache, slots, tokens, before, start, count):
     """The cache with the keys and values of a chunk of prompts in it.
 
@@ -188,7 +191,6 @@ def _prefill(program: Program, span, params, cache, slots, tokens, before, start
     return kv.put(cache, slots, rows, positions)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(program: Program, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
     """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are meant, and the cache with them.
 
@@ -219,6 +221,20 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
     return out, kv.put(cache, slots, rows, jnp.where(written, positions, -1))
 
 
+class Compiled:
+    """The device's two functions, jitted; all engines of a kind share their programs."""
+
+    def __init__(self, **options):
+        self.prefill = jax.jit(_prefill, static_argnums=(0, 1), donate_argnums=3, **options)
+        self.decode = jax.jit(_decode, static_argnums=(0, 1, 2), donate_argnums=4, **options)
+
+
+@functools.cache
+def compiled(one_core: bool) -> Compiled:
+    """one_core: of a CPU, for engines beside each other, which would else wait for the same threads."""
+    return Compiled(compiler_options={"xla_cpu_multi_thread_eigen": False}) if one_core else Compiled()
+
+
 # ----------------------------------------------------------------------------------------------- on the host
 
 
@@ -240,14 +256,17 @@ class Engine:
     """`slots` rows of at most `max_len` tokens each, split over the devices of the mesh where these divide them.
 
     One thread at a time may use it. tool: has start(), which gives a state machine with push(id) -> ids to force; None
-    for none. int8: the blocks' matrices and the head are read as int8 (`quantize`).
+    for none. int8: the blocks' matrices and the head are read as int8 (`quantize`). one_core: this is one of several
+    engines on a CPU, each in a thread.
     """
 
-    def __init__(self, model, *, slots: int, max_len: int, tool=None, mesh=None, int8: bool = False):
+    def __init__(
+        self, model, *, slots: int, max_len: int, tool=None, mesh=None, int8: bool = False, one_core: bool = False
+    ):
         if max_len > model.cfg.sequence_len:
             raise ValueError(f"max_len={max_len} is more than the model's context of {model.cfg.sequence_len}")
         self.slots, self.max_len, self.cfg, self._tool = slots, max_len, model.cfg, tool
-        self._mesh, self._int8 = mesh, int8
+        self._mesh, self._int8, self._compiled = mesh, int8, compiled(one_core)
         graph, state = nnx.split(model)
         self._program = Program(graph, model.cfg, np.dtype(model.dtype), max_len)
         devices = sharding.data_parallel(mesh) if mesh is not None else 1
@@ -262,6 +281,7 @@ class Engine:
         self._pace: dict[tuple, float] = {}  # seconds of a decoded position, by what was compiled
         self._given = 0  # requests that got a slot
         self._traffic = float("-inf")  # when a request last came beside others
+        self.patient = False  # nobody watches the tokens as they come
         self.counters = Counters()
         self.update_params(nnx.to_pure_dict(state))
 
@@ -330,8 +350,12 @@ class Engine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """All of them to their end, in order."""
         tickets = [self.submit(r) for r in requests]
-        while self.busy:
-            self.step()
+        before, self.patient = self.patient, True
+        try:
+            while self.busy:
+                self.step()
+        finally:
+            self.patient = before
         return [t.completion for t in tickets]
 
     def warm_up(self, request: Request) -> Iterator[None]:
@@ -353,11 +377,11 @@ class Engine:
             for chunk in CHUNKS:
                 zeros = np.zeros(R, np.int32)
                 where = (table, np.zeros((R, chunk), np.int32), zeros - 1, zeros, zeros)
-                self._cache = _prefill(self._program, span, self.params, self._cache, *where)
+                self._cache = self._compiled.prefill(self._program, span, self.params, self._cache, *where)
                 yield
             nothing = np.full((R, 2), -1, np.int32), np.full(R, -1, np.int32), np.full((R, LONG), -1, np.int32)
             what = (table, *nothing, Settings.blank(R), 0)
-            self._cache = _decode(self._program, span, how, self.params, self._cache, *what)[1]
+            self._cache = self._compiled.decode(self._program, span, how, self.params, self._cache, *what)[1]
             yield
 
     # ------------------------------------------------------------------------------------------- a turn
@@ -368,7 +392,8 @@ class Engine:
         self._cancelled.clear()
         self._admit()
         self._begin()
-        self._prefill_some(PREFILL_BESIDE if any(t.ready for t in self._running) else PREFILL_TOKENS)
+        beside = any(t.ready for t in self._running) and not self.patient
+        self._prefill_some(PREFILL_BESIDE if beside else PREFILL_TOKENS)
         ready = [t for t in self._running if t.ready]
         return events + self._slice(ready) if ready else events
 
@@ -464,7 +489,8 @@ class Engine:
         if not waiting:
             return
         longest = max(len(t.prompt) - 1 - t.filled for t in waiting)
-        chunk = next((c for c in CHUNKS if c >= longest), CHUNKS[-1])
+        # two short chunks are less work than a long one that is half empty, but one call more
+        chunk = next((c for c in CHUNKS if (2 if self.patient else 1) * c >= longest), CHUNKS[-1])
         tickets = waiting[: max(1, limit // chunk)]
         table, places = self._rows(tickets)
         n_rows = self.slots if table is None else table.size
@@ -479,7 +505,9 @@ class Engine:
             t.slot.ids += piece
             t.slot.written = max(t.slot.written, t.filled)
         span = self._span(max(t.filled for t in tickets))
-        self._cache = _prefill(self._program, span, self.params, self._cache, table, tokens, before, start, count)
+        self._cache = self._compiled.prefill(
+            self._program, span, self.params, self._cache, table, tokens, before, start, count
+        )
         self.counters.calls += 1
 
     # ------------------------------------------------------------------------------------------- decode
@@ -503,7 +531,7 @@ class Engine:
         n = self._slice_length(tickets, key)
         reach = self._span(int(position.max()) + n)
         began = time.perf_counter()
-        out, self._cache = _decode(
+        out, self._cache = self._compiled.decode(
             self._program, reach, how, self.params, self._cache, table, last, position, forced, settings, n
         )
         out = [np.asarray(o) for o in out]
@@ -522,13 +550,23 @@ class Engine:
             self.counters.generated_tokens += len(new)
             if done:
                 self._release(t)
+                self.counters.answers += 1
+                self.counters.answer_tokens += len(t.completion.ids)
         return events
 
     def _slice_length(self, tickets: Sequence[Ticket], key: tuple) -> int:
-        """Tokens of the next slice: short while somebody waits or may soon, about SLICE_SECONDS of them otherwise."""
+        """Tokens of the next slice: short while somebody waits or may soon, about SLICE_SECONDS of them otherwise.
+
+        Patient: a part of what answers were long so far, as the rest of an answer's last slice is lost.
+        """
         n, now = SHORT, time.perf_counter()
         waits = self._queue or len(tickets) < len(self._running) or any(not t.completion.ids for t in tickets)
-        if key in self._pace and not waits and now > self._traffic + TRAFFIC_SECONDS:
+        if self.patient:
+            usual = max(len(t.completion.ids) for t in tickets)
+            if self.counters.answers:
+                usual = self.counters.answer_tokens / self.counters.answers
+            n = min(max(int(usual / PATIENT_PARTS), SHORT), LONG)
+        elif key in self._pace and not waits and now > self._traffic + TRAFFIC_SECONDS:
             n = min(max(int(SLICE_SECONDS / self._pace[key]), SHORT), LONG)
         left = [min(t.request.max_new_tokens - len(t.completion.ids), self.max_len - t.length) for t in tickets]
         return min(n, max(left))

@@ -50,28 +50,34 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 # ------------------------------------------------------------------------------------------------ our side
 
 
-def load(args: argparse.Namespace):
-    """The model of a run, or one of random weights whose outputs are not all alike."""
+def random_params(cfg) -> dict:
+    """Fresh parameters with which outputs are not all alike."""
     import jax
     import jax.numpy as jnp
 
-    from nanochat_jax import devices, scaling
-    from nanochat_jax.config import ModelConfig
-    from nanochat_jax.model import graph_of, init_params, merge
+    from nanochat_jax.model import init_params
 
-    if args.run_dir:
-        from nanochat_jax.checkpoint import load_model
-
-        return load_model(args.run_dir).model
-    dtype = devices.compute_dtype(args.dtype)
-    cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
     params = init_params(cfg, 0)
     key = jax.random.key(1)
     for block in params["blocks"].values():  # these start at zero
         for part in (block["attn"]["proj"], block["mlp"]["proj"]):
             part["weight"] = 0.02 * jax.random.normal(key, part["weight"].shape, jnp.float32)
     params["lm_head"]["weight"] = 0.05 * jax.random.normal(key, params["lm_head"]["weight"].shape, jnp.float32)
-    return merge(graph_of(cfg, dtype), params)
+    return params
+
+
+def load(args: argparse.Namespace):
+    """The model of a run, or one of random weights."""
+    from nanochat_jax import devices, scaling
+    from nanochat_jax.config import ModelConfig
+    from nanochat_jax.model import graph_of, merge
+
+    if args.run_dir:
+        from nanochat_jax.checkpoint import load_model
+
+        return load_model(args.run_dir).model
+    cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
+    return merge(graph_of(cfg, devices.compute_dtype(args.dtype)), random_params(cfg))
 
 
 def step_bytes(engine, batch: int, length: int) -> int:

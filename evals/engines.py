@@ -1,0 +1,71 @@
+"""Many requests at once on what the machine has: an engine for each core of a CPU, and one engine elsewhere.
+
+XLA takes one core for most of a decode step on a CPU, however many there are: products of few rows are too small to be
+shared, and attention reads the cache by one core. So every core gets an engine with slots of its own, in a thread, and
+all of them take from one queue.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+
+from nanochat_jax.engine import Completion, Engine, Request
+
+MOST = 8  # engines, as each reads all weights for its own rows
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Engines:
+    """`slots` rows of at most max_len tokens: on a CPU in `count` engines (None: one a core), elsewhere over `mesh`."""
+
+    def __init__(self, model, *, slots: int, max_len: int, tool=None, count: int | None = None, mesh=None):
+        how = {"max_len": max_len, "tool": tool}
+        if jax.default_backend() == "cpu":
+            count = min(count or min(cores(), MOST), slots)
+            how |= {"slots": -(-slots // count), "one_core": count > 1}
+        else:
+            count, how = 1, how | {"slots": slots, "mesh": mesh}
+        self._engines = [Engine(model, **how) for _ in range(count)]
+        for engine in self._engines:
+            engine.params, engine.patient = self._engines[0].params, True  # one copy of the parameters serves all
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """All of them to their end, in order.
+
+        Those with long prompts begin, so that rows beside each other are of like lengths: a call looks at as much of
+        the cache for all as the longest needs.
+        """
+        out: list[Completion | None] = [None] * len(requests)
+        waiting = deque(sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)))
+        lock, stopped = threading.Lock(), threading.Event()
+
+        def work(engine: Engine) -> None:
+            tickets = {}
+            while not stopped.is_set():
+                with lock:
+                    while waiting and engine.active + engine.queued < engine.slots:
+                        i = waiting.popleft()
+                        tickets[i] = engine.submit(requests[i])
+                if not engine.busy:
+                    break
+                engine.step()
+            for i, ticket in tickets.items():
+                out[i] = ticket.completion
+
+        with ThreadPoolExecutor(max_workers=len(self._engines)) as pool:
+            try:
+                list(pool.map(work, self._engines))
+            except BaseException:  # Ctrl-C too: the threads would go on to the last request
+                stopped.set()
+                raise
+        return out
