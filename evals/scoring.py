@@ -26,14 +26,11 @@ from flax import nnx
 
 from evals import branches
 from evals.branches import Answer, Tree
-from nanochat_jax import devices, sharding
+from evals.shapes import branch_bucket, fineness, power_of_four, prefix_bucket, stack, width_of
 from nanochat_jax import model as gpt
+from nanochat_jax import sharding
 from nanochat_jax.loss import token_nll
 
-SHORTEST = 16  # tokens of the shortest bucket of a prefix, and of the least step between buckets
-# A CPU is fastest where a batch fits its caches, and waits longer for what fills rows up than for compiling.
-CPU_TOKENS, CPU_STEPS = 2048, 4  # of a batch on each device, and buckets of prefixes in each doubling
-TOKENS, STEPS = 16384, 1
 IN_FLIGHT = 2  # batches handed to the device before the first result is waited for
 
 
@@ -42,20 +39,6 @@ class TokenScores(NamedTuple):
 
     nll: np.ndarray
     best: np.ndarray
-
-
-def bucket(length: int, steps: int) -> int:
-    """The padded length of a prefix: 16, 32, 64, ... with `steps` of equal size, at least 16, in each doubling."""
-    size = SHORTEST
-    while 2 * size < length:
-        size *= 2
-    step = max(SHORTEST, size // steps)
-    return max(size, -(-length // step) * step)
-
-
-def power_of_four(n: int) -> int:
-    """The next one, not below n >= 1: the padded number of branch tokens or targets, and the places for a prefix."""
-    return 1 << 2 * -(-(n - 1).bit_length() // 2)
 
 
 def crop_left(answers: Sequence[Answer], limit: int) -> list[Answer]:
@@ -104,14 +87,25 @@ def _prefixes(graph, mesh, params, tokens, width):
 
 
 @_program()
-def _branch_losses(graph, mesh, params, kept, rows, index, targets):
-    """rows: of branch_hidden; index and targets (R, M) -> losses (R, M) float32 and best guesses (R, M) int32."""
+def _branch_losses(graph, mesh, params, kept, rows, index, targets, count):
+    """rows: of branch_hidden. On each of N devices the first `count` (N,) of F targets: (N, F) ids, and index (N, F)
+    into the R / N * S positions there -> losses (N, F) float32 and best guesses (N, F) int32; the rest is not computed.
+    """
 
-    def local(model, kept, rows, index, targets):
+    def local(model, kept, rows, index, targets, count):
         hidden = branches.branch_hidden(model, kept, **rows)
-        return _losses(model, jnp.take_along_axis(hidden, index[..., None], axis=1), targets)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        chunk = min(fineness().head, index.shape[1])
 
-    return _by_rows(local, graph, mesh)(params, kept, rows, index, targets)
+        def step(i, found):
+            part = [jax.lax.dynamic_slice_in_dim(a[0], i * chunk, chunk) for a in (index, targets)]
+            new = _losses(model, hidden[part[0]], part[1])
+            return tuple(jax.lax.dynamic_update_slice_in_dim(a, n[None], i * chunk, 1) for a, n in zip(found, new))
+
+        empty = (jnp.zeros(index.shape, jnp.float32), jnp.zeros(index.shape, jnp.int32))
+        return jax.lax.fori_loop(0, -(-count[0] // chunk), step, empty)
+
+    return _by_rows(local, graph, mesh)(params, kept, rows, index, targets, count)
 
 
 @_program()
@@ -146,8 +140,8 @@ class Scorer:
         self.cfg, self.batch_rows = model.cfg, batch_rows
         self._mesh = mesh if mesh is not None and mesh.size > 1 else None
         self._devices = 1 if self._mesh is None else sharding.data_parallel(self._mesh)
-        tokens, self._steps = (CPU_TOKENS, CPU_STEPS) if devices.platform() == "cpu" else (TOKENS, STEPS)
-        self._tokens = min(tokens, -(-batch_rows * self.cfg.sequence_len // self._devices))
+        self._fine = fineness()
+        self._tokens = min(self._fine.tokens, -(-batch_rows * self.cfg.sequence_len // self._devices))
         self._graph, state = nnx.split(model)
         # Once, and not in every call: what the products use. Vectors and scalars stay as they are.
         self._params = gpt.cast_matrices(nnx.to_pure_dict(state), model.dtype)
@@ -166,10 +160,19 @@ class Scorer:
         trees = [branches.grow(crop_left(answers, limit)) for answers in questions]
 
         def score(batch: list[int], kept, arrays):
-            shape = arrays["tokens"].shape
-            index = _stack([trees[i].index for i in batch], shape, 0)
-            targets = _stack([trees[i].targets for i in batch], shape, -1)
-            return _branch_losses(*self._static, self._params, kept, arrays, *self._put((index, targets)))
+            rows, size = arrays["tokens"].shape
+            each = rows // self._devices  # rows of a device; its trees' targets stand one behind the other
+            index, targets = (np.zeros((self._devices, each * size), np.int32) for _ in range(2))
+            count, places = np.zeros(self._devices, np.int32), []
+            for row, i in enumerate(batch):
+                device, n = row // each, len(trees[i].targets)
+                at = slice(count[device], count[device] + n)
+                index[device, at] = np.asarray(trees[i].index, np.int32) + row % each * size
+                targets[device, at] = trees[i].targets
+                count[device] += n
+                places.append((device, at))
+            losses = _branch_losses(*self._static, self._params, kept, arrays, *self._put((index, targets, count)))
+            return places, losses
 
         out: list[list[TokenScores]] = [None] * len(trees)
         for i, (nll, best) in self._scored(trees, score):
@@ -183,8 +186,8 @@ class Scorer:
         trees = [branches.grow(crop_left(end, self.cfg.sequence_len)) for end in ends]
 
         def score(batch: list[int], kept, arrays):
-            ids = _stack([candidates[i] for i in batch], (len(arrays["tokens"]), most), 0)
-            return (_branch_logits(*self._static, self._params, kept, arrays, self._put(ids)),)
+            ids = stack([candidates[i] for i in batch], (len(arrays["tokens"]), most), 0)
+            return range(len(batch)), (_branch_logits(*self._static, self._params, kept, arrays, self._put(ids)),)
 
         out: list[np.ndarray] = [None] * len(trees)
         for i, (logits,) in self._scored(trees, score):
@@ -218,23 +221,29 @@ class Scorer:
         return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, split, lambda at: a[at]), arrays)
 
     def _scored(self, trees: list[Tree], score: Callable) -> Iterator[tuple[int, tuple]]:
-        """(index of a tree, its row of score's results as numpy arrays), in the order in which they are done."""
+        """(index of a tree, its part of score's results as numpy arrays), in the order in which they are done.
+
+        score(batch, kept, arrays) -> (where each of the batch is in the results, results on the devices).
+        """
         if any(not tree.tokens for tree in trees):
             raise ValueError("a sequence to score must hold one token at least")
         pending: deque = deque()
         for batch, rows in self._batches(trees):
             group = [trees[i] for i in batch]
-            longest, shape = max(len(t.prefix) for t in group), (rows, _size(group[0]))
-            prefixes = _stack([t.prefix for t in group], (rows, bucket(longest, self._steps)), 0)
-            kept = _prefixes(*self._static, self._params, self._put(prefixes), _width(longest))
+            longest, shape = max(len(t.prefix) for t in group), (rows, self._size(group[0]))
+            prefixes = stack([t.prefix for t in group], (rows, prefix_bucket(longest, self._fine.steps)), 0)
+            kept = _prefixes(*self._static, self._params, self._put(prefixes), width_of(longest))
             fill = {"tokens": 0, "before": -1, "positions": 0, "branch": branches.NOTHING}
-            arrays = {name: _stack([getattr(t, name) for t in group], shape, value) for name, value in fill.items()}
+            arrays = {name: stack([getattr(t, name) for t in group], shape, value) for name, value in fill.items()}
             arrays["lengths"] = np.array([len(t.prefix) for t in group] + [0] * (rows - len(group)), np.int32)
-            pending.append((batch, score(batch, kept, self._put(arrays))))
+            pending.append((batch, *score(batch, kept, self._put(arrays))))
             if len(pending) > IN_FLIGHT:
                 yield from _fetch(pending.popleft())
         while pending:
             yield from _fetch(pending.popleft())
+
+    def _size(self, tree: Tree) -> int:
+        return branch_bucket(max(len(tree.tokens), len(tree.targets)), self._fine.steps)
 
     def _batches(self, trees: list[Tree]) -> Iterator[tuple[list[int], int]]:
         """(indices of trees of one size, rows of their batch), the longest prefixes first.
@@ -244,40 +253,22 @@ class Scorer:
         """
 
         def size(i: int) -> int:
-            return _size(trees[i])
+            return self._size(trees[i])
 
         most = power_of_four(max(1, -(-len(trees) // self._devices)))
         for branch_tokens, found in groupby(sorted(range(len(trees)), key=size, reverse=True), size):
             order, at = sorted(found, key=lambda i: -len(trees[i].prefix)), 0
             while at < len(order):
-                fit = self._tokens // max(branch_tokens, _width(len(trees[order[at]].prefix)))
+                fit = self._tokens // max(branch_tokens, width_of(len(trees[order[at]].prefix)))
                 rows = min(most, max(1, fit)) * self._devices
                 yield order[at : at + rows], rows
                 at += rows
 
 
-def _size(tree: Tree) -> int:
-    """The padded number of its tokens, and of its targets."""
-    return power_of_four(max(len(tree.tokens), len(tree.targets)))
-
-
-def _width(longest: int) -> int:
-    """Places for prefixes of this length."""
-    return power_of_four(max(longest, SHORTEST))
-
-
-def _stack(lists: list[Sequence[int]], shape: tuple[int, int], fill: int) -> np.ndarray:
-    """int32 of a shape, each list at the left of its row."""
-    out = np.full(shape, fill, np.int32)
-    for row, values in zip(out, lists):
-        row[: len(values)] = values
-    return out
-
-
-def _fetch(item: tuple[list[int], Iterable[jax.Array]]) -> Iterator[tuple[int, tuple]]:
-    batch, arrays = item
-    rows = tuple(_to_host(a) for a in arrays)
-    return ((i, tuple(a[r] for a in rows)) for r, i in enumerate(batch))
+def _fetch(done: tuple[list[int], Iterable, Iterable[jax.Array]]) -> Iterator[tuple[int, tuple]]:
+    batch, places, results = done
+    results = tuple(_to_host(a) for a in results)
+    return ((i, tuple(a[place] for a in results)) for i, place in zip(batch, places, strict=True))
 
 
 def _to_host(x: jax.Array) -> np.ndarray:

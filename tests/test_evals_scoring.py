@@ -9,8 +9,8 @@ import pytest
 from evals_fakes import FullLogits, tiny_model
 from flax import nnx
 
-from evals import branches, scoring
-from evals.scoring import Scorer, bucket, crop_left, power_of_four
+from evals import branches, scoring, shapes
+from evals.scoring import Scorer, crop_left
 from nanochat_jax import sharding
 from nanochat_jax.config import MeshConfig
 
@@ -21,7 +21,7 @@ CLASSIC = {"residual_scalars": False, "value_embeds": False, "smear": False, "ba
 def few_buckets():
     """As on an accelerator: a test waits for compiling and for nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "CPU_STEPS", scoring.STEPS)
+        patch.setattr(shapes, "CPU", shapes.CPU._replace(steps=shapes.ACCELERATOR.steps))
         yield
 
 
@@ -58,7 +58,7 @@ def check(full, answers, scores, tolerance=1e-5):
 
 
 def test_losses_of_single_texts_come_in_the_given_order(full, scorer):
-    given = [whole(ids) for ids in sequences([5, 90, 2, 192, 64, 65, 12])]
+    given = [whole(ids) for ids in sequences([90, 2, 70, 192, 100])]
     for answers, got in zip(given, scorer.token_losses(given), strict=True):
         check(full, answers, got)
 
@@ -127,9 +127,12 @@ def test_few_programs(model):
 
 def test_buckets():
     for steps, some in ((1, [16, 32, 64, 128, 256]), (4, [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256])):
-        sizes = [bucket(n, steps) for n in range(257)]
+        sizes = [shapes.prefix_bucket(n, steps) for n in range(257)]
         assert sorted(set(sizes)) == some and all(size >= n for n, size in enumerate(sizes))
-    assert [power_of_four(n) for n in (1, 2, 4, 5, 16, 17, 1024, 1025)] == [1, 4, 4, 16, 16, 64, 1024, 4096]
+    some = (1, 2, 4, 5, 16, 17, 64, 65, 1025)
+    assert [shapes.branch_bucket(n, 1) for n in some] == [1, 4, 4, 16, 16, 64, 64, 256, 4096]
+    assert [shapes.branch_bucket(n, 4) for n in some] == [1, 4, 4, 16, 16, 32, 64, 128, 2048]
+    assert [shapes.width_of(n) for n in (0, 16, 17, 65)] == [16, 16, 64, 256]
 
 
 # ------------------------------------------------------------------------------------- texts that begin alike
