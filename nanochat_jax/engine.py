@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -153,9 +154,12 @@ class Slot:
 # --------------------------------------------------------------------------------------------- on the device
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Program:
-    """What the device's functions are compiled for, beside the shapes of their arguments."""
+    """What the device's functions are compiled for, beside the shapes of their arguments: one object for each kind.
+
+    Compared by identity, as every call looks it up, and hashing a model's graph takes 0.1 ms.
+    """
 
     graph: nnx.GraphDef
     cfg: GPTConfig
@@ -177,6 +181,11 @@ class Program:
             return kv.attend(q, keys, values, positions, newest, self.cfg.windows[layer], ring)
 
         return model, model.trunk(tokens, positions, attend, prev_tokens=before)
+
+
+@functools.cache
+def _program(*fields) -> Program:
+    return Program(*fields)
 
 
 def _prefill(program: Program, span, params, cache, slots, tokens, before, start, count):
@@ -222,11 +231,31 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
 
 
 class Compiled:
-    """The device's two functions, jitted; all engines of a kind share their programs."""
+    """The device's two functions, jitted; all engines of a kind share their programs.
+
+    Threads that need the same program for the first time wait for the one that compiles it: JAX would have all do it.
+    """
 
     def __init__(self, **options):
-        self.prefill = jax.jit(_prefill, static_argnums=(0, 1), donate_argnums=3, **options)
-        self.decode = jax.jit(_decode, static_argnums=(0, 1, 2), donate_argnums=4, **options)
+        self._made, self._lock = set(), threading.Lock()
+        self._prefill = jax.jit(_prefill, static_argnums=(0, 1), donate_argnums=3, **options)
+        self._decode = jax.jit(_decode, static_argnums=(0, 1, 2), donate_argnums=4, **options)
+
+    def prefill(self, program, span, params, cache, slots, tokens, *rest):
+        key = program, span, slots is None, tokens.shape
+        return self._once(key, self._prefill, program, span, params, cache, slots, tokens, *rest)
+
+    def decode(self, program, span, how, params, cache, slots, last, *rest):
+        key = program, span, slots is None, last.shape, how
+        return self._once(key, self._decode, program, span, how, params, cache, slots, last, *rest)
+
+    def _once(self, key, function, *args):
+        if key in self._made:
+            return function(*args)
+        with self._lock:
+            out = function(*args)
+        self._made.add(key)
+        return out
 
 
 @functools.cache
@@ -238,11 +267,11 @@ def compiled(one_core: bool) -> Compiled:
 # ----------------------------------------------------------------------------------------------- on the host
 
 
-def _grown(n: int, smallest: int, largest: int) -> int:
-    """n rounded up to smallest times a power of two, at most largest: few shapes, few compilations."""
+def _grown(n: int, smallest: int, largest: int, factor: int = 2) -> int:
+    """n rounded up to smallest times a power of factor, at most largest: few shapes, few compilations."""
     size = smallest
     while size < n:
-        size *= 2
+        size *= factor
     return min(size, largest)
 
 
@@ -268,7 +297,7 @@ class Engine:
         self.slots, self.max_len, self.cfg, self._tool = slots, max_len, model.cfg, tool
         self._mesh, self._int8, self._compiled = mesh, int8, compiled(one_core)
         graph, state = nnx.split(model)
-        self._program = Program(graph, model.cfg, np.dtype(model.dtype), max_len)
+        self._program = _program(graph, model.cfg, np.dtype(model.dtype), max_len)
         devices = sharding.data_parallel(mesh) if mesh is not None else 1
         self._devices = devices if slots % devices == 0 else 1
         each = slots // self._devices
@@ -450,7 +479,7 @@ class Engine:
         if copies:
             by_device = [[pair for pair in copies.items() if pair[0].device == d] for d in range(self._devices)]
             each = self.slots // self._devices
-            M = _grown(max(map(len, by_device)), 1, each)
+            M = self._width(max(map(len, by_device)))
             table = np.full((2, self._devices, M), each, np.int32)
             for d, pairs in enumerate(by_device):
                 for m, (to, source) in enumerate(pairs):
@@ -466,13 +495,17 @@ class Engine:
         self._running.remove(ticket)
         ticket.slot.ticket = ticket.slot = None
 
+    def _width(self, n: int) -> int:
+        """Rows of each device in a call for n. Patient: in larger steps, as compiling costs more than spare rows."""
+        return _grown(n, 1, self.slots // self._devices, 4 if self.patient else 2)
+
     def _rows(self, tickets: Sequence[Ticket]) -> tuple[np.ndarray | None, list[int]]:
         """The table of slots (D, M) for a call, None for all, and the row of each ticket in it."""
         by_device: list[list[Ticket]] = [[] for _ in range(self._devices)]
         for t in tickets:
             by_device[t.slot.device].append(t)
         each = self.slots // self._devices
-        width = _grown(max(map(len, by_device)), 1, each)
+        width = self._width(max(map(len, by_device)))
         if width == each:
             return None, [t.slot.device * each + t.slot.place for t in tickets]
         table, row = np.full((self._devices, width), each, np.int32), {}

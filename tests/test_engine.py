@@ -296,11 +296,11 @@ def test_nothing_is_compiled_after_the_warm_up_and_nothing_is_lost_by_it(model):
     first = engine.generate([Request(prompt, 20, temperature=0.0)])[0].ids
     steps = sum(1 for _ in engine.warm_up(Request([0], 1, temperature=0.0)))
     programs = engine_module.compiled(one_core=False)
-    sizes = programs.prefill._cache_size(), programs.decode._cache_size()
+    sizes = programs._prefill._cache_size(), programs._decode._cache_size()
     assert steps == 2 * (1 + 2 * 4)  # widths 1 and 2: a copy; two spans of three chunks and a slice
     turn = [Request(prompt + first + other[:9], 20, temperature=0.0), Request(other, 20, temperature=0.0)]
     said = [c.ids for c in engine.generate(turn)]
-    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == sizes
+    assert (programs._prefill._cache_size(), programs._decode._cache_size()) == sizes
     assert engine.counters.reused_tokens >= len(prompt)
     assert said == [alone(model, r) for r in turn]
 
