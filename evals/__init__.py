@@ -2,8 +2,9 @@
 
     python -m evals --run-dir runs/demo --stage sft --tasks arithmetic,bpb --max-per-task 100
 
-`scoring` asks a model for losses and logits; `bpb`, `core` and `chat` are made of it and of the engine; `stage` runs
-what a stage needs and writes evals/<stage>.json; `report` turns a run directory into report.md. Tasks are in `tasks`.
+`scoring` asks a model for losses and logits, `engines` for answers; `bpb`, `core` and `chat` are made of these; `stage`
+runs what a stage needs and writes evals/<stage>.json and `records`, which `browse` shows and `compare` sets against
+others' (`significance`); `report` turns a run directory into report.md. Tasks are in `tasks`.
 """
 
 
