@@ -31,7 +31,7 @@ from nanochat_jax import model as gpt
 from nanochat_jax import sharding
 from nanochat_jax.loss import token_nll
 
-IN_FLIGHT = 2  # batches handed to the device before the first result is waited for
+IN_FLIGHT = 1  # batches handed to the device before the result of the one ahead is waited for
 
 
 class TokenScores(NamedTuple):

@@ -92,9 +92,7 @@ class Step:
     rows: int
 
 
-def compile_step(
-    run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int, eight_bits: bool = False
-) -> Step:
+def compile_step(run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int, eight_bits: bool = False) -> Step:
     """The step of a batch of `batch_tokens`, in micro-batches of at most micro_batch rows a device that fit it.
 
     eight_bits: with its products in 8-bit floats.
