@@ -39,7 +39,7 @@ def _seen(c: str) -> bool:
 def plain(text: str) -> str:
     """Text from outside as one line of Markdown that says just this: no markup, no HTML, no new table cell."""
     line = " ".join(printable(text).split())
-    return re.sub(r"[\\`*\[\]<>|&~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return re.sub(r"[\\`*\[\]<>|&~#]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
 def cut(text: str, chars: int, lines: int) -> str:
