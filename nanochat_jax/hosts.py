@@ -22,7 +22,7 @@ from contextlib import contextmanager
 
 from nanochat_jax.cluster import Cluster, detect
 from nanochat_jax.errors import START_AGAIN, UserError
-from nanochat_jax.watch import LEAVING, Watch
+from nanochat_jax.peers import LEAVING, Watch
 
 HEARTBEAT = 100  # seconds until jax takes a process for dead: only for one that hangs, the watch is faster for the rest
 PATIENCE = 35.0  # seconds until a failed collective counts as this process's own error: longer than the watch needs

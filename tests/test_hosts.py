@@ -16,7 +16,7 @@ import yaml
 from nanochat_jax import hosts
 from nanochat_jax.cluster import Cluster, detect, first_host
 from nanochat_jax.errors import UserError
-from nanochat_jax.watch import Watch, _Link
+from nanochat_jax.peers import Watch, _Link
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = socket.gethostname()
