@@ -22,7 +22,8 @@ from nanochat_jax.errors import START_AGAIN, Interrupted, UserError
 ROOT = Path(__file__).resolve().parent
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
 ON_ONE_HOST = ("rl", "eval", "report")  # stages that are over soon and need a single one
-MAY_DIFFER = ("evals", "mesh", "checkpoints", "price_per_hour")  # settings that a finished stage does not depend on
+# settings that a finished stage does not depend on
+MAY_DIFFER = ("evals", "mesh", "checkpoints", "tracking", "price_per_hour")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -52,7 +53,7 @@ def fitting_config() -> Path:
 def open_run(args: argparse.Namespace):
     """The run directory, made or taken up again. UserError where it was made with other settings."""
     from evals import sandbox
-    from nanochat_jax import hosts
+    from nanochat_jax import hosts, sinks
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.files import atomic_write_text
     from nanochat_jax.preemption import Stop
@@ -63,6 +64,7 @@ def open_run(args: argparse.Namespace):
     config = load_config(path, args.mesh, args.settings)
     if config.evals.sandbox == "required":
         sandbox.prepare(config.evals.sandbox, print)  # now, and not after hours of training
+    sinks.check(config.tracking)
     run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
     existing = run_dir / "config.yaml"
     if existing.is_file():
@@ -195,6 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as e:
         print(f"interrupted: {e}", file=sys.stderr)
         return START_AGAIN
+    except FloatingPointError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
         return 130

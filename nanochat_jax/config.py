@@ -211,6 +211,15 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TrackingConfig:
+    """Where the records of training go beside metrics.jsonl, and what an alarm does."""
+
+    tensorboard: bool = False  # event files in RUN_DIR/tensorboard; needs the extra of that name
+    wandb: str | None = None  # a project of Weights & Biases; needs the extra of that name
+    stop_on_spike: bool = False  # save and stop where the loss leaps up (alarms.py says when); else it is only said
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 
@@ -234,6 +243,7 @@ class RunConfig:
     evals: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
 # ---------------------------------------------------------------------------------------------- building

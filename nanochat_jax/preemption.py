@@ -25,7 +25,7 @@ class Stop:
     """
 
     def __init__(self):
-        self.signal: str | None = None  # SIGTERM, SIGINT, SIGUSR1
+        self.signal: str | None = None  # SIGTERM, SIGINT, SIGUSR1, or what `ask` was given
         self._before: dict = {}
         self._any = None  # on several hosts: the jitted all-reduce, and what it gave for the step before
         self._pending: jax.Array | None = None
@@ -34,6 +34,10 @@ class Stop:
     def requested(self) -> bool:
         """Whether this process was asked to stop."""
         return self.signal is not None
+
+    def ask(self, why: str) -> None:
+        """Asks this process to stop, as a signal would."""
+        self.signal = self.signal or why
 
     @property
     def why(self) -> str:

@@ -1,4 +1,10 @@
-"""One record per step: a bar or plain lines on the console, log.txt, and metrics.jsonl.
+"""One record per step: a bar or plain lines on the console, log.txt, metrics.jsonl, and the sinks that are switched on.
+
+A record is {"stage", "step", "of", "time"}, the last in seconds since 1970, and
+- after a step: "loss", "grad_norm", "tokens_per_second", "mfu", "memory_gb" and what the stage adds, such as "reward";
+- after an evaluation: "val_bpb", "core", "pass@1" and so on; "sample", a text;
+- "alarm", a text, where something is wrong (`alarms.py`).
+Floats that are not finite are null. `truncate_from` and `read_records` take runs up and read them.
 
 The console is stderr: the last line on stdout belongs to the result.
 """
@@ -13,11 +19,18 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nanochat_jax import sinks
+from nanochat_jax.alarms import LossAlarm, StallAlarm
+from nanochat_jax.config import TrackingConfig
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
 
@@ -45,35 +58,59 @@ def _number(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def truncate_from(path: Path, step: int) -> None:
-    """Drops records of `step` and later, and a half-written last line: what a killed run wrote after its last save."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+def read_records(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; [] where there is none. A line that was cut in half is left out."""
+    out = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            record = json.loads(line)
+            out.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-        if record["step"] < step or (record["step"] == step and "loss" in record):
-            kept.append(line)
+    return out
+
+
+def truncate_from(path: Path, step: int) -> list[dict]:
+    """Drops records of `step` and later, and a half-written last line: what a killed run wrote after its last save.
+
+    Returns what is left.
+    """
+    if not path.exists():
+        return []
+    kept = [r for r in read_records(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
     part = path.with_suffix(".part")
-    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    part.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
     os.replace(part, path)
+    return kept
 
 
 class Tracker:
-    """Records of one stage: `record` appends to <stage>/metrics.jsonl and moves the bar, or prints a line at times."""
+    """Records of one stage: `record` appends to <stage>/metrics.jsonl and moves the bar, or prints a line at times.
 
-    def __init__(self, run_dir: str | Path, stage: str, total_steps: int, log: RunLog, start: int = 0):
-        self.stage, self.total, self.log = stage, total_steps, log
-        path = Path(run_dir) / stage / "metrics.jsonl"
+    `on_spike(text)` is called where the loss leaps up. Several hosts: all see the same losses, one writes.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        stage: str,
+        total_steps: int,
+        log: RunLog,
+        start: int = 0,
+        config: TrackingConfig | None = None,
+        on_spike: Callable[[str], None] | None = None,
+    ):
+        self.stage, self.total, self.log, self._on_spike = stage, total_steps, log, on_spike
+        path, before, self._sinks = Path(run_dir) / stage / "metrics.jsonl", [], []
         if log.silent:
             path = Path(os.devnull)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            truncate_from(path, start)
+            before = truncate_from(path, start)
+            self._sinks = sinks.open_sinks(config or TrackingConfig(), Path(run_dir), stage, start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage)
+        self._lock = threading.Lock()  # the stall alarm writes from its own thread
+        self._losses = LossAlarm(r["loss"] for r in before if "loss" in r)
+        self._step, self._stalls = start, StallAlarm(self._stalled)
         self._first, self._begun, self._last_line = start, None, 0.0
         self._bar = None
         if log.console.is_terminal and not log.silent:
@@ -88,15 +125,19 @@ class Tracker:
             self._bar.start()
 
     def record(self, step: int, **metrics) -> None:
-        """Appends {"step", "time", ...}; floats that are not finite become null."""
-        row = {"step": step, "time": round(time.time(), 3), **{k: _number(v) for k, v in metrics.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        now = time.perf_counter()
+        """Writes a record of the step, with an alarm where its loss deserves one."""
         if "loss" not in metrics:
+            self._write(step, metrics)
             shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
             self.log.say(f"{self.stage} {step}/{self.total}  {shown}")
             return
+        self._step = step
+        self._stalls.step()
+        alarm = None
+        if "reward" not in metrics:  # RL's is no likelihood: it has no level to leap from
+            alarm = self._losses.see(metrics["loss"])
+        self._write(step, {**metrics, "memory_gb": round(device_memory_gb(), 3)} | ({"alarm": alarm} if alarm else {}))
+        now = time.perf_counter()
         if self._begun is None:  # the first step compiles: the rate starts after it
             self._first, self._begun = step, now
         text = self._text(metrics)
@@ -106,6 +147,30 @@ class Tracker:
             self._last_line = now
             line = f"{self.stage} {step}/{self.total}  {text}  {self._left(step, now)}"
             self.log.write(line) if self._bar else self.log.say(line)
+        if alarm:
+            self._say(step, alarm)
+            if self._on_spike and math.isfinite(metrics["loss"]):
+                self._on_spike(alarm)
+
+    def _write(self, step: int, metrics: dict) -> None:
+        values = {k: _number(v) for k, v in metrics.items()}
+        row = {"stage": self.stage, "step": step, "of": self.total, "time": round(time.time(), 3), **values}
+        with self._lock:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for sink in self._sinks:
+                sink.write(row)
+
+    def _say(self, step: int, alarm: str) -> None:
+        self.log.say(f"{self.stage} {step}/{self.total}  ALARM  {alarm}")
+
+    def _stalled(self, alarm: str) -> None:
+        self._write(self._step, {"alarm": alarm})
+        self._say(self._step, alarm)
+
+    def elsewhere(self) -> AbstractContextManager:
+        """For what is between steps, such as an evaluation: it is no stall."""
+        return self._stalls.elsewhere()
 
     @staticmethod
     def _text(metrics: dict) -> str:
@@ -124,8 +189,11 @@ class Tracker:
         return f"left: {datetime.timedelta(seconds=round(seconds))}"
 
     def close(self) -> None:
+        self._stalls.close()
         if self._bar:
             self._bar.stop()
+        for sink in self._sinks:
+            sink.close()
         self._file.close()
 
 
@@ -133,6 +201,15 @@ def peak_memory_gb() -> float:
     """The most memory that this process has held, in GB."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def device_memory_gb() -> float:
+    """The most memory that the first device has held, in GB; of the process where the backend does not count, as a
+    CPU's."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else peak_memory_gb()
 
 
 def _cpu_name() -> str:

@@ -149,7 +149,11 @@ def fit(
         step, arrays, extra = pending
         values = {k: float(v) for k, v in jax.device_get(arrays).items()}
         if not math.isfinite(values["loss"]):
-            raise FloatingPointError(f"the loss is {values['loss']} at step {step}")
+            tracker.record(step, **values)
+            raise FloatingPointError(
+                f"the loss is {values['loss']} at step {step}, which was not saved: the same command goes on from the "
+                "last checkpoint; if that ends here too, begin the stage anew with lower rates (optim.lr_scale)"
+            )
         now = time.perf_counter()
         rates, mark = accounting.rates(1, now - mark), now
         last.update(values, **extra)

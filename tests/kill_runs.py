@@ -79,7 +79,7 @@ class Trial:
         newest = self.dir / "base" / "checkpoints" / str(saved_steps(self.dir / "base" / "checkpoints")[-1])
         manifests = sorted((self.cache / "packed").glob("*/manifest.json"))
         lines = (self.dir / "base" / "metrics.jsonl").read_text().splitlines()
-        timing = ("time", "tokens_per_second", "mfu")
+        timing = ("time", "tokens_per_second", "mfu", "memory_gb")
         return {
             "step": loaded.step,
             "parameters": digest.hexdigest(),

@@ -106,4 +106,4 @@ def test_every_setting_is_read_by_some_code():
     # the sections mid, sft and rl are taken by the stage's name
     unread = [f"{s.__name__}.{f.name}" for s in sections() for f in dataclasses.fields(s) if f.name not in read]
     assert [name for name in unread if name not in ("RunConfig.mid", "RunConfig.sft")] == []
-    assert len(sections()) == 11
+    assert len(sections()) == 12

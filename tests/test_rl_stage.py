@@ -115,7 +115,7 @@ def toys(monkeypatch):
 
 
 def records(folder):
-    timing = ("time", "tokens_per_second", "mfu")
+    timing = ("time", "tokens_per_second", "mfu", "memory_gb")
     lines = (folder / "rl" / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 

@@ -214,7 +214,14 @@ def train_stage(
             )
         meta = {**meta, "seconds": saved["seconds"], "last": saved["last"]}
         run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
-    tracker = Tracker(run.dir, name, steps, run.log, start=int(state.step))
+    settings = run.config.tracking
+    on_spike = run.stop.ask if settings.stop_on_spike else None
+    tracker = Tracker(run.dir, name, steps, run.log, int(state.step), settings, on_spike)
+
+    def evaluate_apart(step: int, params: dict) -> dict:
+        with tracker.elsewhere():
+            return evaluate(step, params)
+
     peak = devices.peak_flops(jax.devices()[0].device_kind)
     try:
         state, metrics = train.fit(
@@ -230,7 +237,7 @@ def train_stage(
             ),
             meta=meta,
             stop=run.stop,
-            evaluate=evaluate,
+            evaluate=evaluate and evaluate_apart,
             eval_every=eval_every,
         )
     finally:
