@@ -3,6 +3,7 @@
     uv run run_speedrun.py                                     # what fits this machine
     uv run run_speedrun.py --config configs/d20.yaml --mesh configs/mesh/h100_x8.yaml
     uv run run_speedrun.py --stages sft,rl,eval,report sft.epochs=2
+    uv run run_speedrun.py --plan --gpu h100 --count 8 --price 3     # what it would take; nothing runs
 
 Stages run in order; one whose done mark stands in the run directory is skipped, and one that was stopped goes on where
 it was saved. The last line on stdout is a JSON object with the run directory, the seconds of each stage and the scores.
@@ -34,20 +35,39 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--mesh", help="YAML file of mesh axes, such as configs/mesh/h100_x8.yaml")
     p.add_argument("--run-dir", help="default: runs/<name of the configuration>")
     p.add_argument("--stages", default=",".join(STAGES), help="a comma-separated choice, run in the pipeline's order")
+    p.add_argument("--plan", action="store_true", help="say what the run would take, and run nothing")
+    p.add_argument("--budget", type=float, metavar="DOLLARS", help="say how deep a model a budget trains")
+    p.add_argument("--gpu", help="plan for such a GPU: rtx4090, a100, a100_80, h100, h200; default: what is here")
+    p.add_argument("--count", type=int, help="plan for so many of them")
+    p.add_argument("--price", type=float, help="dollars an hour of one device")
+    p.add_argument(
+        "--measured", nargs="?", const="", metavar="RUN_DIR", help="plan at a run's speed; alone: time steps"
+    )
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     return p.parse_args(argv)
 
 
-def fitting_config() -> Path:
-    """demo.yaml on a CPU; else the deepest of the miniseries whose state and activations fit one device's memory."""
+def fitting_config(gigabytes: float | None = None) -> Path:
+    """demo.yaml on a CPU; else the deepest of the miniseries whose state and activations fit one device's memory, or
+    `gigabytes`."""
     import jax
 
-    if jax.default_backend() == "cpu":
-        return ROOT / "configs" / "demo.yaml"
-    stats = jax.devices()[0].memory_stats() or {}
-    gigabytes = stats.get("bytes_limit", 16e9) / 1e9
+    if gigabytes is None:
+        if jax.default_backend() == "cpu":
+            return ROOT / "configs" / "demo.yaml"
+        stats = jax.devices()[0].memory_stats() or {}
+        gigabytes = stats.get("bytes_limit", 16e9) / 1e9
     depth = next((d for d, need in ((24, 60), (20, 40), (12, 12)) if gigabytes >= need), None)
     return ROOT / "configs" / (f"d{depth}.yaml" if depth else "demo.yaml")
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Says what a run would take; the exit status."""
+    from nanochat_jax import plan, targets
+
+    described = targets.GPUS.get(args.gpu)
+    path = args.config or fitting_config(described.gb if described else None)
+    return plan.main(load_config(path, args.mesh, args.settings), args)
 
 
 def open_run(args: argparse.Namespace):
@@ -188,6 +208,8 @@ def main(argv: list[str] | None = None) -> int:
 
     take_memory()
     try:
+        if args.plan or args.budget is not None:
+            return plan(args)
         with hosts.together(say=lambda text: print(text, file=sys.stderr), orderly=(Interrupted,)):
             result = pipeline(args)
             main_process = hosts.is_main()
