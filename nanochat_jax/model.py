@@ -250,11 +250,12 @@ class GPT(nnx.Module):
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """tokens (B, T) from position 0 -> (B, T, D), each position seeing itself and what its window admits."""
         windows = self.cfg.windows
-        return self.trunk(
-            tokens,
-            jnp.arange(tokens.shape[1]),
-            lambda i, q, k, v: causal_attention(q, k, v, windows[i]),
-        )
+
+        def attend(i, q, k, v):
+            with jax.named_scope("attention"):
+                return causal_attention(q, k, v, windows[i])
+
+        return self.trunk(tokens, jnp.arange(tokens.shape[1]), attend)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden (..., D) -> softcapped logits (..., V) float32, the padding sliced away."""

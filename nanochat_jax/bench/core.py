@@ -79,7 +79,7 @@ def prepare(args: argparse.Namespace, tokenizer, folder: Path) -> list[str]:
     from flax import nnx
 
     from evals.core import fewshot_indices, load_examples, render_prompts
-    from nanochat_jax.export import to_reference
+    from nanochat_jax.weights.names import to_reference
 
     model, texts = load(args), set()
     cfg = model.cfg

@@ -30,7 +30,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--questions", type=int, default=200)
     p.add_argument("--few", type=int, default=20, help="that are answered one after the other")
     p.add_argument("--new", type=int, default=256, help="tokens of an answer, at most")
-    p.add_argument("--slots", default="32", help="how many answers at a time, several after commas")
+    p.add_argument("--slots", default="32", help="most answers at a time, several after commas; a CPU takes 8 a core")
     p.add_argument("--engines", type=int, help="of a CPU; default: one a core")
     p.add_argument("--rounds", type=int, default=5)
     return p.parse_args(argv)

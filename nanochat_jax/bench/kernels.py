@@ -1,6 +1,6 @@
 """What a compiled train step makes a GPU do, kernel by kernel, and the least time that the chip needs for it.
 
-    JAX_PLATFORMS=cpu python -m nanochat_jax.bench kernels --depth 24 --rows 16 --gpu h200 [--fp8]
+    JAX_PLATFORMS=cpu python -m nanochat_jax.bench kernels --depth 24 --rows 16 --gpu h200 [--precision fp8]
 
 The step is compiled for the GPU, which need not be here (`targets.py`), and the optimised program is read: of every
 kernel the bytes that it must move and the FLOPs of its products. Its floor is the larger of the two over what the chip
@@ -20,7 +20,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from nanochat_jax.bench.memory import ACCUMULATION, Planned
+from nanochat_jax.bench.step import RecipeStep, add_shape, recipe_accumulation
+
+ACCUMULATION = 2  # micro-batches of the compiled step
 
 LAUNCH = 2e-6  # seconds between kernels
 REACHED = 0.9  # of a memory's bandwidth, by a large copy
@@ -197,7 +199,7 @@ def part_of(i: Instruction, inner: Sequence[Instruction]) -> str:
     product = any(j.op == "dot" for j in inner) or "matmul" in i.text and i.op == "custom-call"
     if "fmha" in i.text:
         return "attention"
-    for name in ("optimizer", "loss", "embedding"):
+    for name in ("optimizer", "loss", "embedding", "attention"):
         if re.search(rf"[/(]{name}[/)]", names):
             return name
     if i.op.startswith(("all-", "reduce-scatter", "collective")):
@@ -222,33 +224,26 @@ def table(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, di
     return out
 
 
-def recipe_accumulation(args: argparse.Namespace) -> int:
-    """Micro-batches of the recipe's batch on one device."""
-    from nanochat_jax import scaling
-    from nanochat_jax.config import ModelConfig
+def compiled_text(args: argparse.Namespace) -> str:
+    """The optimised program of the step for the GPU."""
+    from nanochat_jax import sharding, targets
+    from nanochat_jax.config import MeshConfig
 
-    plan = scaling.plan(
-        scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab), ratio=12.0
-    )
-    return max(1, plan.batch_tokens // (args.rows * args.seq))
+    mesh = sharding.make_mesh(MeshConfig(), targets.devices(args.gpu))
+    options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "precision")}
+    return RecipeStep(args.depth, mesh, kind=args.gpu, **options).lower(args.rows, ACCUMULATION).compile().as_text()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench kernels", description=__doc__.split("\n\n")[0])
-    p.add_argument("--depth", type=int, default=24)
-    p.add_argument("--rows", type=int, default=16, help="of a micro-batch")
-    p.add_argument("--seq", type=int, default=2048)
-    p.add_argument("--vocab", type=int, default=32768)
+    add_shape(p, depth=24, rows=16, seq=2048, precision="bfloat16")
     p.add_argument("--accumulation", type=int, help="micro-batches of a step; default: as the recipe's batch wants")
     p.add_argument("--gpu", choices=sorted(PRODUCTS), default="h100")
-    p.add_argument("--fp8", action="store_true", help="the step's products in 8-bit floats")
     p.add_argument("--top", type=int, default=12, help="how many of the longest kernels are named")
     p.add_argument("--hlo", help="a file of an optimised program, instead of compiling one")
     p.add_argument("--dump", help="write the optimised program there")
     args = p.parse_args(argv)
-    args.dtype = "bfloat16"
-    from nanochat_jax import sharding, targets
-    from nanochat_jax.config import MeshConfig
+    from nanochat_jax import targets
     from nanochat_jax.errors import UserError
 
     try:
@@ -256,16 +251,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             with open(args.hlo, encoding="utf-8") as f:
                 text = f.read()
         else:
-            planned = Planned(args.depth, args, sharding.make_mesh(MeshConfig(), targets.devices(args.gpu)), args.gpu)
-            planned.needed(args.rows)
-            text = planned.compiled[args.rows].as_text()
+            text = compiled_text(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     if args.dump:
         with open(args.dump, "w", encoding="utf-8") as f:
             f.write(text)
-    count = args.accumulation or recipe_accumulation(args)
+    count = args.accumulation or recipe_accumulation(args.depth, args.rows, args.seq, args.vocab)
     kernels, bandwidth = with_accumulation(list(Program.parse(text).kernels()), count), targets.GPUS[args.gpu].bandwidth
     parts = table(kernels, bandwidth, args.gpu)
     seconds = sum(row["seconds"] for row in parts.values())
@@ -285,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             {
                 "depth": args.depth,
                 "rows": args.rows,
-                "fp8": args.fp8,
+                "precision": args.precision,
                 "gpu": args.gpu,
                 "parts": parts,
                 "seconds": seconds,

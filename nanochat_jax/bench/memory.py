@@ -1,7 +1,7 @@
 """What a train step needs of a device's memory, from the compiler's analysis; nothing runs but where --check asks.
 
     python -m nanochat_jax.bench memory --depths 12,20,24,26 --gpus rtx4090,a100,h100,h200 [--devices 8 --fsdp 8]
-    python -m nanochat_jax.bench memory --depths 4 --seq 512 --max-rows 8 --dtype float32 --check
+    python -m nanochat_jax.bench memory --depths 4 --seq 512 --max-rows 8 --precision float32 --check
 
 The step is compiled with 1, 8 and 16 rows; between them what is needed lies below the line, and beyond on it: with few
 rows the optimizer needs the most, with many the activations. With --gpus it is
@@ -13,7 +13,6 @@ On a CPU give it one depth, as what a process held once counts into its peak.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -28,8 +27,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--gpus", help="kinds of GPU to compile for, several after commas; default: the devices at hand")
     p.add_argument("--vocab", type=int, default=32768)
     p.add_argument("--seq", type=int, default=2048)
-    p.add_argument("--dtype", default="bfloat16", help="of the products: float32 | bfloat16")
-    p.add_argument("--fp8", action="store_true", help="the step's products in 8-bit floats")
+    p.add_argument("--precision", default="bfloat16", help="of the products: float32 | bfloat16 | fp8")
     p.add_argument("--max-rows", type=int, default=64, help="of a micro-batch on a device")
     p.add_argument("--devices", type=int, default=1, help="GPUs of the described kind, or simulated CPU devices")
     p.add_argument("--fsdp", type=int, default=1)
@@ -46,38 +44,19 @@ class Planned:
     """The step of one depth on the mesh, and the memory of its micro-batches."""
 
     def __init__(self, depth: int, args: argparse.Namespace, mesh, kind: str | None = None):
-        import jax
-        import jax.numpy as jnp
+        from nanochat_jax import sharding
+        from nanochat_jax.bench.step import RecipeStep
 
-        from nanochat_jax import optim, scaling, sharding, train
-        from nanochat_jax.config import ModelConfig, OptimConfig
-        from nanochat_jax.model import graph_of
-
-        self.mesh, self.seq, self.kind = mesh, args.seq, kind
-        self.cfg = scaling.gpt_config(ModelConfig(depth=depth, sequence_len=args.seq), args.vocab)
-        plan = scaling.plan(self.cfg, ratio=12.0)
-        dtype = jnp.dtype(args.dtype)
-        schedules = optim.make_schedules(OptimConfig(), 1000, 0.1, "modern")
-        self.optimizer = optim.make_optimizer(self.cfg, OptimConfig(), schedules, plan.batch_tokens, dtype, mesh)
-        self.step = train.make_step(graph_of(self.cfg, dtype, args.fp8), self.optimizer, dtype, mesh)
-        self.state = sharding.abstract(
-            jax.eval_shape(lambda: train.init_state(self.cfg, self.optimizer, 0, mesh)), mesh
-        )
-        self.per_device = plan.batch_tokens // args.seq // sharding.data_parallel(mesh)
+        self.step = RecipeStep(depth, mesh, seq=args.seq, vocab=args.vocab, precision=args.precision, kind=kind)
+        self.per_device = self.step.plan.batch_tokens // args.seq // sharding.data_parallel(mesh)
         self.compiled: dict = {}
 
     def needed(self, rows: int) -> int:
         """Bytes a device, with `rows` at a time."""
-        import jax
-        import numpy as np
-
-        from nanochat_jax import memory, sharding, targets
+        from nanochat_jax import memory
 
         if rows not in self.compiled:
-            shape = (ACCUMULATION, rows * sharding.data_parallel(self.mesh), self.seq)
-            array = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(self.mesh, leading=1))
-            with targets.tracing(self.kind) if self.kind else contextlib.nullcontext():
-                self.compiled[rows] = self.step.lower(self.state, {"tokens": array, "targets": array}).compile()
+            self.compiled[rows] = self.step.lower(rows, ACCUMULATION).compile()
         return memory.needed_bytes(self.compiled[rows])
 
     def estimate(self, rows: int) -> float:
@@ -93,7 +72,8 @@ class Planned:
     def state_bytes(self) -> int:
         import jax
 
-        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(self.state))
+        leaves = jax.tree.leaves(self.step.abstract_state)
+        return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
 
     def run(self, rows: int) -> int:
         """The most bytes of one device while one step runs for real."""
@@ -101,14 +81,14 @@ class Planned:
         import numpy as np
         import psutil
 
-        from nanochat_jax import sharding, train
+        from nanochat_jax import sharding
         from nanochat_jax.tracking import peak_memory_gb
 
         self.needed(rows)
         before = psutil.Process().memory_info().rss / 1e9
-        shape = (ACCUMULATION, rows * sharding.data_parallel(self.mesh), self.seq)
-        batch = jax.device_put(np.zeros(shape, np.int32), sharding.rows(self.mesh, leading=1))
-        state = train.init_state(self.cfg, self.optimizer, 0, self.mesh)
+        shape = (ACCUMULATION, rows * sharding.data_parallel(self.step.mesh), self.step.cfg.sequence_len)
+        batch = jax.device_put(np.zeros(shape, np.int32), self.step.split)
+        state = self.step.init()
         for _ in range(2):
             state, metrics = self.compiled[rows](state, {"tokens": batch, "targets": batch})
         jax.block_until_ready(metrics)
@@ -126,9 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     if not args.gpus:
         use_compilation_cache(Path("runs/cache/compiled").absolute())
-    print(
-        f"{args.dtype}, rows of {args.seq}; GB on a device, of those that may be planned; rows at a time x accumulation"
-    )
+    print(f"{args.precision}, rows of {args.seq}; GB on a device, of those that may be planned; rows x accumulation")
     points = "  ".join(f"{f'{n} rows':>7}" for n in POINTS)
     print(f"{'devices':>16} {'depth':>5}  {'GB':>5}  {'state':>6}  {points}  {'rows':>8}", flush=True)
     try:
@@ -136,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    print(json.dumps({"dtype": args.dtype, "seq": args.seq, "steps": out}))
+    print(json.dumps({"precision": args.precision, "seq": args.seq, "steps": out}))
     return 0
 
 

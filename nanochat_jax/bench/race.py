@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from nanochat_jax import hugepages
@@ -16,10 +17,12 @@ class Side:
 
     def __init__(self, name: str, command: list[str], **popen):
         self.name = name
+        began = time.perf_counter()
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
         while (line := self._process.stdout.readline()).strip() != "ready":
             if not line:
                 raise SystemExit(f"error: the {name} side ended before it was ready; its message is above")
+        self.seconds_to_ready = time.perf_counter() - began  # from the process's start
 
     def ask(self, order):
         """The answer to an order."""
@@ -50,10 +53,10 @@ def serve(do) -> None:
         print(json.dumps(do(json.loads(line))), flush=True)
 
 
-def our_side(module: str, options: list[str]) -> Side:
-    """Ours, with the environment that run_speedrun.py gives itself."""
+def our_side(module: str, options: list[str], environment: dict[str, str] | None = None) -> Side:
+    """Ours, with the environment that run_speedrun.py gives itself, and with `environment`."""
     command = [sys.executable, "-m", "nanochat_jax.bench", module, "--worker", *options]
-    return Side("ours", command, env={**os.environ, **hugepages.environment()})
+    return Side("ours", command, env={**os.environ, **hugepages.environment(), **(environment or {})})
 
 
 def reference_side(script: str, folder: str, python: str, dtype: str, options: list[str]) -> Side:

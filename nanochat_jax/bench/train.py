@@ -1,10 +1,12 @@
 """Training throughput: whole steps with data and optimizer, beside the PyTorch reference where it is at hand.
 
-    python -m nanochat_jax.bench train
+    python -m nanochat_jax.bench train --depth 12 --rows 16 --seq 2048 --accumulation 4 --precision fp8 --startup
     python -m nanochat_jax.bench train --reference DIR --reference-python ENV/bin/python
 
-Each side is a process of its own that warms up and then runs a few steps whenever it is asked to; rounds alternate, so
-that what else the machine does falls on both alike. The figure is the median over rounds.
+Each side is a process of its own that runs a few steps whenever it is asked to; rounds alternate, so that what else the
+machine does falls on both alike. The figure is the median over rounds. --startup starts ours twice, with an empty and
+with a full cache of compiled programs, and tells the seconds from the process's start to the end of its first step.
+--profile keeps a trace that Perfetto and XProf open, and tells where the time went.
 """
 
 from __future__ import annotations
@@ -19,67 +21,112 @@ from pathlib import Path
 
 from nanochat_jax.bench import race
 
-SHAPE = ("depth", "rows", "seq", "vocab")
+SHAPE = ("depth", "rows", "accumulation", "seq", "vocab", "pattern")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    from nanochat_jax.bench.step import add_shape
+
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench train", description=__doc__.split("\n\n")[0])
-    p.add_argument("--depth", type=int, default=4)
-    p.add_argument("--rows", type=int, default=8, help="of a step")
-    p.add_argument("--seq", type=int, default=512, help="tokens of a row")
-    p.add_argument("--vocab", type=int, default=32768)
+    add_shape(p, depth=4, rows=8, seq=512)
+    p.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    p.add_argument("--packed", help="a folder of packed rows of seq + 1 tokens; default: random ones")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--steps", type=int, default=3, help="of a round")
-    p.add_argument("--dtype", default="auto", help="float32 | bfloat16")
+    p.add_argument("--warmup", type=int, default=2, help="steps before the first round")
+    p.add_argument("--startup", action="store_true", help="time the start, cold and warm")
+    p.add_argument("--profile", metavar="DIR", help="trace a round's steps into this folder, after the rounds")
     race.add_reference(p)
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--cache", help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------ our side
 
 
-def worker(args: argparse.Namespace) -> None:
-    """Answers a number of steps with the seconds that they took."""
-    import jax
+def random_rows(folder: Path, args: argparse.Namespace) -> None:
+    """Packed rows for a few steps, which then come again."""
     import numpy as np
 
-    from nanochat_jax import devices, optim, scaling, sharding, train
-    from nanochat_jax.config import MeshConfig, ModelConfig, OptimConfig
-    from nanochat_jax.data.loader import Loader
-    from nanochat_jax.data.packed import PackedDataset, write_packed
-    from nanochat_jax.model import graph_of
+    from nanochat_jax.data.packed import write_packed
 
-    dtype = devices.compute_dtype(args.dtype)
-    cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
-    batch_tokens, mesh = args.rows * args.seq, sharding.make_mesh(MeshConfig())
-    schedules = optim.make_schedules(OptimConfig(), 1000, 0.1, "modern")
-    optimizer = optim.make_optimizer(cfg, OptimConfig(), schedules, batch_tokens, dtype, mesh)
-    state = train.init_state(cfg, optimizer, 0, mesh)
-    step = train.make_step(graph_of(cfg, dtype), optimizer, dtype, mesh)
     rng = np.random.default_rng(0)
+    rows = ((rng.integers(0, args.vocab, args.seq + 1, np.uint16),) for _ in range(16 * args.rows * args.accumulation))
+    write_packed(folder, rows, args.seq + 1, {})
+
+
+def worker(args: argparse.Namespace) -> None:
+    """Answers {"steps"} with the seconds that they took, {"profile", "steps"} with the parts' seconds, "about"."""
+    import jax
+
+    from nanochat_jax import devices, memory, scaling, sharding
+    from nanochat_jax.bench import parts
+    from nanochat_jax.bench.step import RecipeStep
+    from nanochat_jax.config import MeshConfig
+    from nanochat_jax.data.loader import Loader
+    from nanochat_jax.data.packed import PackedDataset
+
+    if args.cache:
+        devices.use_compilation_cache(Path(args.cache))
+    options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "precision")}
+    made = RecipeStep(args.depth, sharding.make_mesh(MeshConfig()), **options)
+    compiled = made.lower(args.rows, args.accumulation).compile()
+    state, done = made.init(), 0
     with tempfile.TemporaryDirectory() as folder:
-        rows = ((rng.integers(0, args.vocab, args.seq + 1, np.uint16),) for _ in range(64 * args.rows))
-        write_packed(Path(folder) / "rows", rows, args.seq + 1, {})
-        split = sharding.rows(mesh, leading=1)
-        dataset = PackedDataset(Path(folder) / "rows")
-        with Loader(dataset, seed=0, accumulation=1, rows=args.rows, sharding=split) as loader:
-            done = 0
+        if not args.packed:
+            random_rows(Path(folder) / "rows", args)
+        dataset = PackedDataset(Path(args.packed or Path(folder) / "rows"))
+        rows = args.rows * sharding.data_parallel(made.mesh)
+        with Loader(dataset, seed=0, accumulation=args.accumulation, rows=rows, sharding=made.split) as loader:
 
             def run(n: int) -> float:
                 nonlocal state, done
                 began = time.perf_counter()
                 for _ in range(n):
-                    state, metrics = step(state, loader.at(done))
+                    state, metrics = compiled(state, loader.at(done))
                     done += 1
                 jax.block_until_ready(metrics["loss"])
                 return time.perf_counter() - began
 
-            run(2)
-            race.serve(run)
+            def answer(order):
+                if order == "about":
+                    return {
+                        "device": jax.devices()[0].device_kind,
+                        "devices": len(jax.devices()),
+                        "dtype": str(made.dtype),
+                        "flops_per_token": scaling.flops_per_token(made.cfg),
+                        "peak_flops": devices.peak_flops(jax.devices()[0].device_kind),
+                        "planned_gb": memory.needed_bytes(compiled) / 1e9,
+                        "peak_gb": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9 or None,
+                    }
+                if "profile" not in order:
+                    return run(order["steps"])
+                with jax.profiler.trace(order["profile"]):
+                    seconds = run(order["steps"])
+                found = parts.by_part(Path(order["profile"]), compiled.as_text(), order["steps"])
+                return {"seconds": seconds / order["steps"], "parts": found}
+
+            run(1)
+            race.serve(answer)
 
 
 # ------------------------------------------------------------------------------------------------ the race
+
+
+def start(args: argparse.Namespace, shape: list[str], result: dict) -> race.Side:
+    """Our side, with one step behind it; --startup: the second of its kind."""
+    more = [f"--precision={args.precision}", *([f"--packed={args.packed}"] if args.packed else [])]
+    shares = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if args.reference else {}
+    if not args.startup:
+        return race.our_side("train", [*more, *shape], shares)
+    with tempfile.TemporaryDirectory() as cache:
+        cold = race.our_side("train", [*more, *shape, f"--cache={cache}"], shares)
+        cold.close()
+        side = race.our_side("train", [*more, *shape, f"--cache={cache}"], shares)
+    result["start_seconds"] = {"cold": cold.seconds_to_ready, "warm": side.seconds_to_ready}
+    print(f"first step {cold.seconds_to_ready:.1f} s after the start, {side.seconds_to_ready:.1f} s with a full cache")
+    return side
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,30 +134,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         worker(args)
         return 0
-    from nanochat_jax import scaling
-    from nanochat_jax.config import ModelConfig
-
     shape = [f"--{name}={getattr(args, name)}" for name in SHAPE]
-    sides = [race.our_side("train", [f"--dtype={args.dtype}", *shape])]
+    result = {"shape": {name: getattr(args, name) for name in SHAPE}, "precision": args.precision}
+    result |= {"rounds": args.rounds, "steps": args.steps}
+    sides = [start(args, shape, result)]
     if args.reference:
-        sides.append(
-            race.reference_side("reference_train.py", args.reference, args.reference_python, args.dtype, shape)
-        )
+        dtype = {"fp8": "bfloat16"}.get(args.precision, args.precision)
+        sides.append(race.reference_side("reference_train.py", args.reference, args.reference_python, dtype, shape))
     rates = {side.name: [] for side in sides}
+    for side in sides:
+        side.ask({"steps": args.warmup})
     for _ in range(args.rounds):
         for side in sides:
-            rates[side.name].append(args.steps * args.rows * args.seq / side.ask(args.steps))
-    cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
-    flops = scaling.flops_per_token(cfg)
-    result = {"shape": {name: getattr(args, name) for name in SHAPE}, "rounds": args.rounds, "steps": args.steps}
-    print(f"{'':10} {'tokens/s':>9} {'lowest':>8} {'highest':>8} {'GFLOP/s':>8} {'GB':>6}")
+            tokens = args.steps * args.rows * args.accumulation * args.seq
+            rates[side.name].append(tokens / side.ask({"steps": args.steps}))
+    about = result["about"] = sides[0].ask("about")
     for side in sides:
-        mine = rates[side.name]
-        rate, low, high, memory = statistics.median(mine), min(mine), max(mine), side.peak_memory_gb()
-        print(f"{side.name:10} {rate:9.0f} {low:8.0f} {high:8.0f} {rate * flops / 1e9:8.1f} {memory:6.2f}")
-        result[side.name] = {"tokens_per_second": rate, "low": low, "high": high, "peak_memory_gb": memory}
-        side.close()
+        memory = about["peak_gb"] if side.name == "ours" else side.ask("peak_gb")
+        result[side.name] = figures(rates[side.name], about, memory or side.peak_memory_gb())
+    show(result, about)
     if args.reference:
         result["ratio"] = result["ours"]["tokens_per_second"] / result["reference"]["tokens_per_second"]
+    if args.profile:
+        result["profile"] = sides[0].ask({"profile": args.profile, "steps": args.steps})
+        show_parts(result["profile"])
+    for side in sides:
+        side.close()
     print(json.dumps(result))
     return 0
+
+
+def figures(rates: list[float], about: dict, memory: float) -> dict:
+    """Medians and extremes of a side's rounds, tokens/s over all devices."""
+    rate = statistics.median(rates)
+    flops = rate * about["flops_per_token"]
+    return {
+        "tokens_per_second": rate,
+        "low": min(rates),
+        "high": max(rates),
+        "tflops": flops / 1e12,
+        "mfu": flops / (about["peak_flops"] * about["devices"]) if about["peak_flops"] else None,
+        "peak_memory_gb": memory,
+    }
+
+
+def show(result: dict, about: dict) -> None:
+    print(f"{about['devices']} x {about['device']}, {about['dtype']}; planned {about['planned_gb']:.2f} GB a device")
+    print(f"{'':10} {'tokens/s':>9} {'lowest':>8} {'highest':>8} {'TFLOP/s':>8} {'MFU':>6} {'GB':>6}")
+    for name in ("ours", "reference"):
+        if name in result:
+            r = result[name]
+            mfu = f"{r['mfu']:.1%}" if r["mfu"] else "n/a"
+            rates = f"{r['tokens_per_second']:9.0f} {r['low']:8.0f} {r['high']:8.0f}"
+            print(f"{name:10} {rates} {r['tflops']:8.3f} {mfu:>6} {r['peak_memory_gb']:6.2f}")
+
+
+def show_parts(profile: dict) -> None:
+    whole = sum(profile["parts"].values())
+    print(f"a step took {1e3 * profile['seconds']:.1f} ms while it was traced; kernels, side by side on a CPU:")
+    for name, seconds in profile["parts"].items():
+        print(f"{name:14} {1e3 * seconds:9.2f} ms {seconds / whole:6.1%}")

@@ -1,0 +1,61 @@
+"""Where the time of a step goes: a profile's events, by the part of the step that each kernel belongs to.
+
+The profiler names the instruction of the optimised program behind every event, and the program names the scope in which
+it was traced (`kernels.part_of`). What it does not name (a launch inside a command buffer, say) is told by its kernel's
+name, or counted as other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+
+from nanochat_jax.bench.kernels import Program, part_of
+
+_CONTAINERS = {"while", "call", "conditional"}  # their events hold those of what they call
+_BY_NAME = (("fmha|flash|sdpa", "attention"), ("gemm|nvjet|cutlass|cublas", "products"), ("nccl", "communication"))
+
+
+def parts_of_program(text: str) -> dict[str, str]:
+    """Instruction -> part, over all computations of an optimised program."""
+    program = Program.parse(text)
+    bodies = program.computations
+    return {
+        i.name: part_of(i, bodies.get(i.called("calls") or i.called("to_apply") or "", []))
+        for body in bodies.values()
+        for i in body
+        if i.op not in _CONTAINERS
+    }
+
+
+def events(trace: Path):
+    """(instruction or "", kernel's name, seconds) of everything that ran on the devices."""
+    (path,) = trace.rglob("*.xplane.pb")
+    planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+    on_device = [p for p in planes if p.name.startswith("/device:")]
+    for plane in on_device or [p for p in planes if p.name == "/host:CPU"]:
+        for line in plane.lines:
+            if on_device and not line.name.startswith("Stream"):
+                continue  # the same time, told once more
+            for event in line.events:
+                op = next((str(value) for name, value in event.stats if name == "hlo_op"), "")
+                if op or on_device:
+                    yield op, event.name, event.duration_ns / 1e9
+
+
+def by_part(trace: Path, program: str, steps: int) -> dict[str, float]:
+    """Part -> seconds of a step, summed over streams or threads, the largest first; of a trace of `steps` steps."""
+    parts, seconds = parts_of_program(program), defaultdict(float)
+    named = {re.sub(r"[.\-]", "_", name): part for name, part in parts.items()}
+    containers = re.compile(rf"({'|'.join(_CONTAINERS)})(\.\d+)?$")
+    for op, kernel, duration in events(trace):
+        if containers.match(op):
+            continue
+        part = parts.get(op) or named.get(re.sub(r"[.\-]", "_", kernel))
+        if part is None:
+            part = next((p for pattern, p in _BY_NAME if re.search(pattern, kernel.lower())), "other")
+        seconds[part] += duration / steps
+    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
