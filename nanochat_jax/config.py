@@ -212,10 +212,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """Where the records of training go beside metrics.jsonl, and what an alarm does."""
+    """What is recorded of training, where beside metrics.jsonl, and what an alarm does."""
 
     tensorboard: bool = False  # event files in RUN_DIR/tensorboard; needs the extra of that name
     wandb: str | None = None  # a project of Weights & Biases; needs the extra of that name
+    samples: int = 3  # prompts that the model goes on from at each of base's evaluations; 0: none
     stop_on_spike: bool = False  # save and stop where the loss leaps up (alarms.py says when); else it is only said
 
 
@@ -399,6 +400,8 @@ def check(config: RunConfig) -> None:
         value = getattr(config.checkpoints, name)
         if value is not None and not value > 0:
             raise UserError(f"checkpoints.{name}={value} must be more than 0; leave it out for none")
+    if config.tracking.samples < 0:
+        raise UserError(f"tracking.samples={config.tracking.samples} must not be negative; 0 takes none")
     if m.head_dim % 2:
         raise UserError(f"model.head_dim={m.head_dim} must be even: rotary embeddings rotate pairs")
     if m.width is not None and m.width % m.head_dim:

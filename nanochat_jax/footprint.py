@@ -158,11 +158,12 @@ class Compiled:
         rest = needed(size) - params - cast - moments - gradients
         return Memory(params + cast, moments, gradients, rest, rows, "by the compiled step")
 
-    def seconds(self, rows: int, steps: int = 3) -> float:
-        """The median of some steps, on batches of one token id; one more before them is not counted."""
+    def seconds(self, rows: int, least: float = 5.0) -> float:
+        """The median of the steps that `least` seconds have room for, three at least, on batches of one token id; one
+        more before them is not counted."""
         state, program, took = self._fresh(), self.program(rows), []
         batch = jax.device_put(np.zeros(self._shape(rows), np.int32), self._split)
-        for _ in range(1 + steps):
+        while len(took) < 4 or sum(took) < least:
             began = time.perf_counter()
             state, metrics = program(state, {"tokens": batch, "targets": batch})
             jax.block_until_ready((state, metrics))

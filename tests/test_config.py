@@ -47,6 +47,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("evals.stages=3", "takes a list"),
         ("evals.sandbox=never", "is not one of auto, required"),
         ("evals.samples=-1", "must not be negative"),
+        ("tracking.samples=-1", "must not be negative"),
         ("evals.temperature=0", "must be more than 0"),
         ("mid.mixture=3", "takes a mapping"),
         ("rl.task={gsm8k: 0}", "shares of 1 or more"),

@@ -72,10 +72,24 @@ def test_state_is_what_the_optimizer_holds():
         assert footprint.state_bytes(made.cfg) == pytest.approx(held, rel=0.02)  # beside Muon's second moments, by row
 
 
-def test_a_step_that_is_compiled_here_and_timed():
-    config = load_config(None, None, [*TINY, "mesh.data=8"])
+class Recorded(footprint.Compiled):
+    """The step that a plan compiled."""
+
+    made: list = []
+
+    def __init__(self, job):
+        super().__init__(job)
+        self.made.append(self)
+
+    def seconds(self, rows):
+        return super().seconds(rows, least=0.1)
+
+
+def test_a_step_that_is_compiled_here_and_timed(monkeypatch):
+    monkeypatch.setattr(footprint, "Compiled", Recorded)
+    config = load_config(None, None, TINY)
     made, found = plan.make(config, plan.machine(None, None, None, config), "")
-    compiled = footprint.Compiled(made.job)
+    (compiled,) = Recorded.made
     assert found.total == memory.needed_bytes(compiled.program(found.rows)) and found.rows == 2
     assert min(found.parameters, found.optimizer, found.gradients, found.activations) > 0
     assert "timed now" in made.speed("base").source and made.stages()[1].seconds > 0

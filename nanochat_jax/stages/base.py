@@ -5,17 +5,18 @@ from __future__ import annotations
 from evals.core import evaluate_core, find_bundle
 from nanochat_jax import scaling
 from nanochat_jax.stages import common
+from nanochat_jax.stages.preview import preview
 
 CORE_EXAMPLES = 500  # a task, while training; the eval stage takes all
 
 
 def _evaluator(run: common.Run, val_rows):
-    """Bits per byte, and every core_every steps CORE as well, where its bundle is at hand."""
+    """Bits per byte and samples, and every core_every steps CORE as well, where its bundle is at hand."""
     bpb, every = common.bpb_evaluator(run, val_rows), run.config.base.core_every
     bundle = find_bundle(run.config, run.cache_dir)
 
     def evaluate(step: int, params: dict) -> dict:
-        out = bpb(step, params)
+        out = bpb(step, params) | preview(run, params)
         if bundle and every and step and step % every == 0:
             scorer = common.scorer(run, params, run.config.evals.batch)
             out["core"] = evaluate_core(scorer, run.tokenizer, bundle, CORE_EXAMPLES, run.log.write)["core_metric"]

@@ -1,0 +1,56 @@
+"""How the base model goes on from a few prompts while it is trained: a line each for the records.
+
+Greedy and without a cache: every token costs a pass over a short row, which is little beside an evaluation, needs no
+memory to speak of, and is one program.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from evals.stage import BASE_PROMPTS, BASE_SAMPLE_TOKENS
+from nanochat_jax import sharding
+from nanochat_jax.model import graph_of, merge
+from nanochat_jax.stages.common import Run
+
+_WIDTH = 64  # rows are padded to multiples of it
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _continue(graph, mesh, params, tokens, lengths):
+    """tokens (R, T), the first lengths (R,) of each row given -> (R, T) with BASE_SAMPLE_TOKENS more behind them."""
+
+    def local(params, tokens, lengths):
+        model, rows = merge(graph, params), jnp.arange(len(tokens))
+
+        def step(i, tokens):
+            last = model.hidden(tokens)[rows, lengths + i - 1]
+            return tokens.at[rows, lengths + i].set(model.logits(last).argmax(-1).astype(tokens.dtype))
+
+        return jax.lax.fori_loop(0, BASE_SAMPLE_TOKENS, step, tokens)
+
+    return sharding.each_row(local, mesh, leading=0)(params, tokens, lengths)
+
+
+def preview(run: Run, params: dict) -> dict:
+    """{"sample": the text}, of the first tracking.samples prompts; {} where that is 0."""
+    tok, prompts = run.tokenizer, BASE_PROMPTS[: run.config.tracking.samples]
+    if not prompts:
+        return {}
+    texts = [[tok.bos, *tok.encode(p)] for p in prompts]
+    rows = -(-len(texts) // sharding.data_parallel(run.mesh)) * sharding.data_parallel(run.mesh)
+    width = -(-(max(map(len, texts)) + BASE_SAMPLE_TOKENS) // _WIDTH) * _WIDTH
+    tokens, lengths = np.full((rows, width), tok.bos, np.int32), np.ones(rows, np.int32)
+    for i, ids in enumerate(texts):
+        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
+    split = sharding.rows(run.mesh)
+    placed = [jax.make_array_from_callback(a.shape, split, lambda at, a=a: a[at]) for a in (tokens, lengths)]
+    found = _continue(graph_of(run.gpt_config, run.dtype), run.mesh, params, *placed)
+    found = found if found.is_fully_addressable else multihost_utils.process_allgather(found, tiled=True)
+    made = [np.asarray(found)[i, 1 : len(ids) + BASE_SAMPLE_TOKENS].tolist() for i, ids in enumerate(texts)]
+    return {"sample": "\n".join(" ".join(tok.decode(ids).split()) for ids in made)}
