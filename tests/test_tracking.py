@@ -265,3 +265,64 @@ def test_what_is_missing_for_a_sink_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandB(fails=True))
     with pytest.raises(UserError, match="run `wandb login`, or set WANDB_MODE=offline"):
         sinks.open_sinks(TrackingConfig(wandb="mine"), tmp_path, "base", 0)
+
+
+# ------------------------------------------------------------------------------------------------ in the loop
+
+
+class Keeper:
+    """Stands for the checkpointer."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save(self, step, state, meta):
+        self.saved.append(step)
+
+    def wait(self):
+        pass
+
+    def due(self):
+        return False
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+def test_a_spike_stops_the_loop_with_a_checkpoint_where_that_is_wanted(tmp_path, log, stopping):
+    import jax.numpy as jnp
+
+    from nanochat_jax import train
+    from nanochat_jax.errors import Interrupted
+
+    stop, keeper, curve = Stop(), Keeper(), [*losses(40), *[9.0] * 10]
+    tracker = Tracker(tmp_path, "base", 50, log, on_spike=stop.ask if stopping else None)
+
+    def fit():
+        train.fit(
+            train.TrainState({}, (), jnp.int32(0)),
+            step_fn=lambda state, batch: (state, {"loss": jnp.float32(curve[batch]), "grad_norm": jnp.float32(0)}),
+            next_batch=lambda step, params: (step, {}),
+            steps=50,
+            save_every=1000,
+            checkpointer=keeper,
+            tracker=tracker,
+            accounting=train.Accounting(100, 6.0, None),
+            meta={},
+            stop=stop,
+        )
+
+    if stopping:
+        with pytest.raises(Interrupted, match="spike: 3 losses in a row above .*: stopped and saved at step 44 of 50"):
+            fit()
+    else:
+        fit()
+    tracker.close()
+    assert keeper.saved == ([44] if stopping else [50])
+    assert [r["step"] for r in rows(tmp_path) if "alarm" in r] == [43]
+
+
+def test_a_loss_that_is_no_number_is_recorded(tmp_path, log):
+    tracker = Tracker(tmp_path, "base", 9, log)
+    tracker.record(1, loss=float("nan"))
+    tracker.close()
+    assert rows(tmp_path)[0]["loss"] is None and rows(tmp_path)[0]["alarm"] == "the loss is nan"
+    assert "base 1/9  ALARM  the loss is nan" in log.path.read_text()
