@@ -1,11 +1,11 @@
-"""python -m nanochat_jax.bench train|curve|decode|core|serve|data|memory|kernels|evals [options]: each has --help."""
+"""python -m nanochat_jax.bench WHAT [options], with WHAT one of those below; each has --help."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-WHAT = ("train", "curve", "decode", "core", "serve", "data", "memory", "kernels", "evals")
+WHAT = ("train", "curve", "ops", "decode", "core", "serve", "data", "memory", "kernels", "evals")
 
 
 def main(argv: list[str]) -> int:

@@ -1,0 +1,172 @@
+"""The parts of a train step one by one, each against its roofline on this very device.
+
+    python -m nanochat_jax.bench ops --depth 12 --rows 16 [--precision fp8] [--only attention,loss]
+
+The roofline is the larger of two times: a part's FLOPs at the rate of a large matrix product in the same precision, and
+the bytes that it cannot but move at the rate of a large copy; both rates are measured first. Where a part has a
+backward pass, it is in. The functions are the model's own, at the shapes that a step of this depth gives them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from nanochat_jax import attention, devices, fp8, loss, optim, scaling
+from nanochat_jax.bench.step import add_shape
+from nanochat_jax.config import GPTConfig, ModelConfig, OptimConfig
+from nanochat_jax.model import product, rms_norm, rotary_tables, rotate_and_norm
+
+ROUNDS, SECONDS = 5, 0.1  # a figure is the best of so many rounds, each of about so long
+LARGE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # the ceiling's matrices
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function with its arguments, and what it cannot do without: FLOPs of its products, bytes to and from memory."""
+
+    name: str
+    run: Callable
+    args: tuple
+    flops: float
+    bytes: float
+
+
+def seconds_of(run: Callable, args: tuple) -> float:
+    """Of one call, compiled, back to back."""
+    f = jax.jit(run)
+    jax.block_until_ready(f(*args))
+    began = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    calls = max(1, int(SECONDS / (time.perf_counter() - began)))
+    best = float("inf")
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        for _ in range(calls):
+            out = f(*args)
+        jax.block_until_ready(out)
+        best = min(best, (time.perf_counter() - began) / calls)
+    return best
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def ceilings(dtype, eight_bits: bool) -> tuple[float, float]:
+    """(FLOP/s of a large product, bytes/s of a large copy), both measured."""
+    n = LARGE[devices.platform()]
+    a, b = normal(0, (n, n), dtype), normal(1, (n, n), dtype)
+    if eight_bits:
+        a, b = fp8.quantize(a), fp8.quantize(b)
+        run = partial(fp8.dot, contract=(1, 1))
+    else:
+        run = product
+    return 2 * n**3 / seconds_of(run, (a, b)), copy_rate(16 * n * n)
+
+
+def copy_rate(size: int) -> float:
+    """Bytes/s, read and written, of an array of `size` bytes that is overwritten: new memory has a price on a CPU."""
+    add, big = jax.jit(lambda x: x + 1, donate_argnums=0), jnp.zeros((size // 4,), jnp.float32)
+    best = float("inf")
+    for _ in range(1 + ROUNDS):
+        began = time.perf_counter()
+        for _ in range(4):
+            big = add(big)
+        big.block_until_ready()
+        best = min(best, (time.perf_counter() - began) / 4)
+    return 2 * size / best
+
+
+def total(f: Callable) -> Callable:
+    """The gradient of the sum of f's result in all arguments: a backward pass that depends on every element."""
+
+    def summed(*args):
+        return jnp.sum(jnp.square(f(*args).astype(jnp.float32)))
+
+    def run(*args):
+        return jax.grad(summed, argnums=tuple(range(len(args))))(*args)
+
+    return run
+
+
+def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
+    """Every part of one layer, and the rest of the step."""
+    T, D, H, N, V = cfg.sequence_len, cfg.n_embd, cfg.n_head, cfg.head_dim, cfg.padded_vocab
+    M, size = rows * T, jnp.dtype(dtype).itemsize
+    x = normal(0, (M, D), dtype)
+    multiply = fp8.product if eight_bits else product
+    for name, out, inner in (("qkv, proj", D, D), ("mlp up", 4 * D, D), ("mlp down", D, 4 * D)):
+        a, w = normal(1, (M, inner), dtype), normal(2, (out, inner), dtype)
+        moved = 3 * (a.nbytes + w.nbytes + M * out * size)
+        yield Part(f"product {name}", total(multiply), (a, w), 6.0 * M * inner * out, moved)
+    q = normal(3, (rows, T, H, N), dtype)
+    for window in sorted(set(cfg.windows)):
+        w = min(window + 1, T)
+        pairs = w * T - w * (w - 1) / 2
+        name = f"attention {'of all' if window >= T else window}"
+        attend = partial(attention.causal_attention, window=window)
+        yield Part(name, total(attend), (q, q, q), 14.0 * rows * H * N * pairs, 12 * q.nbytes)
+    rope = rotary_tables(jnp.arange(T), N, cfg.rope_base)
+    rotate = partial(rotate_and_norm, rope=rope, gain=cfg.qk_gain, eps=cfg.norm_eps)
+    yield Part("elementwise RoPE and norm", total(rotate), (q,), 0.0, 5 * q.nbytes)
+    yield Part("elementwise RMS norm", total(partial(rms_norm, eps=cfg.norm_eps)), (x,), 0.0, 5 * x.nbytes)
+    up = normal(4, (M, 4 * D), dtype)
+    yield Part("elementwise relu squared", total(lambda u: jnp.square(jax.nn.relu(u))), (up,), 0.0, 5 * up.nbytes)
+    head, ids = normal(5, (V, D), dtype), jax.random.randint(jax.random.key(6), (M,), 0, cfg.vocab_size)
+    nll = partial(loss.weighted_nll, vocab=cfg.vocab_size, softcap=cfg.softcap, eight_bits=eight_bits)
+    gradient = jax.grad(lambda h, w: nll(h, w, ids, jnp.full((M,), 1.0 / M)), argnums=(0, 1))
+    yield Part("loss", gradient, (x, head), 6.0 * M * D * V, 2 * (x.nbytes + head.nbytes))
+    table = normal(7, (V, D), jnp.float32)
+    lookup = jax.grad(lambda t, up: jnp.sum(t[ids].astype(dtype) * up).astype(jnp.float32))
+    yield Part("embedding and its gradient", lookup, (table, x), 0.0, 3 * x.nbytes + 2 * table.nbytes)
+    yield from optimizer_parts(cfg, dtype)
+
+
+def optimizer_parts(cfg: GPTConfig, dtype) -> Iterator[Part]:
+    """Muon over the MLP's matrices and AdamW over one table, each with its moments."""
+    D, L, V = cfg.n_embd, cfg.n_layer, cfg.padded_vocab
+    schedules = optim.make_schedules(OptimConfig(), 1000, 0.1, "modern")
+    matrices = [normal(i, (4 * D, D), jnp.float32) for i in range(L)]
+    muon = optim.muon(0.02, schedules, dtype, "modern")
+    each = 5 * (2 * 2 * 4 * D * D * D + 2 * D**3)  # X^T X and X P of (4 D, D), and the square of the gram matrix
+    flops, moved = float(L * each), 5 * sum(m.nbytes for m in matrices)
+    yield Part("optimizer Muon of the MLP", muon.update, (matrices, muon.init(matrices), matrices), flops, moved)
+    table = {"wte": normal(0, (V, D), jnp.float32)}
+    adam = optim.adamw(0.3, (0.8, 0.995), 0.001, schedules.lr)
+    moved = 7 * table["wte"].nbytes
+    yield Part("optimizer AdamW of a table", adam.update, (table, adam.init(table), table), 0.0, moved)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench ops", description=__doc__.split("\n\n")[0])
+    add_shape(p, depth=12 if jax.default_backend() != "cpu" else 4, rows=8, seq=2048)
+    p.add_argument("--only", default="", help="parts whose names begin so, several after commas")
+    args = p.parse_args(argv)
+    eight_bits = args.precision == "fp8"
+    dtype = devices.compute_dtype("bfloat16" if eight_bits else args.precision)
+    model = ModelConfig(depth=args.depth, sequence_len=args.seq, window_pattern=args.pattern)
+    cfg = scaling.gpt_config(model, args.vocab)
+    kind = jax.devices()[0].device_kind
+    flops, copied = ceilings(dtype, eight_bits)
+    print(f"{kind}, {args.precision}: a product reaches {flops / 1e12:.2f} TFLOP/s, a copy {copied / 1e9:.0f} GB/s")
+    print(f"{'':28} {'ms':>9} {'at best':>9} {'reached':>7}")
+    found = {}
+    for part in parts(cfg, args.rows, dtype, eight_bits):
+        if not part.name.startswith(tuple(args.only.split(","))):
+            continue
+        seconds = seconds_of(part.run, part.args)
+        best = max(part.flops / flops, part.bytes / copied)
+        found[part.name] = {"seconds": seconds, "best": best, "flops": part.flops, "bytes": part.bytes}
+        print(f"{part.name:28} {1e3 * seconds:9.3f} {1e3 * best:9.3f} {best / seconds:7.0%}", flush=True)
+    shape = {name: getattr(args, name) for name in ("depth", "rows", "seq", "vocab", "pattern", "precision")}
+    ceiling = {"flops": flops, "bytes": copied}
+    print(json.dumps({"device": kind, "shape": shape, "ceilings": ceiling, "parts": found}))
+    return 0
