@@ -1,76 +1,66 @@
-"""Parameter names of other code bases: karpathy/nanochat's for `modern`, transformers' `nanochat` for `classic`.
+"""A trained stage as a folder of weights that others load.
 
-Both store weights (out, in), as we do, so that names are all there is to translate.
+    python -m nanochat_jax.export --run-dir runs/demo --stage sft --to demo-sft
+
+`classic` becomes a model of transformers' own type `nanochat`, which loads it without code of ours. `modern`, for which
+transformers has no type, becomes safetensors under karpathy/nanochat's names. Either comes back, bit for bit, by
+`python -m nanochat_jax.import`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import argparse
+import json
+import sys
+from pathlib import Path
 
-import numpy as np
+import jax
+from flax import nnx
 
-from nanochat_jax.config import GPTConfig
-
-Path = tuple[str, ...]
-
-_MODERN = {"q": "c_q", "k": "c_k", "v": "c_v", "proj": "c_proj", "ve_gate": "ve_gate", "fc": "c_fc"}
-_CLASSIC = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "proj": "o_proj"}
-_CLASSIC_MLP = {"fc": "fc1", "proj": "fc2"}
-
-
-def reference_name(path: Path, arch: str) -> str:
-    """The other side's name of our parameter at `path`, e.g. blocks/0/attn/q/weight."""
-    modern = arch == "modern"
-    match path:
-        case ("wte", _):
-            return "transformer.wte.weight" if modern else "model.embed_tokens.weight"
-        case ("blocks", layer, part, name, _) if modern:
-            return f"transformer.h.{layer}.{part}.{_MODERN[name]}.weight"
-        case ("blocks", layer, "attn", name, _):
-            return f"model.layers.{layer}.self_attn.{_CLASSIC[name]}.weight"
-        case ("blocks", layer, "mlp", name, _):
-            return f"model.layers.{layer}.mlp.{_CLASSIC_MLP[name]}.weight"
-        case ("value_embeds", layer, _):
-            return f"value_embeds.{layer}.weight"
-        case ("lm_head" | "smear_gate" as name, _):
-            return f"{name}.weight"
-        case ("resid_scalars",):
-            return "resid_lambdas"
-        case ("x0_scalars",):
-            return "x0_lambdas"
-        case (name,):
-            return name
-    raise KeyError("/".join(path))
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import whole_folder
 
 
-def flatten(params: Mapping, prefix: Path = ()) -> dict[Path, object]:
-    """A nested dict as {path: leaf}; keys become text."""
-    out: dict[Path, object] = {}
-    for key, value in params.items():
-        path = (*prefix, str(key))
-        out.update(flatten(value, path) if isinstance(value, Mapping) else {path: value})
-    return out
+def export(run_dir: Path, stage: str | None, to: Path) -> dict:
+    """Writes the folder `to`, whole or not at all; returns what there is to say of it. UserError."""
+    from nanochat_jax.checkpoint import load_model
+    from nanochat_jax.weights.folder import write_folder
+
+    loaded = load_model(run_dir, stage)
+    params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
+    with whole_folder(to) as folder:
+        write_folder(folder, params, loaded.model.cfg, loaded.tokenizer, notes(loaded))
+    size = sum(path.stat().st_size for path in to.iterdir())
+    return {"to": str(to), "arch": loaded.config.model.arch, "stage": loaded.stage, "step": loaded.step, "bytes": size}
 
 
-def to_reference(params: Mapping, cfg: GPTConfig) -> dict[str, np.ndarray]:
-    """Our parameters (a nested dict) under the other side's names."""
-    return {reference_name(p, cfg.init): np.asarray(a) for p, a in flatten(params).items()}
+def notes(loaded) -> dict[str, str]:
+    """Where the weights came from, for the header of their file; those of an imported stage as they were there."""
+    meta = loaded.meta
+    if "origin" in meta:
+        return meta["origin"]
+    made = {"producer": "nanochat_jax", "arch": loaded.config.model.arch, "stage": loaded.stage, "step": loaded.step}
+    return {key: str(value) for key, value in {"format": "pt", **made, **_kept(meta)}.items()}
 
 
-def from_reference(tensors: Mapping[str, np.ndarray], template: Mapping, cfg: GPTConfig, prefix: Path = ()) -> dict:
-    """The other side's tensors in the nesting, and the types, of `template`, our parameters of the same sizes.
+def _kept(meta: dict) -> dict:
+    return {key: meta[key] for key in ("seed", "tokenizer", "config") if key in meta}
 
-    Raises KeyError for a name that is missing and ValueError for a shape that differs.
-    """
-    out = {}
-    for key, leaf in template.items():
-        path = (*prefix, str(key))
-        if isinstance(leaf, Mapping):
-            out[key] = from_reference(tensors, leaf, cfg, path)
-            continue
-        name = reference_name(path, cfg.init)
-        array = np.asarray(tensors[name]).astype(leaf.dtype)
-        if array.shape != leaf.shape:
-            raise ValueError(f"{name} has shape {array.shape} and not {leaf.shape}")
-        out[key] = array
-    return out
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m nanochat_jax.export", description=__doc__.split("\n\n")[0])
+    p.add_argument("--run-dir", required=True, type=Path, help="the run directory")
+    p.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
+    p.add_argument("--to", required=True, type=Path, help="the folder to make")
+    args = p.parse_args(argv)
+    try:
+        print(json.dumps(export(args.run_dir, args.stage, args.to)))
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")  # beside a run that has the accelerator's memory
+    sys.exit(main())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +37,24 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """`value` as indented JSON, whole or not at all. TypeError where JSON cannot say it; the file is then as it was."""
     atomic_write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` at the end of the block, and not at all where that fails. UserError where
+    there is something already."""
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is not empty; take another folder, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = part_of(path)
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_json(path: str | Path) -> Any | None:

@@ -65,7 +65,7 @@ class Golden:
         """The GPT with the stored weights."""
         from flax import nnx
 
-        from nanochat_jax.export import from_reference
+        from nanochat_jax.weights.names import from_reference
         from nanochat_jax.model import GPT
 
         graph, params = nnx.split(GPT(self.cfg, rngs=nnx.Rngs(0)))

@@ -9,7 +9,7 @@ import pytest
 from conftest import relative_error
 from nanochat_jax import optim, sharding, train
 from nanochat_jax.config import MeshConfig, OptimConfig
-from nanochat_jax.export import from_reference, to_reference
+from nanochat_jax.weights.names import from_reference, to_reference
 from nanochat_jax.model import graph_of
 
 

@@ -115,6 +115,10 @@ class Tokenizer:
     def load(cls, dir: str | Path) -> Tokenizer:
         """The tokenizer in a folder that `save` wrote. Raises UserError if there is none."""
         path = Path(dir) / MODEL_FILE
+        if not path.is_file() and (Path(dir) / "tokenizer.json").is_file():
+            from tokenizer.bytelevel import ByteLevelTokenizer
+
+            return ByteLevelTokenizer((Path(dir) / "tokenizer.json").read_text(encoding="utf-8"))
         if not path.is_file():
             raise UserError(
                 f"no tokenizer in {dir} (it would hold {MODEL_FILE}); train one: python -m tokenizer train --out {dir}"
@@ -128,10 +132,13 @@ class Tokenizer:
 
     def save(self, dir: str | Path) -> None:
         """Write tokenizer.model and meta.json; a reader sees the old files or the new ones, never half a file."""
+        meta = {**self.meta, "vocab_size": self.vocab_size, "hash": self.hash}
+        self._write(dir, {META_FILE: (json.dumps(meta, indent=1) + "\n").encode(), MODEL_FILE: self.model})
+
+    @staticmethod
+    def _write(dir: str | Path, contents: dict[str, bytes]) -> None:
         folder = Path(dir)
         folder.mkdir(parents=True, exist_ok=True)
-        meta = {**self.meta, "vocab_size": self.vocab_size, "hash": self.hash}
-        contents = {META_FILE: (json.dumps(meta, indent=1) + "\n").encode(), MODEL_FILE: self.model}
         for name, data in contents.items():
             tmp = folder / f".{name}.{os.getpid()}.tmp"
             tmp.write_bytes(data)
@@ -144,7 +151,7 @@ class Tokenizer:
         full = name if name.startswith("<|") else f"<|{name}|>"
         if full not in SPECIAL_TOKENS:
             raise UserError(f"no special token {name}; there are {', '.join(SPECIAL_TOKENS)}")
-        return self._sp.piece_to_id(full)
+        return getattr(self, full[2:-2])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a special token. Raises UserError for a lone surrogate, which is not Unicode text."""

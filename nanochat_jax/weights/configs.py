@@ -1,0 +1,106 @@
+"""The architecture as others write it: transformers' config.json of `nanochat`, karpathy/nanochat's `model_config`.
+
+What their files can say and our settings cannot is refused by name, so that no model comes in as another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from nanochat_jax.config import GPTConfig, ModelConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.scaling import gpt_config
+
+REFERENCE_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+CLASSIC = gpt_config(ModelConfig(arch="classic"), 0)  # for its constants
+# what config.json must say, and what it means where it says nothing
+FIXED = {
+    "hidden_act": "relu2",
+    "rms_norm_eps": CLASSIC.norm_eps,
+    "final_logit_softcapping": CLASSIC.softcap,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+def transformers_config(cfg: GPTConfig) -> dict:
+    """The config.json of a `classic` model, without the ids of special tokens. UserError where it has windows."""
+    if any(window < cfg.sequence_len for window in cfg.windows):
+        raise UserError(
+            f"model.window_pattern={cfg.window_pattern}: transformers' `nanochat` attends to the whole context"
+        )
+    return {
+        "architectures": ["NanoChatForCausalLM"],
+        "model_type": "nanochat",
+        "dtype": "float32",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.n_embd,
+        "intermediate_size": 4 * cfg.n_embd,
+        "num_hidden_layers": cfg.n_layer,
+        "num_attention_heads": cfg.n_head,
+        "num_key_value_heads": cfg.n_kv_head,
+        "max_position_embeddings": cfg.sequence_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_base},
+        **FIXED,
+    }
+
+
+def reference_config(cfg: GPTConfig) -> dict:
+    """The config.json of a `modern` model; `model_config` is what the reference's GPTConfig takes."""
+    return {
+        "architectures": ["GPT"],
+        "model_type": "nanochat-modern",
+        "dtype": "float32",
+        "model_config": {key: getattr(cfg, key) for key in REFERENCE_KEYS},
+    }
+
+
+def from_transformers(config: dict) -> tuple[ModelConfig, int]:
+    """(our settings, vocabulary) of a config.json of model type `nanochat`. UserError for what they cannot say."""
+    rope = config.get("rope_parameters") or {}
+    said = {
+        **FIXED,
+        **config,
+        "rope_theta": rope.get("rope_theta", config.get("rope_theta", CLASSIC.rope_base)),
+        "rope_type": rope.get("rope_type", "default"),
+    }
+    inner = {"intermediate_size": 4 * config["hidden_size"]}
+    for key, value in {**FIXED, **inner, "rope_theta": CLASSIC.rope_base, "rope_type": "default"}.items():
+        if said.get(key) != value:
+            raise UserError(
+                f"config.json has {key}={said.get(key)}; the classic architecture of this project has {value}"
+            )
+    heads = config["num_attention_heads"]
+    model = ModelConfig(
+        arch="classic",
+        depth=config["num_hidden_layers"],
+        width=config["hidden_size"],
+        head_dim=config["hidden_size"] // heads,
+        n_kv_head=config.get("num_key_value_heads") or heads,
+        sequence_len=config["max_position_embeddings"],
+    )
+    return model, config["vocab_size"]
+
+
+def from_reference_config(config: dict, names: Collection[str]) -> tuple[ModelConfig, int]:
+    """(our settings, vocabulary) of the reference's `model_config`; names: the arrays', which tell its versions apart.
+
+    UserError for those between October 2025 and what is `modern` here.
+    """
+    parts = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_", "backout_lambda")
+    parts = [any(name.startswith(part) for name in names) for part in parts]
+    if any(parts) and not all(parts):
+        raise UserError(
+            "these weights are of a version of nanochat between the two that this project has: the one of October 2025 "
+            "(classic) and the one with smear and backout (modern)"
+        )
+    model = ModelConfig(
+        arch="modern" if all(parts) else "classic",
+        depth=config["n_layer"],
+        width=config["n_embd"],
+        head_dim=config["n_embd"] // config["n_head"],
+        n_kv_head=config["n_kv_head"],
+        sequence_len=config["sequence_len"],
+        window_pattern=config.get("window_pattern", "L"),
+    )
+    return model, config["vocab_size"]

@@ -1,0 +1,140 @@
+"""A folder of weights as a whole: what an export holds, and what an import finds.
+
+model.safetensors        float32 arrays; the header's notes say which stage of which run they are of
+config.json              transformers' for `classic`, with the reference's `model_config` for `modern`
+generation_config.json   how to sample, where an answer ends
+tokenizer.json, tokenizer_config.json, chat_template.jinja; tokenizer.model where the vocabulary is our own
+README.md                how to load them
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanochat_jax.config import GPTConfig, ModelConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_text, read_json
+from nanochat_jax.weights import configs, pickles
+from nanochat_jax.weights.card import card
+from nanochat_jax.weights.names import to_reference
+from nanochat_jax.weights.tensors import read_tensors, write_tensors
+from nanochat_jax.weights.tokenizer_json import TEMPLATE, from_tiktoken, tokenizer_json
+from tokenizer import Tokenizer
+from tokenizer.bytelevel import JSON_FILE, ByteLevelTokenizer
+from tokenizer.tokenizer import MODEL_FILE
+
+TENSORS = "model.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def write_folder(folder: Path, params: Mapping, cfg: GPTConfig, tok: Tokenizer, notes: dict[str, str]) -> None:
+    """Fills an empty folder. UserError for an architecture or a vocabulary that the format cannot hold."""
+    classic = cfg.init == "classic"
+    config = configs.transformers_config(cfg) if classic else configs.reference_config(cfg)
+    special = {"bos_token_id": tok.bos, "eos_token_id": tok.assistant_end}
+    # no padding token in config.json: PyTorch would take its row of the table to be without a gradient
+    _write_json(folder / "config.json", {**config, **special, "pad_token_id": None})
+    ends = {"eos_token_id": [tok.assistant_end, tok.bos], "pad_token_id": tok.assistant_end}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 256}
+    _write_json(folder / "generation_config.json", {"bos_token_id": tok.bos, **ends, **sampling})
+    _write_tokenizer(folder, tok, cfg.sequence_len)
+    write_tensors(folder / TENSORS, to_reference(params, cfg), notes)
+    atomic_write_text(folder / "README.md", card(cfg, notes))
+
+
+def _write_tokenizer(folder: Path, tok: Tokenizer, length: int) -> None:
+    if isinstance(tok, ByteLevelTokenizer):
+        atomic_write_text(folder / JSON_FILE, tok.text)
+    else:
+        atomic_write_text(folder / JSON_FILE, tokenizer_json(tok))
+        (folder / MODEL_FILE).write_bytes(tok.model)
+    names = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>"}
+    kept = {"clean_up_tokenization_spaces": False, "model_max_length": length}
+    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names, **kept})
+    atomic_write_text(folder / TEMPLATE.name, TEMPLATE.read_text(encoding="utf-8"))
+
+
+def _write_json(path: Path, value: dict) -> None:
+    atomic_write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What a folder holds. `naming`: whose parameter names; `notes`: where it says that it came from."""
+
+    tensors: dict[str, np.ndarray]
+    model: ModelConfig
+    vocab_size: int
+    naming: str
+    tokenizer: Tokenizer
+    notes: dict[str, str]
+
+
+def read_folder(folder: Path, tokenizer_dir: Path | None = None) -> Weights:
+    """The weights of a folder that `write_folder` filled, of transformers' `nanochat`, or of karpathy/nanochat.
+
+    tokenizer_dir: where the tokenizer is, if elsewhere. UserError, in one line, for anything else.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        if isinstance(config, dict) and config.get("model_type") == "nanochat":
+            tensors, notes = _arrays(folder)
+            (model, vocab_size), naming = configs.from_transformers(config), "classic"
+        elif isinstance(config, dict) and "model_config" in config:
+            tensors, notes = _arrays(folder)
+            (model, vocab_size), naming = configs.from_reference_config(config["model_config"], tensors), "modern"
+        elif metas := sorted(folder.glob("meta_*.json")):
+            tensors, notes, described = _newest_torch(metas[-1])
+            (model, vocab_size), naming = configs.from_reference_config(described["model_config"], tensors), "modern"
+        else:
+            raise UserError(
+                f"{folder} holds no weights that this project knows: config.json of model type nanochat beside "
+                "safetensors, or meta_<step>.json and model_<step>.pt of karpathy/nanochat"
+            )
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"the configuration in {folder} lacks {e}") from None
+    tok = _tokenizer(tokenizer_dir or folder)
+    if not vocab_size - 64 < tok.vocab_size <= vocab_size:  # a table may have been padded
+        raise UserError(
+            f"the tokenizer in {tokenizer_dir or folder} has {tok.vocab_size} tokens and the weights {vocab_size}; "
+            "name the folder of theirs with --tokenizer"
+        )
+    return Weights(tensors, model, tok.vocab_size, naming, tok, notes)
+
+
+def _arrays(folder: Path) -> tuple[dict, dict]:
+    """The arrays of model.safetensors or, where they are in several files, of those that its index names."""
+    index = read_json(folder / f"{TENSORS}.index.json")
+    names = sorted(set(index["weight_map"].values())) if index else [TENSORS]
+    tensors, notes = {}, {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no {name}")
+        more, notes = read_tensors(folder / name)
+        tensors |= more
+    return tensors, notes
+
+
+def _newest_torch(meta: Path) -> tuple[dict, dict, dict]:
+    path, described = meta.with_name(re.sub(r"meta_(\d+)\.json", r"model_\1.pt", meta.name)), read_json(meta)
+    if not path.is_file():
+        raise UserError(f"{meta} describes {path.name}, which is not there")
+    return pickles.read_torch(path), {"step": str(described.get("step", 0))}, described
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    pickled = folder / "tokenizer.pkl"
+    if pickled.is_file() and not any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE)):
+        return ByteLevelTokenizer(from_tiktoken(*pickles.read_tiktoken(pickled)))
+    return Tokenizer.load(folder)
