@@ -23,14 +23,15 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from evals.report.words import count, duration
-from evals.tasks import load_task
+from evals.tasks import available, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from nanochat_jax import devices, footprint, memory, scaling, targets
-from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, load_config
+from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, from_dict
 from nanochat_jax.data.documents import source_of
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
@@ -124,7 +125,10 @@ def machine(gpu: str | None, number: int | None, price: float | None, config: Ru
 def measured(run_dir: Path) -> dict[str, Speed]:
     """The speed of each stage of a run: the median of its steps' rates, the first step left out; of a stage that is
     over, how long it took in all. UserError where it has no steps of base."""
-    config = load_config(run_dir / "config.yaml")
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--measured {run_dir} is not a run directory (it has no config.yaml)")
+    config = from_dict(RunConfig, yaml.safe_load(path.read_text()))  # not load_config: its data may be elsewhere
     each = scaling.flops_per_token(scaling.gpt_config(config.model, config.tokenizer.vocab_size))
     out = {}
     for stage in STAGES:
@@ -226,7 +230,10 @@ class Plan:
     def _rl(self) -> Stage:
         """Sampling, as fast as the matrices and the cache are read, and the updates."""
         cfg = self.config.rl
-        steps = cfg.steps or max(1, TRAIN_ROWS["gsm8k"] // cfg.questions)
+        named = cfg.task or ("gsm8k" if "gsm8k" in available(self.config.data, "train") else "arithmetic")
+        shares = named if isinstance(named, dict) else {named: 1}
+        rows = min(self._conversations(t, "train", 1) * sum(shares.values()) // n for t, n in shares.items())
+        steps = cfg.steps or max(1, rows // cfg.questions)
         sampled = cfg.questions * cfg.samples
         batch = sampled * (PROMPT + cfg.max_new_tokens)
         flops = steps * batch * self.each * (cfg.epochs + 1 / 3)  # the pass that weighs the samples is forward only

@@ -52,15 +52,33 @@ def test_published_rates_between_depths_and_elsewhere():
     assert "nothing is published" in published.tabled_mfu("", "modern", False, 12)[1]
 
 
-# GB that the compiled step needs on an H100, by targets.py: (arch, depth, vocabulary, rows) -> GB
-COMPILED = {}
+# GB that the compiled step needs on one H100, by targets.py: (arch, depth, vocabulary, rows) -> GB
+COMPILED = {
+    ("modern", 12, 32768, 1): 6.0,
+    ("modern", 12, 32768, 4): 8.8,
+    ("modern", 12, 32768, 8): 11.9,
+    ("modern", 12, 32768, 16): 17.4,
+    ("modern", 20, 32768, 1): 18.1,
+    ("modern", 20, 32768, 8): 31.7,
+    ("modern", 20, 32768, 16): 47.8,
+    ("modern", 24, 32768, 1): 27.0,
+    ("modern", 24, 32768, 4): 35.5,
+    ("modern", 24, 32768, 8): 46.5,
+    ("modern", 24, 32768, 16): 65.5,
+    ("modern", 26, 32768, 8): 55.1,
+    ("modern", 26, 32768, 16): 76.3,
+    ("classic", 20, 65536, 1): 11.4,
+    ("classic", 20, 65536, 8): 25.8,
+    ("classic", 20, 65536, 32): 67.0,
+}
 
 
 @pytest.mark.parametrize(("arch", "depth", "vocab", "rows"), COMPILED)
 def test_the_formula_is_near_the_compiled_step(arch, depth, vocab, rows):
     settings = [f"model.arch={arch}", f"model.depth={depth}", f"tokenizer.vocab_size={vocab}"]
     made = plan.Plan(load_config(None, None, settings), Machine("h100", 1, None))
-    assert footprint.estimate(made.job, rows).total / 1e9 == pytest.approx(COMPILED[arch, depth, vocab, rows], rel=0.15)
+    want = COMPILED[arch, depth, vocab, rows]
+    assert footprint.estimate(made.job, rows).total / 1e9 == pytest.approx(want, rel=0.1 if rows > 1 else 0.13)
 
 
 def test_state_is_what_the_optimizer_holds():
@@ -87,12 +105,21 @@ class Recorded(footprint.Compiled):
 
 def test_a_step_that_is_compiled_here_and_timed(monkeypatch):
     monkeypatch.setattr(footprint, "Compiled", Recorded)
+    one = jax.devices()[:1]  # of the eight simulated ones, whose collectives take long to compile
+    monkeypatch.setattr(jax, "devices", lambda: one)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = load_config(None, None, TINY)
     made, found = plan.make(config, plan.machine(None, None, None, config), "")
     (compiled,) = Recorded.made
     assert found.total == memory.needed_bytes(compiled.program(found.rows)) and found.rows == 2
     assert min(found.parameters, found.optimizer, found.gradients, found.activations) > 0
     assert "timed now" in made.speed("base").source and made.stages()[1].seconds > 0
+
+
+def test_steps_of_rl_are_an_epoch_over_its_questions():
+    assert planned("d24").stages()[4].steps == 7473 // 16
+    mixed = planned("demo", "rl.task={arithmetic: 3, spellingbee: 1}", "rl.steps=")  # 20,000 and 100,000 questions
+    assert mixed.stages()[4].steps == 20_000 * 4 // 3 // 16
 
 
 def test_memory_is_split_as_the_mesh_says():
@@ -163,7 +190,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     for argv, says in (
         (["--plan", "--gpu", "h1000"], "is not one of rtx4090"),
         (["--plan", "--count", "3"], "needs --gpu"),
-        (["--plan", "--measured", str(tmp_path)], "no configuration file"),
+        (["--plan", "--measured", str(tmp_path)], "is not a run directory"),
         (["--plan", "--gpu", "h100", "--measured"], "leave --gpu out"),
         (["--budget", "10", "--gpu", "h100"], "--budget needs --price"),
         (
