@@ -118,7 +118,9 @@ def test_a_step_that_is_compiled_here_and_timed(monkeypatch):
 
 def test_steps_of_rl_are_an_epoch_over_its_questions():
     assert planned("d24").stages()[4].steps == 7473 // 16
-    mixed = planned("demo", "rl.task={arithmetic: 3, spellingbee: 1}", "rl.steps=")  # 20,000 and 100,000 questions
+    mixed = planned(
+        "demo", "rl.task={arithmetic: 3, spellingbee: 1}", "rl.steps=", on=Machine("h100", 1, None)
+    )  # 20,000 and 100,000 questions
     assert mixed.stages()[4].steps == 20_000 * 4 // 3 // 16
 
 
