@@ -65,17 +65,11 @@ class StageView:
     @property
     def of(self) -> int | None:
         """Steps of the whole stage."""
-        return (
-            self.records[-1].get("of") if self.records and "of" in self.records[-1] else (self.done or {}).get("steps")
-        )
+        return self.last("of") or (self.done or {}).get("steps")
 
-    def last(self, *names: str):
-        """The newest value of the first of the names that has one."""
-        for name in names:
-            found = next((r[name] for r in reversed(self.records) if r.get(name) is not None), None)
-            if found is not None:
-                return found
-        return None
+    def last(self, name: str):
+        """The newest value that there is."""
+        return next((r[name] for r in reversed(self.records) if r.get(name) is not None), None)
 
     def values(self, name: str) -> list[float]:
         return [r[name] for r in self.records if r.get(name) is not None]
