@@ -353,7 +353,9 @@ def _remarks(plan: Plan, stages: list[Stage]) -> list[str]:
         rate = speed.flops * plan.on.count / plan.each
         out.append(f"base at {count(rate)} tokens/s: {speed.source}")
     if unknown := [s.name for s in stages if s.seconds is None]:
-        out.append(f"the time of {', '.join(unknown)} is not known and not in the sum; --measured RUN_DIR may know")
+        out.append(f"the time of {', '.join(unknown)} is not known and not in the sum: --measured RUN_DIR may tell")
+        if "base" in unknown:
+            out.append("--measured alone times some steps of base here")
     if plan.speed("rl") and not plan._as_measured("rl"):
         out.append("rl, eval and the tokenizer are rough: a third of the bandwidth, the $100 run's, two cores")
     if (passes := plan.passes()) is not None:
