@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-WHAT = ("train", "curve", "ops", "decode", "core", "serve", "data", "memory", "kernels", "evals")
+WHAT = ("suite", "train", "curve", "ops", "decode", "core", "serve", "data", "memory", "kernels", "evals")
 
 
 def main(argv: list[str]) -> int:

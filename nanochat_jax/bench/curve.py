@@ -10,6 +10,7 @@ many steps. The others are compared with the first side, by their mean losses ov
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import tempfile
@@ -35,19 +36,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--seed", type=int, default=0, help="of the weights")
     p.add_argument("--out", help="write every loss there, as JSON")
     race.add_reference(p)
-    p.add_argument("--worker", help=argparse.SUPPRESS)
+    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    p.add_argument("--folder", help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
 
 def make(args: argparse.Namespace, precision: str):
-    """The step of one side."""
+    """The step of one side, on one device."""
+    import jax
+
     from nanochat_jax import sharding
     from nanochat_jax.bench.step import RecipeStep
     from nanochat_jax.config import MeshConfig
 
     options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "steps")}
     batch = args.rows * args.accumulation * args.seq
-    mesh = sharding.make_mesh(MeshConfig())
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     return RecipeStep(args.depth, mesh, precision=precision, batch_tokens=batch, **options)
 
 
@@ -58,8 +62,8 @@ def write_common(folder: Path, args: argparse.Namespace) -> None:
     from nanochat_jax import optim
     from nanochat_jax.config import OptimConfig
     from nanochat_jax.data.packed import PackedDataset
-    from nanochat_jax.export import to_reference
     from nanochat_jax.model import init_params
+    from nanochat_jax.weights.names import to_reference
 
     made, rates = make(args, "float32"), OptimConfig()
     np.savez(folder / "weights.npz", **to_reference(init_params(made.cfg, args.seed), made.cfg))
@@ -82,10 +86,10 @@ def worker(args: argparse.Namespace) -> None:
     """Answers {"losses": [first, end]} with the losses of these steps."""
     import jax
 
-    from nanochat_jax.export import from_reference
     from nanochat_jax.model import init_params
+    from nanochat_jax.weights.names import from_reference
 
-    made, folder = make(args, args.precision), Path(args.worker)
+    made, folder = make(args, args.precision), Path(args.folder)
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     with np.load(folder / "weights.npz") as weights:
         template = jax.eval_shape(lambda: init_params(made.cfg, 0))
@@ -114,15 +118,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_common(Path(folder), args)
-        starts = {}
-        if args.reference:
-            options, python = [*shape, f"--curve={folder}"], args.reference_python
-            starts["reference"] = lambda: race.reference_side(
-                "reference_train.py", args.reference, python, "auto", options
+        starts = {
+            precision: functools.partial(
+                race.our_side, "curve", [*shape, *more, f"--precision={precision}", f"--folder={folder}"]
             )
-        for precision in args.precision.split(","):
-            options = [*shape, *more, f"--precision={precision}", f"--worker={folder}"]
-            starts[precision] = lambda options=options: race.our_side("curve", options)
+            for precision in args.precision.split(",")
+        }
+        if args.reference:
+            how = args.reference, args.reference_python, "auto", [*shape, f"--curve={folder}"]
+            starts = {"reference": functools.partial(race.reference_side, "reference_train.py", *how), **starts}
         for name, begin in starts.items():  # one after the other: each may need the whole device
             side, losses[name] = begin(), []
             for first in range(0, args.steps, ASKED):

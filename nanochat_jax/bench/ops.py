@@ -100,33 +100,32 @@ def total(f: Callable) -> Callable:
 def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
     """Every part of one layer, and the rest of the step."""
     T, D, H, N, V = cfg.sequence_len, cfg.n_embd, cfg.n_head, cfg.head_dim, cfg.padded_vocab
-    M, size = rows * T, jnp.dtype(dtype).itemsize
+    M = rows * T
     x = normal(0, (M, D), dtype)
     multiply = fp8.product if eight_bits else product
     for name, out, inner in (("qkv, proj", D, D), ("mlp up", 4 * D, D), ("mlp down", D, 4 * D)):
         a, w = normal(1, (M, inner), dtype), normal(2, (out, inner), dtype)
-        moved = 3 * (a.nbytes + w.nbytes + M * out * size)
-        yield Part(f"product {name}", total(multiply), (a, w), 6.0 * M * inner * out, moved)
+        yield Part(f"product {name}", total(multiply), (a, w), 6.0 * M * inner * out, 2 * (a.nbytes + w.nbytes))
     q = normal(3, (rows, T, H, N), dtype)
     for window in sorted(set(cfg.windows)):
         w = min(window + 1, T)
         pairs = w * T - w * (w - 1) / 2
         name = f"attention {'of all' if window >= T else window}"
         attend = partial(attention.causal_attention, window=window)
-        yield Part(name, total(attend), (q, q, q), 14.0 * rows * H * N * pairs, 12 * q.nbytes)
+        yield Part(name, total(attend), (q, q, q), 14.0 * rows * H * N * pairs, 6 * q.nbytes)
     rope = rotary_tables(jnp.arange(T), N, cfg.rope_base)
     rotate = partial(rotate_and_norm, rope=rope, gain=cfg.qk_gain, eps=cfg.norm_eps)
-    yield Part("elementwise RoPE and norm", total(rotate), (q,), 0.0, 5 * q.nbytes)
-    yield Part("elementwise RMS norm", total(partial(rms_norm, eps=cfg.norm_eps)), (x,), 0.0, 5 * x.nbytes)
+    yield Part("elementwise RoPE and norm", total(rotate), (q,), 0.0, 2 * q.nbytes)
+    yield Part("elementwise RMS norm", total(partial(rms_norm, eps=cfg.norm_eps)), (x,), 0.0, 2 * x.nbytes)
     up = normal(4, (M, 4 * D), dtype)
-    yield Part("elementwise relu squared", total(lambda u: jnp.square(jax.nn.relu(u))), (up,), 0.0, 5 * up.nbytes)
+    yield Part("elementwise relu squared", total(lambda u: jnp.square(jax.nn.relu(u))), (up,), 0.0, 2 * up.nbytes)
     head, ids = normal(5, (V, D), dtype), jax.random.randint(jax.random.key(6), (M,), 0, cfg.vocab_size)
     nll = partial(loss.weighted_nll, vocab=cfg.vocab_size, softcap=cfg.softcap, eight_bits=eight_bits)
     gradient = jax.grad(lambda h, w: nll(h, w, ids, jnp.full((M,), 1.0 / M)), argnums=(0, 1))
     yield Part("loss", gradient, (x, head), 6.0 * M * D * V, 2 * (x.nbytes + head.nbytes))
     table = normal(7, (V, D), jnp.float32)
     lookup = jax.grad(lambda t, up: jnp.sum(t[ids].astype(dtype) * up).astype(jnp.float32))
-    yield Part("embedding and its gradient", lookup, (table, x), 0.0, 3 * x.nbytes + 2 * table.nbytes)
+    yield Part("embedding and its gradient", lookup, (table, x), 0.0, x.nbytes + table.nbytes)
     yield from optimizer_parts(cfg, dtype)
 
 
