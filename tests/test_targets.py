@@ -1,12 +1,15 @@
 """Programs for GPUs that are not here: what they call, and what is said where the libraries are missing."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax import attention, memory, targets
+from nanochat_jax import attention, loss, memory, sharding, targets
+from nanochat_jax.bench.step import RecipeStep
+from nanochat_jax.config import MeshConfig
 from nanochat_jax.errors import UserError
 
 LIBRARIES = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
@@ -62,3 +65,25 @@ def test_compiles_for_a_gpu_that_is_not_here(kind):
     assert "__cudnn$fmhaSoftmaxBackward" in compiled.as_text()
     size = 2 * 1024 * 2 * 128 * 2
     assert 4 * size <= memory.needed_bytes(compiled) < 20 * size
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
+def test_the_whole_step_is_lowered_without_the_arrays_that_it_must_not_have(precision):
+    T, rows, vocab = 1024, 8, 640
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    made = RecipeStep(2, mesh, seq=T, vocab=vocab, precision=precision)
+    array = jax.ShapeDtypeStruct((2, rows, T), jnp.int32, sharding=made.split)
+    skip = [jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{end}") for end in ("", "Backward")]
+    with targets.tracing("h100"):
+        exported = jax.export.export(made.jitted, platforms=["cuda"], disabled_checks=skip)
+        text = exported(made.abstract_state, {"tokens": array, "targets": array}).mlir_module()
+    types = set(re.findall(r"tensor<([^>]*)>", text))
+    assert f"{loss.GPU_CHUNK}x{vocab}xf32" in types, "the logits of a chunk"
+    assert not {t for t in types if t.startswith((f"{rows * T}x{vocab}x", f"{rows}x{T}x{vocab}x"))}, "of all tokens"
+    assert not {t for t in types if f"x{T}x{T}x" in f"x{t}"}, "a (T, T) mask"
+    calls = [line for line in text.splitlines() if "@__cudnn$fmhaSoftmax" in line]
+    assert len(calls) == 4  # forward and backward of each layer, once: a scan holds the micro-batches
+    operands = [re.findall(r"x(f8\w+)>", line) for line in text.splitlines() if "stablehlo.dot_general" in line]
+    eight = [kinds for kinds in operands if kinds]
+    # of each layer q, k, v, two projections and the MLP's first: forward, and both ways back; the loss has three
+    assert len(eight) == (2 * 6 * 3 + 3 if precision == "fp8" else 0) and all(len(kinds) == 2 for kinds in eight)
