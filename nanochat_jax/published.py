@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """A run of the reference, by its author or by others: the share of the bf16 peak that its training steps reached."""
+    """A run of the reference, by its author or by others, and the share of the bf16 peak that its steps reached."""
 
     gpu: str
     arch: str

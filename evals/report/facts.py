@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from evals.report.words import listed, plain
 from nanochat_jax.config import RunConfig, from_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
-from nanochat_jax.tracking import system_info
+from nanochat_jax.tracking import read_records, system_info
 
 STAGES = records.ORDER
 TITLES = {
@@ -48,7 +47,7 @@ class Facts:
         # not load_config: the page can be made where the run's data folder is not at hand
         self.config: RunConfig = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
         self.done = {s: read_json(run_dir / s / "done.json") for s in ("tokenizer", *STAGES, "eval")}
-        self.metrics = {s: read_metrics(run_dir / s / "metrics.jsonl") for s in STAGES}
+        self.metrics = {s: read_records(run_dir / s / "metrics.jsonl") for s in STAGES}
         found = {s: read_json(run_dir / "evals" / f"{s}.json") for s in STAGES}
         self.evals: dict[str, dict] = {s: e for s, e in found.items() if e}
         self.answers = cache(self._answers)
@@ -104,15 +103,3 @@ class Facts:
 
         vocab = Tokenizer.load(self.dir / "tokenizer").vocab_size
         return scaling.param_counts(scaling.gpt_config(self.config.model, vocab))["total"]
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a kill cut in half is left out."""
-    out = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                out.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return out
