@@ -217,6 +217,7 @@ class TrackingConfig:
     tensorboard: bool = False  # event files in RUN_DIR/tensorboard; needs the extra of that name
     wandb: str | None = None  # a project of Weights & Biases; needs the extra of that name
     samples: int = 3  # prompts that the model goes on from at each of base's evaluations; 0: none
+    trace_at: int | None = None  # a step of every stage: it and the next two are profiled into <stage>/trace
     stop_on_spike: bool = False  # save and stop where the loss leaps up (alarms.py says when); else it is only said
 
 

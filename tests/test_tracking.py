@@ -9,6 +9,7 @@ import threading
 import time
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from nanochat_jax.devices import bandwidth, peak_flops
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, claim, read_json
 from nanochat_jax.preemption import Stop
+from nanochat_jax.trace import traced
 from nanochat_jax.tracking import RunLog, Tracker, peak_memory_gb, system_info, truncate_from
 
 
@@ -326,3 +328,16 @@ def test_a_loss_that_is_no_number_is_recorded(tmp_path, log):
     tracker.close()
     assert rows(tmp_path)[0]["loss"] is None and rows(tmp_path)[0]["alarm"] == "the loss is nan"
     assert "base 1/9  ALARM  the loss is nan" in log.path.read_text()
+
+
+@pytest.mark.parametrize("steps", [6, 3])
+def test_three_steps_are_traced_and_a_trace_ends_with_its_stage(tmp_path, steps):
+    for stage in ("base", "sft"):  # a second one can only begin where the first has ended
+        with traced(lambda n: jnp.arange(n).sum(), tmp_path / stage, start=0, first=2) as step:
+            assert [int(step(n)) for n in range(steps)] == [sum(range(n)) for n in range(steps)]
+        assert len(list((tmp_path / stage).rglob("*.trace.json.gz"))) == 1
+
+
+def test_nothing_is_traced_where_nobody_asked(tmp_path):
+    with traced(abs, tmp_path, start=0, first=None) as step:
+        assert step is abs

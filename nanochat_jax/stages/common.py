@@ -22,6 +22,7 @@ from nanochat_jax.data.packing import pack_split
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import graph_of, merge
 from nanochat_jax.preemption import Stop
+from nanochat_jax.trace import traced
 from nanochat_jax.tracking import RunLog, Tracker, system_info
 from tokenizer import Tokenizer
 
@@ -223,23 +224,25 @@ def train_stage(
             return evaluate(step, params)
 
     peak = devices.peak_flops(jax.devices()[0].device_kind)
+    first = settings.trace_at if hosts.is_main() else None
     try:
-        state, metrics = train.fit(
-            state,
-            step_fn=step_fn,
-            next_batch=next_batch,
-            steps=steps,
-            save_every=save_every,
-            checkpointer=keeper,
-            tracker=tracker,
-            accounting=train.Accounting(
-                tokens_per_step, scaling.flops_per_token(cfg), peak * jax.device_count() if peak else None
-            ),
-            meta=meta,
-            stop=run.stop,
-            evaluate=evaluate and evaluate_apart,
-            eval_every=eval_every,
-        )
+        with traced(step_fn, stage_dir / "trace", int(state.step), first) as step_fn:
+            state, metrics = train.fit(
+                state,
+                step_fn=step_fn,
+                next_batch=next_batch,
+                steps=steps,
+                save_every=save_every,
+                checkpointer=keeper,
+                tracker=tracker,
+                accounting=train.Accounting(
+                    tokens_per_step, scaling.flops_per_token(cfg), peak * jax.device_count() if peak else None
+                ),
+                meta=meta,
+                stop=run.stop,
+                evaluate=evaluate and evaluate_apart,
+                eval_every=eval_every,
+            )
     finally:
         tracker.close()
         keeper.close()
