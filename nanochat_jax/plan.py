@@ -168,7 +168,7 @@ class Plan:
         speed = self.speed(stage)
         return flops / (speed.flops * self.on.count) if speed and speed.flops else None
 
-    def _as_measured(self, stage: str) -> float | None:
+    def as_measured(self, stage: str) -> float | None:
         """Seconds of a stage that is more than its steps, in proportion to a run's."""
         speed = self.speeds.get(stage)
         return speed.seconds * self.each if speed and speed.seconds else None
@@ -237,7 +237,7 @@ class Plan:
         sampled = cfg.questions * cfg.samples
         batch = sampled * (PROMPT + cfg.max_new_tokens)
         flops = steps * batch * self.each * (cfg.epochs + 1 / 3)  # the pass that weighs the samples is forward only
-        seconds, bandwidth = self._as_measured("rl"), devices.bandwidth(self.on.kind)
+        seconds, bandwidth = self.as_measured("rl"), devices.bandwidth(self.on.kind)
         if seconds is None and bandwidth and self.speed("rl"):
             cache = (PROMPT + cfg.max_new_tokens / 2) * scaling.kv_bytes_per_token(self.cfg, 2)
             read = 2 * scaling.matmul_params(self.cfg) + sampled / self.on.count * cache  # for one token of each
@@ -255,7 +255,7 @@ class Plan:
         return seconds * (self.each / (self.on.count * peak)) / (published / (8 * devices.peak_flops("h100")))
 
     def _eval(self) -> Stage:
-        seconds, evals = self._as_measured("eval"), self.config.evals
+        seconds, evals = self.as_measured("eval"), self.config.evals
         if seconds is None and self.source == "hub":
             asked = sum(min(n, evals.max_per_task or n) for n in TEST_ROWS.values()) / sum(TEST_ROWS.values())
             chat = EVAL_CHAT * asked * sum(stage != "base" for stage in evals.stages)
@@ -356,8 +356,10 @@ def _remarks(plan: Plan, stages: list[Stage]) -> list[str]:
         out.append(f"the time of {', '.join(unknown)} is not known and not in the sum: --measured RUN_DIR may tell")
         if "base" in unknown:
             out.append("--measured alone times some steps of base here")
-    if plan.speed("rl") and not plan._as_measured("rl"):
-        out.append("rl, eval and the tokenizer are rough: a third of the bandwidth, the $100 run's, two cores")
+    if plan.speed("rl") and not plan.as_measured("rl"):
+        out.append(
+            "rough: rl decodes at a third of the bandwidth, eval goes as in a $100 run, the tokenizer on two cores"
+        )
     if (passes := plan.passes()) is not None:
         files = plan.config.data.hub_shards
         out.append(f"base goes {passes:.2f} times over its {files} files" + (", take more" if passes > 1 else ""))
