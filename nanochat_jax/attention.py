@@ -1,19 +1,47 @@
-"""Causal attention with an optional sliding window: one entry point, one backend per device.
+"""Causal attention with an optional sliding window: one entry point, and a table of backends to choose from.
 
-`cudnn` on a GPU that has it, `blocks` elsewhere: plain XLA over blocks of queries, each of which reads only the keys
-that its window admits, so that neither a (T, T) mask nor the squares that it would hide are ever computed.
+`cudnn` and `flash` (flash.py) are kernels for GPUs; `blocks` is plain XLA over blocks of queries, each of which reads
+only the keys that its window admits, so that neither a (T, T) mask nor the squares that it would hide are computed.
+Which of them is the fastest depends on the device and the shape: `choose` measures it once, before a program is traced,
+and remembers. Where nothing was measured `default_backend` stands.
 
 Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), N head size.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import devices
+from nanochat_jax import devices, flash, hosts
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_json, read_json
 
 _MASKED = -1e30  # finite: a row of -inf would make the softmax NaN
+
+
+class Shape(NamedTuple):
+    """What a choice depends on. The rows of a batch do not belong to it: they are many programs that are alike."""
+
+    T: int
+    H: int
+    K: int
+    N: int
+    dtype: str
+    window: int | None  # None: all
+
+    def __str__(self) -> str:
+        return f"T={self.T} H={self.H} K={self.K} N={self.N} {self.dtype} window={self.window}"
+
+
+class Backend(NamedTuple):
+    run: Callable  # (q, k, v, window) -> (B, T, H, N)
+    takes: Callable[[Shape, str], bool]  # of a shape on a platform: nvidia, gpu (another maker's), tpu or cpu
 
 
 def causal_attention(
@@ -21,15 +49,25 @@ def causal_attention(
 ) -> jax.Array:
     """Softmax attention of scale 1/sqrt(N): position t sees itself and the `window` positions before it (None: all).
 
-    q (B, T, H, N), k and v (B, T, K, N) -> (B, T, H, N) in q's dtype; the softmax is computed in float32.
+    q (B, T, H, N), k and v (B, T, K, N) -> (B, T, H, N) in q's dtype; the softmax is computed in float32. backend: one
+    of BACKENDS; by default what `choose` found for the shape.
     """
-    window = None if window is None or window >= q.shape[1] - 1 else window
-    return _BACKENDS[backend or default_backend(q.dtype)](q, k, v, window)
+    _, T, H, N = q.shape
+    shape = Shape(T, H, k.shape[2], N, str(q.dtype), _bounded(window, T))
+    return BACKENDS[backend or _chosen.get(shape) or default_backend(q.dtype)].run(q, k, v, shape.window)
 
 
 def default_backend(dtype) -> str:
     """cudnn takes 16-bit floats on NVIDIA only."""
     return "cudnn" if jnp.dtype(dtype).itemsize == 2 and devices.has_cudnn() else "blocks"
+
+
+def _bounded(window: int | None, T: int) -> int | None:
+    """None where the window hides nothing of T positions."""
+    return None if window is None or window >= T - 1 else window
+
+
+# --------------------------------------------------------------------------------------------------- the backends
 
 
 def _cudnn(q, k, v, window):
@@ -65,4 +103,148 @@ def _blocks(q, k, v, window):
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
 
 
-_BACKENDS = {"cudnn": _cudnn, "blocks": _blocks}
+def _cudnn_takes(shape: Shape, platform: str) -> bool:
+    return platform == "nvidia" and jnp.dtype(shape.dtype).itemsize == 2 and shape.N % 8 == 0 and shape.N <= 256
+
+
+def _flash_takes(shape: Shape, platform: str) -> bool:
+    return platform in ("nvidia", "gpu") and jnp.dtype(shape.dtype).itemsize == 2 and shape.N in flash.CUTS
+
+
+BACKENDS = {
+    "cudnn": Backend(_cudnn, _cudnn_takes),
+    "flash": Backend(flash.attention, _flash_takes),
+    "blocks": Backend(_blocks, lambda shape, platform: True),
+}
+
+# ----------------------------------------------------------------------------------------------------- the choice
+
+MEASURED_FROM = 1024  # positions; with fewer, attention is too small a part of a step to be worth measuring
+TOLERANCE = 0.01  # of the output's and each gradient's norm; bfloat16 comes to 0.004, a window off by one to 0.03
+_ROUNDS, _CALLS = 5, 5  # the fastest of so many rounds counts
+
+_chosen: dict[Shape, str] = {}
+
+
+def shapes_of(cfg, T: int, dtype) -> list[Shape]:
+    """The different shapes of attention in a model's layers (a GPTConfig) over rows of T."""
+    windows = dict.fromkeys(_bounded(w, T) for w in cfg.windows)
+    return [Shape(T, cfg.n_head, cfg.n_kv_head, cfg.head_dim, str(jnp.dtype(dtype)), w) for w in windows]
+
+
+def choose(
+    shapes: Iterable[Shape],
+    rows: int,
+    cache: Path,
+    setting: str = "auto",
+    *,
+    split_heads: bool = False,
+    say: Callable[[str], None] = print,
+) -> dict[Shape, str]:
+    """The backend of each shape, which programs traced from now on use; to be called by all hosts, never in a trace.
+
+    A shape that several backends take is measured on this device with `rows` of a batch, forward and backward, unless
+    `cache`/attention.json knows it; process 0's choice holds for all. setting: auto, or a backend to take without
+    measuring; UserError where it does not take a shape. split_heads: the mesh splits heads, which `flash` cannot follow
+    (a partitioner would gather them); cudnn's default stands then.
+    """
+    platform = "nvidia" if devices.has_cudnn() else devices.platform()
+    found = {}
+    for shape in shapes:
+        takers = [n for n, b in BACKENDS.items() if b.takes(shape, platform) and not (split_heads and n == "flash")]
+        if setting != "auto":
+            if setting not in takers:
+                split = ", its heads split" if split_heads else ""
+                raise UserError(
+                    f"attention={setting} does not take {shape} on this platform ({platform}{split}); "
+                    f"take attention=auto or one of {', '.join(takers)}"
+                )
+            found[shape] = setting
+        elif len(takers) > 1 and shape.T >= MEASURED_FROM and not split_heads:
+            found[shape] = None
+    unknown = [shape for shape, name in found.items() if name is None]
+    if unknown:
+        names = _measured(unknown, rows, cache, platform, say) if hosts.is_main() else []
+        found.update(zip(unknown, hosts.gather("attention", names)[0]))
+    _chosen.update(found)
+    return found
+
+
+def _measured(shapes: list[Shape], rows: int, cache: Path, platform: str, say) -> list[str]:
+    """The fastest backend of each shape, from the file of those measured before or now."""
+    path = Path(cache) / "attention.json"
+    known, place = read_json(path) or {}, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    here = known.setdefault(place, {})
+    for shape in shapes:
+        if here.get(str(shape), {}).get("backend") in BACKENDS:
+            continue
+        milliseconds, left_out = measure(shape, rows, platform)
+        best = min(milliseconds, key=milliseconds.get, default=default_backend(shape.dtype))
+        here[str(shape)] = {"backend": best, "rows": rows, "ms": milliseconds, "left_out": left_out}
+        atomic_write_json(path, known)
+        times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in milliseconds.items())
+        say(f"attention {shape}: {best}, of {times or 'none'} for {rows} rows forward and backward")
+        for name, why in left_out.items():
+            say(f"attention {shape}: {name} left out: {why}")
+    return [here[str(shape)]["backend"] for shape in shapes]
+
+
+def measure(shape: Shape, rows: int, platform: str) -> tuple[dict[str, float], dict[str, str]]:
+    """(milliseconds of forward and backward with `rows`, why one was left out), by the name of the backend.
+
+    The output and the gradients of one row are first compared with those of `blocks` in float32.
+    """
+    with jax.default_matmul_precision("highest"):
+        one = [x.astype(jnp.float32) for x in _random(shape, 1)]
+        want = _with_gradients(BACKENDS["blocks"], shape)(*one)
+    milliseconds, left_out = {}, {}
+    for name, backend in BACKENDS.items():
+        if not backend.takes(shape, platform):
+            continue
+        try:
+            f = _with_gradients(backend, shape)
+            errors = {of: _error(a, b) for of, a, b in zip(("output", "dq", "dk", "dv"), f(*_random(shape, 1)), want)}
+            wrong = [f"{of} is off by {e:.1%}" for of, e in errors.items() if not e <= TOLERANCE]  # nor where it is NaN
+            if wrong:
+                left_out[name] = f"{', '.join(wrong)}, of {TOLERANCE:.0%} allowed"
+            else:
+                milliseconds[name] = 1e3 * _seconds(f, _random(shape, rows))
+        except Exception as e:  # no kernel for this device, or no memory for it: the others are there
+            left_out[name] = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
+    return milliseconds, left_out
+
+
+def _random(shape: Shape, rows: int) -> list[jax.Array]:
+    """q, k, v and the output's gradient."""
+    heads = (shape.H, shape.K, shape.K, shape.H)
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, (rows, shape.T, h, shape.N), shape.dtype) for key, h in zip(keys, heads)]
+
+
+def _with_gradients(backend: Backend, shape: Shape) -> Callable:
+    """f(q, k, v, do) -> output, dq, dk, dv."""
+
+    def f(q, k, v, do):
+        o, pull = jax.vjp(lambda *x: backend.run(*x, shape.window), q, k, v)
+        return o, *pull(do)
+
+    return jax.jit(f)
+
+
+def _error(got, want) -> float:
+    """The difference's norm over that of `want`."""
+    difference = jnp.linalg.norm((got.astype(jnp.float32) - want).ravel())
+    return float(difference / jnp.maximum(jnp.linalg.norm(want.ravel()), 1e-30))
+
+
+def _seconds(f: Callable, args) -> float:
+    """Of one call, the calls of a round handed to the device together."""
+    jax.block_until_ready(f(*args))
+    rounds = []
+    for _ in range(_ROUNDS):
+        began = time.perf_counter()
+        for _ in range(_CALLS):
+            out = f(*args)
+        jax.block_until_ready(out)
+        rounds.append((time.perf_counter() - began) / _CALLS)
+    return min(rounds)
