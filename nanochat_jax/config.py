@@ -234,6 +234,7 @@ class MeshConfig:
 class RunConfig:
     seed: int = 1337
     dtype: str = "auto"  # of the matrix products: float32 | bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
+    attention: str = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
     price_per_hour: float | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
@@ -373,6 +374,7 @@ def check(config: RunConfig) -> None:
         "model.arch": (m.arch, ("modern", "classic")),
         "data.source": (config.data.source, ("auto", "embedded", "local", "hub")),
         "dtype": (config.dtype, ("auto", "float32", "bfloat16")),
+        "attention": (config.attention, ("auto", "cudnn", "flash", "blocks")),
         "rl.objective": (config.rl.objective, ("grpo", "dpo")),
         "evals.sandbox": (config.evals.sandbox, ("auto", "required")),
     }

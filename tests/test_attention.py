@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from conftest import relative_error
-from nanochat_jax import attention, flash, hosts, targets
+from nanochat_jax import attention, config, flash, hosts, targets
 from nanochat_jax.attention import Backend, Shape
 from nanochat_jax.errors import UserError
 
@@ -256,3 +256,10 @@ def test_what_the_gpu_kernels_take():
     ]:
         assert not takes["flash"](shape, platform) and not takes["cudnn"](shape, platform)
     assert takes["blocks"](half, "cpu")
+
+
+def test_the_setting_knows_the_backends():
+    for name in ("auto", *attention.BACKENDS):
+        config.check(config.RunConfig(attention=name))
+    with pytest.raises(UserError, match=f"attention=fast is not one of auto, {', '.join(attention.BACKENDS)}"):
+        config.check(config.RunConfig(attention="fast"))

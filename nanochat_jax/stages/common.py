@@ -13,7 +13,7 @@ from flax import nnx
 
 from evals.bpb import evaluate_bpb
 from evals.scoring import Scorer
-from nanochat_jax import checkpoint, devices, hosts, memory, optim, scaling, sharding, train
+from nanochat_jax import attention, checkpoint, devices, hosts, memory, optim, scaling, sharding, train
 from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
 from nanochat_jax.data.documents import open_documents
 from nanochat_jax.data.loader import Loader
@@ -115,6 +115,14 @@ def fit_step(
     """
     (per_device, length), mesh, compiled = shape, run.mesh, {}
     sizes = memory.micro_batches(per_device, micro_batch)
+    attention.choose(
+        attention.shapes_of(run.gpt_config, length, run.dtype),
+        sizes[0],
+        run.cache_dir,
+        run.config.attention,
+        split_heads=mesh.shape["tensor"] > 1,
+        say=run.log.write,
+    )
 
     def needed(size: int) -> int:
         whole = (per_device // size, size * sharding.data_parallel(mesh), length)
