@@ -148,10 +148,11 @@ def run_stage(run, name: str) -> None:
 
 def needs(run, name: str, chosen: list[str]) -> None:
     """UserError where an earlier stage that `name` reads has neither run nor been asked for."""
-    before = {"base": "tokenizer", "mid": "base", "sft": "base", "rl": "base", "eval": "base", "report": "base"}
+    before = {"base": ("tokenizer",), "mid": ("base",), "sft": ("base", "mid"), "rl": ("base", "mid", "sft")}
+    before |= dict.fromkeys(("eval", "report"), ("base", "mid", "sft", "rl"))  # weights may have come in at any of them
     wanted = before.get(name)
-    if wanted and wanted not in chosen and not (run.dir / wanted / "done.json").is_file():
-        raise UserError(f"stage {name} needs {wanted}, which has not run in {run.dir}; add it to --stages")
+    if wanted and not any(stage in chosen or (run.dir / stage / "done.json").is_file() for stage in wanted):
+        raise UserError(f"stage {name} needs {wanted[0]}, which has not run in {run.dir}; add it to --stages")
 
 
 def pipeline(args: argparse.Namespace) -> dict:

@@ -11,25 +11,31 @@ of which those of the model come from the folder, are what later stages train wi
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.config import RunConfig, TokenizerConfig, dump_yaml, fingerprint, load_config
+from nanochat_jax.config import dump_yaml, fingerprint, load_config, to_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, whole_folder
 
 
 def import_weights(
-    source: Path, run_dir: Path, stage: str | None, tokenizer_dir: Path | None, config: RunConfig
+    source: Path,
+    run_dir: Path,
+    stage: str | None = None,
+    tokenizer_dir: Path | None = None,
+    config: str | None = None,
+    settings: Sequence[str] = (),
 ) -> dict:
     """Makes the run directory, whole or not at all; returns what there is to say of it. UserError.
 
-    stage: base, mid, sft or rl; None: the one that the weights say they are of.
+    stage: base, mid, sft or rl; None: the one that the weights say they are of. tokenizer_dir: None for `source`.
+    config, settings: as of `load_config`; those of the model and its vocabulary are the weights'.
     """
     from nanochat_jax import scaling
     from nanochat_jax.checkpoint import STAGES, Checkpointer, write_done
@@ -45,7 +51,10 @@ def import_weights(
     if "stage" not in notes:
         notes = {"imported_from": source.resolve().name, "stage": stage, "step": "0", **notes, "format": "pt"}
     step = int(notes["step"])
-    config = dataclasses.replace(config, model=weights.model, tokenizer=TokenizerConfig(weights.vocab_size))
+    sizes = {f"model.{key}": value for key, value in to_dict(weights.model).items()}
+    sizes["tokenizer.vocab_size"] = weights.vocab_size
+    theirs = [f"{key}={'' if value is None else value}" for key, value in sizes.items()]
+    config = load_config(config, None, [*settings, *theirs])
     cfg = scaling.gpt_config(config.model, weights.vocab_size)
     try:
         template = jax.eval_shape(lambda: init_params(cfg, 0))
@@ -79,8 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     args = p.parse_args(argv)
     try:
-        config = load_config(args.config, None, args.settings)
-        print(json.dumps(import_weights(args.source, args.run_dir, args.stage, args.tokenizer, config)))
+        made = import_weights(args.source, args.run_dir, args.stage, args.tokenizer, args.config, args.settings)
+        print(json.dumps(made))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

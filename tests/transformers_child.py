@@ -19,6 +19,7 @@ def main(folder: str, wanted: str) -> dict:
     logits = np.load(f"{wanted}.npz")["logits"]  # (prompts, T, vocabulary), of the prompts and what follows them
     tok = AutoTokenizer.from_pretrained(folder)
     model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model.generation_config.eos_token_id = None  # all tokens are compared, also those behind an answer's end
     out = {
         "class": type(model).__name__,
         "not_loaded": sum(map(len, loading.values())),
@@ -34,7 +35,7 @@ def main(folder: str, wanted: str) -> dict:
     for (messages, ids, greedy), expected in zip(want["prompts"], logits):
         found = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         out["prompts"].append(found["input_ids"][0].tolist() == ids)
-        made = model.generate(**found, max_new_tokens=len(greedy), do_sample=False, eos_token_id=-1, pad_token_id=0)
+        made = model.generate(**found, max_new_tokens=len(greedy), do_sample=False)
         out["greedy"].append(made[0, len(ids) :].tolist() == greedy)
         with torch.no_grad():
             got = model(torch.tensor([ids + greedy])).logits[0].numpy()

@@ -15,6 +15,10 @@ from nanochat_jax.errors import UserError
 from tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 JSON_FILE = "tokenizer.json"
+GUARD = "\ufdd0"  # a noncharacter: no text that is exchanged holds it
+# The chat template of an export guards every "|" that is said, so that no special token is read there. In transformers
+# this takes the guards away again; here, where text never becomes a special token, it is not needed.
+NORMALIZER = {"type": "Replace", "pattern": {"String": GUARD + "|"}, "content": "|"}
 
 
 def byte_characters() -> dict[int, str]:
@@ -25,7 +29,10 @@ def byte_characters() -> dict[int, str]:
 
 
 class ByteLevelTokenizer(Tokenizer):
-    """From the text of a tokenizer.json. UserError where it is no byte-level BPE with our special tokens."""
+    """From the text of a tokenizer.json. UserError where it is no byte-level BPE with our special tokens.
+
+    `text` is what an export writes: that text, with NORMALIZER.
+    """
 
     def __init__(self, text: str, meta: dict | None = None):
         try:
@@ -36,23 +43,29 @@ class ByteLevelTokenizer(Tokenizer):
             ) from None
         try:
             self._bpe = tokenizers.Tokenizer.from_str(text)
-            kinds = {part["type"] for part in _parts(json.loads(text)["decoder"])}
+            described = json.loads(text)
+            kinds = {part["type"] for part in _parts(described["decoder"])}
         except Exception as e:  # of tokenizers
             raise UserError(f"not a tokenizer.json: {' '.join(str(e).split())}") from None
         if kinds != {"ByteLevel"}:
             raise UserError(f"its decoder is {', '.join(sorted(kinds))}; only byte-level BPE is supported")
+        if described["normalizer"] not in (None, NORMALIZER):
+            raise UserError("it changes text before it encodes it (normalizer), so that not every text would come back")
+        if described["normalizer"] is None:
+            text = json.dumps(described | {"normalizer": NORMALIZER}, ensure_ascii=False, indent=1) + "\n"
+        self._bpe.normalizer = None
         self._bpe.encode_special_tokens = True
         self._bpe.no_truncation()
         self._bpe.no_padding()
         self.text, self.meta = text, meta or {}
         self.hash = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.vocab_size = self._bpe.get_vocab_size()
+        added = {id: token.content for id, token in self._bpe.get_added_tokens_decoder().items() if token.special}
+        ids = {name: id for id, name in added.items()}
         for name in SPECIAL_TOKENS:
-            id = self._bpe.token_to_id(name)
-            if id is None:
+            if name not in ids:
                 raise UserError(f"this vocabulary has no special token {name}, which conversations need")
-            setattr(self, name[2:-2], id)
-        added = self._bpe.get_added_tokens_decoder()
+            setattr(self, name[2:-2], ids[name])
         to_byte = {character: b for b, character in byte_characters().items()}
         self._bytes = [
             b"" if i in added else bytes(to_byte[c] for c in self._bpe.id_to_token(i)) for i in range(self.vocab_size)

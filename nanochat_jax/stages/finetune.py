@@ -44,7 +44,11 @@ def main(run: common.Run, name: str) -> dict:
     before = "mid" if name == "sft" and read_done(run.dir / "mid") else "base"
     with hosts.main_first(f"{name} packed"):
         dataset = _dataset(run, name, cfg)
-    batch_tokens = cfg.batch_tokens or run.config.base.batch_tokens or read_done(run.dir / "base")["batch_tokens"]
+    batch_tokens = (
+        cfg.batch_tokens
+        or run.config.base.batch_tokens
+        or ((read_done(run.dir / "base") or read_done(run.dir / before))["batch_tokens"])
+    )
     batch_rows = batch_tokens // run.config.model.sequence_len
     steps = max(1, round(cfg.epochs * len(dataset) / max(batch_rows, 1)))
     optimizer = common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0)

@@ -67,9 +67,7 @@ def from_transformers(config: dict) -> tuple[ModelConfig, int]:
     inner = {"intermediate_size": 4 * config["hidden_size"]}
     for key, value in {**FIXED, **inner, "rope_theta": CLASSIC.rope_base, "rope_type": "default"}.items():
         if said.get(key) != value:
-            raise UserError(
-                f"config.json has {key}={said.get(key)}; the classic architecture of this project has {value}"
-            )
+            raise UserError(f"config.json has {key}={said.get(key)}; this project's classic architecture has {value}")
     heads = config["num_attention_heads"]
     model = ModelConfig(
         arch="classic",

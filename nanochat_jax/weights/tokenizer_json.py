@@ -9,7 +9,7 @@ score. In which order the pairs of one piece stand matters only where two of the
 see `_splits`.
 
 The special tokens are matched in any text here, as is usual there (`split_special_tokens=True` turns it off). The chat
-template keeps them out of what people say: it puts GUARD before every "|", and the normalizer takes it away again
+template keeps them out of what people say: it puts a guard before every "|", and the normalizer takes it away again
 where no special token is looked for any more.
 """
 
@@ -23,10 +23,9 @@ from pathlib import Path
 import sentencepiece
 
 from nanochat_jax.errors import UserError
-from tokenizer.bytelevel import byte_characters
+from tokenizer.bytelevel import NORMALIZER, byte_characters
 from tokenizer.tokenizer import SPACE_MARK, SPECIAL_TOKENS, STRETCH, Tokenizer
 
-GUARD = "\ufdd0"  # a noncharacter: no text that is exchanged holds it
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
@@ -75,7 +74,7 @@ def _written(special: dict[str, int], cuts: list[dict], decoder: dict, **model) 
         "truncation": None,
         "padding": None,
         "added_tokens": [_special(id, name) for name, id in special.items()],
-        "normalizer": {"type": "Replace", "pattern": {"String": GUARD + "|"}, "content": "|"},
+        "normalizer": NORMALIZER,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
         "post_processor": None,
         "decoder": decoder,
