@@ -111,5 +111,16 @@ def tracing(kind: str) -> Iterator[None]:
         mock.patch.object(cudnn, "check_cudnn_version", lambda: version),
         mock.patch.object(cudnn, "check_compute_capability", at_least),
         mock.patch.object(cudnn, "is_cuda_compute_capability_equal", equal),
+        _triton_for(GPUS[kind]),
     ):
         yield
+
+
+def _triton_for(gpu: Gpu):
+    """Pallas' kernels are lowered for `gpu`. jax 0.10 leaves it to XLA, which knows; later ones ask this machine."""
+    try:
+        from jax._src.pallas.triton import gpu_info
+    except ImportError:
+        return contextlib.nullcontext()
+    info = gpu_info.get_gpu_info_from_version(gpu_info.gpu_version_from_device_kind(gpu.name))
+    return mock.patch.object(gpu_info, "get_gpu_info", lambda: info)
