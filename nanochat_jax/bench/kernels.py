@@ -19,6 +19,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanochat_jax.bench.step import RecipeStep, add_shape, recipe_accumulation
 
@@ -133,7 +134,7 @@ class Program:
         else:
             moved = size(i.type) + sum(size(types[o]) for o in i.operands if o in types)
         kernel = Kernel(i.name, part_of(i, inner), times, looped, moved)
-        if "fmha" in i.text:
+        if is_attention(i):
             kernel.flops, kernel.operand = attention_flops(i, types), "attention"
         elif "matmul" in i.text and i.op == "custom-call":
             kind, left = arrays(types[i.operands[0]])[0]
@@ -182,14 +183,23 @@ def product_flops(i: Instruction, left: tuple[int, ...], out: tuple[int, ...]) -
     return 2.0 * math.prod(out) * math.prod(left[d] for d in over)
 
 
+def is_attention(i: Instruction) -> bool:
+    """cuDNN's, or one of flash.py's kernels."""
+    return i.op == "custom-call" and ("fmha" in i.text or "flash_window_" in i.scope)
+
+
 def attention_flops(i: Instruction, types: dict[str, str]) -> float:
-    """Of causal attention with its window, as flash attention does them: 2 products forward, 5 backward."""
+    """Of causal attention with its window, of pairs that are seen alone: 2 products forward, 5 backward by cuDNN; by
+    flash.py 3 for dq and 4 for dk and dv, as both make the scores and their gradient anew."""
     shape = arrays(types[i.operands[0]])[0][1]  # (B, T, H, N)
     batch, time, heads, n = shape
-    window = re.search(r'sliding_window_length"?:\s*"?(\d+)', i.text)
-    w = min(int(window.group(1)) if window and int(window.group(1)) else time, time)
+    admitted = re.search(r'sliding_window_length"?:\s*"?(\d+)', i.text)
+    before = re.search(r"flash_window_(\d+)", i.scope)
+    w = min(int(before.group(1)) + 1 if before else int(admitted.group(1)) if admitted else 0, time) or time
     pairs = w * time - w * (w - 1) / 2
-    return (10 if "Backward" in i.text else 4) * batch * heads * n * pairs
+    kernel = re.search(r'name = "(flash_\w+)"', i.text)
+    products = {"flash_dq": 3, "flash_dkv": 4}.get(kernel.group(1) if kernel else "", 5 if "Backward" in i.text else 2)
+    return 2 * products * batch * heads * n * pairs
 
 
 def part_of(i: Instruction, inner: Sequence[Instruction]) -> str:
@@ -197,7 +207,7 @@ def part_of(i: Instruction, inner: Sequence[Instruction]) -> str:
     scopes = Counter(j.scope for j in (i, *inner) if j.scope)
     names = " ".join(scopes)
     product = any(j.op == "dot" for j in inner) or "matmul" in i.text and i.op == "custom-call"
-    if "fmha" in i.text:
+    if is_attention(i):
         return "attention"
     for name in ("optimizer", "loss", "embedding", "attention"):
         if re.search(rf"[/(]{name}[/)]", names):
@@ -226,12 +236,16 @@ def table(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, di
 
 def compiled_text(args: argparse.Namespace) -> str:
     """The optimised program of the step for the GPU."""
-    from nanochat_jax import sharding, targets
+    from nanochat_jax import attention, sharding, targets
     from nanochat_jax.config import MeshConfig
 
     mesh = sharding.make_mesh(MeshConfig(), targets.devices(args.gpu))
     options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "precision")}
-    return RecipeStep(args.depth, mesh, kind=args.gpu, **options).lower(args.rows, ACCUMULATION).compile().as_text()
+    step = RecipeStep(args.depth, mesh, kind=args.gpu, **options)
+    if args.attention:
+        with targets.tracing(args.gpu):
+            attention.choose(attention.shapes_of(step.cfg, args.seq, step.dtype), args.rows, Path(), args.attention)
+    return step.lower(args.rows, ACCUMULATION).compile().as_text()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -239,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_shape(p, depth=24, rows=16, seq=2048, precision="bfloat16")
     p.add_argument("--accumulation", type=int, help="micro-batches of a step; default: as the recipe's batch wants")
     p.add_argument("--gpu", choices=sorted(PRODUCTS), default="h100")
+    p.add_argument("--attention", choices=("cudnn", "flash", "blocks"), help="the backend; default: cudnn")
     p.add_argument("--top", type=int, default=12, help="how many of the longest kernels are named")
     p.add_argument("--hlo", help="a file of an optimised program, instead of compiling one")
     p.add_argument("--dump", help="write the optimised program there")
