@@ -96,7 +96,7 @@ def params_of(run_dir, stage) -> dict:
 
 
 def test_round_trip(run, exported, tmp_path):
-    """Out, in and out again: the same files; in between a run that continues a prompt like the first one."""
+    """Out, in and out again: the same files; in between a run with the same parameters."""
     assert bring_in(exported, tmp_path / "run") == 0
     assert export.main(["--run-dir", str(tmp_path / "run"), "--to", str(tmp_path / "again")]) == 0
     names = sorted(path.name for path in exported.iterdir())
@@ -104,8 +104,8 @@ def test_round_trip(run, exported, tmp_path):
     assert filecmp.cmpfiles(exported, tmp_path / "again", names, shallow=False) == (names, [], [])
     first, second = load_model(run), load_model(tmp_path / "run")
     assert (second.stage, second.step, second.model.cfg) == ("sft", 30, first.model.cfg)
-    ids = np.random.default_rng(1).integers(0, VOCAB, (1, 150))
-    np.testing.assert_array_equal(first.model(ids), second.model(ids))
+    for mine, back in zip(jax.tree.leaves(params_of(run, "sft")), jax.tree.leaves(params_of(tmp_path / "run", "sft"))):
+        np.testing.assert_array_equal(mine[:VOCAB], back[:VOCAB])  # what pads a table is never read
     assert read_done(tmp_path / "run" / "sft")["imported"]["seed"] == "3"
 
 
@@ -226,21 +226,26 @@ def test_same_ids_where_pieces_overlap(tok, theirs):
 @pytest.mark.parametrize("filler", ["x", " ", "\n", "é", "\u2581", "word ", "  ab", "\u2581 a", "日本"])
 def test_same_ids_across_stretches(tok, theirs, filler):
     for size in (STRETCH - 1, STRETCH, STRETCH + 1, 2 * STRETCH + 5):
-        assert same_ids(tok, theirs, (filler * size)[:size]) and same_ids(
-            tok, theirs, (filler * size)[:size] + " b" * 99
-        )
+        text = (filler * size)[:size]
+        assert same_ids(tok, theirs, text) and same_ids(tok, theirs, text + " b" * 99)
 
 
-def rendered(theirs_json, messages, **more) -> list[int]:
-    """The ids of a conversation by the template and tokenizer.json, as transformers makes them."""
+@pytest.fixture(scope="module")
+def rendered(tok):
+    """(messages, add_generation_prompt) -> ids by the template and tokenizer.json, as transformers makes them."""
 
     def fail(message):
         raise UserError(message)
 
     source = re.sub(r"\{%-? (end)?generation -?%\}", "", TEMPLATE.read_text())  # transformers' own, for the mask
     template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
-    text = template.render(messages=messages, raise_exception=fail, **{"add_generation_prompt": False, **more})
-    return tokenizers.Tokenizer.from_str(theirs_json).encode(text, add_special_tokens=False).ids
+    theirs = tokenizers.Tokenizer.from_str(tokenizer_json(tok))
+
+    def make(messages: list[dict], prompt: bool = False) -> list[int]:
+        text = template.render(messages=messages, raise_exception=fail, add_generation_prompt=prompt)
+        return theirs.encode(text, add_special_tokens=False).ids
+
+    return make
 
 
 @st.composite
@@ -257,19 +262,19 @@ def conversations(draw) -> list[dict]:
 
 @settings(max_examples=100, deadline=None)
 @given(messages=conversations())
-def test_chat_template(tok, messages):
-    text = tokenizer_json(tok)
-    assert rendered(text, messages) == render(tok, {"messages": messages})[0]
+def test_chat_template(tok, rendered, messages):
+    assert rendered(messages) == render(tok, {"messages": messages})[0]
     if messages[-1]["role"] == "user":
-        assert rendered(text, messages, add_generation_prompt=True) == render_prompt(tok, messages)
+        assert rendered(messages, prompt=True) == render_prompt(tok, messages)
 
 
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["system"], ["user", "system"]])
-def test_chat_template_refuses_what_we_refuse(tok, roles):
+def test_chat_template_refuses_what_we_refuse(tok, rendered, roles):
     messages = [{"role": role, "content": "x"} for role in roles]
-    for make in (lambda: rendered(tokenizer_json(tok), messages), lambda: render(tok, {"messages": messages})):
-        with pytest.raises(UserError):
-            make()
+    with pytest.raises(UserError):
+        render(tok, {"messages": messages})
+    with pytest.raises(UserError):
+        rendered(messages)
 
 
 # --------------------------------------------------------------------------------- what others have trained
@@ -322,7 +327,8 @@ def test_what_the_reference_saves(tmp_path, capsys):
     assert bring_in(THEIRS, tmp_path / "run", "--stage", "base") == 0
     loaded, golden = load_model(tmp_path / "run"), np.load(THEIRS / "logits.npz")
     assert (loaded.stage, loaded.step, loaded.config.model.arch) == ("base", 7, "modern")
-    assert relative_error(loaded.model(golden["tokens"])[:, ::20], golden["logits"]) < 1e-5
+    logits = nnx.jit(lambda model, tokens: model(tokens))(loaded.model, golden["tokens"])
+    assert relative_error(logits[:, ::20], golden["logits"]) < 1e-5
     for out in ("a", "b"):  # and out again, to files that come back to the same
         assert export.main(["--run-dir", str(tmp_path / "run"), "--to", str(tmp_path / out)]) == 0
         shutil.rmtree(tmp_path / "run")
