@@ -17,14 +17,12 @@ import sys
 from pathlib import Path
 
 from nanochat_jax import hugepages
-from nanochat_jax.config import dump_yaml, load_config, to_dict
+from nanochat_jax.config import differences, dump_yaml, load_config, to_dict
 from nanochat_jax.errors import START_AGAIN, Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parent
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
 ON_ONE_HOST = ("rl", "eval", "report")  # stages that are over soon and need a single one
-# settings that a finished stage does not depend on
-MAY_DIFFER = ("evals", "mesh", "checkpoints", "tracking", "price_per_hour")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -105,18 +103,6 @@ def open_run(args: argparse.Namespace):
     hosts.log_to(run.log.write)
     use_compilation_cache(run.cache_dir / "compiled")
     return run
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
-    """`key: old, now new` for every setting that differs and that a stage depends on."""
-    out = []
-    for key in {**old, **new}:
-        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
-        if path in MAY_DIFFER or a == b:
-            continue
-        nested = isinstance(a, dict) and isinstance(b, dict)
-        out += differences(a, b, f"{path}.") if nested else [f"{path}: {a}, now {b}"]
-    return out
 
 
 def run_stage(run, name: str) -> None:

@@ -357,11 +357,21 @@ def load_config(
 
     Keys that later parts share with earlier ones win. Raises UserError with a line that says what to change.
     """
+    return checked(read_settings(path, mesh, overrides))
+
+
+def read_settings(path: str | Path | None, mesh: str | Path | None, overrides: typing.Sequence[str]) -> dict:
+    """What the file, the mesh file and the overrides say together, nested. UserError."""
     values: dict = _read_yaml(path) if path else {}
     if mesh:
         values = _merge(values, {"mesh": _read_yaml(mesh)})
     for text in overrides:
         values = _merge(values, _parse_override(text))
+    return values
+
+
+def checked(values: dict) -> RunConfig:
+    """The configuration of nested settings. UserError."""
     config = from_dict(RunConfig, values)
     check(config)
     return config
@@ -464,3 +474,19 @@ def fingerprint(value) -> str:
     """12 hex digits of a stable hash of a dataclass or of plain JSON data."""
     plain = to_dict(value) if dataclasses.is_dataclass(value) else value
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+# settings that a finished stage does not depend on
+MAY_DIFFER = ("evals", "mesh", "checkpoints", "tracking", "price_per_hour")
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
+    """`key: old, now new` for every setting that differs and that a stage depends on."""
+    out = []
+    for key in {**old, **new}:
+        a, b, path = old.get(key), new.get(key), f"{prefix}{key}"
+        if path in MAY_DIFFER or a == b:
+            continue
+        nested = isinstance(a, dict) and isinstance(b, dict)
+        out += differences(a, b, f"{path}.") if nested else [f"{path}: {a}, now {b}"]
+    return out

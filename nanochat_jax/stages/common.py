@@ -168,11 +168,12 @@ def scorer(run: Run, params: dict, rows: int) -> Scorer:
 
 
 def bpb_evaluator(run: Run, rows: PackedDataset) -> Callable[[int, dict], dict]:
-    """evaluate(step, params) -> {"val_bpb"}: bits per byte over all of `rows`."""
+    """evaluate(step, params) -> {"val_bpb", "val_loss"}: bits per byte and nats per token over all of `rows`."""
 
     def evaluate(step: int, params: dict) -> dict:
         made = scorer(run, params, run.config.base.micro_batch)
-        return {"val_bpb": evaluate_bpb(made, rows, run.tokenizer)["bpb"]}
+        found = evaluate_bpb(made, rows, run.tokenizer)
+        return {"val_bpb": found["bpb"], "val_loss": found["loss"]}
 
     return evaluate
 
