@@ -1,10 +1,10 @@
 """A trained stage as a folder of weights that others load.
 
-    python -m nanochat_jax.export --run-dir runs/demo --stage sft --to demo-sft
+    python -m nanochat_jax.export --run-dir runs/demo --stage sft --to demo-sft       # --dtype bfloat16: half the size
 
 `classic` becomes a model of transformers' own type `nanochat`, which loads it without code of ours. `modern`, for which
-transformers has no type, becomes safetensors under karpathy/nanochat's names. Either comes back, bit for bit, by
-`python -m nanochat_jax.import`.
+transformers has no type, becomes safetensors under karpathy/nanochat's names. `python -m nanochat_jax.import` brings
+either back, in float32 bit for bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import whole_folder
 
 
-def export(run_dir: Path, stage: str | None, to: Path) -> dict:
+def export(run_dir: Path, stage: str | None, to: Path, dtype: str = "float32") -> dict:
     """Writes the folder `to`, whole or not at all; returns what there is to say of it. UserError."""
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.weights.folder import write_folder
@@ -29,7 +29,7 @@ def export(run_dir: Path, stage: str | None, to: Path) -> dict:
     loaded = load_model(run_dir, stage)
     params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
     with whole_folder(to) as folder:
-        write_folder(folder, params, loaded.model.cfg, loaded.tokenizer, notes(loaded))
+        write_folder(folder, params, loaded.model.cfg, loaded.tokenizer, notes(loaded), dtype)
     size = sum(path.stat().st_size for path in to.iterdir())
     return {"to": str(to), "arch": loaded.config.model.arch, "stage": loaded.stage, "step": loaded.step, "bytes": size}
 
@@ -52,9 +52,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--run-dir", required=True, type=Path, help="the run directory")
     p.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
     p.add_argument("--to", required=True, type=Path, help="the folder to make")
+    p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arrays; default float32")
     args = p.parse_args(argv)
     try:
-        print(json.dumps(export(args.run_dir, args.stage, args.to)))
+        print(json.dumps(export(args.run_dir, args.stage, args.to, args.dtype)))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import GOLDEN, Golden, golden_files, relative_error
+from conftest import Golden, golden_files, relative_error
 from nanochat_jax import export, scaling
 from nanochat_jax.checkpoint import Checkpointer, load_model, read_done, write_done
 from nanochat_jax.config import TokenizerConfig, dump_yaml, load_config
@@ -41,7 +42,7 @@ from tokenizer.train import train_tokenizer
 
 importing = importlib.import_module("nanochat_jax.import")
 ROOT = Path(__file__).parents[1]
-THEIRS = GOLDEN / "reference_tiny"
+THEIRS = Path(__file__).parent / "golden" / "reference_tiny"
 VOCAB = 1000  # no multiple of 64, so that tables are padded
 ODD = "\u2581\ue000\u2585\x00\x01\x7f \n\r\t\u00a0\u2028\u3000\ufeff\ufffd\u0301e日🙂\U0010ffff<|>_='09aA" + GUARD
 TEXT = st.one_of(
@@ -109,6 +110,20 @@ def test_round_trip(run, exported, tmp_path):
     assert read_done(tmp_path / "run" / "sft")["imported"]["seed"] == "3"
 
 
+def test_half_the_size(run, exported, tmp_path):
+    """In bfloat16: every number is rounded once, and the files of what comes back are the same again."""
+    for source, out in ((run, "a"), (tmp_path / "run", "b")):
+        assert export.main(["--run-dir", str(source), "--to", str(tmp_path / out), "--dtype", "bfloat16"]) == 0
+        assert out == "b" or bring_in(tmp_path / out, tmp_path / "run") == 0
+    names = [path.name for path in (tmp_path / "a").iterdir()]
+    assert filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", names, shallow=False)[1:] == ([], [])
+    whole, half = (read_tensors(folder / "model.safetensors")[0] for folder in (exported, tmp_path / "a"))
+    for name, array in whole.items():
+        assert half[name].dtype == "bfloat16" and half[name].nbytes * 2 == array.nbytes
+        np.testing.assert_array_equal(half[name], array.astype(half[name].dtype))
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_header_says_where_it_came_from(run, exported):
     _, notes = read_tensors(exported / "model.safetensors")
     arch = load_model(run).config.model.arch
@@ -141,7 +156,7 @@ def test_config_is_that_of_transformers(path):
     golden = Golden(path)
     config = configs.transformers_config(golden.cfg)
     for key, value in config.items():
-        if key not in ("architectures", "dtype"):
+        if key != "architectures":
             assert golden.meta[key] == value, key
     model, vocab_size = configs.from_transformers(golden.meta)
     back = scaling.gpt_config(model, vocab_size)
@@ -312,12 +327,18 @@ def test_foreign_vocabulary_in_a_folder(foreign, tmp_path):
     described = json.loads(tok.text)
     for change, message in (
         ({"normalizer": {"type": "NFC"}}, "changes text"),
-        ({"decoder": {"type": "Fuse"}}, "only byte-level"),
+        ({"decoder": {"type": "Fuse"}}, "not byte-level BPE, but decodes by Fuse"),
         ({"added_tokens": []}, "no special token"),
         ({"model": {}}, "not a tokenizer.json"),
     ):
         with pytest.raises(UserError, match=message):
             ByteLevelTokenizer(json.dumps(described | change))
+
+
+def test_a_package_that_is_missing(foreign, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(UserError, match="uv sync --extra hf"):
+        ByteLevelTokenizer(foreign[1].text)
 
 
 def test_what_the_reference_saves(tmp_path, capsys):

@@ -48,7 +48,10 @@ class ByteLevelTokenizer(Tokenizer):
         except Exception as e:  # of tokenizers
             raise UserError(f"not a tokenizer.json: {' '.join(str(e).split())}") from None
         if kinds != {"ByteLevel"}:
-            raise UserError(f"its decoder is {', '.join(sorted(kinds))}; only byte-level BPE is supported")
+            raise UserError(
+                f"this tokenizer.json is not byte-level BPE, but decodes by {' and '.join(sorted(kinds))}; if it was "
+                "made of a tokenizer.model, take that (--tokenizer FOLDER)"
+            )
         if described["normalizer"] not in (None, NORMALIZER):
             raise UserError("it changes text before it encodes it (normalizer), so that not every text would come back")
         if described["normalizer"] is None:

@@ -32,7 +32,6 @@ def transformers_config(cfg: GPTConfig) -> dict:
     return {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
-        "dtype": "float32",
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.n_embd,
         "intermediate_size": 4 * cfg.n_embd,
@@ -50,7 +49,6 @@ def reference_config(cfg: GPTConfig) -> dict:
     return {
         "architectures": ["GPT"],
         "model_type": "nanochat-modern",
-        "dtype": "float32",
         "model_config": {key: getattr(cfg, key) for key in REFERENCE_KEYS},
     }
 

@@ -1,6 +1,6 @@
 """A folder of weights as a whole: what an export holds, and what an import finds.
 
-model.safetensors        float32 arrays; the header's notes say which stage of which run they are of
+model.safetensors        the arrays; the header's notes say which stage of which run they are of
 config.json              transformers' for `classic`, with the reference's `model_config` for `modern`
 generation_config.json   how to sample, where an answer ends
 tokenizer.json, tokenizer_config.json, chat_template.jinja; tokenizer.model where the vocabulary is our own
@@ -35,18 +35,22 @@ TENSORS = "model.safetensors"
 # ------------------------------------------------------------------------------------------------- writing
 
 
-def write_folder(folder: Path, params: Mapping, cfg: GPTConfig, tok: Tokenizer, notes: dict[str, str]) -> None:
-    """Fills an empty folder. UserError for an architecture or a vocabulary that the format cannot hold."""
+def write_folder(
+    folder: Path, params: Mapping, cfg: GPTConfig, tok: Tokenizer, notes: dict[str, str], dtype: str = "float32"
+) -> None:
+    """Fills an empty folder, with arrays of `dtype`. UserError for an architecture or a vocabulary that the format
+    cannot hold."""
     classic = cfg.init == "classic"
     config = configs.transformers_config(cfg) if classic else configs.reference_config(cfg)
     special = {"bos_token_id": tok.bos, "eos_token_id": tok.assistant_end}
     # no padding token in config.json: PyTorch would take its row of the table to be without a gradient
-    _write_json(folder / "config.json", {**config, **special, "pad_token_id": None})
+    _write_json(folder / "config.json", {**config, **special, "pad_token_id": None, "dtype": dtype})
     ends = {"eos_token_id": [tok.assistant_end, tok.bos], "pad_token_id": tok.assistant_end}
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 256}
     _write_json(folder / "generation_config.json", {"bos_token_id": tok.bos, **ends, **sampling})
     _write_tokenizer(folder, tok, cfg.sequence_len)
-    write_tensors(folder / TENSORS, to_reference(params, cfg), notes)
+    tensors = {name: array.astype(dtype, copy=False) for name, array in to_reference(params, cfg).items()}
+    write_tensors(folder / TENSORS, tensors, notes)
     atomic_write_text(folder / "README.md", card(cfg, notes))
 
 
