@@ -157,6 +157,7 @@ def choose(
     platform = "nvidia" if devices.has_cudnn() else devices.platform()
     found = {}
     for shape in shapes:
+        _chosen.pop(shape, None)
         takers = [n for n, b in BACKENDS.items() if b.takes(shape, platform) and not (split_heads and n == "flash")]
         if setting != "auto":
             if setting not in takers:

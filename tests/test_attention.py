@@ -45,11 +45,9 @@ def with_gradients(f, args, window):
     "T, window, H, K",
     [
         (96, None, 2, 2),
-        (96, 40, 4, 2),  # the window's edge lies within a tile
-        (128, 32, 2, 1),  # or between two
+        (96, 40, 4, 2),
         (75, 17, 3, 1),  # no tile divides T
         (64, 0, 2, 2),  # each position sees itself alone
-        (1, None, 2, 1),
     ],
 )
 def test_flash_equals_the_definition_and_blocks(T, window, H, K):
@@ -61,11 +59,10 @@ def test_flash_equals_the_definition_and_blocks(T, window, H, K):
         np.testing.assert_allclose(got, other, atol=5e-6)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_flash_in_bfloat16_is_as_close_as_its_rounding(window):
-    args = attention._random(Shape(100, 4, 2, 16, "bfloat16", window), 1)
-    want = with_gradients(plain, [x.astype(jnp.float32) for x in args], window)
-    for got, right in zip(with_gradients(interpreted, args, window), want):
+def test_flash_in_bfloat16_is_as_close_as_its_rounding():
+    args = attention._random(Shape(100, 4, 2, 16, "bfloat16", 40), 1)
+    want = with_gradients(plain, [x.astype(jnp.float32) for x in args], 40)
+    for got, right in zip(with_gradients(interpreted, args, 40), want):
         assert got.dtype == jnp.bfloat16
         assert relative_error(got.astype(jnp.float32), right) < 0.006
 
@@ -155,9 +152,8 @@ blocks = attention.BACKENDS["blocks"].run
 
 def slow(q, k, v, window):
     """Right, after products that come to nothing."""
-    n = lambda i, x: jnp.tanh(x @ x)  # noqa: E731
-    nothing = jax.lax.fori_loop(0, 60, n, jnp.zeros((400, 400))).sum()
-    return blocks(q + nothing, k, v, window)
+    nothing = jax.lax.fori_loop(0, 20, lambda i, x: jnp.tanh(x @ x), jnp.zeros((300, 300))).sum()
+    return blocks(q + jax.lax.stop_gradient(nothing), k, v, window)
 
 
 def fails(q, k, v, window):
@@ -180,13 +176,21 @@ def fakes(monkeypatch):
     return table
 
 
-def test_the_fastest_that_is_right_is_chosen_and_the_others_are_named(fakes, tmp_path):
+def test_the_fastest_that_is_right_is_chosen_once_and_the_others_are_named(fakes, tmp_path, monkeypatch):
     said = []
-    assert attention.choose([SHAPE], 2, tmp_path, say=said.append) == {SHAPE: "blocks"}
+    assert attention.choose([SHAPE], 1, tmp_path, say=said.append) == {SHAPE: "blocks"}
     text = "\n".join(said)
-    assert "blocks, of slow" in text and "for 2 rows" in text
+    assert "blocks, of slow" in text and "for 1 rows" in text
     assert "wrong left out: output is off by" in text and "1% allowed" in text
     assert "fails left out: RuntimeError: no kernel image is available" in text and "elsewhere" not in text
+
+    (kept,) = json.loads((tmp_path / "attention.json").read_text()).values()
+    kept = kept[str(SHAPE)]
+    assert kept["backend"] == "blocks" and set(kept["ms"]) == {"slow", "blocks"} and kept["rows"] == 1
+    assert kept["ms"]["slow"] > kept["ms"]["blocks"] > 0 and set(kept["left_out"]) == {"wrong", "fails"}
+
+    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured again"))
+    assert attention.choose([SHAPE], 2, tmp_path, say=pytest.fail) == {SHAPE: "blocks"}
 
 
 def test_what_was_chosen_is_what_a_trace_uses(fakes, tmp_path):
@@ -199,16 +203,6 @@ def test_what_was_chosen_is_what_a_trace_uses(fakes, tmp_path):
     assert len(called) == 1
     jax.eval_shape(lambda q, k, v: attention.causal_attention(q, k, v, 21), x, one, one)  # another shape
     assert len(called) == 1
-
-
-def test_a_choice_is_measured_once(fakes, tmp_path, monkeypatch):
-    attention.choose([SHAPE], 2, tmp_path, say=lambda text: None)
-    monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured again"))
-    assert attention.choose([SHAPE], 2, tmp_path, say=pytest.fail) == {SHAPE: "blocks"}
-    (kept,) = json.loads((tmp_path / "attention.json").read_text()).values()
-    kept = kept[str(SHAPE)]
-    assert kept["backend"] == "blocks" and set(kept["ms"]) == {"slow", "blocks"} and kept["rows"] == 2
-    assert kept["ms"]["slow"] > kept["ms"]["blocks"] > 0 and set(kept["left_out"]) == {"wrong", "fails"}
 
 
 def test_a_new_process_reads_what_was_chosen(tmp_path):
