@@ -63,6 +63,8 @@ def plan(args: argparse.Namespace) -> int:
     """Says what a run would take; the exit status."""
     from nanochat_jax import plan, targets
 
+    if args.measured and "=" in args.measured:  # the setting behind a --measured that stands alone
+        args.settings, args.measured = [args.measured, *args.settings], ""
     described = targets.GPUS.get(args.gpu)
     path = args.config or fitting_config(described.gb if described else None)
     return plan.main(load_config(path, args.mesh, args.settings), args)

@@ -194,6 +194,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         (["--plan", "--count", "3"], "needs --gpu"),
         (["--plan", "--measured", str(tmp_path)], "is not a run directory"),
         (["--plan", "--gpu", "h100", "--measured"], "leave --gpu out"),
+        (["--plan", "--measured", "model.dept=4"], "did you mean depth?"),
         (["--budget", "10", "--gpu", "h100"], "--budget needs --price"),
         (
             ["--plan", "--gpu", "h100", "--count", "7", "--config", str(ROOT / "configs" / "d12.yaml")],
