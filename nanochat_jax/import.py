@@ -41,7 +41,7 @@ def import_weights(
     from nanochat_jax.checkpoint import STAGES, Checkpointer, write_done
     from nanochat_jax.model import init_params
     from nanochat_jax.weights.folder import read_folder
-    from nanochat_jax.weights.names import from_reference
+    from nanochat_jax.weights.names import flatten, from_reference, reference_name
 
     weights = read_folder(source, tokenizer_dir)
     stage = stage or weights.notes.get("stage")
@@ -50,7 +50,7 @@ def import_weights(
     notes = weights.notes
     if "stage" not in notes:
         notes = {"imported_from": source.resolve().name, "stage": stage, "step": "0", **notes, "format": "pt"}
-    step = int(notes["step"])
+    step = int(notes["step"]) if notes.get("step", "").isdecimal() else 0
     sizes = {f"model.{key}": value for key, value in to_dict(weights.model).items()}
     sizes["tokenizer.vocab_size"] = weights.vocab_size
     theirs = [f"{key}={'' if value is None else value}" for key, value in sizes.items()]
@@ -63,6 +63,9 @@ def import_weights(
         raise UserError(f"the weights in {source} lack {e}") from None
     except ValueError as e:
         raise UserError(f"the weights in {source} are of another architecture: {e}") from None
+    known = {reference_name(path, weights.naming) for path in flatten(template)}
+    if unknown := sorted(weights.tensors.keys() - known):
+        raise UserError(f"the weights in {source} are of another architecture: they hold {unknown[0]}")
     meta = {"stage": stage, "tokenizer": weights.tokenizer.hash, "config": fingerprint(config), "origin": notes}
     mark = {"stage": stage, "steps": step, "tokens": 0, "seconds": 0.0, "metrics": {}, "imported": notes}
     plan = scaling.plan(cfg, batch_tokens=config.base.batch_tokens, head_dim=config.model.head_dim)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jinja2
@@ -23,6 +24,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import run_speedrun
 from conftest import Golden, golden_files, relative_error
 from nanochat_jax import export, scaling
 from nanochat_jax.checkpoint import Checkpointer, load_model, read_done, write_done
@@ -146,6 +148,11 @@ def test_settings_of_later_stages(exported, tmp_path):
     loaded = load_model(tmp_path / "run")
     assert (loaded.stage, loaded.config.sft.max_rows, loaded.config.model.depth) == ("mid", 7, 2)
     assert read_done(tmp_path / "run" / "mid")["batch_tokens"] > 0
+    run = SimpleNamespace(dir=tmp_path / "run")
+    for stage in ("sft", "rl", "eval", "report"):  # go on from there
+        run_speedrun.needs(run, stage, [stage])
+    with pytest.raises(UserError, match="mid needs base"):
+        run_speedrun.needs(run, "mid", ["mid"])
 
 
 # ------------------------------------------------------------------------------------------------- formats
@@ -418,14 +425,16 @@ def test_folders_that_hold_no_weights(exported, tmp_path, capsys):
     write_tensors(copy / "model.safetensors", {k: v for k, v in tensors.items() if "wte" not in k}, notes)
     if config["model_type"] != "nanochat":
         assert "lack 'transformer.wte.weight'" in refused(copy)
+    write_tensors(copy / "model.safetensors", {**tensors, "lm_head.bias": np.zeros(3, np.float32)}, notes)
+    assert "of another architecture: they hold lm_head.bias" in refused(copy)
     shutil.copyfile(exported / "model.safetensors", copy / "model.safetensors")
     sizes = config if config["model_type"] == "nanochat" else config["model_config"]
     sizes["vocab_size"] += 100
     (copy / "config.json").write_text(json.dumps(config))
     assert f"has {VOCAB} tokens and the weights {VOCAB + 100}" in refused(copy)
-    sizes.clear()
+    del sizes["vocab_size"]
     (copy / "config.json").write_text(json.dumps(config))
-    assert "error: " in refused(copy)
+    assert "does not describe a model (KeyError: 'vocab_size')" in refused(copy)
 
 
 # ------------------------------------------------------------------------------------ beside transformers

@@ -106,8 +106,8 @@ def read_folder(folder: Path, tokenizer_dir: Path | None = None) -> Weights:
                 f"{folder} holds no weights that this project knows: config.json of model type nanochat beside "
                 "safetensors, or meta_<step>.json and model_<step>.pt of karpathy/nanochat"
             )
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"the configuration in {folder} lacks {e}") from None
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"the configuration in {folder} does not describe a model ({type(e).__name__}: {e})") from None
     tok = _tokenizer(tokenizer_dir or folder)
     if not vocab_size - 64 < tok.vocab_size <= vocab_size:  # a table may have been padded
         raise UserError(

@@ -10,7 +10,8 @@ joining from the left never comes to that: not in 9,383 random vocabularies over
 
 The special tokens are matched in any text here, as is usual there (`split_special_tokens=True` turns it off). The chat
 template keeps them out of what people say: it puts a guard before every "|", and the normalizer takes it away again
-where no special token is looked for any more.
+where no special token is looked for any more. Its ids are those of `tokenizer.chat`, and its mask of the assistant's
+tokens is the loss mask, but where two text parts follow each other: it joins them before they are encoded.
 """
 
 from __future__ import annotations
