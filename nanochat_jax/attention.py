@@ -132,6 +132,15 @@ _ROUNDS, _CALLS = 5, 5  # the fastest of so many rounds counts
 _chosen: dict[Shape, str] = {}
 
 
+def takers(shape: Shape) -> list[str]:
+    """The backends that take a shape on the platform that programs are traced for."""
+    return [name for name, backend in BACKENDS.items() if backend.takes(shape, _platform())]
+
+
+def _platform() -> str:
+    return "nvidia" if devices.has_cudnn() else devices.platform()
+
+
 def shapes_of(cfg, T: int, dtype) -> list[Shape]:
     """The different shapes of attention in a model's layers (a GPTConfig) over rows of T."""
     windows = dict.fromkeys(_bounded(w, T) for w in cfg.windows)
@@ -154,30 +163,29 @@ def choose(
     measuring; UserError where it does not take a shape. split_heads: the mesh splits heads, which `flash` cannot follow
     (a partitioner would gather them); cudnn's default stands then.
     """
-    platform = "nvidia" if devices.has_cudnn() else devices.platform()
     found = {}
     for shape in shapes:
         _chosen.pop(shape, None)
-        takers = [n for n, b in BACKENDS.items() if b.takes(shape, platform) and not (split_heads and n == "flash")]
+        able = [name for name in takers(shape) if not (split_heads and name == "flash")]
         if setting != "auto":
-            if setting not in takers:
-                split = ", its heads split" if split_heads else ""
+            if setting not in able:
+                where = f"{_platform()}, heads split by mesh.tensor" if split_heads else _platform()
                 raise UserError(
-                    f"attention={setting} does not take {shape} on this platform ({platform}{split}); "
-                    f"take attention=auto or one of {', '.join(takers)}"
+                    f"attention={setting} does not take {shape} here ({where}); take attention=auto or one of "
+                    f"{', '.join(able)}"
                 )
             found[shape] = setting
-        elif len(takers) > 1 and shape.T >= MEASURED_FROM and not split_heads:
+        elif len(able) > 1 and shape.T >= MEASURED_FROM and not split_heads:
             found[shape] = None
     unknown = [shape for shape, name in found.items() if name is None]
     if unknown:
-        names = _measured(unknown, rows, cache, platform, say) if hosts.is_main() else []
+        names = _measured(unknown, rows, cache, say) if hosts.is_main() else []
         found.update(zip(unknown, hosts.gather("attention", names)[0]))
     _chosen.update(found)
     return found
 
 
-def _measured(shapes: list[Shape], rows: int, cache: Path, platform: str, say) -> list[str]:
+def _measured(shapes: list[Shape], rows: int, cache: Path, say) -> list[str]:
     """The fastest backend of each shape, from the file of those measured before or now."""
     path = Path(cache) / "attention.json"
     known, place = read_json(path) or {}, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
@@ -185,7 +193,7 @@ def _measured(shapes: list[Shape], rows: int, cache: Path, platform: str, say) -
     for shape in shapes:
         if here.get(str(shape), {}).get("backend") in BACKENDS:
             continue
-        milliseconds, left_out = measure(shape, rows, platform)
+        milliseconds, left_out = measure(shape, rows)
         best = min(milliseconds, key=milliseconds.get, default=default_backend(shape.dtype))
         here[str(shape)] = {"backend": best, "rows": rows, "ms": milliseconds, "left_out": left_out}
         atomic_write_json(path, known)
@@ -196,7 +204,7 @@ def _measured(shapes: list[Shape], rows: int, cache: Path, platform: str, say) -
     return [here[str(shape)]["backend"] for shape in shapes]
 
 
-def measure(shape: Shape, rows: int, platform: str) -> tuple[dict[str, float], dict[str, str]]:
+def measure(shape: Shape, rows: int) -> tuple[dict[str, float], dict[str, str]]:
     """(milliseconds of forward and backward with `rows`, why one was left out), by the name of the backend.
 
     The output and the gradients of one row are first compared with those of `blocks` in float32.
@@ -205,11 +213,9 @@ def measure(shape: Shape, rows: int, platform: str) -> tuple[dict[str, float], d
         one = [x.astype(jnp.float32) for x in _random(shape, 1)]
         want = _with_gradients(BACKENDS["blocks"], shape)(*one)
     milliseconds, left_out = {}, {}
-    for name, backend in BACKENDS.items():
-        if not backend.takes(shape, platform):
-            continue
+    for name in takers(shape):
         try:
-            f = _with_gradients(backend, shape)
+            f = _with_gradients(BACKENDS[name], shape)
             errors = {of: _error(a, b) for of, a, b in zip(("output", "dq", "dk", "dv"), f(*_random(shape, 1)), want)}
             wrong = [f"{of} is off by {e:.1%}" for of, e in errors.items() if not e <= TOLERANCE]  # nor where it is NaN
             if wrong:

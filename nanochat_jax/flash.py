@@ -39,7 +39,8 @@ class Cut(NamedTuple):
     dkv: Tiles
 
 
-# head size -> tiles for Ampere and Hopper, so that accumulators stay in registers and loads in 100 KB of shared memory
+# head size -> tiles that ptxas gives registers to, on Hopper without spills, and whose loads fit the shared memory of
+# Ampere and Ada (99 KB) and of Hopper (131 KB, as its products read from there); not yet compared on a GPU
 CUTS = {
     64: Cut(Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2)),
     128: Cut(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2)),

@@ -235,8 +235,16 @@ def test_on_a_cpu_nothing_is_measured(tmp_path):
 
 
 def test_a_backend_that_does_not_take_a_shape_is_refused(tmp_path):
-    with pytest.raises(UserError, match="attention=flash does not take T=64 .* take attention=auto or one of blocks"):
+    with pytest.raises(
+        UserError, match=r"attention=flash does not take T=64 .* \(cpu\); take attention=auto or one of b"
+    ):
         attention.choose([SHAPE], 2, tmp_path, "flash")
+    half = Shape(2048, 8, 8, 128, "bfloat16", 512)
+    with (
+        targets.tracing("h100"),
+        pytest.raises(UserError, match=r"nvidia, heads split by mesh.tensor\); .* one of cudnn, blocks$"),
+    ):
+        attention.choose([half], 2, tmp_path, "flash", split_heads=True)
 
 
 def test_what_the_gpu_kernels_take():

@@ -107,12 +107,13 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
         a, w = normal(1, (M, inner), dtype), normal(2, (out, inner), dtype)
         yield Part(f"product {name}", total(multiply), (a, w), 6.0 * M * inner * out, 2 * (a.nbytes + w.nbytes))
     q = normal(3, (rows, T, H, N), dtype)
-    for window in sorted(set(cfg.windows)):
-        w = min(window + 1, T)
-        pairs = w * T - w * (w - 1) / 2
-        name = f"attention {'of all' if window >= T else window}"
-        attend = partial(attention.causal_attention, window=window)
-        yield Part(name, total(attend), (q, q, q), 14.0 * rows * H * N * pairs, 6 * q.nbytes)
+    for shape in attention.shapes_of(cfg, T, dtype):
+        w = T if shape.window is None else shape.window + 1
+        flops = 14.0 * rows * H * N * (w * T - w * (w - 1) / 2)
+        for backend in attention.takers(shape):
+            name = f"attention {'of all' if shape.window is None else shape.window} {backend}"
+            attend = partial(attention.causal_attention, window=shape.window, backend=backend)
+            yield Part(name, total(attend), (q, q, q), flops, 6 * q.nbytes)
     rope = rotary_tables(jnp.arange(T), N, cfg.rope_base)
     rotate = partial(rotate_and_norm, rope=rope, gain=cfg.qk_gain, eps=cfg.norm_eps)
     yield Part("elementwise RoPE and norm", total(rotate), (q,), 0.0, 2 * q.nbytes)
@@ -161,7 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for part in parts(cfg, args.rows, dtype, eight_bits):
         if not part.name.startswith(tuple(args.only.split(","))):
             continue
-        seconds = seconds_of(part.run, part.args)
+        try:
+            seconds = seconds_of(part.run, part.args)
+        except (RuntimeError, ValueError, NotImplementedError, ImportError) as e:  # a backend that this device lacks
+            print(f"{part.name:28} {type(e).__name__}: {str(e).splitlines()[0]}", flush=True)
+            continue
         best = max(part.flops / flops, part.bytes / copied)
         found[part.name] = {"seconds": seconds, "best": best, "flops": part.flops, "bytes": part.bytes}
         print(f"{part.name:28} {1e3 * seconds:9.3f} {1e3 * best:9.3f} {best / seconds:7.0%}", flush=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench train", description=__doc__.split("\n\n")[0])
     add_shape(p, depth=4, rows=8, seq=512)
     p.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
+    p.add_argument("--attention", default="auto", help="the backend; auto: the fastest, measured first")
     p.add_argument("--packed", help="a folder of packed rows of seq + 1 tokens; default: random ones")
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--steps", type=int, default=3, help="of a round")
@@ -60,7 +62,7 @@ def worker(args: argparse.Namespace) -> None:
     """Answers {"steps"} with the seconds that they took, {"profile", "steps"} with the parts' seconds, "about"."""
     import jax
 
-    from nanochat_jax import devices, memory, scaling, sharding
+    from nanochat_jax import attention, devices, memory, scaling, sharding
     from nanochat_jax.bench import parts
     from nanochat_jax.bench.step import RecipeStep
     from nanochat_jax.config import MeshConfig
@@ -71,6 +73,8 @@ def worker(args: argparse.Namespace) -> None:
         devices.use_compilation_cache(Path(args.cache))
     options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "precision")}
     made = RecipeStep(args.depth, sharding.make_mesh(MeshConfig()), **options)
+    shapes, cache = attention.shapes_of(made.cfg, args.seq, made.dtype), Path(args.cache or "runs/cache")
+    attention.choose(shapes, args.rows, cache, args.attention, say=lambda text: print(text, file=sys.stderr))
     compiled = made.lower(args.rows, args.accumulation).compile()
     state, done = made.init(), 0
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +120,8 @@ def worker(args: argparse.Namespace) -> None:
 
 def start(args: argparse.Namespace, shape: list[str], result: dict) -> race.Side:
     """Our side, with one step behind it; --startup: the second of its kind."""
-    more = [f"--precision={args.precision}", *([f"--packed={args.packed}"] if args.packed else [])]
+    more = [f"--precision={args.precision}", f"--attention={args.attention}"]
+    more += [f"--packed={args.packed}"] if args.packed else []
     shares = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if args.reference else {}
     if not args.startup:
         return race.our_side("train", [*more, *shape], shares)
