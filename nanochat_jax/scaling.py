@@ -147,3 +147,11 @@ def plan(
         adamw_lr_scale=(cfg.n_embd / REFERENCE_WIDTH) ** -0.5,
         weight_decay=0.0 if classic else reference_decay * lr_scale * reference / target,
     )
+
+
+if __name__ == "__main__":  # python -m nanochat_jax.scaling sweep FILE
+    import sys
+
+    from nanochat_jax import sweep
+
+    sys.exit(sweep.main())

@@ -193,3 +193,58 @@ def bars(
         over = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line
         axes.legend(fontsize=9, labelcolor=INK, loc="lower right", **over)
     _save(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------- over sizes
+
+
+@dataclass(frozen=True)
+class IsoFlop:
+    """The models of one budget. x: of both panels; lines: name -> (x of the left, x of the right, y), a curve each."""
+
+    label: str
+    x: tuple[Sequence[float], Sequence[float]]
+    y: Sequence[float]
+    lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
+
+
+def isoflops(
+    path: Path,
+    curves: Sequence[IsoFlop],
+    x_labels: tuple[str, str],
+    y_label: str,
+    band: tuple[float, float, float] | None = None,
+) -> None:
+    """Writes two panels of the same losses over logarithmic scales, a colour for each budget, light to dark.
+
+    band: low, value and high of what the right scale shows, marked there.
+    """
+    from matplotlib import colormaps
+    from matplotlib.ticker import EngFormatter
+
+    figure, dashes = _figure(3.6), {"the law": "-", "parabolas": (0, (4, 3))}
+    left, right = figure.subplots(1, 2, sharey=True)
+    for n, curve in enumerate(curves):
+        colour = colormaps["viridis_r"](0.2 + 0.8 * n / max(len(curves) - 1, 1))
+        for side, axes in enumerate((left, right)):
+            axes.plot(curve.x[side], curve.y, "o", color=colour, markersize=5, label=curve.label)
+            for name, line in curve.lines.items():
+                axes.plot(line[side], line[2], color=colour, linestyle=dashes[name], linewidth=1.5)
+    if band:
+        right.axvspan(band[0], band[2], color=GRID, zorder=0)
+        right.axvline(
+            band[1], color=QUIET, linewidth=1.2, label=f"best: {band[1]:.2g} ({band[0]:.2g} to {band[2]:.2g})"
+        )
+    for name in dict.fromkeys(name for curve in curves for name in curve.lines):
+        left.plot([], [], color=QUIET, linestyle=dashes[name], linewidth=1.5, label=name)
+    for axes, label in zip((left, right), x_labels):
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        _dress(axes, f"Loss by {label}", "both")
+        axes.xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
+    left.set_ylabel(y_label)
+    left.legend(frameon=False, fontsize=9, labelcolor=INK)
+    if band:
+        handles, labels = right.get_legend_handles_labels()
+        right.legend(handles[-1:], labels[-1:], frameon=False, fontsize=9, labelcolor=INK)
+    _save(figure, path)
