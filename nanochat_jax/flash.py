@@ -65,42 +65,30 @@ def attention(
 def tiles_of_keys(i, T: int, window: int, tiles: Tiles):
     """(first, whole, masked, end) of the tiles of keys that tile i of queries visits: whole <= j < masked need no mask.
 
-    The rest of first <= j < end is cut by the window's edge, or from `masked` on by the diagonal.
+    The rest of first <= j < end is cut by the window's edge, or from `masked` on by the diagonal. (lax.div: Triton
+    knows no division that rounds down.)
     """
     start, step = i * tiles.rows, tiles.step
-    first = _div(_max(start - window, 0), step)
-    end = _div(start + tiles.rows + step - 1, step)
-    whole = _min(_div(_max(start + tiles.rows - 1 - window, 0) + step - 1, step), end)
-    return first, whole, _max(_div(start + 1, step), whole), end
+    first = lax.div(jnp.maximum(start - window, 0), step)
+    end = lax.div(start + tiles.rows + step - 1, step)
+    whole = jnp.minimum(lax.div(jnp.maximum(start + tiles.rows - 1 - window, 0) + step - 1, step), end)
+    return first, whole, jnp.maximum(lax.div(start + 1, step), whole), end
 
 
 def tiles_of_queries(j, T: int, window: int, tiles: Tiles):
     """As `tiles_of_keys`, of the tiles of queries that see tile j of keys; here the diagonal cuts the first of them."""
     start, step = j * tiles.rows, tiles.step
-    first = _div(start, step)
-    end = _div(_min(start + tiles.rows + window, T) + step - 1, step)
-    whole = _min(_div(start + tiles.rows + step - 2, step), end)
-    return first, whole, _max(_min(_div(start + window + 1, step), end), whole), end
-
-
-def _div(a, b: int):
-    """Of whole numbers that are not negative, known or traced: Triton knows no division that rounds down."""
-    return a // b if isinstance(a, int) else lax.div(a, b)
-
-
-def _max(a, b):
-    return max(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.maximum(a, b)
-
-
-def _min(a, b):
-    return min(a, b) if isinstance(a, int) and isinstance(b, int) else jnp.minimum(a, b)
+    first = lax.div(start, step)
+    end = lax.div(jnp.minimum(start + tiles.rows + window, T) + step - 1, step)
+    whole = jnp.minimum(lax.div(start + tiles.rows + step - 2, step), end)
+    return first, whole, jnp.maximum(jnp.minimum(lax.div(start + window + 1, step), end), whole), end
 
 
 def _walk(visit: Callable, bounds, carry):
     """visit(j, carry, masked) for every tile, with a mask where one is needed."""
     first, whole, masked, end = bounds
     for lower, upper, mask in ((first, whole, True), (whole, masked, False), (masked, end, True)):
-        carry = lax.fori_loop(lower, upper, functools.partial(lambda j, c, mask: visit(j, c, mask), mask=mask), carry)
+        carry = lax.fori_loop(lower, upper, functools.partial(visit, masked=mask), carry)
     return carry
 
 
