@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN") or Path(__file__).parent / "golden")
 
 
@@ -65,8 +68,8 @@ class Golden:
         """The GPT with the stored weights."""
         from flax import nnx
 
-        from nanochat_jax.weights.names import from_reference
         from nanochat_jax.model import GPT
+        from nanochat_jax.weights.names import from_reference
 
         graph, params = nnx.split(GPT(self.cfg, rngs=nnx.Rngs(0)))
         weights = from_reference(self.tensors("w"), nnx.to_pure_dict(params), self.cfg)
@@ -99,3 +102,48 @@ def golden_modern(request):
 @pytest.fixture(params=golden_files("modern_*.npz") + golden_files("classic_*.npz"), ids=lambda p: p.stem)
 def golden(request):
     return Golden(request.param)
+
+
+# --------------------------------------------------------------------------------- a run of the whole pipeline
+
+TINY_RUN = """
+model: {depth: 2, width: 32, head_dim: 16, sequence_len: 128}
+tokenizer: {vocab_size: 600, sample_chars: 400000}
+data: {dir: %s, cache_dir: %s, max_train_tokens: 100000, pack_buffer: 20}
+base: {tokens: 61440, batch_tokens: 512, micro_batch: 2, eval_every: 60, eval_tokens: 1024, save_every: 25}
+mid: {max_rows: 320, micro_batch: 4, eval_every: 40, save_every: 25}
+sft: {max_rows: 320, micro_batch: 4, eval_every: 40, save_every: 25}
+rl: {task: arithmetic, questions: 2, samples: 4, steps: 30, max_new_tokens: 16, micro_batch: 4, eval_every: 15,
+     eval_questions: 2, eval_samples: 2, save_every: 10}
+evals: {max_per_task: 4, max_new_tokens: 16, batch: 8, chat_tasks: [facts, spellingbee]}
+price_per_hour: 2.0
+"""
+
+
+def speedrun_command(place, run_dir, *more):
+    return [sys.executable, "run_speedrun.py", "--config", str(place / "tiny.yaml"), "--run-dir", str(run_dir), *more]
+
+
+def speedrun_environment():
+    """One device, as on a plain machine."""
+    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with data (this project's own sources) and a configuration."""
+    folder = tmp_path_factory.mktemp("speedrun")
+    write_own_sources(folder / "data")
+    (folder / "tiny.yaml").write_text(TINY_RUN % (folder / "data", folder / "cache"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(place):
+    """A run from beginning to end without a stop: (its folder, the finished process)."""
+    run_dir = place / "whole"
+    done = subprocess.run(
+        speedrun_command(place, run_dir), cwd=ROOT, env=speedrun_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return run_dir, done

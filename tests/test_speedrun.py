@@ -1,51 +1,20 @@
 """The whole pipeline on a model of a few thousand parameters: what it leaves, how it stops, and how it goes on."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 import run_speedrun
-from conftest import write_own_sources
+from conftest import speedrun_command as command
+from conftest import speedrun_environment as environment
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("base", "mid", "sft", "rl")
-CONFIG = """
-model: {depth: 2, width: 32, head_dim: 16, sequence_len: 128}
-tokenizer: {vocab_size: 600, sample_chars: 400000}
-data: {dir: %s, cache_dir: %s, max_train_tokens: 100000, pack_buffer: 20}
-base: {tokens: 61440, batch_tokens: 512, micro_batch: 2, eval_every: 60, eval_tokens: 1024, save_every: 25}
-mid: {max_rows: 320, micro_batch: 4, eval_every: 40, save_every: 25}
-sft: {max_rows: 320, micro_batch: 4, eval_every: 40, save_every: 25}
-rl: {task: arithmetic, questions: 2, samples: 4, steps: 30, max_new_tokens: 16, micro_batch: 4, eval_every: 15,
-     eval_questions: 2, eval_samples: 2, save_every: 10}
-evals: {max_per_task: 4, max_new_tokens: 16, batch: 8, chat_tasks: [facts, spellingbee]}
-price_per_hour: 2.0
-"""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with data (this project's own sources) and a configuration."""
-    folder = tmp_path_factory.mktemp("speedrun")
-    write_own_sources(folder / "data")
-    (folder / "tiny.yaml").write_text(CONFIG % (folder / "data", folder / "cache"))
-    return folder
-
-
-def command(place, run_dir, *more):
-    return [sys.executable, "run_speedrun.py", "--config", str(place / "tiny.yaml"), "--run-dir", str(run_dir), *more]
-
-
-def environment():
-    """One device, as on a plain machine."""
-    return {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
 
 
 def records(run_dir, stage):
@@ -58,15 +27,6 @@ def records(run_dir, stage):
         except json.JSONDecodeError:
             break  # being written
     return out
-
-
-@pytest.fixture(scope="module")
-def whole(place):
-    """A run from beginning to end without a stop: (its folder, the finished process)."""
-    run_dir = place / "whole"
-    done = subprocess.run(command(place, run_dir), cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run_dir, done
 
 
 def test_the_last_line_is_json_with_scores(whole):

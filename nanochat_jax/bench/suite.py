@@ -31,13 +31,13 @@ class Entry:
     command: str
     seconds: float
     races: bool = False  # takes the reference, where it is at hand
+    flags: str = ""  # of XLA, to be tried
 
 
+D12 = "train --depth 12 --rows 16 --seq 2048 --accumulation 4 --rounds 3"
 GPU = (  # in the order of what is wanted most; the first compiles cold, so that start-up is seen
-    Entry(
-        "d12", "train --depth 12 --rows 16 --seq 2048 --accumulation 4 --rounds 3 --startup --profile {out}/d12", 150
-    ),
-    Entry("d12 fp8", "train --depth 12 --rows 16 --seq 2048 --accumulation 4 --rounds 3 --precision fp8", 60),
+    Entry("d12", D12 + " --startup --profile {out}/d12", 150),
+    Entry("d12 fp8", D12 + " --precision fp8", 60),
     Entry("d24", "train --depth 24 --rows 8 --seq 2048 --accumulation 4 --rounds 3 --profile {out}/d24", 150),
     Entry("d24 fp8", "train --depth 24 --rows 8 --seq 2048 --accumulation 4 --rounds 3 --precision fp8", 150),
     Entry("decode d20", "decode --depth 20 --seq 2048 --prompt 1792 --new 256 --batch 1,32 --rounds 2", 120, True),
@@ -47,6 +47,8 @@ GPU = (  # in the order of what is wanted most; the first compiles cold, so that
     Entry("d20", "train --depth 20 --rows 8 --seq 2048 --accumulation 4 --rounds 3 --startup", 200),
     Entry("race d20 L", "train --depth 20 --rows 4 --seq 2048 --accumulation 4 --pattern L --rounds 3", 200, True),
     Entry("decode d20 int8", "decode --depth 20 --seq 2048 --prompt 1792 --new 256 --batch 1,32 --rounds 2 --int8", 90),
+    Entry("d12 no triton", D12, 60, flags="--xla_gpu_enable_triton_gemm=false"),
+    Entry("d12 command buffers", D12, 60, flags="--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"),
 )
 CPU = (
     Entry("d4", "train --depth 4 --rows 8 --seq 512 --rounds 5 --startup --profile {out}/d4", 150, True),
@@ -61,8 +63,11 @@ def run(entry: Entry, out: Path, reference: list[str], timeout: float) -> dict:
     command = [sys.executable, "-m", "nanochat_jax.bench", *shlex.split(entry.command.format(out=out))]
     command += reference if entry.races else []
     began, record = time.perf_counter(), {"name": entry.name, "command": shlex.join(command[3:]), "result": None}
+    record |= {"flags": entry.flags} if entry.flags else {}
+    env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {entry.flags}"}
     with tempfile.TemporaryFile("w+") as said:  # a session of its own, so that it ends with all of its workers
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        pipes = {"stdout": said, "stderr": subprocess.STDOUT, "env": env}
+        process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
         try:
             record["ended"] = f"status {process.wait(timeout)}"
         except subprocess.TimeoutExpired:

@@ -1,0 +1,62 @@
+"""The whole repository as one text, to give to a language model with a question about it.
+
+    python -m nanochat_jax.onetext > nanochat_jax.txt            # [--tests]
+
+Every text file of the checkout, in reading order: README.md and run_speedrun.py first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nanochat_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST = ("README.md", "run_speedrun.py", "nanochat_jax", "tokenizer", "evals", "server", "configs")
+
+
+def files(root: Path = ROOT, tests: bool = False) -> list[Path]:
+    """Paths below root of what git tracks, in reading order. UserError outside of a checkout."""
+    done = subprocess.run(["git", "-C", str(root), "ls-files"], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{root} is not a git checkout, which is what says which files belong to it")
+
+    def place(path: Path) -> tuple:
+        part = path.parts[0]
+        return FIRST.index(part) if part in FIRST else len(FIRST), len(path.parts), str(path)
+
+    found = [Path(line) for line in done.stdout.splitlines()]
+    return sorted((p for p in found if (root / p).is_file() and (tests or p.parts[0] != "tests")), key=place)
+
+
+def texts(root: Path = ROOT, tests: bool = False) -> Iterator[str]:
+    """Each file that is text, under a line with its name."""
+    for path in files(root, tests):
+        try:
+            text = (root / path).read_bytes().decode()
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            yield f"===== {path.as_posix()} =====\n{text.rstrip()}\n\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m nanochat_jax.onetext", description=__doc__.split("\n\n")[0])
+    p.add_argument("--tests", action="store_true", help="the tests as well")
+    args, size = p.parse_args(argv), 0
+    try:
+        for text in texts(tests=args.tests):
+            size += sys.stdout.write(text)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    print(f"{size:,} characters, some {size // 4:,} tokens", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
