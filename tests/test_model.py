@@ -10,8 +10,8 @@ from conftest import relative_error
 from nanochat_jax import loss as loss_lib
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.weights.names import to_reference
 from nanochat_jax.model import GPT
+from nanochat_jax.weights.names import to_reference
 
 TINY = GPTConfig(vocab_size=97, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, sequence_len=64)
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import relative_error
 from nanochat_jax import optim, sharding, train
 from nanochat_jax.config import MeshConfig, OptimConfig
-from nanochat_jax.weights.names import from_reference, to_reference
 from nanochat_jax.model import graph_of
+from nanochat_jax.weights.names import from_reference, to_reference
 
 
 def test_golden_three_steps(golden_modern):
