@@ -199,7 +199,7 @@ def draw(path: Path, sweep: SweepConfig, found: list[Result], fits: Found) -> No
         mine = sorted((r for r in found if r.budget == budget), key=lambda r: r.params)
         n, d = (np.array([getattr(r, name) for r in mine], float) for name in ("params", "tokens"))
         other = d / n if sweep.flops else np.array([r.flops for r in mine], float)
-        label = f"{budget:.2g} FLOPs" if sweep.flops else f"{budget:g} tokens per parameter"
+        label = f"{budget:.3g} FLOPs".replace("+", "") if sweep.flops else f"{budget:g} tokens per parameter"
         lines, dense = {}, np.geomspace(n[0], n[-1], 100)
         tokens = np.exp(np.interp(np.log(dense), np.log(n), np.log(d)))
         x = (dense, tokens / dense if sweep.flops else np.exp(np.interp(np.log(dense), np.log(n), np.log(other))))

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evals.report.words import count
+
 STAGE_COLOURS = {"base": "#0072B2", "mid": "#D55E00", "sft": "#009E73", "rl": "#AA4499"}
 COLOURS = tuple(STAGE_COLOURS.values())
 INK, QUIET, GRID = "#1f2933", "#52606d", "#e4e7eb"
@@ -220,7 +222,7 @@ def isoflops(
     band: low, value and high of what the right scale shows, marked there.
     """
     from matplotlib import colormaps
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, dashes = _figure(3.6), {"the law": "-", "parabolas": (0, (4, 3))}
     left, right = figure.subplots(1, 2, sharey=True)
@@ -231,20 +233,22 @@ def isoflops(
             for name, line in curve.lines.items():
                 axes.plot(line[side], line[2], color=colour, linestyle=dashes[name], linewidth=1.5)
     if band:
-        right.axvspan(band[0], band[2], color=GRID, zorder=0)
-        right.axvline(
-            band[1], color=QUIET, linewidth=1.2, label=f"best: {band[1]:.2g} ({band[0]:.2g} to {band[2]:.2g})"
-        )
+        said = f"best: {band[1]:.3g} ({band[0]:.3g} to {band[2]:.3g})"
+        right.axvspan(band[0], band[2], color=GRID, zorder=0, label=said)
+        right.axvline(band[1], color=QUIET, linewidth=1.2)
     for name in dict.fromkeys(name for curve in curves for name in curve.lines):
         left.plot([], [], color=QUIET, linestyle=dashes[name], linewidth=1.5, label=name)
     for axes, label in zip((left, right), x_labels):
         axes.set_xscale("log")
         axes.set_xlabel(label)
         _dress(axes, f"Loss by {label}", "both")
-        axes.xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if 1e-3 < x < 1e3 else count(x))
+        axes.xaxis.set_minor_locator(NullLocator())
     left.set_ylabel(y_label)
     left.legend(frameon=False, fontsize=9, labelcolor=INK)
     if band:
         handles, labels = right.get_legend_handles_labels()
-        right.legend(handles[-1:], labels[-1:], frameon=False, fontsize=9, labelcolor=INK)
+        over = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line
+        right.legend(handles[-1:], labels[-1:], fontsize=9, labelcolor=INK, **over)
     _save(figure, path)
