@@ -20,7 +20,7 @@ import pytest
 import evals.tasks
 import run_speedrun
 from conftest import ROOT
-from nanochat_jax import onetext
+from nanochat_jax import hugepages, onetext
 from nanochat_jax.config import load_config
 
 PROGRAMS = ("uv", "pip", "git", "tmux", "ssh", "rsync", "sbatch", "kubectl", "sky", "docker", "JAX_PLATFORMS=cpu")
@@ -76,7 +76,11 @@ def program(command: str) -> list[str]:
 def start(words: list[str], monkeypatch) -> int:
     """Runs a program in this process; its exit status."""
     if words[0] == "run_speedrun.py":
-        return run_speedrun.main(words[1:])
+        args = words[1:]
+        if "--stages" in args and "--run-dir" not in args:  # the default is in the checkout
+            args += ["--run-dir", f"runs/{Path(args[args.index('--config') + 1]).stem}"]
+        return run_speedrun.main(args)
+    monkeypatch.setattr(hugepages, "restart", lambda: None)  # it would put another process in this one's place
     name, args = (words[1], words[2:]) if words[0] == "-m" else (None, words[1:])
     monkeypatch.setattr(sys, "argv", [name or words[0], *args])
     try:
@@ -99,10 +103,15 @@ def work(whole, place, tmp_path_factory):
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(whole[0], folder / "runs" / "demo")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    shutil.copy(place / "tiny.yaml", folder / "configs" / "demo.yaml")
-    tiny = (place / "tiny.yaml").read_text()
+    tiny = (place / "tiny.yaml").read_text().replace("batch_tokens: 512", "batch_tokens: 1024")  # for eight devices
+    (folder / "configs" / "demo.yaml").write_text(tiny)
     mixtures = "mid: {mixture: {chat: 1}, max_rows: 8", "sft: {mixture: {chat: 1}, max_rows: 8"
-    hindi = re.sub(r"data: .*\n", "", tiny).replace("mid: {max_rows: 320", mixtures[0]).replace("61440", "2048")
+    hindi = (
+        re.sub(r"data: .*\n", "", tiny)
+        .replace("mid: {max_rows: 320", mixtures[0])
+        .replace("61440", "2048")
+        .replace("600", "520")
+    )
     hindi = hindi.replace("sft: {max_rows: 320", mixtures[1]).replace("[facts, spellingbee]", "[facts]")
     (folder / "configs" / "hindi.yaml").write_text(hindi + "data: {pack_workers: 0}\n")
     says = [f"यह वाक्य संख्या {n} है। नदी के किनारे {n} पेड़ हैं और हर पेड़ पर {n + 2} पक्षी बैठे हैं।" for n in range(400)]
