@@ -21,7 +21,8 @@ TINY = ["--depth=1", "--rows=2", "--seq=128", "--vocab=512"]
 def bench(tmp_path):
     """Runs a benchmark on a machine that lacks what a bare GPU node lacks; its last line."""
     (tmp_path / "bare").mkdir()
-    blocked = "import sys; sys.modules |= dict.fromkeys(('pyarrow', 'datasets', 'fastapi', 'torch'))"
+    lacks = ("pyarrow", "datasets", "fastapi", "pydantic", "matplotlib", "torch")
+    blocked = f"import sys; sys.modules |= dict.fromkeys({lacks})"
     (tmp_path / "bare" / "sitecustomize.py").write_text(blocked)
 
     def run(*args: str) -> dict:
