@@ -195,6 +195,13 @@ def test_points_and_mistakes(tiny):
             sweep.read_sweep(str(tiny), None, settings)
 
 
+@pytest.mark.parametrize("name", ["miniseries", "miniseries_cpu"])
+def test_shipped_sweeps_are_read(name):
+    found, points = sweep.read_sweep(str(ROOT / "configs" / f"{name}.yaml"), None, [])
+    assert len(points) == len(found.depths) * len(found.flops) >= scaling_fit.POINTS
+    assert len({p.name for p in points}) == len(points)
+
+
 def test_the_plan(capsys):
     assert sweep.main(["sweep", str(ROOT / "configs/miniseries.yaml"), "--plan", "--gpu", "h100", "--count", "8"]) == 0
     *rows, last = capsys.readouterr().out.splitlines()
