@@ -9,8 +9,9 @@
 # cache lie in the volume, so that a container that is stopped goes on in the next one. The walls around programs that
 # a model wrote want --security-opt seccomp=unconfined --security-opt apparmor=unconfined, or a host that lets
 # containers make user namespaces; without them the log says what is missing.
-FROM ghcr.io/astral-sh/uv:python3.12-bookworm
+FROM python:3.12-bookworm
 
+RUN pip install --no-cache-dir uv
 WORKDIR /nanochat
 ENV UV_COMPILE_BYTECODE=1 UV_LINK_MODE=copy
 # the dependencies by themselves: a change of the code does not install them again
