@@ -86,8 +86,11 @@ def read_sweep(path: str, mesh: str | None, overrides: list[str]) -> tuple[Sweep
         raise UserError(f"{path} needs sweep.depths and either sweep.flops or sweep.ratios: lists of numbers")
     if min(*sweep.depths, *sweep.flops, *sweep.ratios, sweep.aspect_ratio or 1) <= 0:
         raise UserError(f"depths, budgets and aspect_ratio of the sweep in {path} must be more than 0")
+    budgets = sweep.flops or sweep.ratios
+    if len(set(sweep.depths)) < len(sweep.depths) or len(set(budgets)) < len(budgets):
+        raise UserError(f"a depth or a budget stands twice in the sweep of {path}")
     config = checked(values)
-    return sweep, [_point(config, sweep, d, b) for b in sorted(sweep.flops or sweep.ratios) for d in sweep.depths]
+    return sweep, [_point(config, sweep, d, b) for b in sorted(budgets) for d in sweep.depths]
 
 
 def _point(config: RunConfig, sweep: SweepConfig, depth: int, budget: float) -> Point:
@@ -97,7 +100,7 @@ def _point(config: RunConfig, sweep: SweepConfig, depth: int, budget: float) -> 
         model = dataclasses.replace(model, width=width)
     cfg = scaling.gpt_config(model, config.tokenizer.vocab_size)
     if sweep.flops:
-        name, tokens = f"d{depth}-{budget:.3g}".replace("+", ""), budget / scaling.flops_per_token(cfg)
+        name, tokens = f"d{depth}-{budget:g}".replace("+", ""), budget / scaling.flops_per_token(cfg)
     else:
         name, tokens = f"d{depth}-ratio{budget:g}", budget * scaling.scaling_params(cfg)
     base = dataclasses.replace(config.base, tokens=int(tokens))

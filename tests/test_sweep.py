@@ -188,6 +188,7 @@ def test_points_and_mistakes(tiny):
     for settings, said in (
         (["sweep.ratios=[]"], "either sweep.flops or sweep.ratios"),
         (["sweep.flops=[1e9]"], "either sweep.flops or sweep.ratios"),
+        (["sweep.depths=[2,1,2]"], "stands twice"),
         (["sweep.depths=[0]"], "must be more than 0"),
         (["sweep.depth=[1]"], "did you mean depths"),
     ):
