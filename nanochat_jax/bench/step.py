@@ -33,8 +33,8 @@ def add_shape(
 class RecipeStep:
     """A train step with the recipe's optimizer on a mesh; `kind` names a GPU of `targets` that is not here.
 
-    precision: of the matrix products, one of PRECISIONS. batch_tokens (None: the recipe's) and steps are for rates and
-    schedules, where losses count.
+    precision: of the matrix products, one of PRECISIONS. batch_tokens (None: the recipe's), steps and lr_scale are for
+    rates and schedules, where losses count.
     """
 
     def __init__(
@@ -49,12 +49,13 @@ class RecipeStep:
         kind: str | None = None,
         batch_tokens: int | None = None,
         steps: int = STEPS,
+        lr_scale: float = 1.0,
     ):
         self.mesh, self.kind, self.eight_bits = mesh, kind, precision == "fp8"
         self.dtype = devices.compute_dtype("bfloat16" if self.eight_bits else precision)
         self.cfg = scaling.gpt_config(ModelConfig(depth=depth, sequence_len=seq, window_pattern=pattern), vocab)
         self.plan = scaling.plan(self.cfg, ratio=12.0, batch_tokens=batch_tokens)
-        rates, batch = OptimConfig(), self.plan.batch_tokens
+        rates, batch = OptimConfig(lr_scale=lr_scale), self.plan.batch_tokens
         self.schedules = optim.make_schedules(rates, steps, self.plan.weight_decay, "modern")
         self.optimizer = optim.make_optimizer(self.cfg, rates, self.schedules, batch, self.dtype, mesh)
         self.jitted = train.make_step(graph_of(self.cfg, self.dtype, self.eight_bits), self.optimizer, self.dtype, mesh)
