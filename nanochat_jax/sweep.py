@@ -1,6 +1,6 @@
 """Base models of several depths at several budgets: what compute-optimal training is for a tokenizer, a text, a recipe.
 
-    python -m nanochat_jax.scaling sweep configs/miniseries_cpu.yaml                       # 20 minutes on two cores
+    python -m nanochat_jax.scaling sweep configs/miniseries_cpu.yaml
     python -m nanochat_jax.scaling sweep configs/miniseries.yaml --plan --gpu h100 --count 8 --price 3
 
 The file holds the settings of a run and a section `sweep` (`SweepConfig`). Every model is an ordinary run directory in
