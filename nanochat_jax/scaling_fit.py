@@ -6,9 +6,9 @@ that follows the models at hand, k N^b, and not as 6 N: in small ones attention 
 
 Intervals are those of a parametric bootstrap: the fit's own losses with normal noise of the size of its residuals are
 fitted again, DRAWS times. They hold what chance does to the points (seeds, the order of rows), not what is wrong with
-the law. Of 60 made-up sweeps of 15 models with 0.3 % of noise, those of 90 % held the best tokens per parameter in 90 %,
-beta in 92 %, the exponent in 85 %, but E in 80 % and alpha in 73 %: the two stand in for each other. Where the points do
-not tell, NoFit says why.
+the law. Of 60 made-up sweeps of 15 models with 0.3 % of noise, those of 90 % held the best tokens per parameter in
+90 %, beta in 92 %, the exponent in 85 %, but E in 80 % and alpha in 73 %: the two stand in for each other. Where the
+points do not tell, NoFit says why.
 """
 
 from __future__ import annotations
