@@ -84,15 +84,18 @@ def test_the_suite_goes_on_after_a_failure_and_leaves_out_what_would_not_end(tmp
         suite.Entry("bad", "train --depth many", 60),
         suite.Entry("slow", "train", 10_000),
         suite.Entry("good", f"ops {' '.join(TINY)} --only loss", 120),
+        suite.Entry("flagged", "ops --help", 60, flags="--xla_no_such_flag=1"),
         suite.Entry("stuck", "decode --depth 1 --seq 64 --prompt 8 --new 8", 0.2),
     )
     monkeypatch.setattr(suite, "CPU", entries)
     monkeypatch.setattr(suite, "on_gpu", lambda: False)
+    monkeypatch.delenv("XLA_FLAGS")
     assert suite.main(["--minutes=5", f"--out={tmp_path}"]) == 1
     records = {r["name"]: r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
-    assert set(records) == {"bad", "good", "stuck"} and "slow: left out" in capsys.readouterr().out
+    assert set(records) == {"bad", "good", "flagged", "stuck"} and "slow: left out" in capsys.readouterr().out
     assert records["bad"]["ended"] == "status 2" and records["bad"]["result"] is None
     assert records["good"]["result"]["parts"]["loss"]["seconds"] > 0
+    assert records["flagged"]["flags"] and records["flagged"]["result"] is None  # XLA does not know it, and ends
     assert records["stuck"]["ended"] == "stopped after 0 s"
 
 

@@ -64,7 +64,9 @@ def run(entry: Entry, out: Path, reference: list[str], timeout: float) -> dict:
     command += reference if entry.races else []
     began, record = time.perf_counter(), {"name": entry.name, "command": shlex.join(command[3:]), "result": None}
     record |= {"flags": entry.flags} if entry.flags else {}
-    env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {entry.flags}"}
+    env = dict(os.environ)
+    if entry.flags:
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {entry.flags}".strip()
     with tempfile.TemporaryFile("w+") as said:  # a session of its own, so that it ends with all of its workers
         pipes = {"stdout": said, "stderr": subprocess.STDOUT, "env": env}
         process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
