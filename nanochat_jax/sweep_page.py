@@ -99,7 +99,7 @@ def _plain(found: list[Result], fits: Found, failed: list[str]) -> dict:
 
 def _head(found: list[Result], fits: Found) -> str:
     depths, budgets = (sorted({getattr(r, name) for r in found}) for name in ("depth", "budget"))
-    said = f"{len(found)} base models, d{depths[0]} to d{depths[-1]}, at {len(budgets)} budgets."
+    said = f"{len(found)} base models, d{depths[0]} to d{depths[-1]}, budgets: {len(budgets)}."
     if fits.best:
         best, by = fits.best
         said += (
