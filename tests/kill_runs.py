@@ -30,6 +30,7 @@ model: {depth: 2, width: 32, head_dim: 16, sequence_len: 32}
 tokenizer: {vocab_size: 600, sample_chars: 200000}
 data: {dir: %s, cache_dir: %s, pack_buffer: 50, pack_workers: 2}
 base: {tokens: %d, batch_tokens: 512, micro_batch: 2, eval_every: 10, eval_tokens: 1024, save_every: 2, core_every: 0}
+tracking: {samples: 0}
 """
 
 
