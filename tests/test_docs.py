@@ -31,7 +31,7 @@ RUN = (  # in the order of the documents: some make what later ones take
     r"-m evals report",
     r"-m evals .*backwards",
     r"-m tokenizer evaluate",
-    r"-m nanochat_jax.(checkpoint|export|import|onetext|scaling plan)",
+    r"-m nanochat_jax.(checkpoint|export|import|onetext)",
     r"-m nanochat_jax.chat .*-p",
     r"-m nanochat_jax.watch .*--once",
     r"run_speedrun.py --config runs/backwards",
