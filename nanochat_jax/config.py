@@ -417,6 +417,8 @@ def check(config: RunConfig) -> None:
         raise UserError(f"tracking.samples={config.tracking.samples} must not be negative; 0 takes none")
     if m.head_dim % 2:
         raise UserError(f"model.head_dim={m.head_dim} must be even: rotary embeddings rotate pairs")
+    if m.width is not None and m.width < 24:
+        raise UserError(f"model.width={m.width} is too small; take 24 or more: the smear's gate looks at 24 channels")
     if m.width is not None and m.width % m.head_dim:
         raise UserError(f"model.width={m.width} must be a multiple of model.head_dim={m.head_dim}")
     if m.sequence_len < 16:

@@ -38,6 +38,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("model.depth", "written key=value"),
         ("model.arch=modren", "is not one of modern, classic"),
         ("model.width=100", "must be a multiple of model.head_dim"),
+        ("model.width=16", "take 24 or more"),
         ("model.window_pattern=SXL", "only the letters S and L"),
         ("tokenizer.vocab_size=100", "too small"),
         ("tokenizer.vocab_size=100000", "does not fit 16 bits"),
