@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -127,9 +128,9 @@ class Sampling(Strict):
             raise ValueError(f"the text is {chars} characters long; {MAX_CHARS} is the limit")
         return self
 
+    @abstractmethod
     def chars(self) -> int:
         """The length of the text to answer."""
-        raise NotImplementedError
 
     @property
     def include_usage(self) -> bool:
