@@ -208,6 +208,7 @@ def compare(args: argparse.Namespace) -> int:
         if args.reference:
             script, python, options = "reference_core.py", args.reference_python, prepare(args, tokenizer, folder)
             sides.append(race.reference_side(script, args.reference, python, args.dtype, options))
+        race.begin(*sides)
         print(f"{'':34} {'examples':>8} {'accuracy':>8} {'ours/s':>8} {'first':>8}", end="")
         print(f" {'theirs/s':>8} {'ratio':>6} {'agree':>6}" if args.reference else "")
         found = {}

@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             how = args.reference, args.reference_python, "auto", [*shape, f"--curve={folder}"]
             starts = {"reference": functools.partial(race.reference_side, "reference_train.py", *how), **starts}
         for name, begin in starts.items():  # one after the other: each may need the whole device
-            side, losses[name] = begin(), []
+            (side,), losses[name] = race.begin(begin()), []
             for first in range(0, args.steps, ASKED):
                 losses[name] += side.ask({"losses": [first, min(first + ASKED, args.steps)]})
             side.close()

@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides = [race.our_side("data", options)]
         if args.reference:
             sides += _reference(args, documents, tok, folder, result)
-        _race(args, sides, result)
+        _race(args, race.begin(*sides), result)
     _print(args, result)
     return 0
 
@@ -194,10 +194,10 @@ def _reference(args: argparse.Namespace, documents, tok, folder: Path, result: d
     rows = result["packing"][0]["full_rows"]
     if not rows:
         raise SystemExit("error: these documents make less than two shards of rows, too few to compare what is cropped")
-    ours = side(f"--lengths={lengths_of(documents, tok, folder)}")
+    (ours,) = race.begin(side(f"--lengths={lengths_of(documents, tok, folder)}"))
     result["reference_cropped_our_tokenizer"] = ours.ask({"rows": rows})
     ours.close()
-    theirs = side()
+    (theirs,) = race.begin(side())
     result["reference_cropped"] = theirs.ask({"rows": rows})
     return [theirs]
 

@@ -12,6 +12,7 @@ once and the keys and values in use, as a share of the rate at which this device
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -35,6 +36,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--dtype", default="auto", help="float32 | bfloat16")
     p.add_argument("--int8", action="store_true", help="weights as int8")
+    p.add_argument("--profile", metavar="DIR", help="trace an answer of the last batch into this folder")
     race.add_reference(p)
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = p.parse_args(argv)
@@ -105,7 +107,9 @@ def read_bandwidth() -> float:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answers {"batch", "new"} with the seconds to the end of all, of which "bytes" tells the reading of a step."""
+    """Answers {"batch", "new"} with the seconds to the end of all, of which "bytes" tells the reading of a step; with
+    {"profile"}, a folder, it also leaves a trace there."""
+    import jax
     import numpy as np
 
     from nanochat_jax.engine import Engine, Request
@@ -121,12 +125,17 @@ def worker(args: argparse.Namespace) -> None:
             engines[batch] = Engine(model, slots=batch, max_len=model.cfg.sequence_len, int8=args.int8)
         prompts = rng.integers(0, model.cfg.vocab_size, (batch, args.prompt)).tolist()
         asked = [Request(p, new, args.temperature, args.top_k, seed=i) for i, p in enumerate(prompts)]
-        began = time.perf_counter()
-        done = engines[batch].generate(asked)
-        seconds = time.perf_counter() - began
+        trace = jax.profiler.trace(order["profile"]) if "profile" in order else contextlib.nullcontext()
+        with trace:
+            began = time.perf_counter()
+            done = engines[batch].generate(asked)
+            seconds = time.perf_counter() - began
         assert all(len(c.ids) == new for c in done)
         return {"seconds": seconds, "bytes": step_bytes(engines[batch], batch, args.prompt + args.new // 2)}
 
+    for batch in args.batches:
+        run({"batch": batch, "new": args.new})
+    race.compiled()
     race.serve(run)
 
 
@@ -146,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         worker(args)
         return 0
-    names = ("depth", "vocab", "seq", "prompt", "new", "temperature", "top_k")
+    names = ("depth", "vocab", "seq", "batch", "prompt", "new", "temperature", "top_k")
     shape = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
     more = [f"--dtype={args.dtype}", *(["--int8"] if args.int8 else [])]
     more += [f"--run-dir={args.run_dir}"] if args.run_dir else []
@@ -154,13 +163,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference:
         script, python = "reference_decode.py", args.reference_python
         sides.append(race.reference_side(script, args.reference, python, args.dtype, shape))
+    race.begin(*sides)
     bandwidth = sides[0].ask("bandwidth")
     result = {"shape": {n: getattr(args, n) for n in names}, "int8": args.int8, "rounds": args.rounds}
     result |= {"run_dir": args.run_dir, "read_bandwidth_gb": bandwidth / 1e9, "batches": {}}
     print(f"{'batch':>5} {'':10} {'tokens/s':>9} {'a row':>8} {'first ms':>9} {'prefill/s':>9} {'of memory':>9}")
     for batch in args.batches:
         for side in sides:
-            side.ask({"batch": batch, "new": args.new})  # compiles
+            side.ask({"batch": batch, "new": args.new})  # a cache of this size
         rounds = [{side.name: measure(side, batch, args) for side in sides} for _ in range(args.rounds)]
         found = {}
         for side in sides:
@@ -181,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(sides) > 1:
             found["ratio"] = found["ours"]["tokens_per_second"] / found["reference"]["tokens_per_second"]
         result["batches"][str(batch)] = found
+    if args.profile:
+        sides[0].ask({"batch": args.batches[-1], "new": args.new, "profile": args.profile})
     for side in sides:
         side.close()
     print(json.dumps(result))

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from nanochat_jax.bench import race
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench evals", description=__doc__.split("\n\n")[0])
@@ -81,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ways[slots] = Engines(model, slots=int(slots), count=args.engines, **how).generate
     asked = {name: requests[: args.few] if name == "1" else requests for name in ways}
     first = {name: measure(answer, asked[name]) for name, answer in ways.items()}
+    race.wait_for_turn()
     rounds = [{name: measure(answer, asked[name]) for name, answer in ways.items()} for _ in range(args.rounds)]
     lengths = [len(r.ids) for r in requests]
     print(f"{len(requests)} questions of {args.task}, prompts of {min(lengths)} to {max(lengths)} tokens")

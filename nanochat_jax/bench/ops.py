@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax import attention, devices, fp8, loss, optim, scaling
+from nanochat_jax.bench import race
 from nanochat_jax.bench.step import add_shape
 from nanochat_jax.config import GPTConfig, ModelConfig, OptimConfig
 from nanochat_jax.model import product, rms_norm, rotary_tables, rotate_and_norm
@@ -150,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_shape(p, depth=12 if jax.default_backend() != "cpu" else 4, rows=8, seq=2048)
     p.add_argument("--only", default="", help="parts whose names begin so, several after commas")
     args = p.parse_args(argv)
+    race.wait_for_turn()
     eight_bits = args.precision == "fp8"
     dtype = devices.compute_dtype("bfloat16" if eight_bits else args.precision)
     model = ModelConfig(depth=args.depth, sequence_len=args.seq, window_pattern=args.pattern)

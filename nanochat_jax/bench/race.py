@@ -12,17 +12,37 @@ from pathlib import Path
 from nanochat_jax import hugepages
 
 
+TURN = "BENCH_TURN"  # the environment's: a folder through which the suite gives a benchmark the device
+
+
 class Side:
-    """A process that says "ready" and from then on answers each line of its input, JSON, with one line of JSON."""
+    """A process that says "ready" and from then on answers each line of its input, JSON, with one line of JSON.
+
+    It starts at once, so that several compile beside each other, and may say "compiled" before and wait for a line.
+    """
 
     def __init__(self, name: str, command: list[str], **popen):
-        self.name = name
-        began = time.perf_counter()
+        self.name, self._began, self._said = name, time.perf_counter(), ""
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **popen)
-        while (line := self._process.stdout.readline()).strip() != "ready":
+
+    def compiled(self) -> None:
+        """Returns when all is compiled."""
+        if not self._said:
+            self._heard("compiled", "ready")
+
+    def ready(self) -> None:
+        """Lets it begin; returns when it is ready."""
+        if self._said == "compiled":
+            self._process.stdin.write("go\n")
+            self._process.stdin.flush()
+            self._heard("ready")
+
+    def _heard(self, *words: str) -> None:
+        while (line := self._process.stdout.readline()).strip() not in words:
             if not line:
-                raise SystemExit(f"error: the {name} side ended before it was ready; its message is above")
-        self.seconds_to_ready = time.perf_counter() - began  # from the process's start
+                raise SystemExit(f"error: the {self.name} side ended before it was ready; its message is above")
+        self._said = line.strip()
+        self.seconds_to_ready = time.perf_counter() - self._began  # from the process's start
 
     def ask(self, order):
         """The answer to an order."""
@@ -44,6 +64,31 @@ class Side:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
+
+
+def begin(*sides: Side) -> list[Side]:
+    """The sides, ready: they compile beside each other, and use the device when it is this benchmark's turn."""
+    for side in sides:
+        side.compiled()
+    wait_for_turn()
+    for side in sides:
+        side.ready()
+    return list(sides)
+
+
+def wait_for_turn() -> None:
+    """Where the suite has started this: says that all is compiled, and returns when the device is free."""
+    if TURN in os.environ:
+        folder = Path(os.environ[TURN])
+        (folder / "compiled").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.02)
+
+
+def compiled() -> None:
+    """A side says so, and waits until it may use the device for itself."""
+    print("compiled", flush=True)
+    sys.stdin.readline()
 
 
 def serve(do) -> None:

@@ -75,6 +75,10 @@ def main() -> None:
 
     if not args.curve:
         answer({"steps": 1})
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        print("compiled", flush=True)
+        sys.stdin.readline()
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

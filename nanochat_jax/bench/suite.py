@@ -3,8 +3,9 @@
     python -m nanochat_jax.bench suite --minutes 8 --out results --reference DIR --reference-python ENV/bin/python
     python -m nanochat_jax.bench suite --list
 
-Each entry is a command of its own, so that what one breaks the others do not feel. An entry that would not end in time
-is left out and named. `results/results.jsonl` has a line for each: the command, how it ended, its last line of JSON.
+Each entry is a command of its own, so that what one breaks the others do not feel. On a GPU all of them compile beside
+each other first, as most of their time is that, and then have the device in turns; on a CPU they come one after the
+other. An entry that would not end in time is left out and named. `results/results.jsonl` has a line for each: the command, how it ended, its last line of JSON.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax.bench import race
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -35,20 +38,22 @@ class Entry:
 
 
 D12 = "train --depth 12 --rows 16 --seq 2048 --accumulation 4 --rounds 3"
-GPU = (  # in the order of what is wanted most; the first compiles cold, so that start-up is seen
-    Entry("d12", D12 + " --startup --profile {out}/d12", 150),
-    Entry("d12 fp8", D12 + " --precision fp8", 60),
-    Entry("d24", "train --depth 24 --rows 8 --seq 2048 --accumulation 4 --rounds 3 --profile {out}/d24", 150),
-    Entry("d24 fp8", "train --depth 24 --rows 8 --seq 2048 --accumulation 4 --rounds 3 --precision fp8", 150),
-    Entry("decode d20", "decode --depth 20 --seq 2048 --prompt 1792 --new 256 --batch 1,32 --rounds 2", 120, True),
-    Entry("race d12 L", "train --depth 12 --rows 8 --seq 2048 --accumulation 4 --pattern L --rounds 3", 150, True),
+D20 = "train --depth 20 --rows 16 --seq 2048 --accumulation 4 --rounds 3 --steps 2"
+D24 = "train --depth 24 --rows 16 --seq 2048 --accumulation 4 --rounds 3 --steps 2"
+DECODE = "decode --depth 20 --seq 2048 --prompt 1792 --new 256 --batch 1,32 --rounds 2"
+GPU = (  # in the order of what is wanted most
+    Entry("d24", D24 + " --profile {out}/d24", 40),
+    Entry("d24 fp8", D24 + " --precision fp8 --profile {out}/d24_fp8", 40),
+    Entry("d12", D12 + " --profile {out}/d12", 30),
+    Entry("decode d20", DECODE + " --profile {out}/decode", 60, True),
+    Entry("d12 fp8", D12 + " --precision fp8", 30),
+    Entry("race d12 L", "train --depth 12 --rows 16 --seq 2048 --accumulation 4 --pattern L --rounds 3", 30, True),
     Entry("ops d24", "ops --depth 24 --rows 8 --seq 2048", 60),
-    Entry("ops d24 fp8", "ops --depth 24 --rows 8 --seq 2048 --precision fp8 --only product,loss", 40),
-    Entry("d20", "train --depth 20 --rows 8 --seq 2048 --accumulation 4 --rounds 3 --startup", 200),
-    Entry("race d20 L", "train --depth 20 --rows 4 --seq 2048 --accumulation 4 --pattern L --rounds 3", 200, True),
-    Entry("decode d20 int8", "decode --depth 20 --seq 2048 --prompt 1792 --new 256 --batch 1,32 --rounds 2 --int8", 90),
-    Entry("d12 no triton", D12, 60, flags="--xla_gpu_enable_triton_gemm=false"),
-    Entry("d12 command buffers", D12, 60, flags="--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"),
+    Entry("d12 no triton", D12, 30, flags="--xla_gpu_enable_triton_gemm=false"),
+    Entry("d12 cublaslt", D12, 30, flags="--xla_gpu_enable_cublaslt=true"),
+    Entry("d12 command buffers", D12, 30, flags="--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"),
+    Entry("ops d24 fp8", "ops --depth 24 --rows 8 --seq 2048 --precision fp8 --only product,loss", 30),
+    Entry("d20", D20 + " --startup", 120),
 )
 CPU = (
     Entry("d4", "train --depth 4 --rows 8 --seq 512 --rounds 5 --startup --profile {out}/d4", 300, True),
@@ -58,36 +63,64 @@ CPU = (
 )
 
 
-def run(entry: Entry, out: Path, reference: list[str], timeout: float) -> dict:
-    """Runs an entry, its output shown and kept; its record."""
-    command = [sys.executable, "-m", "nanochat_jax.bench", *shlex.split(entry.command.format(out=out))]
-    command += reference if entry.races else []
-    began, record = time.perf_counter(), {"name": entry.name, "command": shlex.join(command[3:]), "result": None}
-    record |= {"flags": entry.flags} if entry.flags else {}
-    env = dict(os.environ)
-    if entry.flags:
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {entry.flags}".strip()
-    with tempfile.TemporaryFile("w+") as said:  # a session of its own, so that it ends with all of its workers
-        pipes = {"stdout": said, "stderr": subprocess.STDOUT, "env": env}
-        process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+class Started:
+    """An entry's process: it compiles, and waits for its turn (`race.wait_for_turn`) where it has a folder for it."""
+
+    def __init__(self, entry: Entry, out: Path, reference: list[str], turn: Path | None = None):
+        self.entry, self._turn, self._said = entry, turn, tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "nanochat_jax.bench", *shlex.split(entry.command.format(out=out))]
+        command += reference if entry.races else []
+        self.command, env = shlex.join(command[3:]), dict(os.environ)
+        if entry.flags:
+            env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {entry.flags}".strip()
+        if turn:
+            turn.mkdir()
+            env |= {race.TURN: str(turn), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        pipes = {"stdout": self._said, "stderr": subprocess.STDOUT, "env": env}
+        # a session of its own, so that it ends with all of its workers
+        self._process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+
+    @property
+    def compiled(self) -> bool:
+        return self._process.poll() is not None or (self._turn / "compiled").exists()
+
+    def finish(self, timeout: float) -> dict:
+        """Gives it its turn and waits for its end; its output is shown. Its record."""
+        entry, began = self.entry, time.perf_counter()
+        record = {"name": entry.name, "command": self.command, "result": None}
+        record |= {"flags": entry.flags} if entry.flags else {}
+        if self._turn:
+            (self._turn / "go").touch()
         try:
-            record["ended"] = f"status {process.wait(timeout)}"
+            record["ended"] = f"status {self._process.wait(timeout)}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            self.kill()
             record["ended"] = f"stopped after {timeout:.0f} s"
-        said.seek(0)
-        lines = said.read().splitlines()
-    record["seconds"] = round(time.perf_counter() - began, 1)
-    if process.returncode == 0:
-        record["result"] = json.loads(lines.pop())
-    print("\n".join(lines), flush=True)
-    return record
+        self._said.seek(0)
+        lines = self._said.read().splitlines()
+        record["seconds"] = round(time.perf_counter() - began, 1)
+        if self._process.returncode == 0:
+            record["result"] = json.loads(lines.pop())
+        print("\n".join(lines), flush=True)
+        return record
+
+    def kill(self) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def started(entries: Sequence[Entry], out: Path, reference: list[str], turns: Path, deadline: float) -> list[Started]:
+    """All entries, compiling beside each other until all are through or the deadline has come."""
+    found = [Started(entry, out, reference, turns / str(i)) for i, entry in enumerate(entries)]
+    began = time.monotonic()
+    while time.monotonic() < deadline and not all(s.compiled for s in found):
+        time.sleep(0.1)
+    late = ", ".join(s.entry.name for s in found if not s.compiled)
+    print(f"compiled in {time.monotonic() - began:.0f} s" + (f", but for {late}" if late else ""), flush=True)
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from nanochat_jax.bench import race
-
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench suite", description=__doc__.split("\n\n")[0])
     p.add_argument("--minutes", type=float, default=8, help="a CPU beside the reference wants 17")
     p.add_argument("--out", default="bench", help="a folder for results and traces")
@@ -104,15 +137,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference = []
     if args.reference:
         reference = ["--reference", args.reference, "--reference-python", args.reference_python]
-    failed = 0
-    with open(out / "results.jsonl", "a", encoding="utf-8") as results:
-        for entry in entries:
+    failed, beside = 0, on_gpu()
+    with open(out / "results.jsonl", "a", encoding="utf-8") as results, tempfile.TemporaryDirectory() as turns:
+        if beside:
+            half = time.monotonic() + 30 * args.minutes
+            waiting = started(entries, out, reference, Path(turns), half)
+        for i, entry in enumerate(entries):
             left = end - time.monotonic()
             if left < entry.seconds:
+                if beside:
+                    waiting[i].kill()
                 print(f"{entry.name}: left out, {left:.0f} s are left and it may take {entry.seconds:.0f}", flush=True)
                 continue
             print(f"— {entry.name}", flush=True)
-            record = run(entry, out, reference, entry.seconds)
+            record = (waiting[i] if beside else Started(entry, out, reference)).finish(entry.seconds)
             failed += record["result"] is None
             print(f"{entry.name}: {record['ended']}, {record['seconds']:.0f} s", flush=True)
             results.write(json.dumps(record) + "\n")

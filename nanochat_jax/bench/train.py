@@ -6,7 +6,7 @@
 Each side is a process of its own that runs a few steps whenever it is asked to; rounds alternate, so that what else the
 machine does falls on both alike. The figure is the median over rounds. --startup starts ours twice, with an empty and
 with a full cache of compiled programs, and tells the seconds from the process's start to the end of its first step.
---profile keeps a trace that Perfetto and XProf open, and tells where the time went.
+--profile keeps a trace that Perfetto and XProf open and the program that it is of, and tells where the time went.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def worker(args: argparse.Namespace) -> None:
     shapes, cache = attention.shapes_of(made.cfg, args.seq, made.dtype), Path(args.cache or "runs/cache")
     attention.choose(shapes, args.rows, cache, args.attention, say=lambda text: print(text, file=sys.stderr))
     compiled = made.lower(args.rows, args.accumulation).compile()
+    race.compiled()
     state, done = made.init(), 0
     with tempfile.TemporaryDirectory() as folder:
         if not args.packed:
@@ -108,7 +109,9 @@ def worker(args: argparse.Namespace) -> None:
                     return run(order["steps"])
                 with jax.profiler.trace(order["profile"]):
                     seconds = run(order["steps"])
-                found = parts.by_part(Path(order["profile"]), compiled.as_text(), order["steps"])
+                program = compiled.as_text()
+                (Path(order["profile"]) / "program.txt").write_text(program)
+                found = parts.by_part(Path(order["profile"]), program, order["steps"])
                 return {"seconds": seconds / order["steps"], "parts": found}
 
             run(1)
@@ -119,16 +122,17 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def start(args: argparse.Namespace, shape: list[str], result: dict) -> race.Side:
-    """Our side, with one step behind it; --startup: the second of its kind."""
+    """Our side, begun; --startup: the second of its kind."""
     more = [f"--precision={args.precision}", f"--attention={args.attention}"]
     more += [f"--packed={args.packed}"] if args.packed else []
     shares = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if args.reference else {}
     if not args.startup:
         return race.our_side("train", [*more, *shape], shares)
+    race.wait_for_turn()
     with tempfile.TemporaryDirectory() as cache:
-        cold = race.our_side("train", [*more, *shape, f"--cache={cache}"], shares)
+        (cold,) = race.begin(race.our_side("train", [*more, *shape, f"--cache={cache}"], shares))
         cold.close()
-        side = race.our_side("train", [*more, *shape, f"--cache={cache}"], shares)
+        (side,) = race.begin(race.our_side("train", [*more, *shape, f"--cache={cache}"], shares))
     result["start_seconds"] = {"cold": cold.seconds_to_ready, "warm": side.seconds_to_ready}
     print(f"first step {cold.seconds_to_ready:.1f} s after the start, {side.seconds_to_ready:.1f} s with a full cache")
     return side
@@ -146,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference:
         dtype = {"fp8": "bfloat16"}.get(args.precision, args.precision)
         sides.append(race.reference_side("reference_train.py", args.reference, args.reference_python, dtype, shape))
+    race.begin(*sides)
     rates = {side.name: [] for side in sides}
     for side in sides:
         side.ask({"steps": args.warmup})
@@ -161,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference:
         result["ratio"] = result["ours"]["tokens_per_second"] / result["reference"]["tokens_per_second"]
     if args.profile:
-        result["profile"] = sides[0].ask({"profile": args.profile, "steps": args.steps})
+        result["profile"] = sides[0].ask({"profile": args.profile, "steps": 1})
         show_parts(result["profile"])
     for side in sides:
         side.close()
