@@ -20,6 +20,7 @@ from flax import nnx
 from nanochat_jax import devices, fp8
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.fused import add_and_norm, mix_and_norm, relu_squared, rms_norm, rotate_and_norm
 
 GATE_CHANNELS = 12  # leading channels that the value-embedding gate looks at
 SMEAR_CHANNELS = 24  # leading channels that the smear gate looks at
@@ -29,31 +30,11 @@ FEW_ROWS = 64  # as many as a decode step has
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def rms_norm(x: jax.Array, eps: float) -> jax.Array:
-    """x over its root mean square along the last axis, no parameters; computed in float32."""
-    x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
-
-
 def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin (..., T, 1, N/2) for positions (..., T). RoPE: Su et al., arXiv 2104.09864."""
     frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float, eps: float) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + N/2}) by minus the angle, then the RMS norm times `gain`. x (B, T, heads, N).
-
-    A rotation keeps the norm, which is therefore taken of x itself. In float32, with halves exchanged and not cut out,
-    XLA makes one kernel for the norm and one for all the rest.
-    """
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * (gain * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps))
-    halves = x32.reshape(*x.shape[:-1], 2, -1)
-    cos, sin = (t[..., None, :] for t in rope)
-    sin = jnp.concatenate([sin, -sin], axis=-2)
-    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
 
 
 # ------------------------------------------------------------------------------------------ initialisers
@@ -171,18 +152,15 @@ class MLP(nnx.Module):
         self.proj = Linear(4 * cfg.n_embd, cfg.n_embd, _zeros, rngs)
 
     def __call__(self, x):
-        return self.proj(jnp.square(jax.nn.relu(self.fc(x))))
+        return self.proj(relu_squared(self.fc(x)))
 
 
 class Block(nnx.Module):
+    """The two parts of a layer; `GPT.trunk` adds what they give to the residual stream."""
+
     def __init__(self, cfg: GPTConfig, layer: int, rngs: nnx.Rngs):
-        self.eps = cfg.norm_eps
         self.attn = Attention(cfg, layer, rngs)
         self.mlp = MLP(cfg, rngs)
-
-    def __call__(self, x, rope, attend, value_embed=None):
-        x = x + self.attn(rms_norm(x, self.eps), rope, attend, value_embed)
-        return x + self.mlp(rms_norm(x, self.eps))
 
 
 class GPT(nnx.Module):
@@ -230,21 +208,27 @@ class GPT(nnx.Module):
         tokens (B, T); positions (T,) or (B, T), for the rotary embedding; prev_tokens (B,) stand left of the first
         tokens, (B, T) left of each, where rows are no runs of text; negative for none.
         """
-        cfg, scalar = self.cfg, lambda p: p[...].astype(self.dtype)
+        cfg = self.cfg
         x = self.embed(tokens)
         if cfg.smear:
             x = self._smear(x, prev_tokens)
         rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
-        x0, kept = x, None
+        x0, kept, change = x, None, None
         for i, block in enumerate(self.blocks):
             if cfg.residual_scalars:
-                x = scalar(self.resid_scalars)[i] * x + scalar(self.x0_scalars)[i] * x0
+                r, s = self.resid_scalars[...][i], self.x0_scalars[...][i]
+                x, normed, x0 = mix_and_norm(x, change, x0, r, s, cfg.norm_eps)
+            else:
+                x, normed = (x, rms_norm(x, cfg.norm_eps)) if change is None else add_and_norm(x, change, cfg.norm_eps)
             value_embed = self.value_embeds[str(i)](tokens).astype(x.dtype) if cfg.has_value_embed(i) else None
-            x = block(x, rope, lambda q, k, v, i=i: attend(i, q, k, v), value_embed)
+            attended = block.attn(normed, rope, lambda q, k, v, i=i: attend(i, q, k, v), value_embed)
+            x, normed = add_and_norm(x, attended, cfg.norm_eps)
+            change = block.mlp(normed)
             if i == cfg.n_layer // 2:
-                kept = x
+                kept = x + change
+        x = x + change
         if cfg.backout:
-            x = x - scalar(self.backout_lambda) * kept
+            x = x - self.backout_lambda[...].astype(x.dtype) * kept
         return rms_norm(x, cfg.norm_eps)
 
     def hidden(self, tokens: jax.Array) -> jax.Array:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from nanochat_jax import hugepages
 
-
 TURN = "BENCH_TURN"  # the environment's: a folder through which the suite gives a benchmark the device
 
 
