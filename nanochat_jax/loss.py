@@ -23,16 +23,23 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import devices, fp8
+from nanochat_jax import devices, fp8, loss_kernels
 
 CHUNK = 512  # tokens on a CPU
-GPU_CHUNK = 4096  # every chunk adds to the head's gradient, V x D in float32, which a GPU reads and writes from memory
+# every chunk adds to the head's gradient, V x D in float32, which a GPU reads and writes from memory, and the product
+# for the hidden states' has C x D elements alone to share out; halved where the logits are in float32, for their size
+GPU_CHUNK = 8192
+EVEN = 128  # rows of a product's tile on a GPU: what chunks are rounded up to
 CPU_BLOCK = 4096  # entries of the vocabulary; a chunk's logits of one block are 8 MB, which the last cache holds
 
 
-def _chunk(tokens: int, chunk: int | None) -> int:
-    """`chunk`, or what suits the device; at most as many as there are."""
-    return min(chunk or (CHUNK if devices.platform() == "cpu" else GPU_CHUNK), tokens)
+def _chunk(tokens: int, chunk: int | None, logits=jnp.float32) -> int:
+    """`chunk`, or what suits the device and the logits' type; at most as many as there are, and on a GPU evenly cut."""
+    if chunk or devices.platform() == "cpu":
+        return min(chunk or CHUNK, tokens)
+    most = GPU_CHUNK if jnp.dtype(logits).itemsize < 4 else GPU_CHUNK // 2
+    even = -(-tokens // -(-tokens // most))
+    return min(even + -even % EVEN, tokens)
 
 
 def _vocab_blocks(size):
@@ -110,6 +117,21 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         dx = dx * w_s[:, None] + d_y[:, None] * rows
         return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), d_head), (dx.astype(x.dtype), d_y)
 
+    def body_gpu(carry, xs):
+        """The same with one kernel between the products, which hand it logits in x's own type."""
+        total, d_head = carry
+        x, y, w = xs
+        u, rest = loss_kernels.terms(jnp.einsum("cd,vd->cv", x, head), y, vocab, softcap)
+        rows = head[y]
+        t_y, e_y = _target(x, rows, softcap)
+        s = rest + e_y
+        w_s, d_y = w / s, -w * (1.0 - t_y * t_y) * rest / s
+        weighted = (x * w_s[:, None]).astype(x.dtype)
+        d_head = d_head + jnp.einsum("cv,cd->vd", u, weighted, preferred_element_type=jnp.float32)
+        dx = jnp.einsum("cv,vd->cd", u, head, preferred_element_type=jnp.float32)
+        dx = dx * w_s[:, None] + d_y[:, None] * rows
+        return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), d_head), (dx.astype(x.dtype), d_y)
+
     def body8(carry, xs):
         """The same by 8-bit products; the logits' gradient is scaled by its own largest element."""
         total, (d_head,) = carry
@@ -128,11 +150,16 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), [d_head]), (dx.astype(x.dtype), d_y)
 
     chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
-    start = (jnp.float32(0), [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks])
-    (total, d_head), (dx, d_y) = jax.lax.scan(body8 if eight_bits else body, start, chunks)
+    if devices.platform() == "gpu" and not eight_bits:
+        body, start = body_gpu, jnp.zeros(head.shape, jnp.float32)
+    else:
+        start = [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks]
+        body = body8 if eight_bits else body
+    (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
     n = hidden.shape[0]
     d_rows = d_y.reshape(-1)[:n, None] * hidden.astype(jnp.float32)
-    d_head = jnp.concatenate([d.T for d in d_head]).at[targets].add(d_rows)
+    d_head = jnp.concatenate([d.T for d in d_head]) if isinstance(d_head, list) else d_head
+    d_head = d_head.at[targets].add(d_rows)
     return total, (dx.reshape(-1, hidden.shape[-1])[:n], d_head.astype(head.dtype))
 
 
@@ -156,7 +183,7 @@ def weighted_nll(
     targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     weights = jnp.where(targets >= 0, weights, 0.0)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    chunk = _chunk(hidden.shape[0], chunk)
+    chunk = _chunk(hidden.shape[0], chunk, hidden.dtype if devices.platform() == "gpu" else jnp.float32)
     return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk, eight_bits)
 
 
