@@ -193,9 +193,9 @@ def scores(run) -> dict:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from nanochat_jax import hosts
-    from nanochat_jax.devices import take_memory
+    from nanochat_jax.devices import prepare
 
-    take_memory()
+    prepare()
     try:
         if args.plan or args.budget is not None:
             return plan(args)

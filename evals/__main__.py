@@ -77,7 +77,9 @@ def evaluate(argv: Sequence[str]) -> int:
     parser.add_argument("--int8", action="store_true", help="weights rounded to int8; results go into <stage>-int8")
     args = parser.parse_args(argv)
     from evals import evaluate_stage
+    from nanochat_jax.devices import prepare
 
+    prepare()
     tasks = [t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else None
     result = evaluate_stage(
         args.run_dir,

@@ -179,9 +179,10 @@ def line_history() -> Iterator[None]:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from nanochat_jax.checkpoint import load_model
-    from nanochat_jax.devices import use_compilation_cache
+    from nanochat_jax.devices import prepare, use_compilation_cache
     from nanochat_jax.engine import Engine
 
+    prepare()
     out = Console(highlight=False)
     try:
         loaded = load_model(args.run_dir, args.stage)

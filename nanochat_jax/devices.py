@@ -74,13 +74,24 @@ def tracing_for(platform: str, cudnn: bool = False) -> Iterator[None]:
 POOL = 0.92  # of a GPU's memory that jax may take; the rest is for CUDA, NCCL and the libraries' own buffers
 
 
-def take_memory() -> None:
-    """Lets jax have POOL of each GPU's memory, where the environment says nothing else: its own default is 0.75.
+# XLA's flags on a GPU, each for a reason that was measured (bench/LOG.md)
+FLAGS = {
+    # the step of depth 12 then compiles in 11 s on an H100, and not in minutes: Triton's tiles are tried one by one
+    "xla_gpu_enable_triton_gemm": "false",
+    # products that share an operand stay apart: as one they cost a copy of every result, or of the weights
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}
 
-    To be called before the first array is made.
+
+def prepare() -> None:
+    """Lets jax have POOL of each GPU's memory (its own default is 0.75) and XLA its FLAGS, where the environment says
+    nothing else. To be called before the first array is made.
     """
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(POOL))
+    given = os.environ.get("XLA_FLAGS", "")
+    more = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
+    os.environ["XLA_FLAGS"] = " ".join([*given.split(), *more])
 
 
 def compute_dtype(name: str) -> jnp.dtype:

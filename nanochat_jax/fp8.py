@@ -2,8 +2,9 @@
 
 Micikevicius et al., arXiv 2209.05433: e4m3 for activations and weights, e5m2, which reaches further, for gradients.
 Of y = x W^T the products of the backward pass, dx = dy W and dW = dy^T x, take what the forward pass has quantised, so
-that a byte and not two is kept for every activation. The dots have 8-bit operands and XLA lowers them to the
-tensor cores of an H100 and later; on others they are emulated, to the same numbers and slowly.
+that a byte and not two is kept for every activation. For a GPU the products are written as those of what the bytes
+stand for, values times scale, which XLA knows as cuBLASLt's 8-bit product with two scales on an H100 and later; it then
+writes both layouts that the three products want, as it quantises. Elsewhere they are emulated, to the same numbers.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax import devices
+
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 _TINY = 1e-12  # the least largest element, where all are 0
 MULTIPLE, SMALLEST = 16, 128  # both dimensions of a matrix: what the tensor cores want, and what is worth the casts
 
 
 class Quantized(NamedTuple):
-    """values in 8 bits times scale, a float32 scalar."""
+    """values in 8 bits times scale, a float32 scalar that bfloat16 holds as well."""
 
     values: jax.Array
     scale: jax.Array
@@ -29,7 +32,7 @@ def quantize(x: jax.Array, dtype=E4M3, largest: jax.Array | None = None) -> Quan
     """x (any shape) so that its largest element (`largest`, where known) takes the largest number of `dtype`."""
     most = float(jnp.finfo(dtype).max)
     largest = jnp.max(jnp.abs(x)) if largest is None else largest
-    scale = jnp.maximum(largest.astype(jnp.float32), _TINY) / most
+    scale = (jnp.maximum(largest.astype(jnp.float32), _TINY) / most).astype(jnp.bfloat16).astype(jnp.float32)
     scaled = x.astype(jnp.float32) / scale
     return Quantized(jnp.clip(scaled, -most, most).astype(dtype), scale)
 
@@ -37,6 +40,9 @@ def quantize(x: jax.Array, dtype=E4M3, largest: jax.Array | None = None) -> Quan
 def dot(a: Quantized, b: Quantized, contract: tuple[int, int], out=jnp.bfloat16) -> jax.Array:
     """The product of two matrices over axes `contract`, accumulated in float32, in dtype `out`."""
     dims = (((contract[0],), (contract[1],)), ((), ()))
+    if devices.platform() == "gpu":
+        wide = [q.values.astype(jnp.bfloat16) * q.scale.astype(jnp.bfloat16) for q in (a, b)]
+        return jax.lax.dot_general(*wide, dims, preferred_element_type=out)
     y = jax.lax.dot_general(a.values, b.values, dims, preferred_element_type=jnp.float32)
     return (y * (a.scale * b.scale)).astype(out)
 

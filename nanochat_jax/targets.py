@@ -21,7 +21,7 @@ import jax
 from nanochat_jax.devices import tracing_for
 from nanochat_jax.errors import UserError
 
-CUDNN = (9, 10, 0)  # the version that programs are lowered for
+CUDA, CUDNN = (13, 0), (9, 10, 0)  # the versions that programs are lowered for
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ gpu_device_info {{
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
+runtime_version {{ major: {CUDA[0]} minor: {CUDA[1]} }}
 dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
+runtime_version {{ major: {CUDA[0]} minor: {CUDA[1]} }}
 device_description_str: "{self.name}"
 """
 

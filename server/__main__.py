@@ -69,12 +69,13 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     from nanochat_jax.calculator import CalculatorTool
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.config import MeshConfig
-    from nanochat_jax.devices import use_compilation_cache
+    from nanochat_jax.devices import prepare, use_compilation_cache
     from nanochat_jax.engine import Engine, Request
     from nanochat_jax.sharding import make_mesh
     from server.app import create_app
     from server.scheduler import Scheduler
 
+    prepare()
     mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
     loaded = load_model(args.run_dir, args.stage, mesh=mesh)
     run = Path(args.run_dir).absolute()

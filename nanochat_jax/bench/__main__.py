@@ -12,9 +12,9 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in WHAT:
         print(f"usage: python -m nanochat_jax.bench {'|'.join(WHAT)} [options]", file=sys.stderr)
         return 2
-    from nanochat_jax.devices import take_memory
+    from nanochat_jax.devices import prepare
 
-    take_memory()
+    prepare()
     return importlib.import_module(f"nanochat_jax.bench.{argv[0]}").main(argv[1:])
 
 
