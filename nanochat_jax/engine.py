@@ -25,6 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ import numpy as np
 from flax import nnx
 
 from nanochat_jax import cache as kv
-from nanochat_jax import sharding
+from nanochat_jax import decode_kernels, sharding
+from nanochat_jax import devices as chips
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import cast_matrices, merge
 from nanochat_jax.quantize import dequantize, quantize
@@ -42,11 +44,20 @@ SHORT, LONG = 8, 32  # tokens of a slice: while somebody waits, and at most
 SLICE_SECONDS = 0.08  # how long a slice lasts where nobody waits
 PATIENT_PARTS = 8  # slices of a usual answer where nobody watches: the last one's rest is then a small part of it
 TRAFFIC_SECONDS = 1.0  # for so long after a request came beside others, another one is expected
-CHUNKS = (16, 64, kv.SLACK)  # tokens of a prompt that one call takes in: the smallest that holds all
 PREFILL_TOKENS = 8192  # rows times chunk of one call, at most
 PREFILL_BESIDE = 512  # the same while others decode: for so long they stand still
-SPANS = (128, 192)  # positions that a call looks at: one of these times a power of two
 WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
+
+
+class Shapes(NamedTuple):
+    """What calls are compiled for: few shapes where a compilation takes long, many where it takes a second."""
+
+    chunks: tuple[int, ...]  # tokens of a prompt that one call takes in: the smallest that holds all
+    spans: tuple[int, ...]  # positions that a call looks at: one of these times a power of `factor`
+    factor: int  # between widths as well
+
+
+SHAPES = {"gpu": Shapes((32, kv.SLACK), (512,), 4), "other": Shapes((16, 64, kv.SLACK), (128, 192), 2)}
 
 
 @dataclass(frozen=True)
@@ -165,13 +176,19 @@ class Program:
     cfg: GPTConfig
     dtype: np.dtype
     max_len: int
+    fused: bool = False  # parameters are as `decode_kernels.joined` gives them, and its `step` is a decode step
+
+    def model(self, params):
+        if self.fused:
+            return decode_kernels.model(self.graph, self.cfg, params, self.dtype)
+        return merge(self.graph, dequantize(params, self.dtype))
 
     def trunk(self, params, rows, tokens, positions, before):
         """Model, and hidden states (R, T, D) of tokens (R, T) at positions (R, T), -1 for none.
 
         Keys and values go into the list `rows`; before (R,) are the tokens left of the first ones.
         """
-        model, newest = merge(self.graph, dequantize(params, self.dtype)), positions.max(axis=1)
+        model, newest = self.model(params), positions.max(axis=1)
         rings = kv.ring_sizes(self.cfg, self.max_len)
 
         def attend(layer, q, k, v):
@@ -211,8 +228,11 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
     def one(i, carry):
         rows, before, token, position, out = carry
         rows, here = list(rows), jnp.where(position < program.max_len, position, -1)
-        model, hidden = program.trunk(params, rows, token[:, None], here[:, None], before)
-        logits = model.logits(hidden[:, 0])
+        if program.fused:
+            logits = decode_kernels.step(program.model(params), params, rows, places, rope, token, here, before)
+        else:
+            model, hidden = program.trunk(params, rows, token[:, None], here[:, None], before)
+            logits = model.logits(hidden[:, 0])
         new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, position, how))
         made = (new, *log_probabilities(logits, new)) if how.logprobs else (new,)
         out = tuple(o.at[:, i].set(x) for o, x in zip(out, made))
@@ -222,8 +242,15 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
     if how.logprobs:
         likeliest = (*forced.shape, min(TOP_LOGPROBS, program.cfg.vocab_size))
         out += (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
-    rows = kv.take(cache, slots, span)
+    if program.fused:  # kernels read and write the slots where they are, and as far as must be
+        places = jnp.arange(len(last)) if slots is None else jnp.minimum(slots.reshape(-1), cache[0][0].shape[1] - 1)
+        rope = decode_kernels.rope_tables(program.cfg, program.max_len)
+        rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
+    else:
+        rows = kv.take(cache, slots, span)
     rows, *_, out = jax.lax.fori_loop(0, n, one, (rows, last[:, 0], last[:, 1], position, out))
+    if program.fused:
+        return out, jax.tree.map(lambda c: c[None], rows)
     steps = jnp.arange(forced.shape[1])
     positions = position[:, None] + steps
     written = (position[:, None] >= 0) & (steps < n) & (positions < program.max_len)
@@ -296,8 +323,10 @@ class Engine:
             raise ValueError(f"max_len={max_len} is more than the model's context of {model.cfg.sequence_len}")
         self.slots, self.max_len, self.cfg, self._tool = slots, max_len, model.cfg, tool
         self._mesh, self._int8, self._compiled = mesh, int8, compiled(one_core)
+        self._shapes = SHAPES.get(chips.platform(), SHAPES["other"])
         graph, state = nnx.split(model)
-        self._program = _program(graph, model.cfg, np.dtype(model.dtype), max_len)
+        is_fused = (mesh is None or mesh.size == 1) and decode_kernels.takes(model.cfg)
+        self._program = _program(graph, model.cfg, np.dtype(model.dtype), max_len, is_fused)
         devices = sharding.data_parallel(mesh) if mesh is not None else 1
         self._devices = devices if slots % devices == 0 else 1
         each = slots // self._devices
@@ -321,6 +350,7 @@ class Engine:
 
         def cast(params):
             params = cast_matrices(params, self._program.dtype)
+            params = decode_kernels.joined(params) if self._program.fused else params
             return quantize(params) if self._int8 else params
 
         self.params = jax.jit(cast)(params)
@@ -394,7 +424,7 @@ class Engine:
         waits for its compilation. Nothing is decoded and nothing in the cache changes.
         """
         each, how = self.slots // self._devices, mode([request], self.cfg.vocab_size)
-        widths = sorted({_grown(n, 1, each) for n in range(1, each + 1)})
+        widths = sorted({_grown(n, 1, each, self._shapes.factor) for n in range(1, each + 1)})
         spans = sorted({self._span(n) for n in range(1, self.max_len + 1)})
         for width in widths:
             nowhere = np.full((self._devices, width), each, np.int32)
@@ -403,14 +433,16 @@ class Engine:
         for span, width in itertools.product(spans, widths):
             table = None if width == each else np.full((self._devices, width), each, np.int32)
             R = self._devices * width
-            for chunk in CHUNKS:
+            for chunk in self._shapes.chunks:
                 zeros = np.zeros(R, np.int32)
                 where = (table, np.zeros((R, chunk), np.int32), zeros - 1, zeros, zeros)
                 self._cache = self._compiled.prefill(self._program, span, self.params, self._cache, *where)
                 yield
+            if self._reach(span) != span and span != spans[0]:
+                continue
             nothing = np.full((R, 2), -1, np.int32), np.full(R, -1, np.int32), np.full((R, LONG), -1, np.int32)
-            what = (table, *nothing, Settings.blank(R), 0)
-            self._cache = self._compiled.decode(self._program, span, how, self.params, self._cache, *what)[1]
+            what, reach = (table, *nothing, Settings.blank(R), 0), self._reach(span)
+            self._cache = self._compiled.decode(self._program, reach, how, self.params, self._cache, *what)[1]
             yield
 
     # ------------------------------------------------------------------------------------------- a turn
@@ -489,7 +521,11 @@ class Engine:
 
     def _span(self, n: int) -> int:
         """How many positions a call looks at that needs n."""
-        return min(_grown(n, smallest, self.max_len) for smallest in SPANS)
+        return min(_grown(n, smallest, self.max_len, self._shapes.factor) for smallest in self._shapes.spans)
+
+    def _reach(self, n: int) -> int:
+        """The same of a decode step, whose kernels see for themselves how many they need: one program serves all."""
+        return self.max_len if self._program.fused else self._span(n)
 
     def _release(self, ticket: Ticket) -> None:
         self._running.remove(ticket)
@@ -497,7 +533,7 @@ class Engine:
 
     def _width(self, n: int) -> int:
         """Rows of each device in a call for n. Patient: in larger steps, as compiling costs more than spare rows."""
-        return _grown(n, 1, self.slots // self._devices, 4 if self.patient else 2)
+        return _grown(n, 1, self.slots // self._devices, 4 if self.patient else self._shapes.factor)
 
     def _rows(self, tickets: Sequence[Ticket]) -> tuple[np.ndarray | None, list[int]]:
         """The table of slots (D, M) for a call, None for all, and the row of each ticket in it."""
@@ -523,7 +559,8 @@ class Engine:
             return
         longest = max(len(t.prompt) - 1 - t.filled for t in waiting)
         # two short chunks are less work than a long one that is half empty, but one call more
-        chunk = next((c for c in CHUNKS if (2 if self.patient else 1) * c >= longest), CHUNKS[-1])
+        chunks = self._shapes.chunks
+        chunk = next((c for c in chunks if (2 if self.patient else 1) * c >= longest), chunks[-1])
         tickets = waiting[: max(1, limit // chunk)]
         table, places = self._rows(tickets)
         n_rows = self.slots if table is None else table.size
@@ -562,7 +599,7 @@ class Engine:
         how = mode([t.request for t in tickets], self.cfg.vocab_size)
         key = (n_rows, how)
         n = self._slice_length(tickets, key)
-        reach = self._span(int(position.max()) + n)
+        reach = self._reach(int(position.max()) + n)
         began = time.perf_counter()
         out, self._cache = self._compiled.decode(
             self._program, reach, how, self.params, self._cache, table, last, position, forced, settings, n

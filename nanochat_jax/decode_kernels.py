@@ -1,0 +1,415 @@
+"""A decode step on a GPU in few launches: one position a row, for which a launch costs more than what it computes.
+
+Three Pallas kernels that Triton compiles. `attend` takes the raw q, k, v of a step, does the rotation, the QK norm and
+the value embedding, writes k and v into the cache in place and reads of the ring only what the window admits, in splits
+over positions that `combine` puts together. `matvec` is the product of one row with a matrix of bfloat16 or int8, with
+the norm before it and the activation, residual and scalars after it.
+
+Every kernel has its plain form in model.py and cache.py, which is what other platforms and several devices run;
+interpret runs the kernels on any machine, slowly.
+
+Shapes: M rows, S slots, H query heads, K key/value heads, R places of a ring, N head size, D width, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from nanochat_jax import devices
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.model import GATE_CHANNELS, GPT, merge, product, rms_norm, rotary_tables
+from nanochat_jax.quantize import Int8, dequantize
+
+_MASKED = -1e30  # finite: what is not seen at all then weighs 0 and not NaN
+PAD = 64  # rows of the joined matrix that end with a gate are a multiple of it
+BLOCK = 64  # positions that a program reads at once
+PROGRAMS = 1024  # of one call of `attend`: some eight for each multiprocessor of an H100, so that reads overlap
+
+
+def splits(seen: int, rows: int, heads: int) -> int:
+    """Into how many parts the positions before the newest are split, at most `seen` of them."""
+    return max(1, min(pl.cdiv(seen, BLOCK), PROGRAMS // (rows * heads)))
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+def _turned(ref, row, first, cos, sin, gain, eps):
+    """Both halves (N/2,) of a head from column `first` of ref (M, ...), turned and normed as `rotate_and_norm` does."""
+    half = cos.shape[0]
+    a, b = (ref[row, pl.ds(first + i * half, half)].astype(jnp.float32) for i in (0, 1))
+    gain = gain * lax.rsqrt(jnp.sum(a * a + b * b) / (2 * half) + eps)
+    a, b = a * gain, b * gain
+    return a * cos + b * sin, b * cos - a * sin
+
+
+def _attend(position, slot, token, cos, sin, qkv, *refs, H, K, N, ring, window, part, gain, eps, with_value):
+    """Program (s, k, m): part s - 1 of the positions that row m sees before its newest; s = 0: the newest itself."""
+    (table, *refs) = refs if with_value else (None, *refs)
+    keys, values, out, lse, new_keys, new_values = refs
+    s, head, row = (pl.program_id(i) for i in range(3))
+    G, half = H // K, N // 2
+    p, at = position[row], slot[row]
+    cos, sin = (t[jnp.maximum(p, 0), :] for t in (cos, sin))
+    scale = N**-0.5
+
+    def query(g):
+        a, b = _turned(qkv, row, (head * G + g) * N, cos, sin, gain, eps)
+        return a * scale, b * scale
+
+    @pl.when(s == 0)
+    def _newest():
+        ka, kb = (x.astype(keys.dtype) for x in _turned(qkv, row, (H + head) * N, cos, sin, gain, eps))
+        v = qkv[row, pl.ds((H + K + head) * N, N)].astype(jnp.float32)
+        if with_value:
+            gate = qkv[row, (H + 2 * K) * N + head].astype(jnp.float32)
+            gate = 3.0 / (1.0 + jnp.exp(-gate))
+            v = v + gate * table[token[row], pl.ds(head * N, N)].astype(jnp.float32)
+        v = v.astype(values.dtype)
+
+        @pl.when(p >= 0)
+        def _write():
+            place = lax.rem(p, ring)
+            new_keys[at, head, place, pl.ds(0, half)] = ka
+            new_keys[at, head, place, pl.ds(half, half)] = kb
+            new_values[at, head, place, :] = v
+
+        for g in range(G):
+            qa, qb = query(g)
+            score = jnp.sum(qa * ka.astype(jnp.float32) + qb * kb.astype(jnp.float32))
+            out[0, row, head * G + g, :] = v.astype(jnp.float32)
+            lse[0, row, head * G + g] = jnp.where(p >= 0, score, _MASKED)
+
+    @pl.when(s > 0)
+    def _before():
+        queries = [query(g) for g in range(G)]
+        seen = jnp.minimum(p, window)  # ages 1 .. seen are before the newest, and in the cache
+        first = (s - 1) * part + 1
+        columns, half_columns = lax.iota(jnp.int32, N), lax.iota(jnp.int32, half)
+
+        def visit(j, carry):
+            age = first + j * BLOCK + lax.iota(jnp.int32, BLOCK)
+            place = lax.rem(p - jnp.minimum(age, seen), ring)[:, None]
+            ka = keys[at, head, place, half_columns[None]].astype(jnp.float32)
+            kb = keys[at, head, place, (half_columns + half)[None]].astype(jnp.float32)
+            v = values[at, head, place, columns[None]].astype(jnp.float32)
+            after = []
+            for (qa, qb), (acc, top, total) in zip(queries, carry):
+                score = jnp.sum(ka * qa[None] + kb * qb[None], axis=1)
+                score = jnp.where(age <= seen, score, _MASKED)
+                new_top = jnp.maximum(top, jnp.max(score))
+                weight, keep = jnp.exp(score - new_top), jnp.exp(top - new_top)
+                acc = acc * keep + jnp.sum(weight[:, None] * v, axis=0)
+                after.append((acc, new_top, total * keep + jnp.sum(weight)))
+            return tuple(after)
+
+        nothing = (jnp.zeros(N, jnp.float32), jnp.float32(_MASKED), jnp.float32(0))
+        blocks = lax.div(jnp.maximum(jnp.minimum(seen - first + 1, part), 0) + BLOCK - 1, BLOCK)
+        found = lax.fori_loop(0, blocks, visit, (nothing,) * G)
+        for g, (acc, top, total) in enumerate(found):
+            out[s, row, head * G + g, :] = acc / jnp.maximum(total, 1e-30)
+            lse[s, row, head * G + g] = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), _MASKED)
+
+
+def _combine(out, lse, o, *, parts, padded):
+    """Program (h, m)."""
+    head, row = pl.program_id(0), pl.program_id(1)
+    s = lax.iota(jnp.int32, padded)
+    inside, at = s < parts, jnp.minimum(s, parts - 1)
+    score = jnp.where(inside, lse[at, row, head], _MASKED)
+    weight = jnp.where(inside, jnp.exp(score - jnp.max(score)), 0.0)
+    columns = lax.iota(jnp.int32, o.shape[-1])
+    total = jnp.sum(weight[:, None] * out[at[:, None], row, head, columns[None]], axis=0)
+    o[row, head, :] = (total / jnp.sum(weight)).astype(o.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "window", "gain", "eps", "interpret"))
+def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps, value_embed=None, interpret=False):
+    """What one position of M rows sees, through the cache: (M, H * N), and keys and values with the new ones in them.
+
+    qkv (M, >= (H + 2 K) N): raw products, behind which the K gates' stand where there is a value_embed, (tokens (M,),
+    table (V, K N)). keys, values (S, K, R, N) are written in place, at the positions (M,) of the slots (M,), all below
+    S; a negative position writes and sees nothing. rope: cos and sin (positions, N/2), of all that there can be.
+    """
+    M, (_, K, R, N), H = len(qkv), keys.shape, heads
+    seen = min(window, R - 1)
+    parts = splits(seen, M, K)
+    part = pl.cdiv(pl.cdiv(seen, parts), BLOCK) * BLOCK
+    parts = pl.cdiv(seen, part) + 1
+    tokens, *table = value_embed or (position,)
+    kernel = functools.partial(
+        _attend,
+        H=H,
+        K=K,
+        N=N,
+        ring=R,
+        window=window,
+        part=part,
+        gain=gain,
+        eps=eps,
+        with_value=value_embed is not None,
+    )
+    args = (position, slot, tokens, *rope, qkv, *table, keys, values)
+    with jax.named_scope(f"decode_window_{window}"):
+        out, lse, keys, values = pl.pallas_call(
+            kernel,
+            grid=(parts, K, M),
+            out_shape=[
+                jax.ShapeDtypeStruct((parts, M, H, N), jnp.float32),
+                jax.ShapeDtypeStruct((parts, M, H), jnp.float32),
+                jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+                jax.ShapeDtypeStruct(values.shape, values.dtype),
+            ],
+            input_output_aliases={len(args) - 2: 2, len(args) - 1: 3},
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+            interpret=interpret,
+        )(*args)
+        o = pl.pallas_call(
+            functools.partial(_combine, parts=parts, padded=pl.next_power_of_2(parts)),
+            grid=(H, M),
+            out_shape=jax.ShapeDtypeStruct((M, H, N), qkv.dtype),
+            compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
+            interpret=interpret,
+        )(out, lse)
+    return o.reshape(M, H * N), keys, values
+
+
+# ------------------------------------------------------------------------------------------------------ products
+
+
+def _chunk(n: int) -> int:
+    """The largest power of two that divides n, at most 1024."""
+    return math.gcd(n, 1024)
+
+
+def _reads(width: int) -> bool:
+    """Whether `matvec` reads matrices of this many columns well."""
+    return _chunk(width) >= 64
+
+
+def _matvec(x, weight, *refs, norm, square, scaled, added, mixed):
+    (scale, *refs) = refs if scaled else (None, *refs)
+    (residual, *refs) = refs if added else (None, *refs)
+    (x0, factors, *refs) = refs if mixed else (None, None, *refs)
+    O, D = weight.shape
+    step = _chunk(D)
+
+    def visit(j, carry):
+        acc, squares = carry
+        columns = pl.ds(j * step, step)
+        piece = x[columns].astype(jnp.float32)
+        acc = acc + weight[:, columns].astype(jnp.float32) * piece[None]
+        return acc, squares + piece * piece if norm is not None else squares
+
+    carry = jnp.zeros((O, step), jnp.float32), jnp.zeros(step, jnp.float32)
+    if D // step <= 16:  # unrolled: all loads are then on their way at once
+        for j in range(D // step):
+            carry = visit(j, carry)
+    else:
+        carry = lax.fori_loop(0, D // step, visit, carry)
+    y = jnp.sum(carry[0], axis=1)
+    if norm is not None:
+        y = y * lax.rsqrt(jnp.sum(carry[1]) / D + norm)
+    if scaled:
+        y = y * scale[:]
+    if square:
+        y = jnp.square(jnp.maximum(y, 0.0))
+    if added:
+        y = y + residual[:].astype(jnp.float32)
+    out = refs[0]
+    out[:] = y.astype(out.dtype)
+    if mixed:
+        refs[1][:] = (factors[0] * y + factors[1] * x0[:].astype(jnp.float32)).astype(out.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "square", "interpret"))
+def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix=None, interpret=False):
+    """x (1, D) times weight (O, D), transposed: (1, O) in x's dtype.
+
+    norm: the epsilon of an RMS norm of x before it. scale (O, 1): of the rows of an int8 weight. square: relu(y)^2.
+    residual (1, O) is added. mix (x0 (1, O), factors (2,)) also gives a second result, factors[0] of the first and
+    factors[1] of x0.
+    """
+    O, D = weight.shape
+    tile = 16 if O >= 16384 else 8 if O >= 2048 else 4
+    while O % tile:
+        tile //= 2
+    whole = pl.BlockSpec((None, D), lambda i: (0, 0))
+    rows = pl.BlockSpec((tile, D), lambda i: (i, 0))
+    own = pl.BlockSpec((None, tile), lambda i: (0, i))
+    args, specs = [x, weight], [whole, rows]
+    if scale is not None:
+        args.append(scale.reshape(1, O))
+        specs.append(own)
+    if residual is not None:
+        args.append(residual)
+        specs.append(own)
+    if mix is not None:
+        args += mix
+        specs += [own, pl.no_block_spec]
+    shape = jax.ShapeDtypeStruct((1, O), x.dtype)
+    kernel = functools.partial(
+        _matvec,
+        norm=norm,
+        square=square,
+        scaled=scale is not None,
+        added=residual is not None,
+        mixed=mix is not None,
+    )
+    out = pl.pallas_call(
+        kernel,
+        grid=(O // tile,),
+        in_specs=specs,
+        out_specs=[own] * (1 + (mix is not None)),
+        out_shape=[shape] * (1 + (mix is not None)),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+    )(*args)
+    return out if mix is not None else out[0]
+
+
+# ------------------------------------------------------------------------------------------ the model's step
+
+
+def takes(cfg: GPTConfig) -> bool:
+    """Whether a model's decode steps are made of kernels on the platform that programs are traced for."""
+    power_of_two = cfg.head_dim & (cfg.head_dim - 1) == 0
+    return devices.platform() == "gpu" and power_of_two and cfg.head_dim >= 32
+
+
+def joined(params: dict) -> dict:
+    """The nested dict with one matrix `qkv` (O, D) in each block's attention, the gate's rows last, filled with 0.
+
+    And `factors`, where the model has them: of each layer, those of the residual stream and of its beginning, (2,).
+    """
+
+    def join(attn):
+        if "qkv" in attn:
+            return attn
+        parts = [attn[name]["weight"] for name in ("q", "k", "v")]
+        if "ve_gate" in attn:
+            gate = attn["ve_gate"]["weight"]
+            parts.append(jnp.pad(gate, ((0, -len(gate) % PAD), (0, parts[0].shape[1] - gate.shape[1]))))
+        return {"qkv": {"weight": jnp.concatenate(parts)}, "proj": attn["proj"]}
+
+    blocks = {i: {**block, "attn": join(block["attn"])} for i, block in params["blocks"].items()}
+    params = {**params, "blocks": blocks}
+    if "resid_scalars" in params:
+        params["factors"] = list(jnp.stack([params["resid_scalars"], params["x0_scalars"]], axis=1))
+    return params
+
+
+def _apart(params: dict, cfg: GPTConfig) -> dict:
+    """The nested dict as it was before `joined`."""
+
+    def split(attn):
+        weight, kv = attn["qkv"]["weight"], cfg.n_kv_head * cfg.head_dim
+        D = weight.shape[1]
+        ends = {"q": (0, D), "k": (D, D + kv), "v": (D + kv, D + 2 * kv)}
+        parts = {name: {"weight": weight[a:b]} for name, (a, b) in ends.items()}
+        if len(weight) > D + 2 * kv:
+            parts["ve_gate"] = {"weight": weight[D + 2 * kv :][: cfg.n_kv_head, :GATE_CHANNELS]}
+        return {**parts, "proj": attn["proj"]}
+
+    blocks = {i: {**block, "attn": split(block["attn"])} for i, block in params["blocks"].items()}
+    return {**{name: p for name, p in params.items() if name != "factors"}, "blocks": blocks}
+
+
+def model(graph, cfg: GPTConfig, params: dict, dtype):
+    """The model of joined parameters, which multiplies by the joined matrix and not by parts of it."""
+    params = dequantize(params, dtype)
+    model, kv = merge(graph, _apart(params, cfg)), cfg.n_kv_head * cfg.head_dim
+    for block, joint in zip(model.blocks, _in_order(params["blocks"])):
+        weight, D = joint["attn"]["qkv"]["weight"], cfg.n_embd
+
+        def part(a, b, weight=weight):
+            return lambda x: product(x, weight)[..., a:b]  # three times the same product, which is computed once
+
+        block.attn.q, block.attn.k, block.attn.v = part(0, D), part(D, D + kv), part(D + kv, D + 2 * kv)
+    return model
+
+
+def rope_tables(cfg: GPTConfig, length: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin (length, N/2)."""
+    return tuple(t[:, 0] for t in rotary_tables(jnp.arange(length), cfg.head_dim, cfg.rope_base))
+
+
+def _in_order(blocks: dict) -> list[dict]:
+    return [blocks[i] for i in sorted(blocks, key=int)]
+
+
+def dense(x, weight, *, norm=None, square=False, residual=None, mix=None):
+    """x (M, D) times weight (O, D), an array or Int8, transposed: (M, O), with what `matvec` has."""
+    values, scale = weight if isinstance(weight, Int8) else (weight, None)
+    if len(x) == 1 and _reads(values.shape[1]):
+        return matvec(x, values, scale, norm=norm, square=square, residual=residual, mix=mix)
+    x = x if norm is None else rms_norm(x, norm)
+    y = product(x, values.astype(x.dtype))
+    if scale is not None:
+        y = (y * scale[:, 0]).astype(x.dtype)
+    if square:
+        y = jnp.square(jax.nn.relu(y))
+    if residual is not None:
+        y = residual + y
+    if mix is None:
+        return y
+    return y, mixture(y, *mix)
+
+
+def mixture(x, x0, factors):
+    """factors[0] of x and factors[1] of x0."""
+    r, s = factors.astype(x.dtype)
+    return r * x + s * x0
+
+
+def step(model: GPT, params: dict, cache: list, slots, rope, token, position, before):
+    """Logits (M, V) of tokens (M,) at positions (M,), negative for a row that is not meant, in slots (M,) of the cache.
+
+    cache: a list of keys and values (S, K, R, N) per layer, in which the new ones are put. rope: cos and sin of all
+    positions. before (M,): the tokens left of these.
+    """
+    cfg, eps = model.cfg, model.cfg.norm_eps
+    token = jnp.clip(token, 0, cfg.vocab_size - 1)
+    x = model.embed(token[:, None])
+    x = (model._smear(x, before) if cfg.smear else x)[:, 0]
+    x0 = kept = x
+    if cfg.residual_scalars:
+        x = mixture(x, x0, params["factors"][0])
+    blocks = _in_order(params["blocks"])
+    for i, block in enumerate(blocks):
+        attn, mlp = block["attn"], block["mlp"]
+        qkv = dense(x, attn["qkv"]["weight"], norm=eps)
+        table = params["value_embeds"][str(i)]["embedding"] if cfg.has_value_embed(i) else None
+        seen, *cache[i] = attend(
+            qkv,
+            *cache[i],
+            position,
+            slots,
+            rope,
+            heads=cfg.n_head,
+            window=cfg.windows[i],
+            gain=cfg.qk_gain,
+            eps=eps,
+            value_embed=None if table is None else (token, table),
+        )
+        cache[i] = tuple(cache[i])
+        x = dense(seen, attn["proj"]["weight"], residual=x)
+        wide = dense(x, mlp["fc"]["weight"], norm=eps, square=True)
+        mix = (x0, params["factors"][i + 1]) if cfg.residual_scalars and i + 1 < len(blocks) else None
+        last = dense(wide, mlp["proj"]["weight"], residual=x, mix=mix)
+        full, x = last if mix else (last, last)
+        if i == cfg.n_layer // 2:
+            kept = full
+    if cfg.backout:
+        x = x - model.backout_lambda[...].astype(x.dtype) * kept
+    hidden = rms_norm(x, eps)
+    head = params["lm_head"]["weight"]
+    model.lm_head = lambda x: dense(x, head)
+    return model.logits(hidden)
