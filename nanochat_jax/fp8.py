@@ -28,11 +28,16 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
 
+def scale_of(largest: jax.Array, dtype) -> jax.Array:
+    """The scale by which `largest`, a scalar, takes the largest number of `dtype`."""
+    scale = jnp.maximum(largest.astype(jnp.float32), _TINY) / float(jnp.finfo(dtype).max)
+    return scale.astype(jnp.bfloat16).astype(jnp.float32)
+
+
 def quantize(x: jax.Array, dtype=E4M3, largest: jax.Array | None = None) -> Quantized:
     """x (any shape) so that its largest element (`largest`, where known) takes the largest number of `dtype`."""
     most = float(jnp.finfo(dtype).max)
-    largest = jnp.max(jnp.abs(x)) if largest is None else largest
-    scale = (jnp.maximum(largest.astype(jnp.float32), _TINY) / most).astype(jnp.bfloat16).astype(jnp.float32)
+    scale = scale_of(jnp.max(jnp.abs(x)) if largest is None else largest, dtype)
     scaled = x.astype(jnp.float32) / scale
     return Quantized(jnp.clip(scaled, -most, most).astype(dtype), scale)
 

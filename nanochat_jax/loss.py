@@ -64,6 +64,13 @@ def _target(x, rows, softcap):
     return t, jnp.exp(softcap * t)
 
 
+def _finish(x, rows, w, rest, softcap):
+    """(the weighted nll, w / s, what d loss / d logit of the target is), from the sums of e without the targets."""
+    t_y, e_y = _target(x, rows, softcap)
+    s = rest + e_y
+    return (w * (jnp.log(s) - softcap * t_y)).sum(), w / s, -w * (1.0 - t_y * t_y) * rest / s
+
+
 def _others(entries, targets, vocab):
     """Which of the vocabulary's `entries` are neither a row's target nor padding, (C, entries)."""
     ids = jnp.arange(entries.start, entries.stop)
@@ -108,14 +115,12 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
             dx = dx + jnp.einsum("cv,vd->cd", u, head[entries], preferred_element_type=jnp.float32)
             us.append(u)
         rows = head[y]
-        t_y, e_y = _target(x, rows, softcap)
-        s = rest + e_y
-        w_s, d_y = w / s, -w * (1.0 - t_y * t_y) * rest / s
+        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
         # (D, C) @ (C, V): on a CPU a third faster than the same with V first, and than a product that transposes x
         xt = jax.lax.optimization_barrier((x * w_s[:, None]).astype(x.dtype).T)
         d_head = [d + jnp.matmul(xt, u, preferred_element_type=jnp.float32) for d, u in zip(d_head, us, strict=True)]
         dx = dx * w_s[:, None] + d_y[:, None] * rows
-        return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), d_head), (dx.astype(x.dtype), d_y)
+        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
     def body_gpu(carry, xs):
         """The same with one kernel between the products, which hand it logits in x's own type."""
@@ -123,14 +128,12 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         x, y, w = xs
         u, rest = loss_kernels.terms(jnp.einsum("cd,vd->cv", x, head), y, vocab, softcap)
         rows = head[y]
-        t_y, e_y = _target(x, rows, softcap)
-        s = rest + e_y
-        w_s, d_y = w / s, -w * (1.0 - t_y * t_y) * rest / s
+        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
         weighted = (x * w_s[:, None]).astype(x.dtype)
         d_head = d_head + jnp.einsum("cv,cd->vd", u, weighted, preferred_element_type=jnp.float32)
         dx = jnp.einsum("cv,vd->cd", u, head, preferred_element_type=jnp.float32)
         dx = dx * w_s[:, None] + d_y[:, None] * rows
-        return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), d_head), (dx.astype(x.dtype), d_y)
+        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
     def body8(carry, xs):
         """The same by 8-bit products; the logits' gradient is scaled by its own largest element."""
@@ -141,17 +144,32 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         e = jnp.where(_others(blocks[0], y, vocab), e, 0.0)
         u = e * (1.0 - t * t)
         rest, most, rows = e.sum(axis=-1), u.max(axis=-1), head[y]
-        t_y, e_y = _target(x, rows, softcap)
-        s = rest + e_y
-        w_s, d_y = w / s, -w * (1.0 - t_y * t_y) * rest / s
+        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
         g8 = fp8.quantize(u.astype(x.dtype) * w_s[:, None], fp8.E5M2, (most * jnp.abs(w_s)).max())
         dx = fp8.dot(g8, head8, (1, 0), jnp.float32) + d_y[:, None] * rows
         d_head = d_head + fp8.dot(x8, g8, (0, 0), jnp.float32)
-        return (total + (w * (jnp.log(s) - softcap * t_y)).sum(), [d_head]), (dx.astype(x.dtype), d_y)
+        return (total + nll, [d_head]), (dx.astype(x.dtype), d_y)
+
+    def body8_gpu(carry, xs):
+        """`body8` by kernels: one for the sums, which the scale of the gradient needs, and one that rounds it."""
+        total, d_head = carry
+        x, y, w = xs
+        x8 = fp8.quantize(x)
+        z = fp8.dot(x8, head8, (1, 1), x.dtype)
+        rest, most = loss_kernels.sums(z, y, vocab, softcap)
+        rows = head[y]
+        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
+        scale = fp8.scale_of((most * jnp.abs(w_s)).max(), fp8.E5M2)
+        g, turned = loss_kernels.rounded(z, y, w_s / scale, vocab, softcap, fp8.E5M2)
+        dx = fp8.dot(fp8.Quantized(g, scale), turned_head8, (1, 1), jnp.float32) + d_y[:, None] * rows
+        d_head = d_head + fp8.dot(fp8.Quantized(turned, scale), x8, (1, 0), jnp.float32)
+        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
     chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
-    if devices.platform() == "gpu" and not eight_bits:
-        body, start = body_gpu, jnp.zeros(head.shape, jnp.float32)
+    if devices.platform() == "gpu":
+        if eight_bits:  # transposed once and not in every chunk, as a barrier sees to
+            turned_head8 = head8._replace(values=jax.lax.optimization_barrier(head8.values.T))
+        body, start = body8_gpu if eight_bits else body_gpu, jnp.zeros(head.shape, jnp.float32)
     else:
         start = [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks]
         body = body8 if eight_bits else body

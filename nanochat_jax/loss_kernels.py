@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton
 
 BLOCK = 1024  # entries of the vocabulary: a warp's row, 32 a thread
 TILE = 4096  # entries of a program: 8 KB to read and as many to write in bfloat16, with 4 warps
+SQUARE = 128  # rows and entries of a tile that is written in both layouts: whole lines of memory in either
 
 
 def _tile(tokens: int, size: int) -> tuple[int, int]:
@@ -42,22 +43,71 @@ def softcap_terms(z_ref, y_ref, u_ref, sum_ref, *, vocab, softcap):
     sum_ref[...] = e.sum(axis=1)
 
 
+def softcap_sums(z_ref, y_ref, sum_ref, most_ref, *, vocab, softcap):
+    u, e = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], vocab, softcap)
+    sum_ref[...] = e.sum(axis=1)
+    most_ref[...] = u.max(axis=1)
+
+
+def softcap_rounded(z_ref, y_ref, f_ref, g_ref, turned_ref, *, vocab, softcap):
+    u, _ = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], vocab, softcap)
+    most = float(jnp.finfo(g_ref.dtype).max)
+    g = jnp.clip(u * f_ref[...][:, None], -most, most).astype(g_ref.dtype)
+    g_ref[...] = g
+    turned_ref[...] = g.T
+
+
+def _call(kernel, tile, args, outs, vocab, softcap, interpret, warps=4, **more):
+    """kernel over tiles of args[0], the logits; the other arguments have one element a row.
+
+    outs: of each result (block, index map, shape, dtype).
+    """
+    (rows, block), z = tile, args[0]
+    row = pl.BlockSpec((rows,), lambda i, j: (i,))
+    return pl.pallas_call(
+        functools.partial(kernel, vocab=vocab, softcap=softcap),
+        grid=(z.shape[0] // rows, z.shape[1] // block),
+        in_specs=[pl.BlockSpec(tile, lambda i, j: (i, j)), *(row for _ in args[1:])],
+        out_specs=[pl.BlockSpec(block, index) for block, index, _, _ in outs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for _, _, shape, dtype in outs],
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+        **more,
+    )(*args)
+
+
+def _per_tile(z, tile):
+    """A float32 result of one element a row and tile, (V / block, C): rows beside each other are written at once."""
+    rows, block = tile
+    return (None, rows), lambda i, j: (j, i), (z.shape[1] // block, z.shape[0]), jnp.float32
+
+
 def terms(z, targets, vocab: int, softcap: float, *, interpret=False):
     """u = (1 - t^2) e in z's dtype, (C, V), and the sums of e, (C,) float32, without the target and the padding.
 
     z (C, V) bfloat16 or float32, the logits before the cap; u takes their place in memory. targets (C,) int32.
     """
-    rows, block = _tile(*z.shape)
-    grid = z.shape[0] // rows, z.shape[1] // block
-    tile, row = pl.BlockSpec((rows, block), lambda i, j: (i, j)), pl.BlockSpec((rows,), lambda i, j: (i,))
-    u, sums = pl.pallas_call(
-        functools.partial(softcap_terms, vocab=vocab, softcap=softcap),
-        grid=grid,
-        in_specs=[tile, row],
-        out_specs=[tile, pl.BlockSpec((None, rows), lambda i, j: (j, i))],
-        out_shape=[jax.ShapeDtypeStruct(z.shape, z.dtype), jax.ShapeDtypeStruct((grid[1], z.shape[0]), jnp.float32)],
-        input_output_aliases={0: 0},
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-    )(z, targets)
+    tile = _tile(*z.shape)
+    outs = [(tile, lambda i, j: (i, j), z.shape, z.dtype), _per_tile(z, tile)]
+    aliases = {"input_output_aliases": {0: 0}}
+    u, sums = _call(softcap_terms, tile, (z, targets), outs, vocab, softcap, interpret, **aliases)
     return u, sums.sum(axis=0)
+
+
+def sums(z, targets, vocab: int, softcap: float, *, interpret=False):
+    """The sums of e and the largest u of every row, (C,) float32 each: `terms` that writes no u."""
+    tile = _tile(*z.shape)
+    outs = [_per_tile(z, tile), _per_tile(z, tile)]
+    found, most = _call(softcap_sums, tile, (z, targets), outs, vocab, softcap, interpret)
+    return found.sum(axis=0), most.max(axis=0)
+
+
+def rounded(z, targets, factors, vocab: int, softcap: float, dtype, *, interpret=False):
+    """u times the rows' factors, (C,) float32, in an 8-bit `dtype`, and the same transposed: (C, V) and (V, C).
+
+    8-bit products want what they sum over to be the last axis, which is V in one of the two and C in the other. u is
+    made of z anew, as z is no larger than u and so nothing has to be written before the rows' sums are known.
+    """
+    (C, V), tile = z.shape, tuple(math.gcd(n, SQUARE) for n in z.shape)
+    outs = [(tile, lambda i, j: (i, j), (C, V), dtype), (tile[::-1], lambda i, j: (j, i), (V, C), dtype)]
+    return _call(softcap_rounded, tile, (z, targets, factors), outs, vocab, softcap, interpret, warps=8)

@@ -25,7 +25,8 @@ def example(tokens, size, vocab, dtype, scale=1.0):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """A context in which the loss takes the GPU's path, its kernels interpreted."""
-    monkeypatch.setattr(loss_kernels, "terms", functools.partial(loss_kernels.terms, interpret=True))
+    for name in ("terms", "sums", "rounded"):
+        monkeypatch.setattr(loss_kernels, name, functools.partial(getattr(loss_kernels, name), interpret=True))
     return functools.partial(devices.tracing_for, "gpu")
 
 
@@ -53,6 +54,37 @@ def test_a_gpu_finds_the_loss_and_the_gradients_of_a_cpu(as_on_a_gpu, tokens, ch
         assert relative_error(got.astype(jnp.float32), want) < close
     assert not np.asarray(found[0])[np.asarray(targets) < 0].any()
     assert not np.asarray(found[1])[vocab:].any()
+
+
+@pytest.mark.parametrize("tokens, chunk, size, vocab", [(48, 16, 512, 500), (33, 16, 1024, 1024)])
+@pytest.mark.parametrize("dtype, close", [(jnp.float32, 1e-2), (jnp.bfloat16, 3e-2)])
+def test_a_gpu_finds_the_same_in_8_bits(as_on_a_gpu, tokens, chunk, size, vocab, dtype, close):
+    hidden, head, targets, weights = example(tokens, size, vocab, dtype)
+
+    def nll(hidden, head):
+        more = {"vocab": vocab, "softcap": SOFTCAP, "chunk": chunk, "eight_bits": True}
+        return loss.weighted_nll(hidden, head, targets, weights, **more)
+
+    value, grads = jax.value_and_grad(nll, (0, 1))(hidden, head)
+    with as_on_a_gpu():
+        there, found = jax.value_and_grad(nll, (0, 1))(hidden, head)
+    assert relative_error(there, value) < close
+    for got, want in zip(found, grads, strict=True):
+        assert got.dtype == dtype
+        assert relative_error(got.astype(jnp.float32), want.astype(jnp.float32)) < close
+
+
+def test_both_layouts_of_what_is_rounded():
+    z = 6 * jax.random.normal(jax.random.key(0), (96, 384))
+    targets, factors = jnp.arange(96), jnp.linspace(-2.0, 3.0, 96)
+    u, want_sums = loss_kernels.terms(z, targets, 380, SOFTCAP, interpret=True)
+    sums, most = loss_kernels.sums(z, targets, 380, SOFTCAP, interpret=True)
+    np.testing.assert_allclose(sums, want_sums, rtol=1e-6)
+    np.testing.assert_allclose(most, u.max(axis=1), rtol=1e-6)
+    g, turned = loss_kernels.rounded(z, targets, factors, 380, SOFTCAP, jnp.float8_e5m2, interpret=True)
+    np.testing.assert_array_equal(g.astype(jnp.float32).T, turned.astype(jnp.float32))
+    want = jnp.clip(u * factors[:, None], -57344, 57344).astype(jnp.float8_e5m2)
+    assert np.mean(np.asarray(g.astype(jnp.float32) != want.astype(jnp.float32))) < 1e-3  # on the border of two
 
 
 @pytest.mark.parametrize("scale", [1e-3, 3.0, 1e3])

@@ -95,7 +95,8 @@ def test_the_whole_step_is_lowered_without_the_arrays_that_it_must_not_have(prec
         exported = jax.export.export(made.jitted, platforms=["cuda"], disabled_checks=skip)
         text = exported(made.abstract_state, {"tokens": array, "targets": array}).mlir_module()
     types = set(re.findall(r"tensor<([^>]*)>", text))
-    assert f"{loss.GPU_CHUNK}x{vocab}x{'bf16' if precision == 'bfloat16' else 'f32'}" in types, "the logits of a chunk"
+    chunk = f"{loss.GPU_CHUNK}x{vocab}x"
+    assert f"{chunk}bf16" in types and f"{chunk}f32" not in types, "the logits of a chunk, in 16 bits alone"
     assert not {t for t in types if t.startswith((f"{rows * T}x{vocab}x", f"{rows}x{T}x{vocab}x"))}, "of all tokens"
     assert not {t for t in types if f"x{T}x{T}x" in f"x{t}"}, "a (T, T) mask"
     calls = [line for line in text.splitlines() if "@__cudnn$fmhaSoftmax" in line]
