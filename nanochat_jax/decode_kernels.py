@@ -1,9 +1,9 @@
 """A decode step on a GPU in few launches: one position a row, for which a launch costs more than what it computes.
 
-Three Pallas kernels that Triton compiles. `attend` takes the raw q, k, v of a step, does the rotation, the QK norm and
+Pallas kernels that Triton compiles. `attend` takes the raw q, k, v of a step, does the rotation, the QK norm and
 the value embedding, writes k and v into the cache in place and reads of the ring only what the window admits, in splits
 over positions that `combine` puts together. `matvec` is the product of one row with a matrix of bfloat16 or int8, with
-the norm before it and the activation, residual and scalars after it.
+the norm before it and the activation, residual and scalars after it. `int8_product` is that of a few rows.
 
 Every kernel has its plain form in model.py and cache.py, which is what other platforms and several devices run;
 interpret runs the kernels on any machine, slowly.
@@ -238,9 +238,10 @@ def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix
     factors[1] of x0.
     """
     O, D = weight.shape
-    tile = 16 if O >= 16384 else 8 if O >= 2048 else 4
-    while O % tile:
-        tile //= 2
+    # a warp takes 256 columns at a time, 16 bytes a thread: x then stands in the registers as the weights do, and none
+    # of it goes through shared memory, whose barriers would have every load wait for the one before
+    warps = max(1, _chunk(D) // 256)
+    tile = math.gcd(O, 2 if warps == 1 and O < 2048 else 4)
     whole = pl.BlockSpec((None, D), lambda i: (0, 0))
     rows = pl.BlockSpec((tile, D), lambda i: (i, 0))
     own = pl.BlockSpec((None, tile), lambda i: (0, i))
@@ -269,10 +270,46 @@ def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix
         in_specs=specs,
         out_specs=[own] * (1 + (mix is not None)),
         out_shape=[shape] * (1 + (mix is not None)),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
     )(*args)
     return out if mix is not None else out[0]
+
+
+OUTPUTS, COLUMNS, ROWS = 64, 128, 64  # of a program of `int8_product`, and of its loop's step; rows, at most
+
+
+def _int8_product(x, weight, out, *, steps):
+    first, M = pl.program_id(1) * steps * COLUMNS, x.shape[0]
+    rows = jnp.minimum(lax.iota(jnp.int32, max(16, pl.next_power_of_2(M))), M - 1)  # those beyond are the last again
+    outputs = pl.program_id(0) * OUTPUTS + lax.iota(jnp.int32, OUTPUTS)
+
+    def visit(j, acc):
+        columns = first + j * COLUMNS + lax.iota(jnp.int32, COLUMNS)
+        a, b = x[rows[:, None], columns[None]], weight[outputs[:, None], columns[None]].astype(x.dtype)
+        return acc + lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    acc = lax.fori_loop(0, steps, visit, jnp.zeros((len(rows), OUTPUTS), jnp.float32))
+    out[pl.program_id(1), rows[:, None], outputs[None]] = acc
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def int8_product(x, values, interpret=False):
+    """x (M, D), of at most ROWS rows, times int8 values (O, D), transposed: (M, O) in float32.
+
+    cuBLAS takes no such pair: XLA would write the values out in 16 bits in every step, four times the bytes.
+    """
+    (M, D), O = x.shape, len(values)
+    steps = D // COLUMNS
+    parts = next(n for n in range(1, steps + 1) if steps % n == 0 and (n == steps or n * O >= PROGRAMS * 8))
+    out = pl.pallas_call(
+        functools.partial(_int8_product, steps=steps // parts),
+        grid=(O // OUTPUTS, parts),
+        out_shape=jax.ShapeDtypeStruct((parts, M, O), jnp.float32),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
+        interpret=interpret,
+    )(x, values)
+    return out.sum(axis=0)  # XLA joins it with what comes next
 
 
 # ------------------------------------------------------------------------------------------ the model's step
@@ -351,9 +388,12 @@ def dense(x, weight, *, norm=None, square=False, residual=None, mix=None):
     if len(x) == 1 and _reads(values.shape[1]):
         return matvec(x, values, scale, norm=norm, square=square, residual=residual, mix=mix)
     x = x if norm is None else rms_norm(x, norm)
-    y = product(x, values.astype(x.dtype))
-    if scale is not None:
-        y = (y * scale[:, 0]).astype(x.dtype)
+    if scale is None:
+        y = product(x, values)
+    elif len(x) <= ROWS and values.shape[0] % OUTPUTS == 0 and values.shape[1] % COLUMNS == 0:
+        y = (int8_product(x, values) * scale[:, 0]).astype(x.dtype)
+    else:
+        y = (product(x, values.astype(x.dtype)) * scale[:, 0]).astype(x.dtype)
     if square:
         y = jnp.square(jax.nn.relu(y))
     if residual is not None:

@@ -85,6 +85,13 @@ def test_matvec_with_all_that_goes_around_it(width, outputs):
     np.testing.assert_allclose(got[1], factors[0] * want + factors[1] * x0, rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [3, 32])
+def test_int8_product_of_a_few_rows(rows):
+    x, values = normal(0, rows, 640), jnp.round(30 * normal(1, 192, 640)).astype(jnp.int8)
+    got = decode_kernels.int8_product(x, values, interpret=True)
+    np.testing.assert_allclose(got, x @ values.T.astype(jnp.float32), rtol=1e-4, atol=0.02)
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
     """Engines made here decode by the kernels, interpreted."""
