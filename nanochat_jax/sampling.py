@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanochat_jax import devices
+
 CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are looked at; beyond these: the whole vocabulary
 COLDEST = 1e-6  # a temperature below it is 0
+COMPARISONS = 2**24  # what `_by_rank` may do
 TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
 
@@ -104,9 +107,27 @@ def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         return values, ids.astype(jnp.int32)
     groups = -(-V // size)
     grouped = jnp.pad(x, ((0, 0), (0, groups * size - V)), constant_values=-jnp.inf).reshape(S, groups, size)
+    if devices.platform() == "gpu" and S * max(groups, k * size) ** 2 <= COMPARISONS:
+        best = jnp.broadcast_to(jnp.arange(groups), (S, groups))
+        chosen = _by_rank(grouped.max(axis=-1), best, k)[1]
+        values = jnp.take_along_axis(grouped, chosen[..., None], axis=1)
+        ids = chosen[..., None] * size + jnp.arange(size)
+        return _by_rank(values.reshape(S, -1), ids.reshape(S, -1), k)
     chosen = jnp.sort(jax.lax.top_k(grouped.max(axis=-1), k)[1], axis=-1)  # sorted: of equals the first is taken
     values, places = jax.lax.top_k(jnp.take_along_axis(grouped, chosen[..., None], axis=1).reshape(S, -1), k)
     return values, (jnp.take_along_axis(chosen, places // size, axis=1) * size + places % size).astype(jnp.int32)
+
+
+def _by_rank(x: jax.Array, ids: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest of rows (S, n), in falling order, and their ids (S, n) int32; of equals the smaller id comes first.
+
+    All pairs are compared, all at once: for a few rows a GPU takes a fifth of the time of a sort.
+    """
+    above = (x[:, None] > x[..., None]) | ((x[:, None] == x[..., None]) & (ids[:, None] < ids[..., None]))
+    rank = above.sum(axis=-1, dtype=jnp.int32)
+    wanted = rank[:, None] == jnp.arange(k)[:, None]  # (S, k, n)
+    found = jnp.where(wanted, x[:, None], 0.0).sum(axis=-1)
+    return found, jnp.where(wanted, ids[:, None], 0).sum(axis=-1, dtype=jnp.int32)
 
 
 def log_probabilities(logits: jax.Array, chosen: jax.Array):
