@@ -56,7 +56,7 @@ def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float
 
     rope: cos and sin (T, 1, N/2), or (B, T, 1, N/2). A rotation keeps the norm, which is therefore taken of x itself.
     """
-    if rope[0].ndim == 3 and _by_kernels(x) and x.shape[1] % TIMES == 0:
+    if rope[0].ndim == 3 and by_kernels(x) and x.shape[1] % TIMES == 0:
         return _rotate(x, *(t[:, 0] for t in rope), gain, eps, False)
     x32 = x.astype(jnp.float32)
     x32 = x32 * (gain * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps))
@@ -68,7 +68,7 @@ def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float
 
 def add_and_norm(x: jax.Array, change: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """y = x + change (..., D), and its RMS norm."""
-    if _by_kernels(x):
+    if by_kernels(x):
         return _add(x, change, eps, False)
     y = x + change
     return y, rms_norm(y, eps)
@@ -79,7 +79,7 @@ def mix_and_norm(x, change, x0, r, s, eps: float) -> tuple[jax.Array, jax.Array,
 
     x0 is handed from layer to layer so that its gradient is added up where it is made.
     """
-    if change is not None and _by_kernels(x):
+    if change is not None and by_kernels(x):
         return _mix(x, change, x0, r, s, eps, False)
     r, s = r.astype(x.dtype), s.astype(x.dtype)
     y = r * (x if change is None else x + change) + s * x0
@@ -89,7 +89,7 @@ def mix_and_norm(x, change, x0, r, s, eps: float) -> tuple[jax.Array, jax.Array,
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
-def _by_kernels(x: jax.Array) -> bool:
+def by_kernels(x: jax.Array) -> bool:
     """Whether x is a GPU's own, of a size that the kernels take: not where XLA's partitioner would have to cut them."""
     mesh = jax.sharding.get_abstract_mesh()
     whole = all(kind == AxisType.Manual or n == 1 for kind, n in zip(mesh.axis_types, mesh.axis_sizes))

@@ -21,6 +21,7 @@ from nanochat_jax import devices, fp8
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.fused import add_and_norm, mix_and_norm, relu_squared, rms_norm, rotate_and_norm
+from nanochat_jax.segments import look_up
 
 GATE_CHANNELS = 12  # leading channels that the value-embedding gate looks at
 SMEAR_CHANNELS = 24  # leading channels that the smear gate looks at
@@ -116,7 +117,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: jax.Array) -> jax.Array:
         with jax.named_scope("embedding"):
-            return self.embedding[...].at[ids].get(mode="clip")
+            return look_up(self.embedding[...], ids)
 
 
 class Attention(nnx.Module):

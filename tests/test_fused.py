@@ -63,7 +63,7 @@ def test_kernels_are_for_a_gpu_and_for_what_no_partitioner_cuts(monkeypatch):
         spec = jax.P(None)
 
         def look(x):
-            seen.append(fused._by_kernels(x))
+            seen.append(fused.by_kernels(x))
             return x
 
         shape = {"mesh": mesh, "in_specs": spec, "out_specs": spec, "axis_names": manual, "check_vma": False}
@@ -71,4 +71,4 @@ def test_kernels_are_for_a_gpu_and_for_what_no_partitioner_cuts(monkeypatch):
 
     asked({"data", "tensor"})
     asked({"data"})
-    assert seen == [True, False] and not fused._by_kernels(x)
+    assert seen == [True, False] and not fused.by_kernels(x)

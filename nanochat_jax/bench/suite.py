@@ -37,23 +37,23 @@ class Entry:
     flags: str = ""  # of XLA, to be tried
 
 
-D12 = "train --depth 12 --rows 16 --seq 2048 --accumulation 4 --rounds 3"
-D20 = "train --depth 20 --rows 16 --seq 2048 --accumulation 4 --rounds 3 --steps 2"
-D24 = "train --depth 24 --rows 16 --seq 2048 --accumulation 4 --rounds 3 --steps 2"
+STEP = "train --seq 2048 --rows 16 --accumulation 4 --rounds 3 --steps 3"
+RACE = STEP + " --pattern L"  # the reference has no kernel for windows where it cannot fetch FlashAttention 3
 DECODE = "decode --depth 20 --seq 2048 --prompt 1792 --new 256 --batch 1,32 --rounds 2"
 GPU = (  # in the order of what is wanted most
-    Entry("d24", D24 + " --profile {out}/d24", 40),
-    Entry("d24 fp8", D24 + " --precision fp8 --profile {out}/d24_fp8", 40),
-    Entry("d12", D12 + " --profile {out}/d12", 30),
-    Entry("decode d20", DECODE + " --profile {out}/decode", 60, True),
-    Entry("d12 fp8", D12 + " --precision fp8", 30),
-    Entry("race d12 L", "train --depth 12 --rows 16 --seq 2048 --accumulation 4 --pattern L --rounds 3", 30, True),
+    Entry("d24", STEP + " --depth 24 --profile {out}/d24", 40),
+    Entry("d24 fp8", STEP + " --depth 24 --precision fp8 --profile {out}/d24_fp8", 40),
+    Entry("d12", STEP + " --depth 12 --profile {out}/d12", 30),
+    Entry("race d12", RACE + " --depth 12", 30, True),
+    Entry("decode d20", DECODE, 60, True),
+    Entry("race d24", RACE + " --depth 24 --rows 8", 60, True),
+    Entry("race d20", RACE + " --depth 20 --rows 8", 60, True),
+    Entry("d20", STEP + " --depth 20 --startup", 90),
+    Entry("decode d20 int8", DECODE + " --int8", 40),
     Entry("ops d24", "ops --depth 24 --rows 8 --seq 2048", 60),
-    Entry("d12 no triton", D12, 30, flags="--xla_gpu_enable_triton_gemm=false"),
-    Entry("d12 cublaslt", D12, 30, flags="--xla_gpu_enable_cublaslt=true"),
-    Entry("d12 command buffers", D12, 30, flags="--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"),
-    Entry("ops d24 fp8", "ops --depth 24 --rows 8 --seq 2048 --precision fp8 --only product,loss", 30),
-    Entry("d20", D20 + " --startup", 120),
+    Entry("ops d24 fp8", "ops --depth 24 --rows 8 --seq 2048 --precision fp8 --only product,loss", 40),
+    Entry("fp8 d12", STEP + " --depth 12 --precision fp8", 30),
+    Entry("triton d12", STEP + " --depth 12", 150, flags="--xla_gpu_enable_triton_gemm=true"),
 )
 CPU = (
     Entry("d4", "train --depth 4 --rows 8 --seq 512 --rounds 5 --startup --profile {out}/d4", 300, True),
