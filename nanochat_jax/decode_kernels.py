@@ -71,7 +71,8 @@ def _attend(position, slot, token, cos, sin, qkv, *refs, H, K, N, ring, window, 
         if with_value:
             gate = qkv[row, (H + 2 * K) * N + head].astype(jnp.float32)
             gate = 3.0 / (1.0 + jnp.exp(-gate))
-            v = v + gate * table[token[row], pl.ds(head * N, N)].astype(jnp.float32)
+            id = jnp.clip(token[row], 0, table.shape[0] - 1)
+            v = v + gate * table[id, pl.ds(head * N, N)].astype(jnp.float32)
         v = v.astype(values.dtype)
 
         @pl.when(p >= 0)
@@ -416,7 +417,6 @@ def step(model: GPT, params: dict, cache: list, slots, rope, token, position, be
     positions. before (M,): the tokens left of these.
     """
     cfg, eps = model.cfg, model.cfg.norm_eps
-    token = jnp.clip(token, 0, cfg.vocab_size - 1)
     x = model.embed(token[:, None])
     x = (model._smear(x, before) if cfg.smear else x)[:, 0]
     x0 = kept = x

@@ -226,29 +226,31 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
     """
 
     def one(i, carry):
-        rows, before, token, position, out = carry
-        rows, here = list(rows), jnp.where(position < program.max_len, position, -1)
+        rows, said, out = carry
+        before, token = said[:, i], said[:, i + 1]
+        now = position + i
+        rows, here = list(rows), jnp.where((position >= 0) & (now < program.max_len), now, -1)
         if program.fused:
             logits = decode_kernels.step(program.model(params), params, rows, places, rope, token, here, before)
         else:
             model, hidden = program.trunk(params, rows, token[:, None], here[:, None], before)
             logits = model.logits(hidden[:, 0])
-        new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, position, how))
-        made = (new, *log_probabilities(logits, new)) if how.logprobs else (new,)
-        out = tuple(o.at[:, i].set(x) for o, x in zip(out, made))
-        return rows, token, new, jnp.where(position >= 0, position + 1, -1), out
+        new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, now, how))
+        made = log_probabilities(logits, new) if how.logprobs else ()
+        return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made))
 
-    out = (jnp.zeros(forced.shape, jnp.int32),)
+    said, out = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1), ()
     if how.logprobs:
         likeliest = (*forced.shape, min(TOP_LOGPROBS, program.cfg.vocab_size))
-        out += (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
+        out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
     if program.fused:  # kernels read and write the slots where they are, and as far as must be
         places = jnp.arange(len(last)) if slots is None else jnp.minimum(slots.reshape(-1), cache[0][0].shape[1] - 1)
         rope = decode_kernels.rope_tables(program.cfg, program.max_len)
         rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
     else:
         rows = kv.take(cache, slots, span)
-    rows, *_, out = jax.lax.fori_loop(0, n, one, (rows, last[:, 0], last[:, 1], position, out))
+    rows, said, out = jax.lax.fori_loop(0, n, one, (rows, said, out))
+    out = (said[:, 2:], *out)
     if program.fused:
         return out, jax.tree.map(lambda c: c[None], rows)
     steps = jnp.arange(forced.shape[1])
