@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton
 
 BLOCK = 1024  # entries of the vocabulary: a warp's row, 32 a thread
 TILE = 4096  # entries of a program: 8 KB to read and as many to write in bfloat16, with 4 warps
-SQUARE = 128  # rows and entries of a tile that is written in both layouts: whole lines of memory in either
+BOTH = (128, 64)  # rows and entries of a tile that is written in both layouts: 57 registers a thread with 8 warps
 
 
 def _tile(tokens: int, size: int) -> tuple[int, int]:
@@ -25,34 +25,36 @@ def _tile(tokens: int, size: int) -> tuple[int, int]:
     return math.gcd(tokens, TILE // block), block
 
 
-def _terms(z, targets, first, vocab, softcap):
-    """(u, e) of a tile of logits whose columns begin at `first`, float32.
+def _terms(z, targets, first, size, vocab, softcap):
+    """(u, 4 e) of a tile of logits whose columns begin at `first` of all `size` ones, float32.
 
-    With q = 1 / (1 + exp(2 z / c)), tanh(z / c) = 1 - 2 q and 1 - tanh^2 = 4 q (1 - q), where nothing cancels.
+    With q = 1 / (1 + exp(2 z / c)), tanh(z / c) = 1 - 2 q and 1 - tanh^2 = 4 (q - q^2), of which no digit is lost where q
+    is small and e large. The 4 is in the exponent: an element's instructions take about as long as its bytes.
     """
     log2e = math.log2(math.e)
     q = 1.0 / (1.0 + jnp.exp2(z.astype(jnp.float32) * (2 * log2e / softcap)))
     ids = first + jax.lax.broadcasted_iota(jnp.int32, z.shape, 1)
-    e = jnp.where((ids != targets[:, None]) & (ids < vocab), jnp.exp2(softcap * log2e * (1.0 - 2.0 * q)), 0.0)
-    return e * (4.0 * q * (1.0 - q)), e
+    others = ids != targets[:, None]
+    others = others & (ids < vocab) if vocab < size else others
+    e = jnp.where(others, jnp.exp2((softcap * log2e + 2) - (2 * softcap * log2e) * q), 0.0)
+    return e * (q - q * q), e
 
 
-def softcap_terms(z_ref, y_ref, u_ref, sum_ref, *, vocab, softcap):
-    u, e = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], vocab, softcap)
+def softcap_terms(z_ref, y_ref, u_ref, sum_ref, *, size, vocab, softcap):
+    u, e = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], size, vocab, softcap)
     u_ref[...] = u.astype(u_ref.dtype)
-    sum_ref[...] = e.sum(axis=1)
+    sum_ref[...] = 0.25 * e.sum(axis=1)
 
 
-def softcap_sums(z_ref, y_ref, sum_ref, most_ref, *, vocab, softcap):
-    u, e = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], vocab, softcap)
-    sum_ref[...] = e.sum(axis=1)
+def softcap_sums(z_ref, y_ref, sum_ref, most_ref, *, size, vocab, softcap):
+    u, e = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], size, vocab, softcap)
+    sum_ref[...] = 0.25 * e.sum(axis=1)
     most_ref[...] = u.max(axis=1)
 
 
-def softcap_rounded(z_ref, y_ref, f_ref, g_ref, turned_ref, *, vocab, softcap):
-    u, _ = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], vocab, softcap)
-    most = float(jnp.finfo(g_ref.dtype).max)
-    g = jnp.clip(u * f_ref[...][:, None], -most, most).astype(g_ref.dtype)
+def softcap_rounded(z_ref, y_ref, f_ref, g_ref, turned_ref, *, size, vocab, softcap):
+    u, _ = _terms(z_ref[...], y_ref[...], pl.program_id(1) * z_ref.shape[1], size, vocab, softcap)
+    g = (u * f_ref[...][:, None]).astype(g_ref.dtype)
     g_ref[...] = g
     turned_ref[...] = g.T
 
@@ -65,7 +67,7 @@ def _call(kernel, tile, args, outs, vocab, softcap, interpret, warps=4, **more):
     (rows, block), z = tile, args[0]
     row = pl.BlockSpec((rows,), lambda i, j: (i,))
     return pl.pallas_call(
-        functools.partial(kernel, vocab=vocab, softcap=softcap),
+        functools.partial(kernel, size=z.shape[1], vocab=vocab, softcap=softcap),
         grid=(z.shape[0] // rows, z.shape[1] // block),
         in_specs=[pl.BlockSpec(tile, lambda i, j: (i, j)), *(row for _ in args[1:])],
         out_specs=[pl.BlockSpec(block, index) for block, index, _, _ in outs],
@@ -105,9 +107,10 @@ def sums(z, targets, vocab: int, softcap: float, *, interpret=False):
 def rounded(z, targets, factors, vocab: int, softcap: float, dtype, *, interpret=False):
     """u times the rows' factors, (C,) float32, in an 8-bit `dtype`, and the same transposed: (C, V) and (V, C).
 
+    The factors take the largest element to the largest number of `dtype`, or so little above that it rounds to it.
     8-bit products want what they sum over to be the last axis, which is V in one of the two and C in the other. u is
     made of z anew, as z is no larger than u and so nothing has to be written before the rows' sums are known.
     """
-    (C, V), tile = z.shape, tuple(math.gcd(n, SQUARE) for n in z.shape)
+    (C, V), tile = z.shape, tuple(map(math.gcd, z.shape, BOTH))
     outs = [(tile, lambda i, j: (i, j), (C, V), dtype), (tile[::-1], lambda i, j: (j, i), (V, C), dtype)]
     return _call(softcap_rounded, tile, (z, targets, factors), outs, vocab, softcap, interpret, warps=8)
