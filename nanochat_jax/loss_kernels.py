@@ -28,8 +28,8 @@ def _tile(tokens: int, size: int) -> tuple[int, int]:
 def _terms(z, targets, first, size, vocab, softcap):
     """(u, 4 e) of a tile of logits whose columns begin at `first` of all `size` ones, float32.
 
-    With q = 1 / (1 + exp(2 z / c)), tanh(z / c) = 1 - 2 q and 1 - tanh^2 = 4 (q - q^2), of which no digit is lost where q
-    is small and e large. The 4 is in the exponent: an element's instructions take about as long as its bytes.
+    With q = 1 / (1 + exp(2 z / c)), tanh(z / c) = 1 - 2 q and 1 - tanh^2 = 4 (q - q^2), of which no digit is lost where
+    q is small and e large. The 4 is in the exponent: an element's instructions take about as long as its bytes.
     """
     log2e = math.log2(math.e)
     q = 1.0 / (1.0 + jnp.exp2(z.astype(jnp.float32) * (2 * log2e / softcap)))
