@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import relative_error
 
+from conftest import relative_error
 from nanochat_jax import segments
 
 

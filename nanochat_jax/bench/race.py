@@ -104,8 +104,8 @@ def our_side(module: str, options: list[str], environment: dict[str, str] | None
 
 
 def reference_side(script: str, folder: str, python: str, dtype: str, options: list[str]) -> Side:
-    """karpathy/nanochat in `folder`, run by a Python that has torch."""
-    env = {**os.environ, "PYTHONPATH": folder, "NANOCHAT_DTYPE": "float32" if dtype == "auto" else dtype}
+    """karpathy/nanochat in `folder`, run by a Python that has torch; auto: the type that it takes by itself."""
+    env = {**os.environ, "PYTHONPATH": folder, **({} if dtype == "auto" else {"NANOCHAT_DTYPE": dtype})}
     return Side("reference", [python, str(Path(__file__).with_name(script)), *options], env=env, cwd=folder)
 
 

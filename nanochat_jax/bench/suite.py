@@ -3,9 +3,10 @@
     python -m nanochat_jax.bench suite --minutes 8 --out results --reference DIR --reference-python ENV/bin/python
     python -m nanochat_jax.bench suite --list
 
-Each entry is a command of its own, so that what one breaks the others do not feel. On a GPU all of them compile beside
-each other first, as most of their time is that, and then have the device in turns; on a CPU they come one after the
-other. An entry that would not end in time is left out and named. `results/results.jsonl` has a line for each: the command, how it ended, its last line of JSON.
+Each entry is a command of its own, so that what one breaks the others do not feel. On a GPU they compile beside each
+other first, as most of their time is that, and then have the device in turns; on a CPU they come one after the other.
+An entry that would not end in time is left out and named. `results/results.jsonl` has a line for each: the command, how
+it ended, its last line of JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Started:
     """An entry's process: it compiles, and waits for its turn (`race.wait_for_turn`) where it has a folder for it."""
 
     def __init__(self, entry: Entry, out: Path, reference: list[str], turn: Path | None = None):
-        self.entry, self._turn, self._said = entry, turn, tempfile.TemporaryFile("w+")
+        self.entry, self._turn = entry, turn
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read in `finish`)
         command = [sys.executable, "-m", "nanochat_jax.bench", *shlex.split(entry.command.format(out=out))]
         command += reference if entry.races else []
         self.command, env = shlex.join(command[3:]), dict(os.environ)
@@ -109,14 +111,16 @@ class Started:
         self._process.wait()
 
 
-def started(entries: Sequence[Entry], out: Path, reference: list[str], turns: Path, deadline: float) -> list[Started]:
-    """All entries, compiling beside each other until all are through or the deadline has come."""
-    found = [Started(entry, out, reference, turns / str(i)) for i, entry in enumerate(entries)]
-    began = time.monotonic()
-    while time.monotonic() < deadline and not all(s.compiled for s in found):
-        time.sleep(0.1)
-    late = ", ".join(s.entry.name for s in found if not s.compiled)
-    print(f"compiled in {time.monotonic() - began:.0f} s" + (f", but for {late}" if late else ""), flush=True)
+def start(entries: Sequence[Entry], out: Path, reference: list[str], turns: Path | None, end: float) -> list[Started]:
+    """The entries' processes; with a folder for turns, when all have compiled beside each other, or `end` is near."""
+    found = [Started(entry, out, reference, turns and turns / str(i)) for i, entry in enumerate(entries)]
+    if turns:
+        began = time.monotonic()
+        deadline = (began + end) / 2
+        while time.monotonic() < deadline and not all(s.compiled for s in found):
+            time.sleep(0.1)
+        late = ", ".join(s.entry.name for s in found if not s.compiled)
+        print(f"compiled in {time.monotonic() - began:.0f} s" + (f", but for {late}" if late else ""), flush=True)
     return found
 
 
@@ -137,24 +141,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     reference = []
     if args.reference:
         reference = ["--reference", args.reference, "--reference-python", args.reference_python]
-    failed, beside = 0, on_gpu()
+    failed, gpu = 0, on_gpu()
+    # what runs torch holds memory as soon as it has compiled, so the races compile when the rest is through
+    waves = [[e for e in entries if e.races == races] for races in (False, True)] if gpu else [[e] for e in entries]
     with open(out / "results.jsonl", "a", encoding="utf-8") as results, tempfile.TemporaryDirectory() as turns:
-        if beside:
-            half = time.monotonic() + 30 * args.minutes
-            waiting = started(entries, out, reference, Path(turns), half)
-        for i, entry in enumerate(entries):
-            left = end - time.monotonic()
-            if left < entry.seconds:
-                if beside:
-                    waiting[i].kill()
-                print(f"{entry.name}: left out, {left:.0f} s are left and it may take {entry.seconds:.0f}", flush=True)
-                continue
-            print(f"— {entry.name}", flush=True)
-            record = (waiting[i] if beside else Started(entry, out, reference)).finish(entry.seconds)
-            failed += record["result"] is None
-            print(f"{entry.name}: {record['ended']}, {record['seconds']:.0f} s", flush=True)
-            results.write(json.dumps(record) + "\n")
-            results.flush()
+        for i, wave in enumerate(waves):
+            fit = []
+            for entry in wave:
+                left = end - time.monotonic() - sum(e.seconds for e in fit)
+                if left < entry.seconds:
+                    asked = f"{left:.0f} s are left and it may take {entry.seconds:.0f}"
+                    print(f"{entry.name}: left out, {asked}", flush=True)
+                else:
+                    fit.append(entry)
+            (Path(turns) / str(i)).mkdir()
+            for started in start(fit, out, reference, Path(turns) / str(i) if gpu else None, end):
+                print(f"— {started.entry.name}", flush=True)
+                record = started.finish(min(started.entry.seconds, max(1, end - time.monotonic())))
+                failed += record["result"] is None
+                print(f"{record['name']}: {record['ended']}, {record['seconds']:.0f} s", flush=True)
+                results.write(json.dumps(record) + "\n")
+                results.flush()
     return 1 if failed else 0
 
 
