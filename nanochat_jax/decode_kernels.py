@@ -29,13 +29,13 @@ from nanochat_jax.quantize import Int8, dequantize
 
 _MASKED = -1e30  # finite: what is not seen at all then weighs 0 and not NaN
 PAD = 64  # rows of the joined matrix that end with a gate are a multiple of it
-BLOCK = 64  # positions that a program reads at once
-PROGRAMS = 1024  # of one call of `attend`: some eight for each multiprocessor of an H100, so that reads overlap
+PART = 64  # positions of a program of `attend`, at least
+PROGRAMS = 1024  # of one call of it: some eight for each multiprocessor of an H100, so that reads overlap
 
 
 def splits(seen: int, rows: int, heads: int) -> int:
     """Into how many parts the positions before the newest are split, at most `seen` of them."""
-    return max(1, min(pl.cdiv(seen, BLOCK), PROGRAMS // (rows * heads)))
+    return max(1, min(pl.cdiv(seen, PART), PROGRAMS // (rows * heads)))
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -56,6 +56,7 @@ def _attend(position, slot, token, cos, sin, qkv, *refs, H, K, N, ring, window, 
     keys, values, out, lse, new_keys, new_values = refs
     s, head, row = (pl.program_id(i) for i in range(3))
     G, half = H // K, N // 2
+    block = max(8, 32 // pl.next_power_of_2(G))  # positions that are read at once: as registers allow
     p, at = position[row], slot[row]
     cos, sin = (t[jnp.maximum(p, 0), :] for t in (cos, sin))
     scale = N**-0.5
@@ -93,30 +94,42 @@ def _attend(position, slot, token, cos, sin, qkv, *refs, H, K, N, ring, window, 
         queries = [query(g) for g in range(G)]
         seen = jnp.minimum(p, window)  # ages 1 .. seen are before the newest, and in the cache
         first = (s - 1) * part + 1
-        columns, half_columns = lax.iota(jnp.int32, N), lax.iota(jnp.int32, half)
+        last = jnp.minimum(seen, first + part - 1)
+        left = lax.iota(jnp.int32, half)[None]
+
+        def ages(j):
+            return first + j * block + lax.iota(jnp.int32, block)
+
+        def read(j):
+            place = lax.rem(p - jnp.minimum(ages(j), last), ring)[:, None]
+            return tuple(ref[at, head, place, left + side] for ref in (keys, values) for side in (0, half))
 
         def visit(j, carry):
-            age = first + j * BLOCK + lax.iota(jnp.int32, BLOCK)
-            place = lax.rem(p - jnp.minimum(age, seen), ring)[:, None]
-            ka = keys[at, head, place, half_columns[None]].astype(jnp.float32)
-            kb = keys[at, head, place, (half_columns + half)[None]].astype(jnp.float32)
-            v = values[at, head, place, columns[None]].astype(jnp.float32)
-            after = []
-            for (qa, qb), (acc, top, total) in zip(queries, carry):
+            tiles, states = carry
+            inside, ahead, after = ages(j) <= last, read(j + 1), []
+            ka, kb, va, vb = (tile.astype(jnp.float32) for tile in tiles)
+            for (qa, qb), (a, b, top, total) in zip(queries, states):
                 score = jnp.sum(ka * qa[None] + kb * qb[None], axis=1)
-                score = jnp.where(age <= seen, score, _MASKED)
-                new_top = jnp.maximum(top, jnp.max(score))
-                weight, keep = jnp.exp(score - new_top), jnp.exp(top - new_top)
-                acc = acc * keep + jnp.sum(weight[:, None] * v, axis=0)
-                after.append((acc, new_top, total * keep + jnp.sum(weight)))
-            return tuple(after)
+                new_top = jnp.maximum(top, jnp.where(inside, score, _MASKED))
+                weight, keep = jnp.where(inside, jnp.exp(score - new_top), 0.0), jnp.exp(top - new_top)
+                a, b = (x * keep[:, None] + weight[:, None] * v for x, v in ((a, va), (b, vb)))
+                after.append((a, b, new_top, total * keep + weight))
+            return ahead, tuple(after)
 
-        nothing = (jnp.zeros(N, jnp.float32), jnp.float32(_MASKED), jnp.float32(0))
-        blocks = lax.div(jnp.maximum(jnp.minimum(seen - first + 1, part), 0) + BLOCK - 1, BLOCK)
-        found = lax.fori_loop(0, blocks, visit, (nothing,) * G)
-        for g, (acc, top, total) in enumerate(found):
-            out[s, row, head * G + g, :] = acc / jnp.maximum(total, 1e-30)
-            lse[s, row, head * G + g] = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-30)), _MASKED)
+        # each of the `block` places has a softmax of its own, and they are joined when all is read: what is in the loop
+        # stays within a warp, where no barrier has loads wait, and the next tiles are on their way meanwhile
+        none = (jnp.zeros((block, half), jnp.float32),) * 2
+        none += jnp.full(block, _MASKED, jnp.float32), jnp.zeros(block, jnp.float32)
+        blocks = lax.div(jnp.maximum(last - first + 1, 0) + block - 1, block)
+        _, found = lax.fori_loop(0, blocks, visit, (read(0), (none,) * G))
+        for g, (a, b, tops, totals) in enumerate(found):
+            top = jnp.max(tops)
+            weight = jnp.exp(tops - top)
+            total = jnp.sum(totals * weight)
+            floored = jnp.maximum(total, 1e-30)
+            for x, side in ((a, 0), (b, half)):
+                out[s, row, head * G + g, pl.ds(side, half)] = jnp.sum(x * weight[:, None], axis=0) / floored
+            lse[s, row, head * G + g] = jnp.where(total > 0, top + jnp.log(floored), _MASKED)
 
 
 def _combine(out, lse, o, *, parts, padded):
@@ -142,7 +155,7 @@ def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps,
     M, (_, K, R, N), H = len(qkv), keys.shape, heads
     seen = min(window, R - 1)
     parts = splits(seen, M, K)
-    part = pl.cdiv(pl.cdiv(seen, parts), BLOCK) * BLOCK
+    part = pl.cdiv(pl.cdiv(seen, parts), PART) * PART
     parts = pl.cdiv(seen, part) + 1
     tokens, *table = value_embed or (position,)
     kernel = functools.partial(
