@@ -102,11 +102,21 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(init(rngs.params(), (n_out, n_in)))
         self.eight_bits = False
 
+    @property
+    def in_eight_bits(self) -> bool:
+        return self.eight_bits and fp8.worthwhile(self.weight[...].shape)
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...].astype(x.dtype)
-        if self.eight_bits and fp8.worthwhile(weight.shape):
-            return fp8.product(x, weight)
-        return product(x, weight)
+        (y,) = all_of(x, self)
+        return y
+
+
+def all_of(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
+    """What each of several Linears of one size makes of x, which is quantised once for all where they want 8 bits."""
+    weights = tuple(linear.weight[...].astype(x.dtype) for linear in linears)
+    if linears[0].in_eight_bits:
+        return fp8.products(x, weights)
+    return tuple(product(x, weight) for weight in weights)
 
 
 class Embedding(nnx.Module):
@@ -135,9 +145,7 @@ class Attention(nnx.Module):
     def __call__(self, x, rope, attend, value_embed=None):
         """x (B, T, D); value_embed (B, T, K * N) or None. ResFormer's value residual: arXiv 2410.17897."""
         cfg, (B, T, D) = self.cfg, x.shape
-        q = self.q(x).reshape(B, T, cfg.n_head, cfg.head_dim)
-        k = self.k(x).reshape(B, T, cfg.n_kv_head, cfg.head_dim)
-        v = self.v(x).reshape(B, T, cfg.n_kv_head, cfg.head_dim)
+        q, k, v = (y.reshape(B, T, -1, cfg.head_dim) for y in all_of(x, self.q, self.k, self.v))
         if self.ve_gate is not None:
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape)
@@ -153,6 +161,8 @@ class MLP(nnx.Module):
         self.proj = Linear(4 * cfg.n_embd, cfg.n_embd, _zeros, rngs)
 
     def __call__(self, x):
+        if self.fc.in_eight_bits:
+            return fp8.mlp(x, *(linear.weight[...].astype(x.dtype) for linear in (self.fc, self.proj)))
         return self.proj(relu_squared(self.fc(x)))
 
 

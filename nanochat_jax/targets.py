@@ -57,6 +57,7 @@ gpu_device_info {{
 platform_name: "CUDA"
 runtime_version {{ major: {CUDA[0]} minor: {CUDA[1]} }}
 dnn_version_info {{ major: {CUDNN[0]} minor: {CUDNN[1]} }}
+device_description_str: "{self.name}"
 """
 
 

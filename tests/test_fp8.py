@@ -109,3 +109,36 @@ def test_a_step_in_8_bits_is_near_one_in_16():
             losses[eight_bits].append(float(metrics["loss"]))
     assert losses[False] != losses[True] and losses[False][-1] < losses[False][0] - 0.1
     np.testing.assert_allclose(losses[True], losses[False], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [fp8.E4M3, fp8.E5M2])
+def test_both_layouts_in_one_kernel(dtype):
+    h, da = normal(0, 128, 192), normal(1, 128, 192)
+    for arrays, make in (([h], lambda x: x), ([h, da], fp8._relu_squared_gradient)):
+        got, want = (fp8.quantize_both(arrays, dtype, make, interpret=how) for how in (True, False))
+        assert got.scale == want.scale and np.array_equal(got.other, got.values.T)
+        a, b = (np.asarray(q.values, np.float32) for q in (got, want))
+        assert np.mean(a != b) < 0.01 and np.allclose(a, b, rtol=0.3)  # 1 / scale rounds otherwise now and then
+
+
+def test_several_products_of_one_array():
+    x, ws, dys = (
+        normal(0, 32, 128),
+        (normal(1, 128, 128), normal(2, 256, 128)),
+        (normal(3, 32, 128), normal(4, 32, 256)),
+    )
+    got, back = jax.vjp(fp8.products, x, ws)
+    dx, dws = back(dys)
+    alone = [jax.vjp(fp8.product, x, w) for w in ws]
+    each = [pull(dy) for (_, pull), dy in zip(alone, dys)]
+    assert all(np.array_equal(a, b) for a, (b, _) in zip(got, alone))
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(dws, each)) and off(dx, each[0][0] + each[1][0]) < 1e-6
+
+
+def test_mlp_is_near_that_of_float32():
+    x, fc, proj, dy = normal(0, 64, 128), normal(1, 512, 128) / 11, normal(2, 128, 512) / 22, normal(3, 64, 128)
+    y, back = jax.vjp(fp8.mlp, x, fc, proj)
+    want, exact = jax.vjp(lambda x, fc, proj: jnp.square(jax.nn.relu(x @ fc.T)) @ proj.T, x, fc, proj)
+    assert 1e-3 < off(y, want) < 0.08
+    for got, grad in zip(back(dy), exact(dy)):
+        assert got.shape == grad.shape and 1e-3 < off(got, grad) < 0.12
