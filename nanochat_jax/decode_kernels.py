@@ -24,7 +24,8 @@ from jax.experimental.pallas import triton
 
 from nanochat_jax import devices
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import GATE_CHANNELS, GPT, merge, product, rms_norm, rotary_tables
+from nanochat_jax.fused import rms_norm, rotate_and_norm
+from nanochat_jax.model import GATE_CHANNELS, GPT, merge, product, rotary_tables
 from nanochat_jax.quantize import Int8, dequantize
 
 _MASKED = -1e30  # finite: what is not seen at all then weighs 0 and not NaN
@@ -255,7 +256,7 @@ def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix
     # a warp takes 256 columns at a time, 16 bytes a thread: x then stands in the registers as the weights do, and none
     # of it goes through shared memory, whose barriers would have every load wait for the one before
     warps = max(1, _chunk(D) // 256)
-    tile = math.gcd(O, 2 if warps == 1 and O < 2048 else 4)
+    tile = math.gcd(O, 2 if O < 2048 else 4)
     whole = pl.BlockSpec((None, D), lambda i: (0, 0))
     rows = pl.BlockSpec((tile, D), lambda i: (i, 0))
     own = pl.BlockSpec((None, tile), lambda i: (0, i))
@@ -373,18 +374,24 @@ def _apart(params: dict, cfg: GPTConfig) -> dict:
     return {**{name: p for name, p in params.items() if name != "factors"}, "blocks": blocks}
 
 
-def model(graph, cfg: GPTConfig, params: dict, dtype):
-    """The model of joined parameters, which multiplies by the joined matrix and not by parts of it."""
+def model(graph, cfg: GPTConfig, params: dict, dtype) -> GPT:
+    """The model of joined parameters, whose layers multiply by the joined matrix: XLA would put its parts together."""
     params = dequantize(params, dtype)
-    model, kv = merge(graph, _apart(params, cfg)), cfg.n_kv_head * cfg.head_dim
+    model = merge(graph, _apart(params, cfg))
     for block, joint in zip(model.blocks, _in_order(params["blocks"])):
-        weight, D = joint["attn"]["qkv"]["weight"], cfg.n_embd
-
-        def part(a, b, weight=weight):
-            return lambda x: product(x, weight)[..., a:b]  # three times the same product, which is computed once
-
-        block.attn.q, block.attn.k, block.attn.v = part(0, D), part(D, D + kv), part(D + kv, D + 2 * kv)
+        block.attn = functools.partial(_attention, cfg, joint["attn"])
     return model
+
+
+def _attention(cfg: GPTConfig, params: dict, x, rope, attend, value_embed=None):
+    """`model.Attention` of joined parameters: x (B, T, D) -> (B, T, D)."""
+    (B, T, D), kv, N = x.shape, cfg.n_kv_head * cfg.head_dim, cfg.head_dim
+    q, k, v, gate = jnp.split(product(x, params["qkv"]["weight"]), [D, D + kv, D + 2 * kv], axis=-1)
+    q, k, v = (y.reshape(B, T, -1, N) for y in (q, k, v))
+    if value_embed is not None:
+        v = v + 3.0 * jax.nn.sigmoid(gate[..., : cfg.n_kv_head, None]) * value_embed.reshape(v.shape)
+    q, k = (rotate_and_norm(y, rope, cfg.qk_gain, cfg.norm_eps) for y in (q, k))
+    return product(attend(q, k, v).reshape(B, T, D), params["proj"]["weight"])
 
 
 def rope_tables(cfg: GPTConfig, length: int) -> tuple[jax.Array, jax.Array]:
@@ -463,6 +470,5 @@ def step(model: GPT, params: dict, cache: list, slots, rope, token, position, be
     if cfg.backout:
         x = x - model.backout_lambda[...].astype(x.dtype) * kept
     hidden = rms_norm(x, eps)
-    head = params["lm_head"]["weight"]
-    model.lm_head = lambda x: dense(x, head)
-    return model.logits(hidden)
+    z = dense(hidden, params["lm_head"]["weight"])[:, : cfg.vocab_size].astype(jnp.float32)
+    return cfg.softcap * jnp.tanh(z / cfg.softcap)

@@ -200,6 +200,14 @@ class Program:
         return model, model.trunk(tokens, positions, attend, prev_tokens=before)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _prepared(params: dict, dtype, fused: bool, int8: bool) -> dict:
+    """Parameters as an engine reads them."""
+    params = cast_matrices(params, dtype)
+    params = decode_kernels.joined(params) if fused else params
+    return quantize(params) if int8 else params
+
+
 @functools.cache
 def _program(*fields) -> Program:
     return Program(*fields)
@@ -349,13 +357,7 @@ class Engine:
         """Goes on with other parameters, a nested dict; matrices are cast (or quantized) once, here."""
         if self._devices > 1:
             params = jax.device_put(params, sharding.tree_shardings(params, self._mesh))
-
-        def cast(params):
-            params = cast_matrices(params, self._program.dtype)
-            params = decode_kernels.joined(params) if self._program.fused else params
-            return quantize(params) if self._int8 else params
-
-        self.params = jax.jit(cast)(params)
+        self.params = _prepared(params, self._program.dtype, self._program.fused, self._int8)
         for slot in self._slots:
             slot.ids, slot.written = [], 0
 
@@ -440,8 +442,8 @@ class Engine:
                 where = (table, np.zeros((R, chunk), np.int32), zeros - 1, zeros, zeros)
                 self._cache = self._compiled.prefill(self._program, span, self.params, self._cache, *where)
                 yield
-            if self._reach(span) != span and span != spans[0]:
-                continue
+            if self._program.fused and span != spans[0]:
+                continue  # one program of a decode step serves all
             nothing = np.full((R, 2), -1, np.int32), np.full(R, -1, np.int32), np.full((R, LONG), -1, np.int32)
             what, reach = (table, *nothing, Settings.blank(R), 0), self._reach(span)
             self._cache = self._compiled.decode(self._program, reach, how, self.params, self._cache, *what)[1]

@@ -11,7 +11,8 @@ from evals_fakes import FullLogits, tiny_model
 from nanochat_jax import cache as kv
 from nanochat_jax import decode_kernels
 from nanochat_jax.engine import Engine, Request
-from nanochat_jax.model import rms_norm, rotary_tables, rotate_and_norm
+from nanochat_jax.fused import rms_norm, rotate_and_norm
+from nanochat_jax.model import rotary_tables
 from nanochat_jax.quantize import rounded
 
 GAIN, EPS = 1.2, 1e-5
