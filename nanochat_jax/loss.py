@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax import devices, fp8, loss_kernels
+from nanochat_jax.segments import add_rows
 
 CHUNK = 512  # tokens on a CPU
 # every chunk adds to the head's gradient, V x D in float32, which a GPU reads and writes from memory, and the product
@@ -175,9 +176,8 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         body = body8 if eight_bits else body
     (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
     n = hidden.shape[0]
-    d_rows = d_y.reshape(-1)[:n, None] * hidden.astype(jnp.float32)
     d_head = jnp.concatenate([d.T for d in d_head]) if isinstance(d_head, list) else d_head
-    d_head = d_head.at[targets].add(d_rows)
+    d_head = add_rows(d_head, hidden, targets, d_y.reshape(-1)[:n])
     return total, (dx.reshape(-1, hidden.shape[-1])[:n], d_head.astype(head.dtype))
 
 
