@@ -479,7 +479,7 @@ def fingerprint(value) -> str:
 
 
 # settings that a finished stage does not depend on
-MAY_DIFFER = ("evals", "mesh", "checkpoints", "tracking", "price_per_hour")
+MAY_DIFFER = ("attention", "evals", "mesh", "checkpoints", "tracking", "price_per_hour")
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
