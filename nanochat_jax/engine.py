@@ -20,11 +20,12 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,7 @@ from nanochat_jax import cache as kv
 from nanochat_jax import decode_kernels, sharding
 from nanochat_jax import devices as chips
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import cast_matrices, merge
+from nanochat_jax.model import GPT, cast_matrices, merge
 from nanochat_jax.quantize import dequantize, quantize
 from nanochat_jax.sampling import TOP_LOGPROBS, Settings, log_probabilities, mode, sample
 
@@ -46,6 +47,7 @@ PATIENT_PARTS = 8  # slices of a usual answer where nobody watches: the last one
 TRAFFIC_SECONDS = 1.0  # for so long after a request came beside others, another one is expected
 PREFILL_TOKENS = 8192  # rows times chunk of one call, at most
 PREFILL_BESIDE = 512  # the same while others decode: for so long they stand still
+TOLERANCE = {2: 0.02, 4: 0.001}  # bytes of a number: by what share of an array's norm kernels may be off
 WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
 
 
@@ -199,6 +201,58 @@ class Program:
 
         return model, model.trunk(tokens, positions, attend, prev_tokens=before)
 
+    def step(self, params, rows, places, token, position, before):
+        """Logits (R, V) of one token (R,) a row at position (R,), -1 for none; keys and values go into the list `rows`.
+
+        places (R,): by kernels, of which slot of `rows` a row is.
+        """
+        if self.fused:
+            rope = decode_kernels.rope_tables(self.cfg, self.max_len)
+            return decode_kernels.step(self.model(params), params, rows, places, rope, token, position, before)
+        model, hidden = self.trunk(params, rows, token[:, None], position[:, None], before)
+        return model.logits(hidden[:, 0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_step(program: Program, params, cache, token, position, before):
+    """Logits of the rows that are meant, 0 for others, and what is then in the rows of the cache."""
+    rows = list(cache)
+    logits = program.step(params, rows, jnp.arange(len(token)), token, position, before)
+    return jnp.where(position[:, None] >= 0, logits, 0.0), rows
+
+
+@functools.cache
+def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
+    """Whether on this device the kernels of a decode step say what the plain one says, of two layers of this shape.
+
+    One row and several, of which one is not meant, at the beginning and where the rings have wrapped.
+    """
+    cfg, rng, tolerance = replace(cfg, n_layer=2), np.random.default_rng(0), TOLERANCE[dtype.itemsize]
+    graph, state = nnx.split(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype)))
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-1]), jnp.float32)
+
+    params = jax.tree.map(lambda x: draw(x.shape), nnx.to_pure_dict(state))
+    for position in (np.asarray(p, np.int32) for p in ([max_len - 1], [3, -1, max_len - 1])):
+        shapes = [(len(position), cfg.n_kv_head, ring, cfg.head_dim) for ring in kv.ring_sizes(cfg, max_len)]
+        cache = [tuple(draw(shape).astype(dtype) for _ in range(2)) for shape in shapes]
+        token, before = rng.integers(0, cfg.vocab_size, (2, len(position))).astype(np.int32)
+
+        def ask(fused, *rest):
+            program = Program(graph, cfg, dtype, max_len, fused)
+            found = _one_step(program, _prepared(params, dtype, fused, False), *rest)
+            return [np.asarray(x, np.float32) for x in jax.tree.leaves(found)]
+
+        want = ask(False, cache, token, position, before)
+        try:
+            got = ask(True, cache, token, position, before)
+        except Exception:  # no such kernel for this device
+            return False
+        if any(not np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) for a, b in zip(got, want, strict=True)):
+            return False
+    return True
+
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _prepared(params: dict, dtype, fused: bool, int8: bool) -> dict:
@@ -238,11 +292,7 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
         before, token = said[:, i], said[:, i + 1]
         now = position + i
         rows, here = list(rows), jnp.where((position >= 0) & (now < program.max_len), now, -1)
-        if program.fused:
-            logits = decode_kernels.step(program.model(params), params, rows, places, rope, token, here, before)
-        else:
-            model, hidden = program.trunk(params, rows, token[:, None], here[:, None], before)
-            logits = model.logits(hidden[:, 0])
+        logits = program.step(params, rows, places, token, here, before)
         new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, now, how))
         made = log_probabilities(logits, new) if how.logprobs else ()
         return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made))
@@ -253,10 +303,9 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
         out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
     if program.fused:  # kernels read and write the slots where they are, and as far as must be
         places = jnp.arange(len(last)) if slots is None else jnp.minimum(slots.reshape(-1), cache[0][0].shape[1] - 1)
-        rope = decode_kernels.rope_tables(program.cfg, program.max_len)
         rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
     else:
-        rows = kv.take(cache, slots, span)
+        places, rows = None, kv.take(cache, slots, span)
     rows, said, out = jax.lax.fori_loop(0, n, one, (rows, said, out))
     out = (said[:, 2:], *out)
     if program.fused:
@@ -335,8 +384,12 @@ class Engine:
         self._mesh, self._int8, self._compiled = mesh, int8, compiled(one_core)
         self._shapes = SHAPES.get(chips.platform(), SHAPES["other"])
         graph, state = nnx.split(model)
+        dtype = np.dtype(model.dtype)
         is_fused = (mesh is None or mesh.size == 1) and decode_kernels.takes(model.cfg)
-        self._program = _program(graph, model.cfg, np.dtype(model.dtype), max_len, is_fused)
+        if is_fused and not kernels_agree(model.cfg, dtype, max_len):
+            print("decoding without kernels, which do not agree with plain formulas on this device", file=sys.stderr)
+            is_fused = False
+        self._program = _program(graph, model.cfg, dtype, max_len, is_fused)
         devices = sharding.data_parallel(mesh) if mesh is not None else 1
         self._devices = devices if slots % devices == 0 else 1
         each = slots // self._devices

@@ -10,6 +10,7 @@ from evals_fakes import FullLogits, tiny_model
 
 from nanochat_jax import cache as kv
 from nanochat_jax import decode_kernels
+from nanochat_jax import engine as engines
 from nanochat_jax.engine import Engine, Request
 from nanochat_jax.fused import rms_norm, rotate_and_norm
 from nanochat_jax.model import rotary_tables
@@ -117,3 +118,23 @@ def test_an_engine_of_kernels_says_what_the_full_forward_says(interpreted, slots
         for place, (id, found) in enumerate(zip(completion.ids, completion.logprobs), len(prompt) - 1):
             assert abs(found.logprob - want[place, id]) < (0.05 if int8 else 1e-4)
             assert want[place, id] > want[place].max() - (0.1 if int8 else 1e-4)
+
+
+def test_kernels_that_are_wrong_on_a_device_are_left_out(interpreted, monkeypatch, capsys):
+    engines.kernels_agree.cache_clear()
+    model = tiny_model(sequence_len=320)
+    assert engines.kernels_agree(model.cfg, np.dtype("float32"), 320)
+    right = decode_kernels.attend
+
+    def wrong(*args, window, **more):
+        return right(*args, window=window - 1, **more)
+
+    def fails(*args, **more):
+        raise ValueError("no such kernel")
+
+    for broken in (wrong, fails):
+        engines.kernels_agree.cache_clear()
+        monkeypatch.setattr(decode_kernels, "attend", broken)
+        engine = Engine(model, slots=1, max_len=320)
+        assert "q" in engine.params["blocks"][0]["attn"] and "do not agree" in capsys.readouterr().err
+    engines.kernels_agree.cache_clear()
