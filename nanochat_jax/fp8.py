@@ -68,7 +68,7 @@ def quantize_both(arrays: Sequence[jax.Array], dtype, make: Callable = lambda x:
     (M, N), most = arrays[0].shape, float(jnp.finfo(dtype).max)
     rows, columns = (math.gcd(n, t) for n, t in zip((M, N), TILE))
 
-    def kernel(scale_ref, *refs):
+    def round_both(scale_ref, *refs):
         *read, values_ref, other_ref = refs
         x = make(*(ref[...].astype(jnp.float32) for ref in read)) * (1.0 / scale_ref[0])
         values = jnp.clip(x, -most, most).astype(dtype)
@@ -77,7 +77,7 @@ def quantize_both(arrays: Sequence[jax.Array], dtype, make: Callable = lambda x:
 
     tile = pl.BlockSpec((rows, columns), lambda i, j: (i, j))
     values, other = pl.pallas_call(
-        kernel,
+        round_both,
         grid=(M // rows, N // columns),
         in_specs=[pl.BlockSpec((1,), lambda i, j: (0,))] + [tile] * len(arrays),
         out_specs=[tile, pl.BlockSpec((columns, rows), lambda i, j: (j, i))],

@@ -53,7 +53,7 @@ def _by_a_kernel(rows) -> bool:
     return by_kernels(rows) and len(rows) % TOGETHER == 0
 
 
-def _kernel(bounds_ref, order_ref, rows_ref, *rest, weighted: bool, begun: bool):
+def add_rows_of_an_id(bounds_ref, order_ref, rows_ref, *rest, weighted: bool, begun: bool):
     rest = list(rest)
     weights_ref, total_ref, out_ref = rest.pop(0) if weighted else None, rest.pop(0) if begun else None, *rest
     begin, end = bounds_ref[0], bounds_ref[1]
@@ -92,7 +92,7 @@ def _add_rows(total, rows, ids, weights, interpret: bool, of: int = 0):
     if total is not None:
         specs, args = [*specs, row], [*args, total]
     return pl.pallas_call(
-        functools.partial(_kernel, weighted=weights is not None, begun=total is not None),
+        functools.partial(add_rows_of_an_id, weighted=weights is not None, begun=total is not None),
         grid=(V, D // columns),
         in_specs=specs,
         out_specs=row,

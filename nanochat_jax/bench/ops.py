@@ -19,11 +19,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import attention, devices, fp8, loss, optim, scaling
+from nanochat_jax import attention, devices, fp8, loss, optim, scaling, sharding
 from nanochat_jax.bench import race
 from nanochat_jax.bench.step import add_shape
-from nanochat_jax.config import GPTConfig, ModelConfig, OptimConfig
-from nanochat_jax.model import product, rms_norm, rotary_tables, rotate_and_norm
+from nanochat_jax.config import GPTConfig, MeshConfig, ModelConfig, OptimConfig
+from nanochat_jax.fused import add_and_norm, relu_squared, rotate_and_norm
+from nanochat_jax.model import product, rotary_tables
+from nanochat_jax.segments import look_up
 
 ROUNDS, SECONDS = 5, 0.1  # a figure is the best of so many rounds, each of about so long
 LARGE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # the ceiling's matrices
@@ -41,8 +43,9 @@ class Part:
 
 
 def seconds_of(run: Callable, args: tuple) -> float:
-    """Of one call, compiled, back to back."""
-    f = jax.jit(run)
+    """Of one call, compiled as within a step, back to back."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    f = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
     jax.block_until_ready(f(*args))
     began = time.perf_counter()
     jax.block_until_ready(f(*args))
@@ -87,10 +90,10 @@ def copy_rate(size: int) -> float:
 
 
 def total(f: Callable) -> Callable:
-    """The gradient of the sum of f's result in all arguments: a backward pass that depends on every element."""
+    """The gradient in all arguments of the squares of f's results, summed: it depends on every element."""
 
     def summed(*args):
-        return jnp.sum(jnp.square(f(*args).astype(jnp.float32)))
+        return sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in jax.tree.leaves(f(*args)))
 
     def run(*args):
         return jax.grad(summed, argnums=tuple(range(len(args))))(*args)
@@ -118,15 +121,16 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
     rope = rotary_tables(jnp.arange(T), N, cfg.rope_base)
     rotate = partial(rotate_and_norm, rope=rope, gain=cfg.qk_gain, eps=cfg.norm_eps)
     yield Part("elementwise RoPE and norm", total(rotate), (q,), 0.0, 2 * q.nbytes)
-    yield Part("elementwise RMS norm", total(partial(rms_norm, eps=cfg.norm_eps)), (x,), 0.0, 2 * x.nbytes)
+    y = normal(8, x.shape, dtype)
+    yield Part("elementwise residual, norm", total(partial(add_and_norm, eps=cfg.norm_eps)), (x, y), 0.0, 8 * x.nbytes)
     up = normal(4, (M, 4 * D), dtype)
-    yield Part("elementwise relu squared", total(lambda u: jnp.square(jax.nn.relu(u))), (up,), 0.0, 2 * up.nbytes)
+    yield Part("elementwise relu squared", total(relu_squared), (up,), 0.0, 2 * up.nbytes)
     head, ids = normal(5, (V, D), dtype), jax.random.randint(jax.random.key(6), (M,), 0, cfg.vocab_size)
     nll = partial(loss.weighted_nll, vocab=cfg.vocab_size, softcap=cfg.softcap, eight_bits=eight_bits)
     gradient = jax.grad(lambda h, w: nll(h, w, ids, jnp.full((M,), 1.0 / M)), argnums=(0, 1))
     yield Part("loss", gradient, (x, head), 6.0 * M * D * V, 2 * (x.nbytes + head.nbytes))
-    table = normal(7, (V, D), jnp.float32)
-    lookup = jax.grad(lambda t, up: jnp.sum(t[ids].astype(dtype) * up).astype(jnp.float32))
+    table = normal(7, (V, D), dtype)
+    lookup = jax.grad(lambda t, up: jnp.sum(look_up(t, ids) * up).astype(jnp.float32))
     yield Part("embedding and its gradient", lookup, (table, x), 0.0, x.nbytes + table.nbytes)
     yield from optimizer_parts(cfg, dtype)
 

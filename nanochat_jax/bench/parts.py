@@ -16,7 +16,14 @@ import jax
 from nanochat_jax.bench.kernels import Program, part_of
 
 _CONTAINERS = {"while", "call", "conditional"}  # their events hold those of what they call
-_BY_NAME = (("fmha|flash|sdpa", "attention"), ("gemm|nvjet|cutlass|cublas", "products"), ("nccl", "communication"))
+_BY_NAME = (
+    ("fmha|flash|sdpa|cudnn", "attention"),
+    ("softcap", "loss"),
+    ("add_rows", "embedding"),
+    ("_mix_|_add_|_rotate_|round_both|memcpy|memset", "elementwise"),
+    ("gemm|nvjet|cutlass|cublas", "products"),
+    ("nccl", "communication"),
+)
 
 
 def parts_of_program(text: str) -> dict[str, str]:
