@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from nanochat_jax import devices, hosts
 from nanochat_jax.errors import UserError
@@ -54,12 +55,20 @@ def causal_attention(
     """
     _, T, H, N = q.shape
     shape = Shape(T, H, k.shape[2], N, str(q.dtype), _bounded(window, T))
-    return BACKENDS[backend or _chosen.get(shape) or default_backend(q.dtype)].run(q, k, v, shape.window)
+    name = backend or _chosen.get(shape) or ("blocks" if _heads_are_split() else default_backend(q.dtype))
+    return BACKENDS[name].run(q, k, v, shape.window)
 
 
 def default_backend(dtype) -> str:
     """cudnn takes 16-bit floats on NVIDIA only."""
     return "cudnn" if jnp.dtype(dtype).itemsize == 2 and devices.has_cudnn() else "blocks"
+
+
+def _heads_are_split() -> bool:
+    """Whether XLA's partitioner would have to cut a kernel, which it cannot: jax's rule for cuDNN's fails within a
+    program that splits the rows itself (seen in 0.10 and 0.11), and `flash` has none."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(kind == AxisType.Auto and n > 1 for kind, n in zip(mesh.axis_types, mesh.axis_sizes))
 
 
 def _bounded(window: int | None, T: int) -> int | None:
@@ -160,13 +169,12 @@ def choose(
 
     A shape that several backends take is measured on this device with `rows` of a batch, forward and backward, unless
     `cache`/attention.json knows it; process 0's choice holds for all. setting: auto, or a backend to take without
-    measuring; UserError where it does not take a shape. split_heads: the mesh splits heads, which `flash` cannot follow
-    (a partitioner would gather them); cudnn's default stands then.
+    measuring; UserError where it does not take a shape. split_heads: the mesh splits heads, and no kernel follows.
     """
     found = {}
     for shape in shapes:
         _chosen.pop(shape, None)
-        able = [name for name in takers(shape) if not (split_heads and name == "flash")]
+        able = [name for name in takers(shape) if name == "blocks" or not split_heads]
         if setting != "auto":
             if setting not in able:
                 where = f"{_platform()}, heads split by mesh.tensor" if split_heads else _platform()
@@ -175,7 +183,7 @@ def choose(
                     f"{', '.join(able)}"
                 )
             found[shape] = setting
-        elif len(able) > 1 and shape.T >= MEASURED_FROM and not split_heads:
+        elif len(able) > 1 and shape.T >= MEASURED_FROM:
             found[shape] = None
     unknown = [shape for shape, name in found.items() if name is None]
     if unknown:

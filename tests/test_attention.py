@@ -234,7 +234,7 @@ def test_a_backend_that_does_not_take_a_shape_is_refused(tmp_path):
     half = Shape(2048, 8, 8, 128, "bfloat16", 512)
     with (
         targets.tracing("h100"),
-        pytest.raises(UserError, match=r"nvidia, heads split by mesh.tensor\); .* one of cudnn, blocks$"),
+        pytest.raises(UserError, match=r"nvidia, heads split by mesh.tensor\); .* one of blocks$"),
     ):
         attention.choose([half], 2, tmp_path, "flash", split_heads=True)
 
@@ -259,3 +259,21 @@ def test_the_setting_knows_the_backends():
         config.check(config.RunConfig(attention=name))
     with pytest.raises(UserError, match=f"attention=fast is not one of auto, {', '.join(attention.BACKENDS)}"):
         config.check(config.RunConfig(attention="fast"))
+
+
+def test_where_heads_are_split_no_kernel_is_called(monkeypatch):
+    asked = []
+    fake = Backend(lambda q, k, v, window: asked.append(q.shape) or blocks(q, k, v, window), lambda *_: True)
+    monkeypatch.setitem(attention.BACKENDS, "kernel", fake)
+    monkeypatch.setattr(attention, "default_backend", lambda dtype: "kernel")
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    q = jnp.ones((4, 32, 2, 8))
+
+    def whole(manual):
+        how = {"in_specs": jax.P("data"), "out_specs": jax.P("data"), "axis_names": manual, "check_vma": False}
+        jax.eval_shape(jax.shard_map(lambda q: attention.causal_attention(q, q, q), mesh=mesh, **how), q)
+
+    whole({"data"})
+    assert not asked
+    whole({"data", "tensor"})
+    assert asked == [(2, 32, 2, 8)]
