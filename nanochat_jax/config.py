@@ -144,6 +144,8 @@ class FinetuneConfig:
     epochs: float = 1.0
     max_rows: int | None = None  # cap on packed rows, for small machines
     mixture: dict[str, int] | None = None  # task name -> how many times it is repeated (or, negative, rows taken)
+    lora_rank: int | None = None  # train low-rank changes of the blocks' matrices alone (lora.py); None: everything
+    lora_lr: float = 2e-4  # their peak rate, before optim.lr_scale; of optim, the schedule alone applies besides
     batch_tokens: int | None = None  # None: as in base
     micro_batch: int = 8
     eval_every: int = 200
@@ -443,6 +445,9 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"{name}.batch_tokens={s.batch_tokens} must be a multiple of model.sequence_len={m.sequence_len}"
             )
+    for name, s in (("mid", config.mid), ("sft", config.sft)):
+        if s.lora_rank is not None and s.lora_rank < 1:
+            raise UserError(f"{name}.lora_rank={s.lora_rank} must be at least 1; leave it out to train everything")
 
 
 def _check_rl(rl: RLConfig) -> None:

@@ -30,7 +30,7 @@ from rich.table import Table
 from evals.report.words import count, duration
 from evals.tasks import available, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
-from nanochat_jax import devices, footprint, memory, scaling, targets
+from nanochat_jax import devices, footprint, lora, memory, scaling, targets
 from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, from_dict
 from nanochat_jax.data.documents import source_of
 from nanochat_jax.errors import UserError
@@ -181,9 +181,10 @@ class Plan:
         passes = 1 + (math.ceil(steps / every) if every else 0)
         return seconds + passes * self._seconds(name, self.config.base.eval_tokens * self.each / 3)
 
-    def _checkpoints(self) -> int:
+    def _checkpoints(self, lora_rank: int | None = None) -> int:
         """Bytes of those of a stage: the ones that are kept, and one that is being written."""
-        return (self.config.checkpoints.keep + 1) * footprint.state_bytes(self.cfg)
+        state = lora.state_bytes(self.cfg, lora_rank) if lora_rank else footprint.state_bytes(self.cfg)
+        return (self.config.checkpoints.keep + 1) * state
 
     def _tokenizer(self) -> Stage:
         """All files are counted here, though most come while base trains."""
@@ -218,7 +219,8 @@ class Plan:
         steps = max(1, round(cfg.epochs * rows / max(batch // length, 1)))
         flops = steps * batch * self.each
         seconds = self._with_validation(name, steps, flops, cfg.eval_every)
-        return Stage(name, steps, batch, flops, seconds, disk=3 * rows * length + self._checkpoints())  # ids and mask
+        disk = 3 * rows * length + self._checkpoints(cfg.lora_rank)  # ids and mask
+        return Stage(name, steps, batch, flops, seconds, disk=disk)
 
     def _conversations(self, task: str, split: str, times: int) -> int:
         if times < 0:

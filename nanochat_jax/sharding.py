@@ -160,10 +160,11 @@ def _gather(params, specs, mesh: Mesh):
 
 
 def over_rows(local: Callable, mesh: Mesh) -> Callable:
-    """f(params, *batch) -> (loss, gradients) over the rows of all devices, from `local`, the same over a device's own.
+    """f(params, frozen, *batch) -> (loss, gradients of params) over the rows of all devices, from `local`, the same
+    over a device's own.
 
-    params come as `spec` splits them, gradients go as `state_spec` does; batch arrays are (A, R, T). Every device
-    gathers the parameters, runs `local`, and of the summed gradients keeps its part: a reduce-scatter, where an
+    params and frozen come as `spec` splits them, gradients go as `state_spec` does; batch arrays are (A, R, T). Every
+    device gathers both, runs `local`, and of the summed gradients keeps its part: a reduce-scatter, where an
     all-reduce would send twice as much and leave everyone the whole.
     """
 
@@ -176,22 +177,23 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
                     left.remove(name)
         return jax.lax.psum(x, tuple(left)) if left else x
 
-    def whole(params, *batch):
+    def whole(params, frozen, *batch):
         held, kept = _specs(params, mesh, spec), _specs(params, mesh, state_spec)
+        fixed = _specs(frozen, mesh, spec)
 
-        def on_device(params, *batch):
-            loss, grads = local(_gather(params, held, mesh), *batch)
+        def on_device(params, frozen, *batch):
+            loss, grads = local(_gather(params, held, mesh), _gather(frozen, fixed, mesh), *batch)
             return jax.lax.psum(loss, BATCH), jax.tree.map(scatter, grads, kept)
 
         split = P(None, BATCH)
         return jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(held, *[split for _ in batch]),
+            in_specs=(held, fixed, *[split for _ in batch]),
             out_specs=(P(), kept),
             axis_names=_manual_axes(mesh),
             check_vma=False,
-        )(params, *batch)
+        )(params, frozen, *batch)
 
     return whole
 

@@ -44,14 +44,18 @@ def init_state(cfg: GPTConfig, optimizer: optax.GradientTransformation, seed: in
     return jax.jit(fresh, out_shardings=shardings)(params)
 
 
-def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh) -> Callable:
+def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join: Callable | None = None) -> Callable:
     """step(state, batch) -> state, metrics; jitted, the state's buffers donated.
+
+    join: (frozen, params) -> the model's parameters, where the state's are a part of them or a change to them; then it
+    is step(state, batch, frozen), and frozen, in `dtype`, is neither donated nor differentiated. None: params are all.
 
     batch: tokens and targets (A, R, T) int32, A micro-batches of R rows, targets negative where there is none; weights
     (A, R, T) float32, or absent for the mean over all targets. metrics: loss and grad_norm, float32 scalars.
     """
 
-    def micro_loss(params, tokens, targets, weights):
+    def micro_loss(params, frozen, tokens, targets, weights):
+        params = join(frozen, params) if join else params
         model = merge(graph, params)
         head = params["lm_head"]["weight"]
         hidden = model.hidden(tokens)
@@ -66,26 +70,27 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh) -> Ca
                 eight_bits=model.lm_head.eight_bits,
             )
 
-    def micro(params, *rows):
-        found = jax.value_and_grad(micro_loss)(params, *rows)
+    def micro(params, frozen, *rows):
+        found = jax.value_and_grad(micro_loss)(params, frozen, *rows)
         return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 
-    def sum_over_micro_batches(params, *batch):
+    def sum_over_micro_batches(params, frozen, *batch):
         if batch[0].shape[0] == 1:
-            return micro(params, *(x[0] for x in batch))
+            return micro(params, frozen, *(x[0] for x in batch))
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
         return jax.lax.scan(
-            lambda total, rows: (jax.tree.map(jnp.add, total, micro(params, *rows)), None), zeros, batch
+            lambda total, rows: (jax.tree.map(jnp.add, total, micro(params, frozen, *rows)), None), zeros, batch
         )[0]
 
-    def step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+    def step(state: TrainState, batch: dict, frozen: dict | None = None) -> tuple[TrainState, dict]:
         tokens, targets = batch["tokens"], batch["targets"]
         weights = batch.get("weights")
         if weights is None:
             is_target = (targets >= 0).astype(jnp.float32)
             weights = is_target / jnp.maximum(is_target.sum(), 1.0)
         params = cast_matrices(state.params, dtype)
-        loss, grads = sharding.over_rows(sum_over_micro_batches, mesh)(params, tokens, targets, weights)
+        summed = sharding.over_rows(sum_over_micro_batches, mesh)
+        loss, grads = summed(params, frozen or {}, tokens, targets, weights)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updates = sharding.constrain(

@@ -51,6 +51,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("tracking.samples=-1", "must not be negative"),
         ("evals.temperature=0", "must be more than 0"),
         ("mid.mixture=3", "takes a mapping"),
+        ("sft.lora_rank=0", "sft.lora_rank=0 must be at least 1; leave it out"),
         ("rl.task={gsm8k: 0}", "shares of 1 or more"),
         ("rl.task={gsm8k: half}", "rl.task.gsm8k takes an int"),
         ("rl.minibatches=3", "must be a multiple of rl.minibatches=3"),

@@ -34,7 +34,7 @@ RUN = (  # in the order of the documents: some make what later ones take
     r"-m nanochat_jax.(checkpoint|export|import|onetext)",
     r"-m nanochat_jax.chat .*-p",
     r"-m nanochat_jax.watch .*--once",
-    r"run_speedrun.py --config runs/backwards",
+    r"run_speedrun.py --config runs/(backwards|mine)",
     r"run_speedrun.py --config configs/hindi.yaml",
 )
 FLAGS = (  # for a GPU, a network, hours, or somebody who watches
@@ -123,6 +123,7 @@ def work(whole, place, tmp_path_factory):
         for n in range(60):
             turns = ("user", f"{n} के बाद क्या आता है?"), ("assistant", f"{n + 1} आता है।")
             f.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}, ensure_ascii=False) + "\n")
+    shutil.copytree(folder / "hindi", folder / "mine")  # somebody's own conversations
     shutil.copy(place / "data" / "pretrain" / "shard_0.parquet", folder / "text.parquet")
     return folder
 

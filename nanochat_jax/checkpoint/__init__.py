@@ -7,7 +7,18 @@ __main__.py   python -m nanochat_jax.checkpoint ls|show|verify DIR
 """
 
 from nanochat_jax.checkpoint.keeper import Checkpointer, saved_steps
-from nanochat_jax.checkpoint.models import STAGES, Loaded, load_model, read_done, write_done
+from nanochat_jax.checkpoint.models import STAGES, Loaded, adapters_of, load_changed, load_model, read_done, write_done
 from nanochat_jax.checkpoint.store import Damaged
 
-__all__ = ["STAGES", "Checkpointer", "Damaged", "Loaded", "load_model", "read_done", "saved_steps", "write_done"]
+__all__ = [
+    "STAGES",
+    "Checkpointer",
+    "Damaged",
+    "Loaded",
+    "adapters_of",
+    "load_changed",
+    "load_model",
+    "read_done",
+    "saved_steps",
+    "write_done",
+]

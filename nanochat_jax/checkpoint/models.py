@@ -1,6 +1,7 @@
 """A trained model out of a run directory, and the mark of a stage that has ended.
 
-A stage that has ended leaves `<stage>/done.json`. `load_model` is how everything but training gets at a model.
+A stage that has ended leaves `<stage>/done.json`. `load_model` is how everything but training gets at a model. What a
+stage with a lora_rank keeps is a change to the stage it began from, which its meta record names: the two are joined.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import yaml
 
+from nanochat_jax.checkpoint import store
 from nanochat_jax.checkpoint.keeper import newest_readable, saved_steps, warn
-from nanochat_jax.config import RunConfig, from_dict
+from nanochat_jax.config import RunConfig, fingerprint, from_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 
@@ -40,6 +42,32 @@ class Loaded:
     meta: dict  # of the checkpoint
     stage: str
     step: int
+    identity: str = ""  # hex digits that tell its parameters from others
+
+
+def adapters_of(stage_dir: str | Path) -> dict | None:
+    """{"rank", "from", "identity"} of a stage that trains adapters: their rank, the stage whose model they change and
+    that model's identity. None for other stages, and before the first checkpoint."""
+    folder = Path(stage_dir) / "checkpoints"
+    for step in reversed(saved_steps(folder)):
+        try:
+            return store.read_records(folder / str(step))[1].get("lora")
+        except store.Damaged:  # whoever reads its arrays will say so
+            continue
+    return None
+
+
+def load_changed(run_dir: str | Path, stage: str, adapters: dict, **how) -> Loaded:
+    """The model that the adapters of `stage` change; `how` as load_model takes it. UserError where another one is
+    there."""
+    loaded = load_model(run_dir, adapters["from"], **how)
+    if loaded.identity != adapters["identity"]:
+        where = Path(run_dir)
+        raise UserError(
+            f"{where / loaded.stage} is not the model that stage {stage} was trained on; put that one back, or remove "
+            f"{where / stage} and train the stage anew"
+        )
+    return loaded
 
 
 def load_model(
@@ -57,7 +85,9 @@ def load_model(
     device, uncommitted. UserError, in one line, where the run or the stage is not there, or the tokenizer is not the
     one that the stage was trained with.
     """
-    from nanochat_jax import devices, scaling, sharding
+    from flax import nnx
+
+    from nanochat_jax import devices, lora, scaling, sharding
     from nanochat_jax.model import graph_of, init_params, merge
     from tokenizer import Tokenizer
 
@@ -67,7 +97,9 @@ def load_model(
     config = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
     tokenizer = Tokenizer.load(run_dir / "tokenizer")
     cfg = scaling.gpt_config(config.model, tokenizer.vocab_size)
-    abstract = {"params": jax.eval_shape(lambda: init_params(cfg, 0))}
+    adapters = adapters_of(run_dir / stage)
+    made = (lambda: lora.init(cfg, adapters["rank"], 0)) if adapters else (lambda: init_params(cfg, 0))
+    abstract = {"params": jax.eval_shape(made)}
     if mesh is not None:
         abstract = sharding.abstract(abstract, mesh)
     state, meta, step, _ = newest_readable(run_dir / stage / "checkpoints", abstract, None, say)
@@ -77,8 +109,24 @@ def load_model(
             f"remove {run_dir / stage} and train the stage anew"
         )
     params = state["params"] if mesh is not None else jax.tree.map(jnp.asarray, state["params"])
+    identity = _identity(run_dir / stage / "checkpoints" / str(step))
+    if adapters:
+        below = load_changed(run_dir, stage, adapters, mesh=mesh, say=say)
+        frozen = nnx.to_pure_dict(nnx.split(below.model)[1])
+        split = None if mesh is None else sharding.tree_shardings(frozen, mesh)
+        params = jax.jit(lora.merged, out_shardings=split)(frozen, params)
+        identity = fingerprint([below.identity, identity])
     graph = graph_of(cfg, devices.compute_dtype(config.dtype) if dtype is None else dtype)
-    return Loaded(merge(graph, params), tokenizer, config, meta, stage, step)
+    return Loaded(merge(graph, params), tokenizer, config, meta, stage, step, identity)
+
+
+def _identity(checkpoint: Path) -> str:
+    """A hash of the checksums of a checkpoint's parameters."""
+    try:
+        arrays, _ = store.read_records(checkpoint)
+    except store.Damaged:  # it was read just now: the run that trains there has removed it for a newer one
+        return ""
+    return fingerprint({k: v for k, v in arrays.items() if k.startswith("params/")})
 
 
 def _choose_stage(run_dir: Path, stage: str | None) -> str:

@@ -13,14 +13,14 @@ from flax import nnx
 
 from evals.bpb import evaluate_bpb
 from evals.scoring import Scorer
-from nanochat_jax import attention, checkpoint, devices, hosts, memory, optim, scaling, sharding, train
+from nanochat_jax import attention, checkpoint, devices, hosts, lora, memory, optim, scaling, sharding, train
 from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
 from nanochat_jax.data.documents import open_documents
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_split
 from nanochat_jax.errors import UserError
-from nanochat_jax.model import graph_of, merge
+from nanochat_jax.model import cast_matrices, graph_of, init_params, merge
 from nanochat_jax.preemption import Stop
 from nanochat_jax.trace import traced
 from nanochat_jax.tracking import RunLog, Tracker, system_info
@@ -93,23 +93,45 @@ class Step:
     rows: int
 
 
-def compile_step(run: Run, name: str, optimizer, batch_tokens: int, micro_batch: int, eight_bits: bool = False) -> Step:
+def compile_step(
+    run: Run,
+    name: str,
+    optimizer,
+    batch_tokens: int,
+    micro_batch: int,
+    eight_bits: bool = False,
+    lora_rank: int | None = None,
+) -> Step:
     """The step of a batch of `batch_tokens`, in micro-batches of at most micro_batch rows a device that fit it.
 
-    eight_bits: with its products in 8-bit floats.
+    eight_bits: with its products in 8-bit floats. lora_rank: of adapters; it then takes the frozen parameters as well.
     """
     length = run.config.model.sequence_len
     per_device = rows_per_device(name, batch_tokens, length, run.mesh)
-    step = train.make_step(graph_of(run.gpt_config, run.dtype, eight_bits), optimizer, run.dtype, run.mesh)
+    graph, join, frozen = graph_of(run.gpt_config, run.dtype, eight_bits), None, ()
+    if lora_rank:
+        fixed = jax.eval_shape(lambda: cast_matrices(init_params(run.gpt_config, 0), run.dtype))
+        join, frozen = lora.merged, (sharding.abstract(fixed, run.mesh),)
+    step = train.make_step(graph, optimizer, run.dtype, run.mesh, join)
     arrays = {"tokens": np.int32, "targets": np.int32}
-    return fit_step(run, name, step, abstract_state(run, optimizer), arrays, (per_device, length), micro_batch)
+    state = abstract_state(run, optimizer, lora_rank)
+    return fit_step(run, name, step, state, arrays, (per_device, length), micro_batch, frozen=frozen)
 
 
 def fit_step(
-    run: Run, name: str, step, state, arrays: dict, shape: tuple[int, int], micro_batch: int, held: int = 0
+    run: Run,
+    name: str,
+    step,
+    state,
+    arrays: dict,
+    shape: tuple[int, int],
+    micro_batch: int,
+    held: int = 0,
+    frozen: tuple = (),
 ) -> Step:
     """A jitted `step` compiled for the abstract `state` and a batch of `arrays` (name -> type), each of `shape` on each
-    data-parallel device, in micro-batches of at most micro_batch rows that fit beside `held` bytes.
+    data-parallel device, in micro-batches of at most micro_batch rows that fit beside `held` bytes. frozen: further
+    abstract arguments of it, if any.
 
     The compiler's own analysis says what fits, before anything runs; accumulation makes up the rest.
     """
@@ -128,7 +150,7 @@ def fit_step(
         whole = (per_device // size, size * sharding.data_parallel(mesh), length)
         split = sharding.rows(mesh, leading=1)
         batch = {k: jax.ShapeDtypeStruct(whole, dtype, sharding=split) for k, dtype in arrays.items()}
-        compiled[size] = step.lower(state, batch).compile()
+        compiled[size] = step.lower(state, batch, *frozen).compile()
         return memory.needed_bytes(compiled[size])
 
     limit = memory.device_bytes() - held
@@ -138,9 +160,15 @@ def fit_step(
     return Step(compiled[size], per_device // size, size * sharding.data_parallel(mesh))
 
 
-def abstract_state(run: Run, optimizer):
-    """The train state as shapes, types and shardings."""
-    made = jax.eval_shape(lambda: train.init_state(run.gpt_config, optimizer, run.config.seed, run.mesh))
+def abstract_state(run: Run, optimizer, lora_rank: int | None = None):
+    """The train state, of adapters where they have a rank, as shapes, types and shardings."""
+    cfg, seed = run.gpt_config, run.config.seed
+
+    def state():
+        params = lora.init(cfg, lora_rank, seed) if lora_rank else None
+        return train.init_state(cfg, optimizer, seed, run.mesh, params)
+
+    made = jax.eval_shape(state)
     return sharding.abstract(made, run.mesh)
 
 
@@ -202,21 +230,30 @@ def train_stage(
     evaluate: Callable | None = None,
     eval_every: int = 0,
     extra: Callable[[], dict] = dict,
+    lora_rank: int | None = None,
+    meta: dict | None = None,
 ) -> dict:
     """Trains stage `name` to its end and writes its done mark; returns the mark.
 
-    `init` gives the first parameters; `extra`, asked at the end, goes into the mark.
+    `init` gives the first parameters, which are adapters where lora_rank is set; `extra`, asked at the end, goes into
+    the mark, and `meta` into every checkpoint.
     """
     cfg, stage_dir = run.gpt_config, run.dir / name
     keeper = checkpoint.Checkpointer(stage_dir / "checkpoints", run.config.checkpoints, say=run.log.say)
-    meta = {"stage": name, "seed": run.config.seed, "tokenizer": run.tokenizer.hash, "config": fingerprint(run.config)}
+    meta = {
+        "stage": name,
+        "seed": run.config.seed,
+        "tokenizer": run.tokenizer.hash,
+        "config": fingerprint(run.config),
+        **(meta or {}),
+    }
     if keeper.latest() is None:
         params = init() if init else None
         if hosts.count() > 1:  # what one host holds can be copied to all devices only from its memory
             params = jax.tree.map(np.asarray, params)
         state = train.init_state(cfg, optimizer, run.config.seed, run.mesh, params)
     else:
-        state, saved = keeper.restore(abstract_state(run, optimizer))
+        state, saved = keeper.restore(abstract_state(run, optimizer, lora_rank))
         if saved["tokenizer"] != run.tokenizer.hash:
             raise UserError(
                 f"{run.dir / 'tokenizer'} is not the tokenizer that stage {name} began with; put that one back, or "

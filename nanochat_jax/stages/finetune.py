@@ -1,19 +1,28 @@
 """mid and sft: the same loop over packed conversations, for as many epochs as asked.
 
 mid continues pretraining on conversations, by default with every token a target; sft learns from the assistant's tokens
-alone. Rows are padded where no further conversation fits.
+alone. Rows are padded where no further conversation fits. With a lora_rank, a low-rank change alone is learnt
+(`lora.py`).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+
 from evals.tasks import VERSION, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
-from nanochat_jax import hosts
+from nanochat_jax import checkpoint, hosts, lora, optim, sharding
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.config import FinetuneConfig, to_dict
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_conversations
+from nanochat_jax.model import cast_matrices
 from nanochat_jax.stages import common
 
 
@@ -39,9 +48,33 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
     )
 
 
+def _adapting(run: common.Run, name: str, before: str, rank: int, step: common.Step, evaluate: Callable) -> dict:
+    """What `train_stage` is told otherwise where adapters of the model of stage `before` are trained."""
+    began = checkpoint.adapters_of(run.dir / name)
+    loaded = checkpoint.load_changed(run.dir, name, began) if began else checkpoint.load_model(run.dir, before)
+    params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
+    if hosts.count() > 1:  # as in train_stage
+        params = jax.tree.map(np.asarray, params)
+    split = sharding.tree_shardings(params, run.mesh)
+    frozen = jax.jit(lambda params: cast_matrices(params, run.dtype), out_shardings=split)(params)
+
+    @functools.partial(jax.jit, out_shardings=split)
+    def whole(frozen, adapters):
+        return lora.merged(frozen, cast_matrices(adapters, run.dtype))
+
+    return {
+        "init": lambda: lora.init(run.gpt_config, rank, common.mix_seed(run.config.seed, *name.encode())),
+        "step_fn": lambda state, batch: step.run(state, batch, frozen),
+        "evaluate": lambda i, adapters: evaluate(i, whole(frozen, adapters)),
+        "lora_rank": rank,
+        "meta": {"lora": {"rank": rank, "from": loaded.stage, "identity": loaded.identity}},
+    }
+
+
 def main(run: common.Run, name: str) -> dict:
     cfg: FinetuneConfig = getattr(run.config, name)
     before = "mid" if name == "sft" and read_done(run.dir / "mid") else "base"
+    before = (checkpoint.adapters_of(run.dir / name) or {"from": before})["from"]
     with hosts.main_first(f"{name} packed"):
         dataset = _dataset(run, name, cfg)
     batch_tokens = (
@@ -51,21 +84,31 @@ def main(run: common.Run, name: str) -> dict:
     )
     batch_rows = batch_tokens // run.config.model.sequence_len
     steps = max(1, round(cfg.epochs * len(dataset) / max(batch_rows, 1)))
-    optimizer = common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0)
-    step = common.compile_step(run, name, optimizer, batch_tokens, cfg.micro_batch)
-    run.log.say(f"{name}: {steps} steps of {batch_tokens:,} tokens over {len(dataset):,} rows, from {before}")
+    rank = cfg.lora_rank
+    if rank:
+        schedules = optim.make_schedules(cfg.optim, steps, 0.0, run.config.model.arch)
+        optimizer = optim.adamw(cfg.optim.lr_scale * cfg.lora_lr, lora.BETAS, 0.0, schedules.lr)
+    else:
+        optimizer = common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0)
+    step = common.compile_step(run, name, optimizer, batch_tokens, cfg.micro_batch, lora_rank=rank)
+    run.log.say(
+        f"{name}: {steps} steps of {batch_tokens:,} tokens over {len(dataset):,} rows, from {before}"
+        + (f", adapters of rank {rank} alone" if rank else "")
+    )
     with run.packed("val") as val_rows, common.loader(run, dataset, step) as loader:
+        evaluate = common.bpb_evaluator(run, val_rows)
+        trained = {"init": lambda: run.params_of(before), "step_fn": step.run, "evaluate": evaluate}
+        if rank:
+            trained = _adapting(run, name, before, rank, step, evaluate)
         return common.train_stage(
             run,
             name,
-            init=lambda: run.params_of(before),
+            **trained,
             optimizer=optimizer,
-            step_fn=step.run,
             steps=steps,
             next_batch=lambda i, _: (loader.at(i), {}),
             tokens_per_step=batch_tokens,
             save_every=cfg.save_every,
-            evaluate=common.bpb_evaluator(run, val_rows),
             eval_every=cfg.eval_every,
             extra=lambda: {
                 "from": before,
