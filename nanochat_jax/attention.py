@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 
 from nanochat_jax import devices, hosts
 from nanochat_jax.errors import UserError
@@ -55,20 +54,13 @@ def causal_attention(
     """
     _, T, H, N = q.shape
     shape = Shape(T, H, k.shape[2], N, str(q.dtype), _bounded(window, T))
-    name = backend or _chosen.get(shape) or ("blocks" if _heads_are_split() else default_backend(q.dtype))
+    name = backend or _chosen.get(shape) or ("blocks" if devices.partitioned() else default_backend(q.dtype))
     return BACKENDS[name].run(q, k, v, shape.window)
 
 
 def default_backend(dtype) -> str:
     """cudnn takes 16-bit floats on NVIDIA only."""
     return "cudnn" if jnp.dtype(dtype).itemsize == 2 and devices.has_cudnn() else "blocks"
-
-
-def _heads_are_split() -> bool:
-    """Whether XLA's partitioner would have to cut a kernel, which it cannot: jax's rule for cuDNN's fails within a
-    program that splits the rows itself (seen in 0.10 and 0.11), and `flash` has none."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(kind == AxisType.Auto and n > 1 for kind, n in zip(mesh.axis_types, mesh.axis_sizes))
 
 
 def _bounded(window: int | None, T: int) -> int | None:

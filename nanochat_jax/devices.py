@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 # part of jax's device_kind, lower case -> (peak bf16 FLOP/s without sparsity, bytes/s of device memory); first match
 _CHIPS = (
@@ -59,6 +60,14 @@ def has_cudnn() -> bool:
     if elsewhere:
         return elsewhere[1]
     return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+
+
+def partitioned() -> bool:
+    """Whether XLA's partitioner splits the program that is being traced, over an axis that the program leaves to it: no
+    kernel can be called then, as none can be cut (jax's rule for cuDNN's attention fails within a program that splits
+    the rows itself, in 0.10 and 0.11, and Pallas' kernels have none)."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(kind == AxisType.Auto and n > 1 for kind, n in zip(mesh.axis_types, mesh.axis_sizes))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jax.sharding import AxisType
 
 from nanochat_jax import devices
 
@@ -29,18 +28,14 @@ def rms_norm(x: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)).astype(x.dtype)
 
 
+@jax.custom_vjp
 def relu_squared(x: jax.Array) -> jax.Array:
     """max(x, 0)^2 (Primer: arXiv 2109.08668); the backward pass knows x by its result, whose root is max(x, 0)."""
-    return _relu_squared(x)
-
-
-@jax.custom_vjp
-def _relu_squared(x):
     return jnp.square(jax.nn.relu(x))
 
 
 def _relu_squared_fwd(x):
-    y = _relu_squared(x)
+    y = relu_squared(x)
     return y, y
 
 
@@ -48,7 +43,7 @@ def _relu_squared_bwd(y, dy):
     return ((2.0 * jnp.sqrt(y.astype(jnp.float32)) * dy.astype(jnp.float32)).astype(dy.dtype),)
 
 
-_relu_squared.defvjp(_relu_squared_fwd, _relu_squared_bwd)
+relu_squared.defvjp(_relu_squared_fwd, _relu_squared_bwd)
 
 
 def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float, eps: float) -> jax.Array:
@@ -91,10 +86,9 @@ def mix_and_norm(x, change, x0, r, s, eps: float) -> tuple[jax.Array, jax.Array,
 
 def by_kernels(x: jax.Array) -> bool:
     """Whether x is a GPU's own, of a size that the kernels take: not where XLA's partitioner would have to cut them."""
-    mesh = jax.sharding.get_abstract_mesh()
-    whole = all(kind == AxisType.Manual or n == 1 for kind, n in zip(mesh.axis_types, mesh.axis_sizes))
+    own = not jax.sharding.get_abstract_mesh().empty and not devices.partitioned()
     rows = x.size // x.shape[-1]
-    return devices.platform() == "gpu" and not mesh.empty and whole and rows % ROWS == 0 and x.shape[-1] % 64 == 0
+    return devices.platform() == "gpu" and own and rows % ROWS == 0 and x.shape[-1] % 64 == 0
 
 
 def _pieces(width: int) -> list[slice]:

@@ -43,6 +43,10 @@ def _chunk(tokens: int, chunk: int | None, logits=jnp.float32) -> int:
     return min(even + -even % EVEN, tokens)
 
 
+def _by_kernels() -> bool:
+    return devices.platform() == "gpu" and not devices.partitioned()
+
+
 def _vocab_blocks(size):
     """Slices of the (padded) vocabulary: all of it at once but on a CPU."""
     block = CPU_BLOCK if devices.platform() == "cpu" else size
@@ -167,7 +171,7 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
     chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
-    if devices.platform() == "gpu":
+    if _by_kernels():
         if eight_bits:  # transposed once and not in every chunk, as a barrier sees to
             turned_head8 = head8._replace(values=jax.lax.optimization_barrier(head8.values.T))
         body, start = body8_gpu if eight_bits else body_gpu, jnp.zeros(head.shape, jnp.float32)
@@ -201,7 +205,7 @@ def weighted_nll(
     targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     weights = jnp.where(targets >= 0, weights, 0.0)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    chunk = _chunk(hidden.shape[0], chunk, hidden.dtype if devices.platform() == "gpu" else jnp.float32)
+    chunk = _chunk(hidden.shape[0], chunk, hidden.dtype if _by_kernels() else jnp.float32)
     return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk, eight_bits)
 
 

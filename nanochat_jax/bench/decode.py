@@ -166,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker:
         worker(args)
         return 0
-    names = ("depth", "vocab", "seq", "batch", "prompt", "new", "temperature", "top_k")
+    names = ("depth", "vocab", "seq", "prompt", "new", "temperature", "top_k")
     shape = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names]
-    more = [f"--dtype={args.dtype}", *(["--int8"] if args.int8 else [])]
+    more = [f"--dtype={args.dtype}", f"--batch={args.batch}", *(["--int8"] if args.int8 else [])]
     more += [f"--run-dir={args.run_dir}"] if args.run_dir else []
     sides = [race.our_side("decode", [*shape, *more])]
     if args.reference:

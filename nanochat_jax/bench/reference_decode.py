@@ -20,7 +20,6 @@ def main() -> None:
     p = argparse.ArgumentParser()
     for name in ("depth", "vocab", "seq", "prompt", "new", "top-k"):
         p.add_argument(f"--{name}", type=int, required=True)
-    p.add_argument("--batch", help="is told with each order")
     p.add_argument("--temperature", type=float, required=True)
     args = p.parse_args()
 

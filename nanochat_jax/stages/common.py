@@ -216,6 +216,23 @@ def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, we
     return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=run.dtype, mesh=run.mesh)
 
 
+def _take_up(run: Run, name: str, keeper, init: Callable[[], dict] | None, optimizer, lora_rank: int | None):
+    """The train state of a stage's newest checkpoint and that checkpoint's meta; a fresh state and {} where there is
+    none. UserError where it was trained with another tokenizer."""
+    if keeper.latest() is None:
+        params = init() if init else None
+        if hosts.count() > 1:  # what one host holds can be copied to all devices only from its memory
+            params = jax.tree.map(np.asarray, params)
+        return train.init_state(run.gpt_config, optimizer, run.config.seed, run.mesh, params), {}
+    state, saved = keeper.restore(abstract_state(run, optimizer, lora_rank))
+    if saved["tokenizer"] != run.tokenizer.hash:
+        raise UserError(
+            f"{run.dir / 'tokenizer'} is not the tokenizer that stage {name} began with; put that one back, or "
+            f"remove {run.dir / name} to train the stage anew"
+        )
+    return state, saved
+
+
 def train_stage(
     run: Run,
     name: str,
@@ -240,27 +257,17 @@ def train_stage(
     """
     cfg, stage_dir = run.gpt_config, run.dir / name
     keeper = checkpoint.Checkpointer(stage_dir / "checkpoints", run.config.checkpoints, say=run.log.say)
+    state, saved = _take_up(run, name, keeper, init, optimizer, lora_rank)
+    if saved:
+        run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
     meta = {
         "stage": name,
         "seed": run.config.seed,
         "tokenizer": run.tokenizer.hash,
         "config": fingerprint(run.config),
         **(meta or {}),
+        **{key: saved[key] for key in ("seconds", "last") if saved},
     }
-    if keeper.latest() is None:
-        params = init() if init else None
-        if hosts.count() > 1:  # what one host holds can be copied to all devices only from its memory
-            params = jax.tree.map(np.asarray, params)
-        state = train.init_state(cfg, optimizer, run.config.seed, run.mesh, params)
-    else:
-        state, saved = keeper.restore(abstract_state(run, optimizer, lora_rank))
-        if saved["tokenizer"] != run.tokenizer.hash:
-            raise UserError(
-                f"{run.dir / 'tokenizer'} is not the tokenizer that stage {name} began with; put that one back, or "
-                f"remove {stage_dir} to train the stage anew"
-            )
-        meta = {**meta, "seconds": saved["seconds"], "last": saved["last"]}
-        run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
     settings = run.config.tracking
     on_spike = run.stop.ask if settings.stop_on_spike else None
     tracker = Tracker(run.dir, name, steps, run.log, int(state.step), settings, on_spike)
