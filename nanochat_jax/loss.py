@@ -110,7 +110,7 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
 
     def body(carry, xs):
         total, d_head = carry
-        x, y, w = xs
+        x, y, w, xt = xs
         rest, dx, us = jnp.zeros_like(w), jnp.zeros(x.shape, jnp.float32), []
         for entries in blocks:
             t, e = _capped(x, head[entries], softcap)
@@ -122,7 +122,7 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         rows = head[y]
         nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
         # (D, C) @ (C, V): on a CPU a third faster than the same with V first, and than a product that transposes x
-        xt = jax.lax.optimization_barrier((x * w_s[:, None]).astype(x.dtype).T)
+        xt = (xt * w_s).astype(x.dtype)
         d_head = [d + jnp.matmul(xt, u, preferred_element_type=jnp.float32) for d, u in zip(d_head, us, strict=True)]
         dx = dx * w_s[:, None] + d_y[:, None] * rows
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
@@ -177,7 +177,10 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         body, start = body8_gpu if eight_bits else body_gpu, jnp.zeros(head.shape, jnp.float32)
     else:
         start = [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks]
-        body = body8 if eight_bits else body
+        if eight_bits:
+            body = body8
+        else:
+            chunks = (*chunks, chunks[0].transpose(0, 2, 1))
     (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
     n = hidden.shape[0]
     d_head = jnp.concatenate([d.T for d in d_head]) if isinstance(d_head, list) else d_head

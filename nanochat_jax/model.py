@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nanochat_jax import devices, fp8
+from nanochat_jax import fp8
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.fused import add_and_norm, mix_and_norm, relu_squared, rms_norm, rotate_and_norm
+from nanochat_jax.products import product
 from nanochat_jax.segments import look_up
 
 GATE_CHANNELS = 12  # leading channels that the value-embedding gate looks at
 SMEAR_CHANNELS = 24  # leading channels that the smear gate looks at
-FEW_ROWS = 64  # as many as a decode step has
 
 # (layer, q (B, T, H, N), k (B, T, K, N), v (B, T, K, N)) -> (B, T, H, N)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -77,22 +77,6 @@ def _initialisers(cfg: GPTConfig) -> dict[str, Callable]:
 
 
 # ----------------------------------------------------------------------------------------------- modules
-
-
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x (..., in) times weight (out, in), transposed: (..., out).
-
-    The forms are one to a GPU. On two cores and a head of 32768 x 256: one row with x @ W^T is read by both (0.6 ms,
-    as einsum 1.4); for a few rows W @ x^T spares the packing of W (2.2 ms, x @ W^T 2.6), where XLA is kept from
-    turning it round again.
-    """
-    rows = math.prod(x.shape[:-1])
-    if rows == 1:
-        return (x.reshape(1, -1) @ weight.T).reshape(*x.shape[:-1], -1)
-    if rows <= FEW_ROWS and devices.platform() == "cpu":
-        columns = jax.lax.optimization_barrier(x.reshape(rows, -1).T)
-        return jax.lax.optimization_barrier(weight @ columns).T.reshape(*x.shape[:-1], -1)
-    return jnp.einsum("...i,oi->...o", x, weight)
 
 
 class Linear(nnx.Module):

@@ -17,6 +17,7 @@ import optax
 
 from nanochat_jax import sharding
 from nanochat_jax.config import GPTConfig, OptimConfig
+from nanochat_jax.products import matmul
 from nanochat_jax.scaling import REFERENCE_BATCH, REFERENCE_WIDTH
 
 # Polar Express for 5 iterations: (a, b, c) of X <- aX + (bA + cAA)X with A = X X^T (arXiv 2505.16932)
@@ -114,9 +115,9 @@ def orthogonalize(x: jax.Array, coefficients, safety: float, eps: float) -> jax.
     x = x / (_frobenius(x).astype(x.dtype) * safety + eps)
     for a, b, c in coefficients:
         xt = jnp.swapaxes(x, -1, -2)
-        gram = xt @ x if tall else x @ xt
-        poly = b * gram + c * (gram @ gram)
-        x = a * x + (x @ poly if tall else poly @ x)
+        gram = matmul(xt, x) if tall else matmul(x, xt)
+        poly = b * gram + c * matmul(gram, gram)
+        x = a * x + (matmul(x, poly) if tall else matmul(poly, x))
     return x
 
 

@@ -24,7 +24,8 @@ from nanochat_jax.bench import race
 from nanochat_jax.bench.step import add_shape
 from nanochat_jax.config import GPTConfig, MeshConfig, ModelConfig, OptimConfig
 from nanochat_jax.fused import add_and_norm, relu_squared, rotate_and_norm
-from nanochat_jax.model import product, rotary_tables
+from nanochat_jax.model import rotary_tables
+from nanochat_jax.products import product
 from nanochat_jax.segments import look_up
 
 ROUNDS, SECONDS = 5, 0.1  # a figure is the best of so many rounds, each of about so long
