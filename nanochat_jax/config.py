@@ -235,7 +235,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class RunConfig:
     seed: int = 1337
-    dtype: str = "auto"  # of the matrix products: float32 | bfloat16; auto is bfloat16 on a GPU, float32 on a CPU
+    dtype: str = "auto"  # of the products: float32 | bfloat16; auto: bfloat16, but on a CPU for training alone, if fast
     attention: str = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
     price_per_hour: float | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -120,7 +120,7 @@ class Compiled:
         found = targets.devices(job.gpu, job.count) if job.gpu else jax.devices()
         self.mesh = sharding.make_mesh(config.mesh, found)
         name = "bfloat16" if job.gpu and config.dtype == "auto" else config.dtype
-        self.dtype, plan = devices.compute_dtype(name), pretraining(config, job.cfg)
+        self.dtype, plan = devices.training_dtype(name), pretraining(config, job.cfg)
         schedules = optim.make_schedules(base.optim, plan.steps, plan.weight_decay, config.model.arch)
         self.optimizer = optim.make_optimizer(
             job.cfg, base.optim, schedules, plan.batch_tokens, orth_dtype=self.dtype, mesh=self.mesh

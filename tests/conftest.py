@@ -18,6 +18,17 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+
+@pytest.fixture(autouse=True, scope="session")
+def the_same_type_on_every_machine():
+    """Figures are compared: training runs in float32 also where the cores have bfloat16."""
+    from nanochat_jax import devices
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "cpu_has_bfloat16", lambda: False)
+        yield
+
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("NANOCHAT_GOLDEN") or Path(__file__).parent / "golden")
 

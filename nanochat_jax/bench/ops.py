@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     race.wait_for_turn()
     eight_bits = args.precision == "fp8"
-    dtype = devices.compute_dtype("bfloat16" if eight_bits else args.precision)
+    dtype = devices.training_dtype("bfloat16" if eight_bits else args.precision)
     model = ModelConfig(depth=args.depth, sequence_len=args.seq, window_pattern=args.pattern)
     cfg = scaling.gpt_config(model, args.vocab)
     kind = jax.devices()[0].device_kind

@@ -52,7 +52,7 @@ class RecipeStep:
         lr_scale: float = 1.0,
     ):
         self.mesh, self.kind, self.eight_bits = mesh, kind, precision == "fp8"
-        self.dtype = devices.compute_dtype("bfloat16" if self.eight_bits else precision)
+        self.dtype = devices.training_dtype("bfloat16" if self.eight_bits else precision)
         self.cfg = scaling.gpt_config(ModelConfig(depth=depth, sequence_len=seq, window_pattern=pattern), vocab)
         self.plan = scaling.plan(self.cfg, ratio=12.0, batch_tokens=batch_tokens)
         rates, batch = OptimConfig(lr_scale=lr_scale), self.plan.batch_tokens

@@ -54,7 +54,12 @@ class Run:
 
     @cached_property
     def dtype(self):
+        """Of what is evaluated and sampled."""
         return devices.compute_dtype(self.config.dtype)
+
+    @cached_property
+    def training_dtype(self):
+        return devices.training_dtype(self.config.dtype)
 
     @cached_property
     def mesh(self):
@@ -108,11 +113,11 @@ def compile_step(
     """
     length = run.config.model.sequence_len
     per_device = rows_per_device(name, batch_tokens, length, run.mesh)
-    graph, join, frozen = graph_of(run.gpt_config, run.dtype, eight_bits), None, ()
+    graph, join, frozen = graph_of(run.gpt_config, run.training_dtype, eight_bits), None, ()
     if lora_rank:
-        fixed = jax.eval_shape(lambda: cast_matrices(init_params(run.gpt_config, 0), run.dtype))
+        fixed = jax.eval_shape(lambda: cast_matrices(init_params(run.gpt_config, 0), run.training_dtype))
         join, frozen = lora.merged, (sharding.abstract(fixed, run.mesh),)
-    step = train.make_step(graph, optimizer, run.dtype, run.mesh, join)
+    step = train.make_step(graph, optimizer, run.training_dtype, run.mesh, join)
     arrays = {"tokens": np.int32, "targets": np.int32}
     state = abstract_state(run, optimizer, lora_rank)
     return fit_step(run, name, step, state, arrays, (per_device, length), micro_batch, frozen=frozen)
@@ -138,7 +143,7 @@ def fit_step(
     (per_device, length), mesh, compiled = shape, run.mesh, {}
     sizes = memory.micro_batches(per_device, micro_batch)
     attention.choose(
-        attention.shapes_of(run.gpt_config, length, run.dtype),
+        attention.shapes_of(run.gpt_config, length, run.training_dtype),
         sizes[0],
         run.cache_dir,
         run.config.attention,
@@ -213,7 +218,8 @@ def mix_seed(*numbers: int) -> int:
 
 def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, weight_decay: float):
     schedules = optim.make_schedules(cfg, steps, weight_decay, run.config.model.arch)
-    return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=run.dtype, mesh=run.mesh)
+    dtype = run.training_dtype
+    return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=dtype, mesh=run.mesh)
 
 
 def _take_up(run: Run, name: str, keeper, init: Callable[[], dict] | None, optimizer, lora_rank: int | None):

@@ -56,11 +56,11 @@ def _adapting(run: common.Run, name: str, before: str, rank: int, step: common.S
     if hosts.count() > 1:  # as in train_stage
         params = jax.tree.map(np.asarray, params)
     split = sharding.tree_shardings(params, run.mesh)
-    frozen = jax.jit(lambda params: cast_matrices(params, run.dtype), out_shardings=split)(params)
+    frozen = jax.jit(lambda params: cast_matrices(params, run.training_dtype), out_shardings=split)(params)
 
     @functools.partial(jax.jit, out_shardings=split)
     def whole(frozen, adapters):
-        return lora.merged(frozen, cast_matrices(adapters, run.dtype))
+        return lora.merged(frozen, cast_matrices(adapters, run.training_dtype))
 
     return {
         "init": lambda: lora.init(run.gpt_config, rank, common.mix_seed(run.config.seed, *name.encode())),

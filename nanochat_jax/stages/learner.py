@@ -42,11 +42,12 @@ class Learner:
     def __init__(self, run: common.Run, optimizer, reference: dict | None, held: int):
         """reference: parameters of the KL's other side, and DPO's; held: bytes on a device beside the train step's."""
         self.run, self.cfg, self.reference = run, run.config.rl, reference
-        graph = graph_of(run.gpt_config, run.dtype)
-        self._log_probs = policy.make_log_probs(graph, run.dtype, run.mesh)
+        dtype = run.training_dtype
+        graph = graph_of(run.gpt_config, dtype)
+        self._log_probs = policy.make_log_probs(graph, dtype, run.mesh)
         self._look = policy.make_look(self._log_probs, on_policy=self.cfg.objective != "dpo")
         self._weigh = policy.make_weigh(self.cfg)
-        step, state = train.make_step(graph, optimizer, run.dtype, run.mesh), common.abstract_state(run, optimizer)
+        step, state = train.make_step(graph, optimizer, dtype, run.mesh), common.abstract_state(run, optimizer)
         arrays = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         rows = rows_per_device(run)
 

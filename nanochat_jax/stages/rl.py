@@ -54,7 +54,7 @@ def main(run: common.Run) -> dict:
     if cfg.kl is not None or cfg.objective == "dpo":
         start = run.params_of(before)
         start = jax.device_put(start, sharding.tree_shardings(start, run.mesh))
-        reference = cast_matrices(start, run.dtype)
+        reference = cast_matrices(start, run.training_dtype)
     sampler = Sampler(run, merge(graph_of(run.gpt_config, run.dtype), run.params_of(before)), slots=rollouts_per_step)
     learner = Learner(run, optimizer, reference, held=memory.held_bytes((reference, sampler.engine.arrays)))
     words = " and ".join(shares)
