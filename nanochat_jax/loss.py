@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax import devices, fp8, loss_kernels
+from nanochat_jax.products import transposed
 from nanochat_jax.segments import add_rows
 
 CHUNK = 512  # tokens on a CPU
@@ -183,7 +184,7 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
             chunks = (*chunks, chunks[0].transpose(0, 2, 1))
     (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
     n = hidden.shape[0]
-    d_head = jnp.concatenate([d.T for d in d_head]) if isinstance(d_head, list) else d_head
+    d_head = jnp.concatenate([transposed(d) for d in d_head]) if isinstance(d_head, list) else d_head
     d_head = add_rows(d_head, hidden, targets, d_y.reshape(-1)[:n])
     return total, (dx.reshape(-1, hidden.shape[-1])[:n], d_head.astype(head.dtype))
 

@@ -51,6 +51,12 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return einsum("...mk,...kn->...mn", a, b)
 
 
+def transposed(result: jax.Array) -> jax.Array:
+    """The transpose of a product's result (m, n), made after it: XLA on a CPU may turn the product round instead, into a
+    form that it has not for 16 bits, and fail when it runs (jax 0.10)."""
+    return (jax.lax.optimization_barrier(result) if devices.platform() == "cpu" else result).T
+
+
 @jax.custom_vjp
 def _of_many(x, weight):
     """(rows, in) and (out, in) to (rows, out), on a CPU."""
@@ -72,7 +78,7 @@ def _of_many_bwd(kept, dy):
     runs = [slice(start, start + RUN) for start in range(0, len(x), RUN)]
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
     total = sum(dot(turned[:, run], wide[run]) for run in runs)
-    return dx, (total.T if narrow is x else total).astype(weight.dtype)
+    return dx, (transposed(total) if narrow is x else total).astype(weight.dtype)
 
 
 _of_many.defvjp(_of_many_fwd, _of_many_bwd)

@@ -19,9 +19,9 @@ CFG = GPTConfig(vocab_size=250, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, seq
 STEPS = 3
 
 
-def optimizer(mesh=None):
+def optimizer(mesh=None, dtype=jnp.float32):
     schedules = optim.make_schedules(OptimConfig(warmup_steps=0), STEPS, 0.1, "modern")
-    return optim.make_optimizer(CFG, OptimConfig(), schedules, 2**19, mesh=mesh)
+    return optim.make_optimizer(CFG, OptimConfig(), schedules, 2**19, dtype, mesh)
 
 
 def batches(rows=16, masked=False):
@@ -45,13 +45,13 @@ def start():
     return jax.tree.map(filled, init_params(CFG, 0))
 
 
-def run(mesh_config, accumulation, masked=False):
+def run(mesh_config, accumulation, masked=False, dtype=jnp.float32):
     """(losses, parameters) of three steps on the mesh."""
     count = int(np.prod([n for n in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)]))
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    opt = optimizer(mesh)
+    opt = optimizer(mesh, dtype)
     state = train.init_state(CFG, opt, 0, mesh, start())
-    step, losses = train.make_step(graph_of(CFG, jnp.float32), opt, jnp.float32, mesh), []
+    step, losses = train.make_step(graph_of(CFG, dtype), opt, dtype, mesh), []
     for batch in batches(masked=masked):
         state, metrics = step(state, place(batch, accumulation, mesh))
         losses.append(float(metrics["loss"]))
@@ -87,6 +87,13 @@ def test_eight_devices_equal_one(one_device, mesh, accumulation):
     losses, params = run(mesh, accumulation)
     assert relative_error(losses, one_device[0]) < 1e-5
     assert differing(params, one_device[1]) == []
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)])
+def test_bfloat16_on_a_cpu_runs_and_is_as_close_as_its_rounding(one_device, mesh, accumulation):
+    """Runs: XLA compiles products of 16 bits in forms that it cannot run, and says so at the first step."""
+    np.testing.assert_allclose(run(mesh, accumulation, dtype=jnp.bfloat16)[0], one_device[0], rtol=0.01)
 
 
 def test_accumulation_weighs_every_target_alike():
