@@ -52,8 +52,8 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def transposed(result: jax.Array) -> jax.Array:
-    """The transpose of a product's result (m, n), made after it: XLA on a CPU may turn the product round instead, into a
-    form that it has not for 16 bits, and fail when it runs (jax 0.10)."""
+    """The transpose of a product's result (m, n), made after it: XLA on a CPU may turn the product round instead, into
+    a form that it has not for 16 bits, and fail when it runs (jax 0.10)."""
     return (jax.lax.optimization_barrier(result) if devices.platform() == "cpu" else result).T
 
 
