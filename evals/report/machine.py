@@ -33,6 +33,7 @@ def section(facts: Facts) -> str:
         ["memory", f"{info['memory_gb']} GB"],
         ["devices", devices],
         ["software", f"{plain(info['os'])}, Python {info['python']}, jax {info['jax']}, flax {info['flax']}"],
+        *([["training in", info["training_dtype"]]] if "training_dtype" in info else []),
         ["git commit", info["commit"] or "n/a"],
         ["model", f"{c.model.arch}, depth {c.model.depth}, context {c.model.sequence_len}"],
         ["tokenizer", f"{c.tokenizer.vocab_size:,} entries{_bytes_per_token(facts)}"],

@@ -41,7 +41,7 @@ def main(run: common.Run) -> dict:
         step = common.compile_step(run, "base", optimizer, plan.batch_tokens, cfg.micro_batch, cfg.fp8)
         run.log.say(
             f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
-            f"{scaling.param_counts(run.gpt_config)['total']:,} parameters"
+            f"{scaling.param_counts(run.gpt_config)['total']:,} parameters, {run.training_dtype}"
         )
         with common.loader(run, train_rows, step) as loader:
             return common.train_stage(

@@ -311,7 +311,7 @@ def train_stage(
         "tokens": steps * tokens_per_step,
         "seconds": metrics.pop("seconds"),
         "metrics": metrics,
-        "system": system_info(),
+        "system": {**system_info(), "training_dtype": str(run.training_dtype)},
         **extra(),
     }
     if hosts.is_main():
