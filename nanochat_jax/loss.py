@@ -91,23 +91,13 @@ def _split(array, chunk):
     return array.reshape(-1, chunk, *array.shape[1:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
-    def body(total, xs):
-        x, y, w = xs
-        t_y, s = _target(x, head[y], softcap)
-        for entries in _vocab_blocks(head.shape[0]):
-            _, e = _capped(x, head[entries], softcap)
-            s = s + jnp.where(_others(entries, y, vocab), e, 0.0).sum(axis=-1)
-        return total + (w * (jnp.log(s) - softcap * t_y)).sum(), None
-
-    chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+# A way to sum a chunk: (d loss / d head before the first chunk, the scan's body, how that gradient becomes (V, D)).
+# body((loss, d_head), (x (C, D), targets (C,), weights (C,))) -> these two after the chunk, (d loss / dx, d of target)
 
 
-def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
-    blocks = _vocab_blocks(head.shape[0]) if not eight_bits else [slice(0, head.shape[0])]
-    head8 = fp8.quantize(head) if eight_bits else None
+def _blocks(head, vocab, softcap):
+    """Block after block of the vocabulary; a chunk is handed over turned as well, (D, C)."""
+    blocks = _vocab_blocks(head.shape[0])
 
     def body(carry, xs):
         total, d_head = carry
@@ -128,8 +118,14 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         dx = dx * w_s[:, None] + d_y[:, None] * rows
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
-    def body_gpu(carry, xs):
-        """The same with one kernel between the products, which hand it logits in x's own type."""
+    start = [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks]
+    return start, body, lambda d_head: jnp.concatenate([transposed(d) for d in d_head])
+
+
+def _kernel(head, vocab, softcap):
+    """On a GPU: one kernel between the products, which hand it logits in x's own type."""
+
+    def body(carry, xs):
         total, d_head = carry
         x, y, w = xs
         u, rest = loss_kernels.terms(jnp.einsum("cd,vd->cv", x, head), y, vocab, softcap)
@@ -141,23 +137,37 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         dx = dx * w_s[:, None] + d_y[:, None] * rows
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
-    def body8(carry, xs):
-        """The same by 8-bit products; the logits' gradient is scaled by its own largest element."""
-        total, (d_head,) = carry
+    return jnp.zeros(head.shape, jnp.float32), body, lambda d_head: d_head
+
+
+def _eight_bits(head, vocab, softcap):
+    """By 8-bit products; the logits' gradient is scaled by its own largest element."""
+    head8, whole = fp8.quantize(head), slice(0, head.shape[0])
+
+    def body(carry, xs):
+        total, d_head = carry
         x, y, w = xs
         x8 = fp8.quantize(x)
         t, e = _capped_logits(fp8.dot(x8, head8, (1, 1), jnp.float32), softcap)
-        e = jnp.where(_others(blocks[0], y, vocab), e, 0.0)
+        e = jnp.where(_others(whole, y, vocab), e, 0.0)
         u = e * (1.0 - t * t)
         rest, most, rows = e.sum(axis=-1), u.max(axis=-1), head[y]
         nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
         g8 = fp8.quantize(u.astype(x.dtype) * w_s[:, None], fp8.E5M2, (most * jnp.abs(w_s)).max())
         dx = fp8.dot(g8, head8, (1, 0), jnp.float32) + d_y[:, None] * rows
         d_head = d_head + fp8.dot(x8, g8, (0, 0), jnp.float32)
-        return (total + nll, [d_head]), (dx.astype(x.dtype), d_y)
+        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
-    def body8_gpu(carry, xs):
-        """`body8` by kernels: one for the sums, which the scale of the gradient needs, and one that rounds it."""
+    return jnp.zeros(head.shape[::-1], jnp.float32), body, transposed
+
+
+def _eight_bit_kernels(head, vocab, softcap):
+    """The same on a GPU: a kernel for the sums, which the gradient's scale needs, and one that rounds the gradient."""
+    head8 = fp8.quantize(head)
+    # transposed once and not in every chunk, as a barrier sees to
+    turned_head8 = head8._replace(values=jax.lax.optimization_barrier(head8.values.T))
+
+    def body(carry, xs):
         total, d_head = carry
         x, y, w = xs
         x8 = fp8.quantize(x)
@@ -171,21 +181,35 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         d_head = d_head + fp8.dot(fp8.Quantized(turned, scale), x8, (1, 0), jnp.float32)
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
+    return jnp.zeros(head.shape, jnp.float32), body, lambda d_head: d_head
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
+    def body(total, xs):
+        x, y, w = xs
+        t_y, s = _target(x, head[y], softcap)
+        for entries in _vocab_blocks(head.shape[0]):
+            _, e = _capped(x, head[entries], softcap)
+            s = s + jnp.where(_others(entries, y, vocab), e, 0.0).sum(axis=-1)
+        return total + (w * (jnp.log(s) - softcap * t_y)).sum(), None
+
     chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
+    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+
+
+def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
     if _by_kernels():
-        if eight_bits:  # transposed once and not in every chunk, as a barrier sees to
-            turned_head8 = head8._replace(values=jax.lax.optimization_barrier(head8.values.T))
-        body, start = body8_gpu if eight_bits else body_gpu, jnp.zeros(head.shape, jnp.float32)
+        way = _eight_bit_kernels if eight_bits else _kernel
     else:
-        start = [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks]
-        if eight_bits:
-            body = body8
-        else:
-            chunks = (*chunks, chunks[0].transpose(0, 2, 1))
+        way = _eight_bits if eight_bits else _blocks
+    start, body, joined = way(head, vocab, softcap)
+    chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
+    if way is _blocks:
+        chunks = (*chunks, chunks[0].transpose(0, 2, 1))
     (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
     n = hidden.shape[0]
-    d_head = jnp.concatenate([transposed(d) for d in d_head]) if isinstance(d_head, list) else d_head
-    d_head = add_rows(d_head, hidden, targets, d_y.reshape(-1)[:n])
+    d_head = add_rows(joined(d_head), hidden, targets, d_y.reshape(-1)[:n])
     return total, (dx.reshape(-1, hidden.shape[-1])[:n], d_head.astype(head.dtype))
 
 
