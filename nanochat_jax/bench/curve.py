@@ -1,12 +1,13 @@
 """Losses of some hundred steps from the same weights on the same tokens: several precisions, and the reference.
 
-    python -m nanochat_jax.bench curve --packed DIR --depth 4 --reference DIR --reference-python ENV/bin/python
+    python -m nanochat_jax.bench curve --packed DIR --precision float32 --reference DIR --reference-python PYTHON
     python -m nanochat_jax.bench curve --packed DIR --depth 24 --rows 16 --accumulation 8 --precision bfloat16,fp8
 
 Rows come in the order in which they stand in the folder of packed rows. Rates and schedules are the recipe's for so
-many steps. The others are compared with the first side, by their mean losses over each tenth of the steps. Small
-batches at the recipe's rates are chaotic for a while after the warm-up: there weights that differ by a ten-millionth
-part by percents of the loss, and --lr-scale says more than a difference does.
+many steps, and the reference computes in the first of the precisions. The others are compared with the first side, by
+their mean losses over each tenth of the steps. Small batches at the recipe's rates are chaotic for a while after the
+warm-up: there weights that differ by a ten-millionth part by percents of the loss, and --lr-scale says more than a
+difference does.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for precision in args.precision.split(",")
         }
         if args.reference:
-            how = args.reference, args.reference_python, "auto", [*shape, f"--curve={folder}"]
+            first = args.precision.split(",")[0]
+            how = args.reference, args.reference_python, first, [*shape, f"--curve={folder}"]
             starts = {"reference": functools.partial(race.reference_side, "reference_train.py", *how), **starts}
         for name, begin in starts.items():  # one after the other: each may need the whole device
             (side,), losses[name] = race.begin(begin()), []

@@ -103,8 +103,10 @@ def our_side(module: str, options: list[str], environment: dict[str, str] | None
     return Side("ours", command, env={**os.environ, **hugepages.environment(), **(environment or {})})
 
 
-def reference_side(script: str, folder: str, python: str, dtype: str, options: list[str]) -> Side:
-    """karpathy/nanochat in `folder`, run by a Python that has torch; auto: the type that it takes by itself."""
+def reference_side(script: str, folder: str, python: str, precision: str, options: list[str]) -> Side:
+    """karpathy/nanochat in `folder`, run by a Python that has torch; auto: the type that it takes by itself, which on a
+    CPU is float32; beside fp8 it runs in bfloat16."""
+    dtype = "bfloat16" if precision == "fp8" else precision
     env = {**os.environ, "PYTHONPATH": folder, **({} if dtype == "auto" else {"NANOCHAT_DTYPE": dtype})}
     return Side("reference", [python, str(Path(__file__).with_name(script)), *options], env=env, cwd=folder)
 

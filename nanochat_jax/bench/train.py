@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     result |= {"rounds": args.rounds, "steps": args.steps}
     sides = [start(args, shape, result)]
     if args.reference:
-        dtype = {"fp8": "bfloat16"}.get(args.precision, args.precision)
-        sides.append(race.reference_side("reference_train.py", args.reference, args.reference_python, dtype, shape))
+        where = args.reference, args.reference_python
+        sides.append(race.reference_side("reference_train.py", *where, args.precision, shape))
     race.begin(*sides)
     rates = {side.name: [] for side in sides}
     for side in sides:
