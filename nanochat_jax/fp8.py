@@ -88,12 +88,17 @@ def quantize_both(arrays: Sequence[jax.Array], dtype, make: Callable = lambda x:
     return Quantized(values, scale, other)
 
 
-def dot(a: Quantized, b: Quantized, contract: tuple[int, int] = (1, 1), out=jnp.bfloat16) -> jax.Array:
-    """The product of two matrices over axes `contract`, accumulated in float32, in dtype `out`."""
+def dot(a: Quantized, b: Quantized, contract=(1, 1), out=jnp.bfloat16, *, gradient: bool = False) -> jax.Array:
+    """The product of two matrices over axes `contract`, in dtype `out`.
+
+    gradient: summed in float32. Without, an H100's tensor cores keep some 14 bits of a sum (cuBLASLt's fast
+    accumulation), which is enough over a model's width and not over the tokens of a batch.
+    """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if devices.platform() == "gpu":
         wide = [q.values.astype(jnp.bfloat16) * q.scale.astype(jnp.bfloat16) for q in (a, b)]
-        return jax.lax.dot_general(*wide, dims, preferred_element_type=out)
+        precision = jax.lax.Precision.HIGHEST if gradient else None  # how XLA is told
+        return jax.lax.dot_general(*wide, dims, precision=precision, preferred_element_type=out)
     y = jax.lax.dot_general(a.values, b.values, dims, preferred_element_type=jnp.float32)
     return (y * (a.scale * b.scale)).astype(out)
 
@@ -127,8 +132,8 @@ def _products_fwd(x, weights):
 def _products_bwd(kept, dys):
     x8, weights8, (x_like, *likes) = kept
     dys8 = [quantize_both([_matrix(dy)], E5M2) for dy in dys]
-    dx = sum(dot(dy8, w8, out=x_like.dtype) for dy8, w8 in zip(dys8, weights8))
-    dws = tuple(dot(dy8.turned, x8, out=like.dtype) for dy8, like in zip(dys8, likes))
+    dx = sum(dot(dy8, w8, out=x_like.dtype, gradient=True) for dy8, w8 in zip(dys8, weights8))
+    dws = tuple(dot(dy8.turned, x8, out=like.dtype, gradient=True) for dy8, like in zip(dys8, likes))
     return dx.reshape(*dys[0].shape[:-1], -1), dws
 
 
@@ -165,10 +170,11 @@ def _mlp_fwd(x, fc, proj):
 def _mlp_bwd(kept, dy):
     x8, fc8, h, a8, proj8, (fc_like, proj_like) = kept
     dy8 = quantize_both([_matrix(dy)], E5M2)
-    da = dot(dy8, proj8, out=h.dtype)
+    da = dot(dy8, proj8, out=h.dtype, gradient=True)
     dh8 = quantize_both([h, da], E5M2, _relu_squared_gradient)
-    dx = dot(dh8, fc8, out=dy.dtype).reshape(dy.shape)
-    return dx, dot(dh8.turned, x8, out=fc_like.dtype), dot(dy8.turned, a8, out=proj_like.dtype)
+    dx = dot(dh8, fc8, out=dy.dtype, gradient=True).reshape(dy.shape)
+    d_fc = dot(dh8.turned, x8, out=fc_like.dtype, gradient=True)
+    return dx, d_fc, dot(dy8.turned, a8, out=proj_like.dtype, gradient=True)
 
 
 mlp.defvjp(_mlp_fwd, _mlp_bwd)

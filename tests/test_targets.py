@@ -104,3 +104,5 @@ def test_the_whole_step_is_lowered_without_the_arrays_that_it_must_not_have(prec
     eight = eight_bit_products(text)
     # of each layer q, k, v, two projections and the MLP's first: forward, and both ways back; the loss has three
     assert eight == (2 * 6 * 3 + 3 if precision == "fp8" else 0)
+    # and of them those on the way back, which sum over a batch's tokens, do not take the 14 bits of fast accumulation
+    assert text.count("precision = [HIGHEST, HIGHEST]") == (2 * 6 * 2 + 2 if precision == "fp8" else 0)
