@@ -176,8 +176,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sides.append(race.reference_side(script, args.reference, python, args.dtype, shape))
     race.begin(*sides)
     bandwidth = sides[0].ask("bandwidth")
-    result = {"shape": {n: getattr(args, n) for n in names}, "int8": args.int8, "rounds": args.rounds}
-    result |= {"run_dir": args.run_dir, "read_bandwidth_gb": bandwidth / 1e9, "batches": {}}
+    of_run = {"depth", "vocab", "seq"} if args.run_dir else set()  # which are the run's own
+    result = {"shape": {n: getattr(args, n) for n in names if n not in of_run}, "run_dir": args.run_dir}
+    result |= {"int8": args.int8, "rounds": args.rounds, "read_bandwidth_gb": bandwidth / 1e9, "batches": {}}
     print(f"{'batch':>5} {'':10} {'tokens/s':>9} {'a row':>8} {'first ms':>9} {'prefill/s':>9} {'of memory':>9}")
     for batch in args.batches:
         for side in sides:
