@@ -79,6 +79,13 @@ def test_ops_compares_every_part_with_its_roofline(capsys, monkeypatch):
     assert all(part["best"] > 0 and part["seconds"] > 0 for part in found["parts"].values())
 
 
+def test_on_a_gpu_all_but_the_races_compile_beside_each_other():
+    a, b, race = suite.Entry("a", "train", 1), suite.Entry("b", "train", 1), suite.Entry("race", "train", 1, True)
+    assert suite.waves([a, race, b], gpu=True, reference=True) == [[a, b], [race]]
+    assert suite.waves([a, race, b], gpu=True, reference=False) == [[a, race, b]]
+    assert suite.waves([a, race, b], gpu=False, reference=False) == [[], [a], [race], [b]]
+
+
 def test_the_suite_goes_on_after_a_failure_and_leaves_out_what_would_not_end(tmp_path, monkeypatch, capsys):
     entries = (
         suite.Entry("bad", "train --depth many", 60),

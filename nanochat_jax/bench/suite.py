@@ -124,6 +124,12 @@ def start(entries: Sequence[Entry], out: Path, reference: list[str], turns: Path
     return found
 
 
+def waves(entries: Sequence[Entry], gpu: bool, reference: bool) -> list[list[Entry]]:
+    """What compiles beside each other: on a GPU all but the races, as torch holds memory once it has compiled."""
+    by_itself = [e for e in entries if not gpu or (e.races and reference)]
+    return [[e for e in entries if e not in by_itself], *([e] for e in by_itself)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench suite", description=__doc__.split("\n\n")[0])
     p.add_argument("--minutes", type=float, default=8, help="beside the reference a GPU wants some 14, a CPU 17")
@@ -142,11 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference:
         reference = ["--reference", args.reference, "--reference-python", args.reference_python]
     failed, gpu = 0, on_gpu()
-    # what runs torch holds memory as soon as it has compiled, so races come one by one when the rest is through
-    by_itself = [e for e in entries if not gpu or (e.races and reference)]
-    waves = [[e for e in entries if e not in by_itself], *([e] for e in by_itself)]
     with open(out / "results.jsonl", "a", encoding="utf-8") as results, tempfile.TemporaryDirectory() as turns:
-        for i, wave in enumerate(waves):
+        for i, wave in enumerate(waves(entries, gpu, bool(reference))):
             fit = []
             for entry in wave:
                 left = end - time.monotonic() - sum(e.seconds for e in fit)
