@@ -54,10 +54,11 @@ def test_train_says_how_fast_it_was_what_it_held_and_where_the_time_went(tmp_pat
 
 
 def test_curve_compares_precisions_on_the_same_tokens(tmp_path, bench):
-    more = ["--steps=10", "--precision=float32,fp8", f"--out={tmp_path / 'losses'}"]
+    more = ["--steps=10", "--lr-scale=10", "--precision=float32,fp8", "--chance", f"--out={tmp_path / 'losses'}"]
     found = bench("curve", *TINY, *more, packed(tmp_path / "rows", 9))
-    exact, rough = (found["sides"][name] for name in ("float32", "fp8"))
+    exact, rough, chance = (found["sides"][name] for name in ("float32", "fp8", "chance"))
     assert exact["largest_difference"] == 0 < rough["largest_difference"] < 0.02
+    assert 0 < chance["largest_of_a_step"] < rough["largest_of_a_step"]
     assert exact["means"][-1] < exact["means"][0]
     losses = json.loads((tmp_path / "losses").read_text())["losses"]
     assert len(losses["float32"]) == 10 and losses["float32"][0] == pytest.approx(np.log(512), rel=0.01)

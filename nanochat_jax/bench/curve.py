@@ -6,8 +6,8 @@
 Rows come in the order in which they stand in the folder of packed rows. Rates and schedules are the recipe's for so
 many steps, and the reference computes in the first of the precisions. The others are compared with the first side, by
 their mean losses over each tenth of the steps. Small batches at the recipe's rates are chaotic for a while after the
-warm-up: there weights that differ by a ten-millionth part by percents of the loss, and --lr-scale says more than a
-difference does.
+warm-up: weights that differ by a millionth then part by percents of the loss. --chance shows by how much, with a side
+more, and a larger batch or --lr-scale makes it less.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from nanochat_jax.bench import race
 from nanochat_jax.bench.train import SHAPE
 
 ASKED = 10  # steps of an order
+AWAY = 1e-6  # of every weight, where --chance is asked for
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,10 +39,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--lr-scale", type=float, default=1.0, help="multiplies every rate of the recipe")
     p.add_argument("--seed", type=int, default=0, help="of the weights")
+    p.add_argument("--chance", action="store_true", help="a side more: the first precision, weights a millionth away")
     p.add_argument("--out", help="write every loss there, as JSON")
     race.add_reference(p)
     p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     p.add_argument("--folder", help=argparse.SUPPRESS)
+    p.add_argument("--away", action="store_true", help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
 
@@ -98,7 +101,10 @@ def worker(args: argparse.Namespace) -> None:
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     with np.load(folder / "weights.npz") as weights:
         template = jax.eval_shape(lambda: init_params(made.cfg, 0))
-        state = made.init(from_reference(weights, template, made.cfg))
+        given, rng = dict(weights), np.random.default_rng(1)
+        if args.away:
+            given = {name: w * (1 + AWAY * rng.standard_normal(w.shape, np.float32)) for name, w in given.items()}
+        state = made.init(from_reference(given, template, made.cfg))
 
     def answer(order) -> list[float]:
         nonlocal state
@@ -123,15 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         write_common(Path(folder), args)
+        ours = functools.partial(race.our_side, "curve")
+        options, precisions = [*shape, *more, f"--folder={folder}"], args.precision.split(",")
         starts = {
-            precision: functools.partial(
-                race.our_side, "curve", [*shape, *more, f"--precision={precision}", f"--folder={folder}"]
-            )
-            for precision in args.precision.split(",")
+            precision: functools.partial(ours, [*options, f"--precision={precision}"]) for precision in precisions
         }
+        if args.chance:
+            starts["chance"] = functools.partial(ours, [*options, f"--precision={precisions[0]}", "--away"])
         if args.reference:
-            first = args.precision.split(",")[0]
-            how = args.reference, args.reference_python, first, [*shape, f"--curve={folder}"]
+            how = args.reference, args.reference_python, precisions[0], [*shape, f"--curve={folder}"]
             starts = {"reference": functools.partial(race.reference_side, "reference_train.py", *how), **starts}
         for name, begin in starts.items():  # one after the other: each may need the whole device
             (side,), losses[name] = race.begin(begin()), []
