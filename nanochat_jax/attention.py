@@ -255,7 +255,7 @@ def measure(shape: Shape, rows: int) -> tuple[dict[str, float], dict[str, str]]:
     with jax.default_matmul_precision("highest"):
         one = [x.astype(jnp.float32) for x in _random(shape, 1)]
         want = _with_gradients(BACKENDS["blocks"], shape)(*one)
-    fit, left_out, args = {}, {}, _random(shape, rows)
+    fit, left_out = {}, {}
     for name in takers(shape):
         try:
             f = _with_gradients(BACKENDS[name], shape)
@@ -264,10 +264,11 @@ def measure(shape: Shape, rows: int) -> tuple[dict[str, float], dict[str, str]]:
             if wrong:
                 left_out[name] = f"{', '.join(wrong)}, of {TOLERANCE:.0%} allowed"
             else:
-                jax.block_until_ready(f(*args))
+                jax.block_until_ready(f(*_random(shape, rows)))
                 fit[name] = f
         except Exception as e:  # no kernel for this device, or no memory for it: the others are there
             left_out[name] = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
+    args = _random(shape, rows) if fit else []
     # in turns, so that what else the device does falls on all of them alike
     rounds = [{name: _seconds(f, args) for name, f in fit.items()} for _ in range(_ROUNDS)]
     return {name: 1e3 * min(times[name] for times in rounds) for name in fit}, left_out

@@ -88,16 +88,17 @@ def quantize_both(arrays: Sequence[jax.Array], dtype, make: Callable = lambda x:
     return Quantized(values, scale, other)
 
 
-def dot(a: Quantized, b: Quantized, contract=(1, 1), out=jnp.bfloat16, *, gradient: bool = False) -> jax.Array:
+def dot(a: Quantized, b: Quantized, contract: tuple[int, int] = (1, 1), out=jnp.bfloat16) -> jax.Array:
     """The product of two matrices over axes `contract`, in dtype `out`.
 
-    gradient: summed in float32. Without, an H100's tensor cores keep some 14 bits of a sum (cuBLASLt's fast
-    accumulation), which is enough over a model's width and not over the tokens of a batch.
+    It is summed in float32 where one is e5m2, so a gradient. Else an H100's tensor cores keep some 14 bits of a sum
+    (cuBLASLt's fast accumulation), which is enough over a model's width and not over the tokens of a batch.
     """
     dims = (((contract[0],), (contract[1],)), ((), ()))
     if devices.platform() == "gpu":
         wide = [q.values.astype(jnp.bfloat16) * q.scale.astype(jnp.bfloat16) for q in (a, b)]
-        precision = jax.lax.Precision.HIGHEST if gradient else None  # how XLA is told
+        exact = E5M2 in (a.values.dtype, b.values.dtype)
+        precision = jax.lax.Precision.HIGHEST if exact else None  # how XLA is told
         return jax.lax.dot_general(*wide, dims, precision=precision, preferred_element_type=out)
     y = jax.lax.dot_general(a.values, b.values, dims, preferred_element_type=jnp.float32)
     return (y * (a.scale * b.scale)).astype(out)
@@ -132,8 +133,8 @@ def _products_fwd(x, weights):
 def _products_bwd(kept, dys):
     x8, weights8, (x_like, *likes) = kept
     dys8 = [quantize_both([_matrix(dy)], E5M2) for dy in dys]
-    dx = sum(dot(dy8, w8, out=x_like.dtype, gradient=True) for dy8, w8 in zip(dys8, weights8))
-    dws = tuple(dot(dy8.turned, x8, out=like.dtype, gradient=True) for dy8, like in zip(dys8, likes))
+    dx = sum(dot(dy8, w8, out=x_like.dtype) for dy8, w8 in zip(dys8, weights8))
+    dws = tuple(dot(dy8.turned, x8, out=like.dtype) for dy8, like in zip(dys8, likes))
     return dx.reshape(*dys[0].shape[:-1], -1), dws
 
 
@@ -170,11 +171,10 @@ def _mlp_fwd(x, fc, proj):
 def _mlp_bwd(kept, dy):
     x8, fc8, h, a8, proj8, (fc_like, proj_like) = kept
     dy8 = quantize_both([_matrix(dy)], E5M2)
-    da = dot(dy8, proj8, out=h.dtype, gradient=True)
+    da = dot(dy8, proj8, out=h.dtype)
     dh8 = quantize_both([h, da], E5M2, _relu_squared_gradient)
-    dx = dot(dh8, fc8, out=dy.dtype, gradient=True).reshape(dy.shape)
-    d_fc = dot(dh8.turned, x8, out=fc_like.dtype, gradient=True)
-    return dx, d_fc, dot(dy8.turned, a8, out=proj_like.dtype, gradient=True)
+    dx = dot(dh8, fc8, out=dy.dtype).reshape(dy.shape)
+    return dx, dot(dh8.turned, x8, out=fc_like.dtype), dot(dy8.turned, a8, out=proj_like.dtype)
 
 
 mlp.defvjp(_mlp_fwd, _mlp_bwd)

@@ -154,8 +154,8 @@ def _eight_bits(head, vocab, softcap):
         rest, most, rows = e.sum(axis=-1), u.max(axis=-1), head[y]
         nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
         g8 = fp8.quantize(u.astype(x.dtype) * w_s[:, None], fp8.E5M2, (most * jnp.abs(w_s)).max())
-        dx = fp8.dot(g8, head8, (1, 0), jnp.float32, gradient=True) + d_y[:, None] * rows
-        d_head = d_head + fp8.dot(x8, g8, (0, 0), jnp.float32, gradient=True)
+        dx = fp8.dot(g8, head8, (1, 0), jnp.float32) + d_y[:, None] * rows
+        d_head = d_head + fp8.dot(x8, g8, (0, 0), jnp.float32)
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
     return jnp.zeros(head.shape[::-1], jnp.float32), body, transposed
@@ -178,8 +178,8 @@ def _eight_bit_kernels(head, vocab, softcap):
         scale = fp8.scale_of((most * jnp.abs(w_s)).max(), fp8.E5M2)
         g, turned = loss_kernels.rounded(z, y, w_s / scale, vocab, softcap, fp8.E5M2)
         g8 = fp8.Quantized(g, scale, turned)
-        dx = fp8.dot(g8, turned_head8, (1, 1), jnp.float32, gradient=True) + d_y[:, None] * rows
-        d_head = d_head + fp8.dot(g8.turned, x8, (1, 0), jnp.float32, gradient=True)
+        dx = fp8.dot(g8, turned_head8, (1, 1), jnp.float32) + d_y[:, None] * rows
+        d_head = d_head + fp8.dot(g8.turned, x8, (1, 0), jnp.float32)
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
     return jnp.zeros(head.shape, jnp.float32), body, lambda d_head: d_head

@@ -101,9 +101,10 @@ def worker(args: argparse.Namespace) -> None:
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     with np.load(folder / "weights.npz") as weights:
         template = jax.eval_shape(lambda: init_params(made.cfg, 0))
-        given, rng = dict(weights), np.random.default_rng(1)
+        given = weights
         if args.away:
-            given = {name: w * (1 + AWAY * rng.standard_normal(w.shape, np.float32)) for name, w in given.items()}
+            rng = np.random.default_rng(1)
+            given = {name: w * (1 + AWAY * rng.standard_normal(w.shape, np.float32)) for name, w in weights.items()}
         state = made.init(from_reference(given, template, made.cfg))
 
     def answer(order) -> list[float]:
