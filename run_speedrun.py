@@ -61,7 +61,7 @@ def fitting_config(gigabytes: float | None = None) -> Path:
 
 def plan(args: argparse.Namespace) -> int:
     """Says what a run would take; the exit status."""
-    from nanochat_jax import plan, targets
+    from nanochat_jax.planning import plan, targets
 
     if args.measured and "=" in args.measured:  # the setting behind a --measured that stands alone
         args.settings, args.measured = [args.measured, *args.settings], ""
@@ -73,12 +73,13 @@ def plan(args: argparse.Namespace) -> int:
 def open_run(args: argparse.Namespace):
     """The run directory, made or taken up again. UserError where it was made with other settings."""
     from evals import sandbox
-    from nanochat_jax import hosts, sinks
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.files import atomic_write_text
-    from nanochat_jax.preemption import Stop
+    from nanochat_jax.mesh import hosts
+    from nanochat_jax.mesh.preemption import Stop
     from nanochat_jax.stages.common import Run
-    from nanochat_jax.tracking import RunLog
+    from nanochat_jax.tracking import sinks
+    from nanochat_jax.tracking.tracking import RunLog
 
     path = Path(args.config) if args.config else fitting_config()
     config = load_config(path, args.mesh, args.settings)
@@ -148,8 +149,8 @@ def pipeline(args: argparse.Namespace) -> dict:
     unknown = sorted(set(chosen) - set(STAGES))
     if unknown or not chosen:
         raise UserError(f"unknown stage {unknown[0] if unknown else repr(args.stages)}; stages are {', '.join(STAGES)}")
-    from nanochat_jax import hosts
     from nanochat_jax.checkpoint import read_done
+    from nanochat_jax.mesh import hosts
 
     run = open_run(args)
     left = [s for s in ON_ONE_HOST if s in chosen and hosts.count() > 1]
@@ -192,8 +193,8 @@ def scores(run) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from nanochat_jax import hosts
     from nanochat_jax.devices import prepare
+    from nanochat_jax.mesh import hosts
 
     prepare()
     try:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.attention import causal_attention
+from nanochat_jax.model.attention import causal_attention
 
 STEM, NOTHING = 0, -1  # in place of a branch's number: what all see, and what fills a row up
 

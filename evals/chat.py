@@ -87,7 +87,7 @@ def answer_generative(
 
     Without seeds it is one answer to each; "" where the prompt does not fit.
     """
-    from nanochat_jax.engine import Request
+    from nanochat_jax.engine.engine import Request
 
     stop = (tokenizer.assistant_end, tokenizer.bos)
     seeds = seeds or [(0,)] * len(conversations)

@@ -12,23 +12,19 @@ another quantity.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-import yaml
 
 from evals.branches import Answer, common_prefix
 from evals.corrections import right_golds
 from evals.scoring import Scorer
 from nanochat_jax.config import RunConfig
-from nanochat_jax.data.bundle import FILES, FOLDER, is_bundle
+from nanochat_jax.data.bundle import FOLDER, CoreTask, find_data, is_bundle, load_tasks
 from nanochat_jax.errors import UserError
 
 SHUFFLE_SEED = 1337  # of the order of a task's examples, from which max_per_task takes the first
@@ -36,18 +32,6 @@ FEWSHOT_SEED = 1234  # plus the example's index: of the choice of its few-shot e
 BLOCK = 512  # examples tokenized and scored at a time: bounds memory, leaves enough to sort by length
 CONTEXTS = 10  # as many contexts long may a prompt be: the reference crops none, and its table of angles ends there
 TASK_TYPES = ("multiple_choice", "schema", "language_modeling")
-
-
-@dataclass(frozen=True)
-class CoreTask:
-    """One entry of core.yaml."""
-
-    label: str
-    task_type: str  # of TASK_TYPES
-    dataset_uri: str
-    num_fewshot: int
-    delimiter: str  # between a question and its answer
-    baseline: float  # accuracy of guessing, 0 to 1
 
 
 def find_bundle(config: RunConfig, cache_dir: Path) -> Path | None:
@@ -111,39 +95,6 @@ def answer_spans(task_type: str, ids: list[list[int]]) -> list[Answer]:
 
 
 # ------------------------------------------------------------------------------------------------------ data
-
-
-def load_tasks(bundle: Path) -> list[CoreTask]:
-    """The tasks that core.yaml lists, in its order. UserError where the bundle is not one."""
-    for name in FILES:
-        if not (bundle / name).is_file():
-            raise UserError(f"no {name} in {bundle}: set evals.core_dir to the folder of the CORE bundle")
-    with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
-        chance = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in csv.DictReader(f)}
-    entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-    missing = [t["label"] for t in entries if t["label"] not in chance]
-    if missing:
-        raise UserError(f"eval_meta_data.csv in {bundle} has no random baseline for {', '.join(missing)}")
-    return [
-        CoreTask(
-            label=t["label"],
-            task_type=t["icl_task_type"],
-            dataset_uri=t["dataset_uri"],
-            num_fewshot=t["num_fewshot"][0],
-            delimiter=t.get("continuation_delimiter", " "),
-            baseline=chance[t["label"]],
-        )
-        for t in entries
-    ]
-
-
-def find_data(bundle: Path, task: CoreTask) -> tuple[Path | None, bool]:
-    """(file, whether it is a stand-in). `squad.subset.jsonl` stands in for a `squad.jsonl` that is not there."""
-    path = bundle / "eval_data" / task.dataset_uri
-    if path.is_file():
-        return path, False
-    others = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))
-    return (others[0], True) if others else (None, False)
 
 
 def load_examples(path: Path, max_per_task: int | None) -> list[dict]:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from nanochat_jax.engine import Completion, Engine, Request
+from nanochat_jax.engine.engine import Completion, Engine, Request
 
 MOST = 8  # engines on a CPU, as each reads all weights for its own rows
 ROWS = 8  # of each there: what they hold of a small model stays near its core; 16 were a tenth slower

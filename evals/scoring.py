@@ -27,9 +27,9 @@ from flax import nnx
 from evals import branches
 from evals.branches import Answer, Tree
 from evals.shapes import branch_bucket, fineness, power_of_four, prefix_bucket, stack, width_of
-from nanochat_jax import model as gpt
-from nanochat_jax import sharding
-from nanochat_jax.loss import token_nll
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model import gpt
+from nanochat_jax.model.loss import token_nll
 
 IN_FLIGHT = 1  # batches handed to the device before the result of the one ahead is waited for
 

@@ -16,13 +16,13 @@ from evals.bpb import evaluate_bpb
 from evals.chat import Draws, chatcore, evaluate_chat_task
 from evals.core import evaluate_core, find_bundle
 from evals.scoring import Scorer
-from nanochat_jax import sharding
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.config import MeshConfig, RunConfig, check_evals
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
-from nanochat_jax.quantize import rounded
-from nanochat_jax.tracking import peak_memory_gb
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model.quantize import rounded
+from nanochat_jax.tracking.tracking import peak_memory_gb
 from tokenizer.chat import render_prompt
 
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
@@ -109,7 +109,7 @@ class _Bench:
     def engine(self):
         if self._engine is None:
             from evals.engines import Engines
-            from nanochat_jax.calculator import CalculatorTool
+            from nanochat_jax.engine.calculator import CalculatorTool
 
             slots, max_len = self.config.evals.batch, self.model.cfg.sequence_len
             self._engine = Engines(
@@ -171,8 +171,8 @@ class _Bench:
 
     def validation_rows(self):
         """The packed rows of the pinned validation text, the same as in training."""
-        from nanochat_jax.data.documents import open_documents
         from nanochat_jax.data.packing import pack_split
+        from nanochat_jax.data.sources import open_documents
 
         documents = open_documents(self.config.data, self.cache_dir)
         return pack_split(self.config, documents, self.tok, self.cache_dir, "val", log=self.log)
@@ -217,7 +217,7 @@ class _Bench:
 
     def samples(self) -> list[dict]:
         """Greedy answers to a few fixed prompts."""
-        from nanochat_jax.engine import Request
+        from nanochat_jax.engine.engine import Request
         from tokenizer.chat import parse_completion
 
         stop = (self.tok.assistant_end, self.tok.bos)

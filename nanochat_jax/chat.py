@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nanochat_jax import hugepages
-from nanochat_jax.calculator import CalculatorTool
+from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.errors import UserError
 
 
@@ -62,8 +62,8 @@ class Chat:
 
     def ask(self, text: str, out: Console) -> str:
         """Prints the answer to `text` as it is made and returns its visible text; Ctrl-C ends it where it is."""
-        from nanochat_jax.dialogue import answer, fit, prompt_limit
-        from nanochat_jax.engine import Request
+        from nanochat_jax.engine.dialogue import answer, fit, prompt_limit
+        from nanochat_jax.engine.engine import Request
 
         a, stop = self.args, (self.tok.assistant_end, self.tok.bos)
         asked = [*self.messages, {"role": "user", "content": text}]
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.devices import prepare, use_compilation_cache
-    from nanochat_jax.engine import Engine
+    from nanochat_jax.engine.engine import Engine
 
     prepare()
     out = Console(highlight=False)

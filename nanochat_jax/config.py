@@ -251,6 +251,16 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+@dataclass(frozen=True)
+class SweepConfig:
+    """Either budgets of FLOPs, which give iso-FLOP curves, or ratios of tokens to parameters."""
+
+    depths: tuple[int, ...] = ()
+    flops: tuple[float, ...] = ()  # of training a model, by scaling.flops_per_token
+    ratios: tuple[float, ...] = ()  # tokens per scaling parameter
+    aspect_ratio: int | None = None  # width per layer, rounded up to whole heads; None: as depth says, 64
+
+
 # ---------------------------------------------------------------------------------------------- building
 
 

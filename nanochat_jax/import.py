@@ -37,9 +37,9 @@ def import_weights(
     stage: base, mid, sft or rl; None: the one that the weights say they are of. tokenizer_dir: None for `source`.
     config, settings: as of `load_config`; those of the model and its vocabulary are the weights'.
     """
-    from nanochat_jax import scaling
     from nanochat_jax.checkpoint import STAGES, Checkpointer, write_done
-    from nanochat_jax.model import init_params
+    from nanochat_jax.model import scaling
+    from nanochat_jax.model.gpt import init_params
     from nanochat_jax.weights.folder import read_folder
     from nanochat_jax.weights.names import flatten, from_reference, reference_name
 

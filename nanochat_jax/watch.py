@@ -25,10 +25,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from nanochat_jax.alarms import STALL_SECONDS, STALL_TIMES
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
-from nanochat_jax.tracking import read_records
+from nanochat_jax.tracking.alarms import STALL_SECONDS, STALL_TIMES
+from nanochat_jax.tracking.tracking import read_records
 
 STAGES = ("base", "mid", "sft", "rl")
 RECENT = 32  # steps over which rates and losses are taken

@@ -66,12 +66,12 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     # the engine's thread wants the interpreter for a moment many times a step: Python would let it wait 5 ms for each
     sys.setswitchinterval(0.0005)
 
-    from nanochat_jax.calculator import CalculatorTool
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.config import MeshConfig
     from nanochat_jax.devices import prepare, use_compilation_cache
-    from nanochat_jax.engine import Engine, Request
-    from nanochat_jax.sharding import make_mesh
+    from nanochat_jax.engine.calculator import CalculatorTool
+    from nanochat_jax.engine.engine import Engine, Request
+    from nanochat_jax.mesh.sharding import make_mesh
     from server.app import create_app
     from server.scheduler import Scheduler
 

@@ -9,7 +9,7 @@ import random
 import time
 from collections.abc import AsyncIterator
 
-from nanochat_jax import engine
+from nanochat_jax.engine import engine
 from server.choice import Choice, Shown
 from server.metrics import Metrics
 from server.scheduler import Scheduler, Update

@@ -13,7 +13,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from nanochat_jax import dialogue
+from nanochat_jax.engine import dialogue
 from server import errors, schemas
 from server.answer import Answer, engine_requests
 from server.edge import Edge

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nanochat_jax.dialogue import Piece, Reader
+from nanochat_jax.engine.dialogue import Piece, Reader
 
 
 class Token(NamedTuple):

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nanochat_jax.engine import Completion, Engine, Request, Ticket
+from nanochat_jax.engine.engine import Completion, Engine, Request, Ticket
 from nanochat_jax.errors import UserError
 
 

@@ -79,7 +79,7 @@ class Golden:
         """The GPT with the stored weights."""
         from flax import nnx
 
-        from nanochat_jax.model import GPT
+        from nanochat_jax.model.gpt import GPT
         from nanochat_jax.weights.names import from_reference
 
         graph, params = nnx.split(GPT(self.cfg, rngs=nnx.Rngs(0)))

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.model import GPT
+from nanochat_jax.model.gpt import GPT
 from tokenizer import SPECIAL_TOKENS
 
 

@@ -8,7 +8,7 @@ import time
 import uvicorn
 from evals_fakes import ByteTokenizer
 
-from nanochat_jax.engine import Counters, Event, Ticket, TokenLogprob
+from nanochat_jax.engine.engine import Counters, Event, Ticket, TokenLogprob
 from server.__main__ import bind
 from server.app import create_app
 from server.scheduler import Scheduler

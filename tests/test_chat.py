@@ -8,8 +8,9 @@ from evals_fakes import tiny_model
 from rich.console import Console
 from server_fakes import TOK, Scripted
 
-from nanochat_jax import chat, dialogue
-from nanochat_jax.engine import Engine, Request
+from nanochat_jax import chat
+from nanochat_jax.engine import dialogue
+from nanochat_jax.engine.engine import Engine, Request
 
 
 def arguments(**changes):

@@ -181,4 +181,4 @@ def test_the_repository_as_one_text():
     assert first.startswith("===== README.md =====\n# nanochat_jax") and "===== run_speedrun.py" in second
     assert not any(t.startswith("===== tests/") for t in rest) and all("\0" not in t for t in rest)
     names = {str(p) for p in onetext.files(tests=True)}
-    assert {"tests/test_docs.py", "nanochat_jax/model.py"} <= names and Path("uv.lock") not in names
+    assert {"tests/test_docs.py", "nanochat_jax/model/gpt.py"} <= names and Path("uv.lock") not in names

@@ -4,6 +4,17 @@
 measures one. PATH is a .parquet or .txt file, or a folder of them.
 """
 
-from tokenizer.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from pathlib import Path
 
-__all__ = ["SPECIAL_TOKENS", "StreamDecoder", "Tokenizer"]
+from tokenizer.bytelevel import JSON_FILE, ByteLevelTokenizer
+from tokenizer.tokenizer import MODEL_FILE, SPECIAL_TOKENS, StreamDecoder, Tokenizer
+
+__all__ = ["SPECIAL_TOKENS", "StreamDecoder", "Tokenizer", "load_tokenizer"]
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The vocabulary that `Tokenizer.save` or an import wrote into a folder. UserError if there is none."""
+    foreign = Path(folder) / JSON_FILE
+    if foreign.is_file() and not (Path(folder) / MODEL_FILE).is_file():
+        return ByteLevelTokenizer(foreign.read_text(encoding="utf-8"))
+    return Tokenizer.load(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
-from tokenizer.tokenizer import Tokenizer
+from tokenizer import load_tokenizer
 
 
 def read_documents(path: str | Path) -> Iterator[str]:
@@ -30,7 +30,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
 def _texts(files: list[Path]) -> Iterator[str]:
     for file in files:
         if file.suffix == ".parquet":
-            from nanochat_jax.data.documents import parquet_texts
+            from nanochat_jax.formats import parquet_texts
 
             yield from parquet_texts(file)
             continue
@@ -45,13 +45,13 @@ def _train(args: argparse.Namespace) -> dict:
 
     cfg = TokenizerConfig(vocab_size=args.vocab_size, sample_chars=args.sample_chars, max_doc_chars=args.max_doc_chars)
     stats = train_tokenizer(read_documents(args.data), args.out, cfg)
-    return {**stats, "vocab_size": args.vocab_size, "hash": Tokenizer.load(args.out).hash, "out": str(args.out)}
+    return {**stats, "vocab_size": args.vocab_size, "hash": load_tokenizer(args.out).hash, "out": str(args.out)}
 
 
 def _evaluate(args: argparse.Namespace) -> dict:
     from tokenizer.evaluate import evaluate, table
 
-    results = evaluate(Tokenizer.load(args.dir), list(read_documents(args.data)))
+    results = evaluate(load_tokenizer(args.dir), list(read_documents(args.data)))
     print(table(results))
     return {"bytes_per_token": {name: round(value, 4) for name, value in results.items()}}
 

@@ -3,7 +3,7 @@
 Two promises hold for every model that `train.py` makes. `decode(encode(text)) == text` for every Unicode string, and
 no text ever becomes a special token: those are control symbols, which SentencePiece never matches in its input.
 
-    tok = Tokenizer.load("runs/demo/tokenizer")
+    tok = load_tokenizer("runs/demo/tokenizer")
     tok.decode(tok.encode("Hello"))
 """
 
@@ -115,10 +115,6 @@ class Tokenizer:
     def load(cls, dir: str | Path) -> Tokenizer:
         """The tokenizer in a folder that `save` wrote. Raises UserError if there is none."""
         path = Path(dir) / MODEL_FILE
-        if not path.is_file() and (Path(dir) / "tokenizer.json").is_file():
-            from tokenizer.bytelevel import ByteLevelTokenizer
-
-            return ByteLevelTokenizer((Path(dir) / "tokenizer.json").read_text(encoding="utf-8"))
         if not path.is_file():
             raise UserError(
                 f"no tokenizer in {dir} (it would hold {MODEL_FILE}); train one: python -m tokenizer train --out {dir}"

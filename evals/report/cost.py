@@ -6,7 +6,7 @@ import statistics
 
 from evals.report import curves
 from evals.report.facts import Facts
-from evals.report.words import DASH, count, duration, percent, table
+from nanochat_jax.words import DASH, count, duration, percent, table
 
 
 def section(facts: Facts) -> str:

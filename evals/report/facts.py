@@ -8,11 +8,11 @@ from pathlib import Path
 import yaml
 
 from evals import records
-from evals.report.words import listed, plain
 from nanochat_jax.config import RunConfig, from_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
-from nanochat_jax.tracking import read_records, system_info
+from nanochat_jax.tracking.tracking import read_records, system_info
+from nanochat_jax.words import listed, plain
 
 STAGES = records.ORDER
 TITLES = {
@@ -98,8 +98,8 @@ class Facts:
     def parameters(self) -> int | None:
         if not (self.dir / "tokenizer" / "tokenizer.model").is_file():
             return None
-        from nanochat_jax import scaling
-        from tokenizer import Tokenizer
+        from nanochat_jax.model import scaling
+        from tokenizer import load_tokenizer
 
-        vocab = Tokenizer.load(self.dir / "tokenizer").vocab_size
+        vocab = load_tokenizer(self.dir / "tokenizer").vocab_size
         return scaling.param_counts(scaling.gpt_config(self.config.model, vocab))["total"]

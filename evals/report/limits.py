@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 
 from evals.report.facts import STAGES, Facts, stand_ins, titled
-from evals.report.words import listed, percent, plain
-from nanochat_jax.data.documents import source_of
+from nanochat_jax.data.sources import source_of
+from nanochat_jax.words import listed, percent, plain
 
 
 def section(facts: Facts) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from evals.report.facts import STAGES, Facts
-from evals.report.words import count, fence, fold, listed, plain, table
 from nanochat_jax.config import dump_yaml
-from nanochat_jax.data.documents import source_of
+from nanochat_jax.data.sources import source_of
+from nanochat_jax.words import count, fence, fold, listed, plain, table
 
 
 def header(facts: Facts) -> str:

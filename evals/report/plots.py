@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.report.words import count
+from nanochat_jax.words import count
 
 STAGE_COLOURS = {"base": "#0072B2", "mid": "#D55E00", "sft": "#009E73", "rl": "#AA4499"}
 COLOURS = tuple(STAGE_COLOURS.values())

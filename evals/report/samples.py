@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evals import records
 from evals.report.facts import STAGES, Facts, titled
-from evals.report.words import cut, fence, fold, plain
+from nanochat_jax.words import cut, fence, fold, plain
 
 CHARS, LINES = 600, 14  # of a text that the page shows
 EACH = 2  # right and wrong answers to a task

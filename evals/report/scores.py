@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from evals.report.facts import STAGES, Facts, stand_ins, titled
-from evals.report.words import DASH, duration, listed, percent, plain, plus_minus, table
+from nanochat_jax.words import DASH, duration, listed, percent, plain, plus_minus, table
 
 LEGEND = (
     "± is one standard error, left out where all answers were right, or none: its formula says nothing there. Bold is "

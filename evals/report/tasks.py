@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from evals.report.facts import STAGES, Facts, titled
 from evals.report.plots import Bar, bars
-from evals.report.words import DASH, fold, plain, plus_minus, table
+from nanochat_jax.words import DASH, fold, plain, plus_minus, table
 
 
 def core(facts: Facts) -> str:

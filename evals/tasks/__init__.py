@@ -8,7 +8,6 @@ Local files have the hub's columns: tasks/gsm8k_main_test.parquet, chat/*.jsonl.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from evals.tasks.arc import ARC
@@ -22,40 +21,14 @@ from evals.tasks.mmlu import MMLU
 from evals.tasks.reading import Choices, Facts, Lookup, Reading, Repeat
 from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
 from nanochat_jax.config import DataConfig
-from nanochat_jax.data.documents import source_of
+from nanochat_jax.data.sources import source_of
+from nanochat_jax.data.tables import CHAT_REPO, ROWS, Rows
 from nanochat_jax.errors import UserError
 
 VERSION = 3  # of what the tasks say: part of the key of packed conversations
 SPELLING_SIZES = {"train": 100_000, "test": 256}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Where a task's rows are: a local file and a hub dataset, for each split that the task is used with."""
-
-    files: dict[str, str]  # split -> glob pattern in tasks/
-    repo: str
-    config: str | None
-    hub_splits: dict[str, str]
-
-
-def _rows(config: str, repo: str, stem: str, splits: Sequence[str] = ("train", "test")) -> Rows:
-    return Rows({s: f"{stem}_{s}.parquet" for s in splits}, repo, config, {s: s for s in splits})
-
-
-ROWS = {
-    "arc_easy": _rows("ARC-Easy", "allenai/ai2_arc", "arc_ARC-Easy"),
-    "arc_challenge": _rows("ARC-Challenge", "allenai/ai2_arc", "arc_ARC-Challenge"),
-    "mmlu": Rows(
-        {"train": "mmlu_auxiliary_train*.parquet", "test": "mmlu_all_test.parquet"},
-        "cais/mmlu",
-        "all",
-        {"train": "auxiliary_train", "test": "test"},
-    ),
-    "gsm8k": _rows("main", "openai/gsm8k", "gsm8k_main"),
-    "humaneval": Rows({"test": "humaneval_test.parquet"}, "openai/openai_humaneval", None, {"test": "test"}),
-}
-CHAT_REPO = "HuggingFaceTB/smol-smoltalk"
 _FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
     "arc_easy": lambda rows: ARC(rows, "arc_easy"),
     "arc_challenge": lambda rows: ARC(rows, "arc_challenge"),

@@ -6,7 +6,7 @@ times > 0 repeats all rows, times < 0 takes so many of them. Tasks that a source
 from __future__ import annotations
 
 from nanochat_jax.config import DataConfig
-from nanochat_jax.data.documents import source_of
+from nanochat_jax.data.sources import source_of
 from nanochat_jax.errors import UserError
 
 Recipe = list[tuple[str, str, int]]

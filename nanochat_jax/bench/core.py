@@ -63,14 +63,14 @@ def found_tasks(args: argparse.Namespace) -> dict:
 def tokenizer_of(args: argparse.Namespace, folder: Path | None = None):
     """The run's, the one named, or one trained on the texts of the bundle and saved in `folder`."""
     from nanochat_jax.config import TokenizerConfig
-    from tokenizer import Tokenizer
+    from tokenizer import load_tokenizer
     from tokenizer.train import train_tokenizer
 
     if args.run_dir or args.tokenizer:
-        return Tokenizer.load(Path(args.run_dir, "tokenizer") if args.run_dir else args.tokenizer)
+        return load_tokenizer(Path(args.run_dir, "tokenizer") if args.run_dir else args.tokenizer)
     texts = (line for _, path in found_tasks(args).values() for line in path.read_text(encoding="utf-8").splitlines())
     train_tokenizer(texts, folder, TokenizerConfig(args.vocab, SAMPLE_CHARS))
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 def prepare(args: argparse.Namespace, tokenizer, folder: Path) -> list[str]:
@@ -116,8 +116,8 @@ def worker(args: argparse.Namespace) -> None:
     """Answers {"label", "examples"} with the seconds and whether each example was answered right."""
     from evals.core import evaluate_task, load_examples
     from evals.scoring import Scorer
-    from nanochat_jax import sharding
     from nanochat_jax.config import MeshConfig
+    from nanochat_jax.mesh import sharding
 
     scorer = Scorer(load(args), mesh=sharding.make_mesh(MeshConfig()))
     tokenizer, tasks = tokenizer_of(args), found_tasks(args)

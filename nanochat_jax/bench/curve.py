@@ -52,9 +52,9 @@ def make(args: argparse.Namespace, precision: str):
     """The step of one side, on one device."""
     import jax
 
-    from nanochat_jax import sharding
     from nanochat_jax.bench.step import RecipeStep
     from nanochat_jax.config import MeshConfig
+    from nanochat_jax.mesh import sharding
 
     options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "steps", "lr_scale")}
     batch = args.rows * args.accumulation * args.seq
@@ -66,10 +66,10 @@ def write_common(folder: Path, args: argparse.Namespace) -> None:
     """What the sides share: weights by the reference's names, tokens, and the optimizer's settings as it takes them."""
     import jax
 
-    from nanochat_jax import optim
     from nanochat_jax.config import OptimConfig
     from nanochat_jax.data.packed import PackedDataset
-    from nanochat_jax.model import init_params
+    from nanochat_jax.model.gpt import init_params
+    from nanochat_jax.training import optim
     from nanochat_jax.weights.names import to_reference
 
     made, rates = make(args, "float32"), OptimConfig()
@@ -94,7 +94,7 @@ def worker(args: argparse.Namespace) -> None:
     """Answers {"losses": [first, end]} with the losses of these steps."""
     import jax
 
-    from nanochat_jax.model import init_params
+    from nanochat_jax.model.gpt import init_params
     from nanochat_jax.weights.names import from_reference
 
     made, folder = make(args, args.precision), Path(args.folder)

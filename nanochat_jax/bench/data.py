@@ -50,13 +50,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def tokenizer_of(args: argparse.Namespace, documents, folder: Path):
     from nanochat_jax.config import TokenizerConfig
-    from tokenizer import Tokenizer
+    from tokenizer import load_tokenizer
     from tokenizer.train import train_tokenizer
 
     if args.tokenizer:
-        return Tokenizer.load(args.tokenizer)
+        return load_tokenizer(args.tokenizer)
     train_tokenizer(documents.train(), folder, TokenizerConfig(args.vocab, args.sample_chars))
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)
 
 
 def pack_all(documents, tok, folder: Path, workers: int, text_bytes: int) -> dict:
@@ -105,10 +105,10 @@ def worker(args: argparse.Namespace) -> None:
     """Answers {"steps": n} with the seconds of n micro-batches, {"paced": n} with what n simulated steps cost."""
     import jax
 
-    from nanochat_jax import sharding
     from nanochat_jax.config import MeshConfig
     from nanochat_jax.data.loader import Loader
     from nanochat_jax.data.packed import PackedDataset
+    from nanochat_jax.mesh import sharding
 
     put = sharding.rows(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), leading=1)
 
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         worker(args)
         return 0
     from nanochat_jax.config import DataConfig
-    from nanochat_jax.data.documents import open_documents
+    from nanochat_jax.data.sources import open_documents
 
     if args.reference and not args.dir:
         raise SystemExit("error: the reference reads parquet files; give their folder as --dir")

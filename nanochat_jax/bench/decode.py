@@ -57,7 +57,7 @@ def random_params(cfg) -> dict:
     import jax
     import jax.numpy as jnp
 
-    from nanochat_jax.model import init_params
+    from nanochat_jax.model.gpt import init_params
 
     params = init_params(cfg, 0)
     key = jax.random.key(1)
@@ -70,9 +70,10 @@ def random_params(cfg) -> dict:
 
 def load(args: argparse.Namespace):
     """The model of a run, or one of random weights."""
-    from nanochat_jax import devices, scaling
+    from nanochat_jax import devices
     from nanochat_jax.config import ModelConfig
-    from nanochat_jax.model import graph_of, merge
+    from nanochat_jax.model import scaling
+    from nanochat_jax.model.gpt import graph_of, merge
 
     if args.run_dir:
         from nanochat_jax.checkpoint import load_model
@@ -123,7 +124,7 @@ def worker(args: argparse.Namespace) -> None:
     import jax
     import numpy as np
 
-    from nanochat_jax.engine import Engine, Request
+    from nanochat_jax.engine.engine import Engine, Request
 
     model, engines, rng = load(args), {}, np.random.default_rng(0)
 

@@ -45,8 +45,8 @@ def prepare(args: argparse.Namespace):
     from evals.tasks.base import prompt_messages
     from nanochat_jax.bench import decode
     from nanochat_jax.checkpoint import load_model
-    from nanochat_jax.engine import Request
-    from nanochat_jax.model import graph_of, merge
+    from nanochat_jax.engine.engine import Request
+    from nanochat_jax.model.gpt import graph_of, merge
     from tokenizer.chat import render_prompt
 
     loaded = load_model(args.run_dir, args.stage)
@@ -73,7 +73,7 @@ def measure(answer, requests) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from evals.engines import Engines
-    from nanochat_jax.calculator import CalculatorTool
+    from nanochat_jax.engine.calculator import CalculatorTool
 
     model, tok, requests = prepare(args)
     how = {"max_len": model.cfg.sequence_len, "tool": CalculatorTool(tok)}

@@ -236,8 +236,10 @@ def table(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, di
 
 def compiled_text(args: argparse.Namespace) -> str:
     """The optimised program of the step for the GPU."""
-    from nanochat_jax import attention, sharding, targets
     from nanochat_jax.config import MeshConfig
+    from nanochat_jax.mesh import sharding
+    from nanochat_jax.model import attention
+    from nanochat_jax.planning import targets
 
     mesh = sharding.make_mesh(MeshConfig(), targets.devices(args.gpu))
     options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "precision")}
@@ -258,8 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--hlo", help="a file of an optimised program, instead of compiling one")
     p.add_argument("--dump", help="write the optimised program there")
     args = p.parse_args(argv)
-    from nanochat_jax import targets
     from nanochat_jax.errors import UserError
+    from nanochat_jax.planning import targets
 
     try:
         if args.hlo:

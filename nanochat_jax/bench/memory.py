@@ -44,8 +44,8 @@ class Planned:
     """The step of one depth on the mesh, and the memory of its micro-batches."""
 
     def __init__(self, depth: int, args: argparse.Namespace, mesh, kind: str | None = None):
-        from nanochat_jax import sharding
         from nanochat_jax.bench.step import RecipeStep
+        from nanochat_jax.mesh import sharding
 
         self.step = RecipeStep(depth, mesh, seq=args.seq, vocab=args.vocab, precision=args.precision, kind=kind)
         self.per_device = self.step.plan.batch_tokens // args.seq // sharding.data_parallel(mesh)
@@ -53,7 +53,7 @@ class Planned:
 
     def needed(self, rows: int) -> int:
         """Bytes a device, with `rows` at a time."""
-        from nanochat_jax import memory
+        from nanochat_jax.training import memory
 
         if rows not in self.compiled:
             self.compiled[rows] = self.step.lower(rows, ACCUMULATION).compile()
@@ -81,8 +81,8 @@ class Planned:
         import numpy as np
         import psutil
 
-        from nanochat_jax import sharding
-        from nanochat_jax.tracking import peak_memory_gb
+        from nanochat_jax.mesh import sharding
+        from nanochat_jax.tracking.tracking import peak_memory_gb
 
         self.needed(rows)
         before = psutil.Process().memory_info().rss / 1e9
@@ -127,9 +127,11 @@ def table_row(kind: str | None, depth: int, args: argparse.Namespace) -> dict:
     """Plans one depth for one kind of device, and prints it."""
     import jax
 
-    from nanochat_jax import memory, sharding, targets
     from nanochat_jax.config import MeshConfig
     from nanochat_jax.devices import POOL
+    from nanochat_jax.mesh import sharding
+    from nanochat_jax.planning import targets
+    from nanochat_jax.training import memory
 
     devices = targets.devices(kind, args.devices) if kind else jax.devices()
     limit = memory.MARGIN * POOL * targets.GPUS[kind].gb * 1e9 if kind else memory.device_bytes()

@@ -19,14 +19,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import attention, devices, fp8, loss, optim, scaling, sharding
+from nanochat_jax import devices
 from nanochat_jax.bench import race
 from nanochat_jax.bench.step import add_shape
 from nanochat_jax.config import GPTConfig, MeshConfig, ModelConfig, OptimConfig
-from nanochat_jax.fused import add_and_norm, relu_squared, rotate_and_norm
-from nanochat_jax.model import rotary_tables
-from nanochat_jax.products import product
-from nanochat_jax.segments import look_up
+from nanochat_jax.kernels import fp8
+from nanochat_jax.kernels.fused import add_and_norm, relu_squared, rotate_and_norm
+from nanochat_jax.kernels.products import product
+from nanochat_jax.kernels.segments import look_up
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model import attention, loss, scaling
+from nanochat_jax.model.gpt import rotary_tables
+from nanochat_jax.training import optim
 
 ROUNDS, SECONDS = 5, 0.1  # a figure is the best of so many rounds, each of about so long
 LARGE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # the ceiling's matrices

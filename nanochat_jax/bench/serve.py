@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def in_process(args: argparse.Namespace) -> Callable[[int, float], Tally]:
     """run(clients, seconds) against an engine of this process."""
     from nanochat_jax.bench.decode import load
-    from nanochat_jax.engine import Engine, Request
+    from nanochat_jax.engine.engine import Engine, Request
 
     model = load(args)
     engine = Engine(model, slots=args.slots, max_len=model.cfg.sequence_len, int8=args.int8)

@@ -9,9 +9,13 @@ from functools import cached_property
 import jax
 import numpy as np
 
-from nanochat_jax import devices, optim, scaling, sharding, targets, train
+from nanochat_jax import devices
 from nanochat_jax.config import ModelConfig, OptimConfig
-from nanochat_jax.model import graph_of
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model import scaling
+from nanochat_jax.model.gpt import graph_of
+from nanochat_jax.planning import targets
+from nanochat_jax.training import loop, optim
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8")
 STEPS = 1000  # of the schedules; what a step costs does not depend on it
@@ -58,10 +62,10 @@ class RecipeStep:
         rates, batch = OptimConfig(lr_scale=lr_scale), self.plan.batch_tokens
         self.schedules = optim.make_schedules(rates, steps, self.plan.weight_decay, "modern")
         self.optimizer = optim.make_optimizer(self.cfg, rates, self.schedules, batch, self.dtype, mesh)
-        self.jitted = train.make_step(graph_of(self.cfg, self.dtype, self.eight_bits), self.optimizer, self.dtype, mesh)
+        self.jitted = loop.make_step(graph_of(self.cfg, self.dtype, self.eight_bits), self.optimizer, self.dtype, mesh)
 
-    def init(self, params=None) -> train.TrainState:
-        return train.init_state(self.cfg, self.optimizer, 0, self.mesh, params)
+    def init(self, params=None) -> loop.TrainState:
+        return loop.init_state(self.cfg, self.optimizer, 0, self.mesh, params)
 
     @cached_property
     def abstract_state(self):

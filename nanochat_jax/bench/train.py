@@ -63,12 +63,15 @@ def worker(args: argparse.Namespace) -> None:
     """Answers {"steps"} with the seconds that they took, {"profile", "steps"} with the parts' seconds, "about"."""
     import jax
 
-    from nanochat_jax import attention, devices, memory, scaling, sharding
+    from nanochat_jax import devices
     from nanochat_jax.bench import parts
     from nanochat_jax.bench.step import RecipeStep
     from nanochat_jax.config import MeshConfig
     from nanochat_jax.data.loader import Loader
     from nanochat_jax.data.packed import PackedDataset
+    from nanochat_jax.mesh import sharding
+    from nanochat_jax.model import attention, scaling
+    from nanochat_jax.training import memory
 
     if args.cache:
         devices.use_compilation_cache(Path(args.cache))

@@ -87,15 +87,17 @@ def load_model(
     """
     from flax import nnx
 
-    from nanochat_jax import devices, lora, scaling, sharding
-    from nanochat_jax.model import graph_of, init_params, merge
-    from tokenizer import Tokenizer
+    from nanochat_jax import devices
+    from nanochat_jax.mesh import sharding
+    from nanochat_jax.model import lora, scaling
+    from nanochat_jax.model.gpt import graph_of, init_params, merge
+    from tokenizer import load_tokenizer
 
     run_dir = Path(run_dir)
     stage = _choose_stage(run_dir, stage)
     # not load_config: a run can be used where its data folder is not at hand
     config = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
-    tokenizer = Tokenizer.load(run_dir / "tokenizer")
+    tokenizer = load_tokenizer(run_dir / "tokenizer")
     cfg = scaling.gpt_config(config.model, tokenizer.vocab_size)
     adapters = adapters_of(run_dir / stage)
     made = (lambda: lora.init(cfg, adapters["rank"], 0)) if adapters else (lambda: init_params(cfg, 0))

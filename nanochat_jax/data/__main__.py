@@ -15,6 +15,7 @@ from pathlib import Path
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.bundle import FOLDER
 from nanochat_jax.data.registry import NAMED
+from nanochat_jax.data.tables import CHAT_REPO, ROWS
 from nanochat_jax.errors import UserError
 
 DOWNLOADS = Path(__file__).resolve().parents[2] / "runs" / "cache" / "hub"  # as run_speedrun.py has them by default
@@ -22,8 +23,6 @@ DOWNLOADS = Path(__file__).resolve().parents[2] / "runs" / "cache" / "hub"  # as
 
 def _tables() -> dict[str, list[tuple[str, str | None, str]]]:
     """Task -> the tables of the hub that it reads: (dataset, configuration, split). smoltalk is the task chat."""
-    from evals.tasks import CHAT_REPO, ROWS
-
     tables = {name: [(r.repo, r.config, split) for split in r.hub_splits.values()] for name, r in ROWS.items()}
     tables["smoltalk"] = [(CHAT_REPO, None, "train")]
     return {**tables, "tasks": [table for rows in tables.values() for table in rows]}

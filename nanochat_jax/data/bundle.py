@@ -6,12 +6,16 @@ and CRCs of the archive; the SHA-256 of what came is written down beside it, in 
 
 from __future__ import annotations
 
+import csv
 import shutil
 import stat
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+import yaml
 
 from nanochat_jax.data import hub
 from nanochat_jax.data.web import Web
@@ -29,6 +33,51 @@ ADVICE = (
 
 def is_bundle(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One entry of core.yaml."""
+
+    label: str
+    task_type: str  # of TASK_TYPES
+    dataset_uri: str
+    num_fewshot: int
+    delimiter: str  # between a question and its answer
+    baseline: float  # accuracy of guessing, 0 to 1
+
+
+def load_tasks(bundle: Path) -> list[CoreTask]:
+    """The tasks that core.yaml lists, in its order. UserError where the bundle is not one."""
+    for name in FILES:
+        if not (bundle / name).is_file():
+            raise UserError(f"no {name} in {bundle}: set evals.core_dir to the folder of the CORE bundle")
+    with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as f:
+        chance = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in csv.DictReader(f)}
+    entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+    missing = [t["label"] for t in entries if t["label"] not in chance]
+    if missing:
+        raise UserError(f"eval_meta_data.csv in {bundle} has no random baseline for {', '.join(missing)}")
+    return [
+        CoreTask(
+            label=t["label"],
+            task_type=t["icl_task_type"],
+            dataset_uri=t["dataset_uri"],
+            num_fewshot=t["num_fewshot"][0],
+            delimiter=t.get("continuation_delimiter", " "),
+            baseline=chance[t["label"]],
+        )
+        for t in entries
+    ]
+
+
+def find_data(bundle: Path, task: CoreTask) -> tuple[Path | None, bool]:
+    """(file, whether it is a stand-in). `squad.subset.jsonl` stands in for a `squad.jsonl` that is not there."""
+    path = bundle / "eval_data" / task.dataset_uri
+    if path.is_file():
+        return path, False
+    others = sorted(path.parent.glob(f"{path.stem}.*{path.suffix}"))
+    return (others[0], True) if others else (None, False)
 
 
 def core_bundle(cache_dir: Path, on_block: Callable[[int], None] | None = None) -> tuple[Path, dict]:

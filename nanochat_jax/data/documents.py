@@ -1,8 +1,4 @@
-"""Where pretraining documents come from: a folder of files, the hub, or what stands on every machine.
-
-    documents = open_documents(config.data, cache_dir)
-    for piece in documents.pieces("train"):
-        for text in piece.texts(): ...
+"""Pretraining documents, and those in a folder of files.
 
 The validation split is pinned: in a folder or on the hub it is the last file by name, whatever the number of training
 files, so that bits per byte compare between runs.
@@ -18,12 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from nanochat_jax.config import DataConfig
-from nanochat_jax.data import formats
-from nanochat_jax.data.formats import Piece, kind_of, parquet_texts, pieces_of
+from nanochat_jax import formats
 from nanochat_jax.errors import UserError
-
-__all__ = ["Documents", "FileDocuments", "Piece", "local_documents", "open_documents", "parquet_texts", "source_of"]
+from nanochat_jax.formats import Piece, kind_of, pieces_of
 
 SAMPLES, SAMPLE = 16, 1 << 16  # of a file, and the bytes of each, that stand for its contents
 
@@ -46,29 +39,6 @@ class Documents(Protocol):
     def val(self) -> Iterator[str]:
         for piece in self.pieces("val"):
             yield from piece.texts()
-
-
-def source_of(data: DataConfig) -> str:
-    """embedded, local or hub."""
-    if data.source != "auto":
-        return data.source
-    return "local" if data.dir else "embedded"
-
-
-def open_documents(data: DataConfig, cache_dir: Path) -> Documents:
-    """The documents that the settings ask for. UserError where they are not to be had."""
-    source = source_of(data)
-    if source == "embedded":
-        from nanochat_jax.data.embedded import EmbeddedDocuments
-
-        return EmbeddedDocuments(Path(cache_dir))
-    if source == "local":
-        return local_documents(Path(data.dir), data.text_column)
-    from nanochat_jax.data.registry import hub_documents
-
-    return hub_documents(
-        data.hub_pretrain, data.hub_folder, data.hub_shards, Path(cache_dir) / "hub", column=data.text_column
-    )
 
 
 def local_documents(folder: Path, column: str = "text") -> FileDocuments:

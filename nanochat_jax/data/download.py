@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nanochat_jax.data.bundle import core_bundle, is_bundle
+from nanochat_jax.data.bundle import core_bundle, find_data, is_bundle, load_tasks
 from nanochat_jax.data.hub import ELSEWHERE, Stopped, is_whole, task_table
 from nanochat_jax.data.registry import LISTING, HubDocuments, HubFile
 from nanochat_jax.errors import UserError
@@ -74,8 +74,6 @@ def download_tables(tables: list[tuple[str, str | None, str]], cache_dir: Path) 
 
 def download_core(cache_dir: Path) -> str:
     """Fetches the CORE bundle into the cache that runs read. A line on it."""
-    from evals.core import find_data, load_tasks
-
     with _bar(0, 0, 1) as advance:
         folder, source = core_bundle(cache_dir, on_block=advance)
     tasks = load_tasks(folder)

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from nanochat_jax.config import fingerprint
 from nanochat_jax.data.documents import Documents
-from nanochat_jax.data.formats import Piece, pieces_of
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text
+from nanochat_jax.formats import Piece, pieces_of
 
 VERSION = 1  # of the rules below
 PACKAGES = ("numpy", "jax", "flax", "optax")

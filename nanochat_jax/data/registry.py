@@ -14,11 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanochat_jax.data import formats, hub
+from nanochat_jax import formats
+from nanochat_jax.data import hub
 from nanochat_jax.data.documents import Documents, split_names
-from nanochat_jax.data.formats import Piece, kind_of, pieces_of
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
+from nanochat_jax.formats import Piece, kind_of, pieces_of
 
 NAMED = {  # name -> (dataset, folder of it): what data.hub_pretrain takes beside owner/name
     "climbmix": ("karpathy/climbmix-400b-shuffle", None),

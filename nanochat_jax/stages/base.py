@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from evals.core import evaluate_core, find_bundle
-from nanochat_jax import scaling
+from nanochat_jax.model import scaling
 from nanochat_jax.stages import common
 from nanochat_jax.stages.preview import preview
 

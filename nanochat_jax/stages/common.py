@@ -13,18 +13,21 @@ from flax import nnx
 
 from evals.bpb import evaluate_bpb
 from evals.scoring import Scorer
-from nanochat_jax import attention, checkpoint, devices, hosts, lora, memory, optim, scaling, sharding, train
+from nanochat_jax import checkpoint, devices
 from nanochat_jax.config import GPTConfig, OptimConfig, RunConfig, fingerprint
-from nanochat_jax.data.documents import open_documents
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_split
+from nanochat_jax.data.sources import open_documents
 from nanochat_jax.errors import UserError
-from nanochat_jax.model import cast_matrices, graph_of, init_params, merge
-from nanochat_jax.preemption import Stop
-from nanochat_jax.trace import traced
-from nanochat_jax.tracking import RunLog, Tracker, system_info
-from tokenizer import Tokenizer
+from nanochat_jax.mesh import hosts, sharding
+from nanochat_jax.mesh.preemption import Stop
+from nanochat_jax.model import attention, lora, scaling
+from nanochat_jax.model.gpt import cast_matrices, graph_of, init_params, merge
+from nanochat_jax.tracking.trace import traced
+from nanochat_jax.tracking.tracking import RunLog, Tracker, system_info
+from nanochat_jax.training import loop, memory, optim
+from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass
@@ -46,7 +49,7 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return Tokenizer.load(self.dir / "tokenizer")
+        return load_tokenizer(self.dir / "tokenizer")
 
     @cached_property
     def gpt_config(self) -> GPTConfig:
@@ -117,7 +120,7 @@ def compile_step(
     if lora_rank:
         fixed = jax.eval_shape(lambda: cast_matrices(init_params(run.gpt_config, 0), run.training_dtype))
         join, frozen = lora.merged, (sharding.abstract(fixed, run.mesh),)
-    step = train.make_step(graph, optimizer, run.training_dtype, run.mesh, join)
+    step = loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join)
     arrays = {"tokens": np.int32, "targets": np.int32}
     state = abstract_state(run, optimizer, lora_rank)
     return fit_step(run, name, step, state, arrays, (per_device, length), micro_batch, frozen=frozen)
@@ -171,7 +174,7 @@ def abstract_state(run: Run, optimizer, lora_rank: int | None = None):
 
     def state():
         params = lora.init(cfg, lora_rank, seed) if lora_rank else None
-        return train.init_state(cfg, optimizer, seed, run.mesh, params)
+        return loop.init_state(cfg, optimizer, seed, run.mesh, params)
 
     made = jax.eval_shape(state)
     return sharding.abstract(made, run.mesh)
@@ -229,7 +232,7 @@ def _take_up(run: Run, name: str, keeper, init: Callable[[], dict] | None, optim
         params = init() if init else None
         if hosts.count() > 1:  # what one host holds can be copied to all devices only from its memory
             params = jax.tree.map(np.asarray, params)
-        return train.init_state(run.gpt_config, optimizer, run.config.seed, run.mesh, params), {}
+        return loop.init_state(run.gpt_config, optimizer, run.config.seed, run.mesh, params), {}
     state, saved = keeper.restore(abstract_state(run, optimizer, lora_rank))
     if saved["tokenizer"] != run.tokenizer.hash:
         raise UserError(
@@ -286,7 +289,7 @@ def train_stage(
     first = settings.trace_at if hosts.is_main() else None
     try:
         with traced(step_fn, stage_dir / "trace", int(state.step), first) as step_fn:
-            state, metrics = train.fit(
+            state, metrics = loop.fit(
                 state,
                 step_fn=step_fn,
                 next_batch=next_batch,
@@ -294,7 +297,7 @@ def train_stage(
                 save_every=save_every,
                 checkpointer=keeper,
                 tracker=tracker,
-                accounting=train.Accounting(
+                accounting=loop.Accounting(
                     tokens_per_step, scaling.flops_per_token(cfg), peak * jax.device_count() if peak else None
                 ),
                 meta=meta,

@@ -16,14 +16,17 @@ from flax import nnx
 
 from evals.tasks import VERSION, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
-from nanochat_jax import checkpoint, hosts, lora, optim, sharding
+from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.config import FinetuneConfig, to_dict
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_conversations
-from nanochat_jax.model import cast_matrices
+from nanochat_jax.mesh import hosts, sharding
+from nanochat_jax.model import lora
+from nanochat_jax.model.gpt import cast_matrices
 from nanochat_jax.stages import common
+from nanochat_jax.training import optim
 
 
 def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nanochat_jax import sharding, train
 from nanochat_jax.errors import UserError
-from nanochat_jax.model import graph_of
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model.gpt import graph_of
 from nanochat_jax.stages import common, policy
 from nanochat_jax.stages.rollouts import minibatches
+from nanochat_jax.training import loop
 
 
 class Batch(NamedTuple):
@@ -47,7 +48,7 @@ class Learner:
         self._log_probs = policy.make_log_probs(graph, dtype, run.mesh)
         self._look = policy.make_look(self._log_probs, on_policy=self.cfg.objective != "dpo")
         self._weigh = policy.make_weigh(self.cfg)
-        step, state = train.make_step(graph, optimizer, dtype, run.mesh), common.abstract_state(run, optimizer)
+        step, state = loop.make_step(graph, optimizer, dtype, run.mesh), common.abstract_state(run, optimizer)
         arrays = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         rows = rows_per_device(run)
 
@@ -67,7 +68,7 @@ class Learner:
             measured.append(_read(metrics))
         return Batch(step, compiled, parts), _mean(measured)
 
-    def __call__(self, state: train.TrainState, batch: Batch) -> tuple[train.TrainState, dict]:
+    def __call__(self, state: loop.TrainState, batch: Batch) -> tuple[loop.TrainState, dict]:
         """All updates of a step; its metrics are their means."""
         measured = []
         for part in batch.parts * self.cfg.epochs:

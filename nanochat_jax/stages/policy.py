@@ -24,10 +24,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax import sharding
 from nanochat_jax.config import RLConfig
-from nanochat_jax.loss import token_nll
-from nanochat_jax.model import cast_matrices, merge
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model.gpt import cast_matrices, merge
+from nanochat_jax.model.loss import token_nll
 
 
 def make_log_probs(graph, dtype, mesh) -> Callable:

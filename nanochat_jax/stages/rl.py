@@ -14,13 +14,14 @@ from __future__ import annotations
 import jax
 
 from evals.tasks import load_task
-from nanochat_jax import memory, sharding
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.errors import UserError
-from nanochat_jax.model import cast_matrices, graph_of, merge
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model.gpt import cast_matrices, graph_of, merge
 from nanochat_jax.stages import common
 from nanochat_jax.stages.learner import Batch, Learner
 from nanochat_jax.stages.rollouts import Questions, Sampler, pairs, pass_at_k, training_batch
+from nanochat_jax.training import memory
 
 
 def default_task(run: common.Run) -> str:

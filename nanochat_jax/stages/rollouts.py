@@ -9,8 +9,8 @@ import numpy as np
 
 from evals.passk import estimates
 from evals.tasks.base import ScoredTask
-from nanochat_jax.calculator import CalculatorTool
-from nanochat_jax.engine import Completion, Engine, Request
+from nanochat_jax.engine.calculator import CalculatorTool
+from nanochat_jax.engine.engine import Completion, Engine, Request
 from nanochat_jax.stages import common
 from tokenizer.chat import parse_completion, render_prompt
 

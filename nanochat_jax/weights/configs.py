@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.scaling import gpt_config
+from nanochat_jax.model.scaling import gpt_config
 
 REFERENCE_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 CLASSIC = gpt_config(ModelConfig(arch="classic"), 0)  # for its constants

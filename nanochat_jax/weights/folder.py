@@ -25,7 +25,7 @@ from nanochat_jax.weights.card import card
 from nanochat_jax.weights.names import to_reference
 from nanochat_jax.weights.tensors import read_tensors, write_tensors
 from nanochat_jax.weights.tokenizer_json import TEMPLATE, from_tiktoken, tokenizer_json
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from tokenizer.bytelevel import JSON_FILE, ByteLevelTokenizer
 from tokenizer.tokenizer import MODEL_FILE
 
@@ -141,4 +141,4 @@ def _tokenizer(folder: Path) -> Tokenizer:
     pickled = folder / "tokenizer.pkl"
     if pickled.is_file() and not any((folder / name).is_file() for name in (MODEL_FILE, JSON_FILE)):
         return ByteLevelTokenizer(from_tiktoken(*pickles.read_tiktoken(pickled)))
-    return Tokenizer.load(folder)
+    return load_tokenizer(folder)

@@ -1,0 +1,35 @@
+"""Which dataset of the hub, or which local file, has the rows of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where a task's rows are: a local file and a hub dataset, for each split that the task is used with."""
+
+    files: dict[str, str]  # split -> glob pattern in tasks/
+    repo: str
+    config: str | None
+    hub_splits: dict[str, str]
+
+
+def _rows(config: str, repo: str, stem: str, splits: Sequence[str] = ("train", "test")) -> Rows:
+    return Rows({s: f"{stem}_{s}.parquet" for s in splits}, repo, config, {s: s for s in splits})
+
+
+ROWS = {
+    "arc_easy": _rows("ARC-Easy", "allenai/ai2_arc", "arc_ARC-Easy"),
+    "arc_challenge": _rows("ARC-Challenge", "allenai/ai2_arc", "arc_ARC-Challenge"),
+    "mmlu": Rows(
+        {"train": "mmlu_auxiliary_train*.parquet", "test": "mmlu_all_test.parquet"},
+        "cais/mmlu",
+        "all",
+        {"train": "auxiliary_train", "test": "test"},
+    ),
+    "gsm8k": _rows("main", "openai/gsm8k", "gsm8k_main"),
+    "humaneval": Rows({"test": "humaneval_test.parquet"}, "openai/openai_humaneval", None, {"test": "test"}),
+}
+CHAT_REPO = "HuggingFaceTB/smol-smoltalk"

@@ -1,0 +1,474 @@
+"""A decode step on a GPU in few launches: one position a row, for which a launch costs more than what it computes.
+
+Pallas kernels that Triton compiles. `attend` takes the raw q, k, v of a step, does the rotation, the QK norm and
+the value embedding, writes k and v into the cache in place and reads of the ring only what the window admits, in splits
+over positions that `combine` puts together. `matvec` is the product of one row with a matrix of bfloat16 or int8, with
+the norm before it and the activation, residual and scalars after it. `int8_product` is that of a few rows.
+
+Every kernel has its plain form in model.py and cache.py, which is what other platforms and several devices run;
+interpret runs the kernels on any machine, slowly.
+
+Shapes: M rows, S slots, H query heads, K key/value heads, R places of a ring, N head size, D width, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from nanochat_jax import devices
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.kernels.fused import rms_norm, rotate_and_norm
+from nanochat_jax.model.gpt import GATE_CHANNELS, GPT, merge, product, rotary_tables
+from nanochat_jax.model.quantize import Int8, dequantize
+
+_MASKED = -1e30  # finite: what is not seen at all then weighs 0 and not NaN
+PAD = 64  # rows of the joined matrix that end with a gate are a multiple of it
+PART = 64  # positions of a program of `attend`, at least
+PROGRAMS = 1024  # of one call of it: some eight for each multiprocessor of an H100, so that reads overlap
+
+
+def splits(seen: int, rows: int, heads: int) -> int:
+    """Into how many parts the positions before the newest are split, at most `seen` of them."""
+    return max(1, min(pl.cdiv(seen, PART), PROGRAMS // (rows * heads)))
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+def _turned(ref, row, first, cos, sin, gain, eps):
+    """Both halves (N/2,) of a head from column `first` of ref (M, ...), turned and normed as `rotate_and_norm` does."""
+    half = cos.shape[0]
+    a, b = (ref[row, pl.ds(first + i * half, half)].astype(jnp.float32) for i in (0, 1))
+    gain = gain * lax.rsqrt(jnp.sum(a * a + b * b) / (2 * half) + eps)
+    a, b = a * gain, b * gain
+    return a * cos + b * sin, b * cos - a * sin
+
+
+def _attend(position, slot, token, cos, sin, qkv, *refs, H, K, N, ring, window, part, gain, eps, with_value):
+    """Program (s, k, m): part s - 1 of the positions that row m sees before its newest; s = 0: the newest itself."""
+    (table, *refs) = refs if with_value else (None, *refs)
+    keys, values, out, lse, new_keys, new_values = refs
+    s, head, row = (pl.program_id(i) for i in range(3))
+    G, half = H // K, N // 2
+    block = max(8, 32 // pl.next_power_of_2(G))  # positions that are read at once: as registers allow
+    p, at = position[row], slot[row]
+    cos, sin = (t[jnp.maximum(p, 0), :] for t in (cos, sin))
+    scale = N**-0.5
+
+    def query(g):
+        a, b = _turned(qkv, row, (head * G + g) * N, cos, sin, gain, eps)
+        return a * scale, b * scale
+
+    @pl.when(s == 0)
+    def _newest():
+        ka, kb = (x.astype(keys.dtype) for x in _turned(qkv, row, (H + head) * N, cos, sin, gain, eps))
+        v = qkv[row, pl.ds((H + K + head) * N, N)].astype(jnp.float32)
+        if with_value:
+            gate = qkv[row, (H + 2 * K) * N + head].astype(jnp.float32)
+            gate = 3.0 / (1.0 + jnp.exp(-gate))
+            id = jnp.clip(token[row], 0, table.shape[0] - 1)
+            v = v + gate * table[id, pl.ds(head * N, N)].astype(jnp.float32)
+        v = v.astype(values.dtype)
+
+        @pl.when(p >= 0)
+        def _write():
+            place = lax.rem(p, ring)
+            new_keys[at, head, place, pl.ds(0, half)] = ka
+            new_keys[at, head, place, pl.ds(half, half)] = kb
+            new_values[at, head, place, :] = v
+
+        for g in range(G):
+            qa, qb = query(g)
+            score = jnp.sum(qa * ka.astype(jnp.float32) + qb * kb.astype(jnp.float32))
+            out[0, row, head * G + g, :] = v.astype(jnp.float32)
+            lse[0, row, head * G + g] = jnp.where(p >= 0, score, _MASKED)
+
+    @pl.when(s > 0)
+    def _before():
+        queries = [query(g) for g in range(G)]
+        seen = jnp.minimum(p, window)  # ages 1 .. seen are before the newest, and in the cache
+        first = (s - 1) * part + 1
+        last = jnp.minimum(seen, first + part - 1)
+        left = lax.iota(jnp.int32, half)[None]
+
+        def ages(j):
+            return first + j * block + lax.iota(jnp.int32, block)
+
+        def read(j):
+            place = lax.rem(p - jnp.minimum(ages(j), last), ring)[:, None]
+            return tuple(ref[at, head, place, left + side] for ref in (keys, values) for side in (0, half))
+
+        def visit(j, carry):
+            tiles, states = carry
+            inside, ahead, after = ages(j) <= last, read(j + 1), []
+            ka, kb, va, vb = (tile.astype(jnp.float32) for tile in tiles)
+            for (qa, qb), (a, b, top, total) in zip(queries, states):
+                score = jnp.sum(ka * qa[None] + kb * qb[None], axis=1)
+                new_top = jnp.maximum(top, jnp.where(inside, score, _MASKED))
+                weight, keep = jnp.where(inside, jnp.exp(score - new_top), 0.0), jnp.exp(top - new_top)
+                a, b = (x * keep[:, None] + weight[:, None] * v for x, v in ((a, va), (b, vb)))
+                after.append((a, b, new_top, total * keep + weight))
+            return ahead, tuple(after)
+
+        # each of the `block` places has a softmax of its own, and they are joined when all is read: what is in the loop
+        # stays within a warp, where no barrier has loads wait, and the next tiles are on their way meanwhile
+        none = (jnp.zeros((block, half), jnp.float32),) * 2
+        none += jnp.full(block, _MASKED, jnp.float32), jnp.zeros(block, jnp.float32)
+        blocks = lax.div(jnp.maximum(last - first + 1, 0) + block - 1, block)
+        _, found = lax.fori_loop(0, blocks, visit, (read(0), (none,) * G))
+        for g, (a, b, tops, totals) in enumerate(found):
+            top = jnp.max(tops)
+            weight = jnp.exp(tops - top)
+            total = jnp.sum(totals * weight)
+            floored = jnp.maximum(total, 1e-30)
+            for x, side in ((a, 0), (b, half)):
+                out[s, row, head * G + g, pl.ds(side, half)] = jnp.sum(x * weight[:, None], axis=0) / floored
+            lse[s, row, head * G + g] = jnp.where(total > 0, top + jnp.log(floored), _MASKED)
+
+
+def _combine(out, lse, o, *, parts, padded):
+    """Program (h, m)."""
+    head, row = pl.program_id(0), pl.program_id(1)
+    s = lax.iota(jnp.int32, padded)
+    inside, at = s < parts, jnp.minimum(s, parts - 1)
+    score = jnp.where(inside, lse[at, row, head], _MASKED)
+    weight = jnp.where(inside, jnp.exp(score - jnp.max(score)), 0.0)
+    columns = lax.iota(jnp.int32, o.shape[-1])
+    total = jnp.sum(weight[:, None] * out[at[:, None], row, head, columns[None]], axis=0)
+    o[row, head, :] = (total / jnp.sum(weight)).astype(o.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("heads", "window", "gain", "eps", "interpret"))
+def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps, value_embed=None, interpret=False):
+    """What one position of M rows sees, through the cache: (M, H * N), and keys and values with the new ones in them.
+
+    qkv (M, >= (H + 2 K) N): raw products, behind which the K gates' stand where there is a value_embed, (tokens (M,),
+    table (V, K N)). keys, values (S, K, R, N) are written in place, at the positions (M,) of the slots (M,), all below
+    S; a negative position writes and sees nothing. rope: cos and sin (positions, N/2), of all that there can be.
+    """
+    M, (_, K, R, N), H = len(qkv), keys.shape, heads
+    seen = min(window, R - 1)
+    parts = splits(seen, M, K)
+    part = pl.cdiv(pl.cdiv(seen, parts), PART) * PART
+    parts = pl.cdiv(seen, part) + 1
+    tokens, *table = value_embed or (position,)
+    kernel = functools.partial(
+        _attend,
+        H=H,
+        K=K,
+        N=N,
+        ring=R,
+        window=window,
+        part=part,
+        gain=gain,
+        eps=eps,
+        with_value=value_embed is not None,
+    )
+    args = (position, slot, tokens, *rope, qkv, *table, keys, values)
+    with jax.named_scope(f"decode_window_{window}"):
+        out, lse, keys, values = pl.pallas_call(
+            kernel,
+            grid=(parts, K, M),
+            out_shape=[
+                jax.ShapeDtypeStruct((parts, M, H, N), jnp.float32),
+                jax.ShapeDtypeStruct((parts, M, H), jnp.float32),
+                jax.ShapeDtypeStruct(keys.shape, keys.dtype),
+                jax.ShapeDtypeStruct(values.shape, values.dtype),
+            ],
+            input_output_aliases={len(args) - 2: 2, len(args) - 1: 3},
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+            interpret=interpret,
+        )(*args)
+        o = pl.pallas_call(
+            functools.partial(_combine, parts=parts, padded=pl.next_power_of_2(parts)),
+            grid=(H, M),
+            out_shape=jax.ShapeDtypeStruct((M, H, N), qkv.dtype),
+            compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
+            interpret=interpret,
+        )(out, lse)
+    return o.reshape(M, H * N), keys, values
+
+
+# ------------------------------------------------------------------------------------------------------ products
+
+
+def _chunk(n: int) -> int:
+    """The largest power of two that divides n, at most 1024."""
+    return math.gcd(n, 1024)
+
+
+def _reads(width: int) -> bool:
+    """Whether `matvec` reads matrices of this many columns well."""
+    return _chunk(width) >= 64
+
+
+def _matvec(x, weight, *refs, norm, square, scaled, added, mixed):
+    (scale, *refs) = refs if scaled else (None, *refs)
+    (residual, *refs) = refs if added else (None, *refs)
+    (x0, factors, *refs) = refs if mixed else (None, None, *refs)
+    O, D = weight.shape
+    step = _chunk(D)
+
+    def visit(j, carry):
+        acc, squares = carry
+        columns = pl.ds(j * step, step)
+        piece = x[columns].astype(jnp.float32)
+        acc = acc + weight[:, columns].astype(jnp.float32) * piece[None]
+        return acc, squares + piece * piece if norm is not None else squares
+
+    carry = jnp.zeros((O, step), jnp.float32), jnp.zeros(step, jnp.float32)
+    if D // step <= 16:  # unrolled: all loads are then on their way at once
+        for j in range(D // step):
+            carry = visit(j, carry)
+    else:
+        carry = lax.fori_loop(0, D // step, visit, carry)
+    y = jnp.sum(carry[0], axis=1)
+    if norm is not None:
+        y = y * lax.rsqrt(jnp.sum(carry[1]) / D + norm)
+    if scaled:
+        y = y * scale[:]
+    if square:
+        y = jnp.square(jnp.maximum(y, 0.0))
+    if added:
+        y = y + residual[:].astype(jnp.float32)
+    out = refs[0]
+    out[:] = y.astype(out.dtype)
+    if mixed:
+        refs[1][:] = (factors[0] * y + factors[1] * x0[:].astype(jnp.float32)).astype(out.dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("norm", "square", "interpret"))
+def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix=None, interpret=False):
+    """x (1, D) times weight (O, D), transposed: (1, O) in x's dtype.
+
+    norm: the epsilon of an RMS norm of x before it. scale (O, 1): of the rows of an int8 weight. square: relu(y)^2.
+    residual (1, O) is added. mix (x0 (1, O), factors (2,)) also gives a second result, factors[0] of the first and
+    factors[1] of x0.
+    """
+    O, D = weight.shape
+    # a warp takes 256 columns at a time, 16 bytes a thread: x then stands in the registers as the weights do, and none
+    # of it goes through shared memory, whose barriers would have every load wait for the one before
+    warps = max(1, _chunk(D) // 256)
+    tile = math.gcd(O, 2 if O < 2048 else 4)
+    whole = pl.BlockSpec((None, D), lambda i: (0, 0))
+    rows = pl.BlockSpec((tile, D), lambda i: (i, 0))
+    own = pl.BlockSpec((None, tile), lambda i: (0, i))
+    args, specs = [x, weight], [whole, rows]
+    if scale is not None:
+        args.append(scale.reshape(1, O))
+        specs.append(own)
+    if residual is not None:
+        args.append(residual)
+        specs.append(own)
+    if mix is not None:
+        args += mix
+        specs += [own, pl.no_block_spec]
+    shape = jax.ShapeDtypeStruct((1, O), x.dtype)
+    kernel = functools.partial(
+        _matvec,
+        norm=norm,
+        square=square,
+        scaled=scale is not None,
+        added=residual is not None,
+        mixed=mix is not None,
+    )
+    out = pl.pallas_call(
+        kernel,
+        grid=(O // tile,),
+        in_specs=specs,
+        out_specs=[own] * (1 + (mix is not None)),
+        out_shape=[shape] * (1 + (mix is not None)),
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
+        interpret=interpret,
+    )(*args)
+    return out if mix is not None else out[0]
+
+
+OUTPUTS, COLUMNS, ROWS = 64, 128, 64  # of a program of `int8_product`, and of its loop's step; rows, at most
+
+
+def _int8_product(x, weight, out, *, steps):
+    first, M = pl.program_id(1) * steps * COLUMNS, x.shape[0]
+    rows = jnp.minimum(lax.iota(jnp.int32, max(16, pl.next_power_of_2(M))), M - 1)  # those beyond are the last again
+    outputs = pl.program_id(0) * OUTPUTS + lax.iota(jnp.int32, OUTPUTS)
+
+    def visit(j, acc):
+        columns = first + j * COLUMNS + lax.iota(jnp.int32, COLUMNS)
+        a, b = x[rows[:, None], columns[None]], weight[outputs[:, None], columns[None]].astype(x.dtype)
+        return acc + lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    acc = lax.fori_loop(0, steps, visit, jnp.zeros((len(rows), OUTPUTS), jnp.float32))
+    out[pl.program_id(1), rows[:, None], outputs[None]] = acc
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def int8_product(x, values, interpret=False):
+    """x (M, D), of at most ROWS rows, times int8 values (O, D), transposed: (M, O) in float32.
+
+    cuBLAS takes no such pair: XLA would write the values out in 16 bits in every step, four times the bytes.
+    """
+    (M, D), O = x.shape, len(values)
+    steps = D // COLUMNS
+    parts = next(n for n in range(1, steps + 1) if steps % n == 0 and (n == steps or n * O >= PROGRAMS * 8))
+    out = pl.pallas_call(
+        functools.partial(_int8_product, steps=steps // parts),
+        grid=(O // OUTPUTS, parts),
+        out_shape=jax.ShapeDtypeStruct((parts, M, O), jnp.float32),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
+        interpret=interpret,
+    )(x, values)
+    return out.sum(axis=0)  # XLA joins it with what comes next
+
+
+# ------------------------------------------------------------------------------------------ the model's step
+
+
+def takes(cfg: GPTConfig) -> bool:
+    """Whether a model's decode steps are made of kernels on the platform that programs are traced for."""
+    power_of_two = cfg.head_dim & (cfg.head_dim - 1) == 0
+    return devices.platform() == "gpu" and power_of_two and cfg.head_dim >= 32
+
+
+def joined(params: dict) -> dict:
+    """The nested dict with one matrix `qkv` (O, D) in each block's attention, the gate's rows last, filled with 0.
+
+    And `factors`, where the model has them: of each layer, those of the residual stream and of its beginning, (2,).
+    """
+
+    def join(attn):
+        if "qkv" in attn:
+            return attn
+        parts = [attn[name]["weight"] for name in ("q", "k", "v")]
+        if "ve_gate" in attn:
+            gate = attn["ve_gate"]["weight"]
+            parts.append(jnp.pad(gate, ((0, -len(gate) % PAD), (0, parts[0].shape[1] - gate.shape[1]))))
+        return {"qkv": {"weight": jnp.concatenate(parts)}, "proj": attn["proj"]}
+
+    blocks = {i: {**block, "attn": join(block["attn"])} for i, block in params["blocks"].items()}
+    params = {**params, "blocks": blocks}
+    if "resid_scalars" in params:
+        params["factors"] = list(jnp.stack([params["resid_scalars"], params["x0_scalars"]], axis=1))
+    return params
+
+
+def _apart(params: dict, cfg: GPTConfig) -> dict:
+    """The nested dict as it was before `joined`."""
+
+    def split(attn):
+        weight, kv = attn["qkv"]["weight"], cfg.n_kv_head * cfg.head_dim
+        D = weight.shape[1]
+        ends = {"q": (0, D), "k": (D, D + kv), "v": (D + kv, D + 2 * kv)}
+        parts = {name: {"weight": weight[a:b]} for name, (a, b) in ends.items()}
+        if len(weight) > D + 2 * kv:
+            parts["ve_gate"] = {"weight": weight[D + 2 * kv :][: cfg.n_kv_head, :GATE_CHANNELS]}
+        return {**parts, "proj": attn["proj"]}
+
+    blocks = {i: {**block, "attn": split(block["attn"])} for i, block in params["blocks"].items()}
+    return {**{name: p for name, p in params.items() if name != "factors"}, "blocks": blocks}
+
+
+def model(graph, cfg: GPTConfig, params: dict, dtype) -> GPT:
+    """The model of joined parameters, whose layers multiply by the joined matrix: XLA would put its parts together."""
+    params = dequantize(params, dtype)
+    model = merge(graph, _apart(params, cfg))
+    for block, joint in zip(model.blocks, _in_order(params["blocks"])):
+        block.attn = functools.partial(_attention, cfg, joint["attn"])
+    return model
+
+
+def _attention(cfg: GPTConfig, params: dict, x, rope, attend, value_embed=None):
+    """`model.Attention` of joined parameters: x (B, T, D) -> (B, T, D)."""
+    (B, T, D), kv, N = x.shape, cfg.n_kv_head * cfg.head_dim, cfg.head_dim
+    q, k, v, gate = jnp.split(product(x, params["qkv"]["weight"]), [D, D + kv, D + 2 * kv], axis=-1)
+    q, k, v = (y.reshape(B, T, -1, N) for y in (q, k, v))
+    if value_embed is not None:
+        v = v + 3.0 * jax.nn.sigmoid(gate[..., : cfg.n_kv_head, None]) * value_embed.reshape(v.shape)
+    q, k = (rotate_and_norm(y, rope, cfg.qk_gain, cfg.norm_eps) for y in (q, k))
+    return product(attend(q, k, v).reshape(B, T, D), params["proj"]["weight"])
+
+
+def rope_tables(cfg: GPTConfig, length: int) -> tuple[jax.Array, jax.Array]:
+    """cos and sin (length, N/2)."""
+    return tuple(t[:, 0] for t in rotary_tables(jnp.arange(length), cfg.head_dim, cfg.rope_base))
+
+
+def _in_order(blocks: dict) -> list[dict]:
+    return [blocks[i] for i in sorted(blocks, key=int)]
+
+
+def dense(x, weight, *, norm=None, square=False, residual=None, mix=None):
+    """x (M, D) times weight (O, D), an array or Int8, transposed: (M, O), with what `matvec` has."""
+    values, scale = weight if isinstance(weight, Int8) else (weight, None)
+    if len(x) == 1 and _reads(values.shape[1]):
+        return matvec(x, values, scale, norm=norm, square=square, residual=residual, mix=mix)
+    x = x if norm is None else rms_norm(x, norm)
+    if scale is None:
+        y = product(x, values)
+    elif len(x) <= ROWS and values.shape[0] % OUTPUTS == 0 and values.shape[1] % COLUMNS == 0:
+        y = (int8_product(x, values) * scale[:, 0]).astype(x.dtype)
+    else:
+        y = (product(x, values.astype(x.dtype)) * scale[:, 0]).astype(x.dtype)
+    if square:
+        y = jnp.square(jax.nn.relu(y))
+    if residual is not None:
+        y = residual + y
+    if mix is None:
+        return y
+    return y, mixture(y, *mix)
+
+
+def mixture(x, x0, factors):
+    """factors[0] of x and factors[1] of x0."""
+    r, s = factors.astype(x.dtype)
+    return r * x + s * x0
+
+
+def step(model: GPT, params: dict, cache: list, slots, rope, token, position, before):
+    """Logits (M, V) of tokens (M,) at positions (M,), negative for a row that is not meant, in slots (M,) of the cache.
+
+    cache: a list of keys and values (S, K, R, N) per layer, in which the new ones are put. rope: cos and sin of all
+    positions. before (M,): the tokens left of these.
+    """
+    cfg, eps = model.cfg, model.cfg.norm_eps
+    x = model.embed(token[:, None])
+    x = (model._smear(x, before) if cfg.smear else x)[:, 0]
+    x0 = kept = x
+    if cfg.residual_scalars:
+        x = mixture(x, x0, params["factors"][0])
+    blocks = _in_order(params["blocks"])
+    for i, block in enumerate(blocks):
+        attn, mlp = block["attn"], block["mlp"]
+        qkv = dense(x, attn["qkv"]["weight"], norm=eps)
+        table = params["value_embeds"][str(i)]["embedding"] if cfg.has_value_embed(i) else None
+        seen, *cache[i] = attend(
+            qkv,
+            *cache[i],
+            position,
+            slots,
+            rope,
+            heads=cfg.n_head,
+            window=cfg.windows[i],
+            gain=cfg.qk_gain,
+            eps=eps,
+            value_embed=None if table is None else (token, table),
+        )
+        cache[i] = tuple(cache[i])
+        x = dense(seen, attn["proj"]["weight"], residual=x)
+        wide = dense(x, mlp["fc"]["weight"], norm=eps, square=True)
+        mix = (x0, params["factors"][i + 1]) if cfg.residual_scalars and i + 1 < len(blocks) else None
+        last = dense(wide, mlp["proj"]["weight"], residual=x, mix=mix)
+        full, x = last if mix else (last, last)
+        if i == cfg.n_layer // 2:
+            kept = full
+    if cfg.backout:
+        x = x - model.backout_lambda[...].astype(x.dtype) * kept
+    hidden = rms_norm(x, eps)
+    z = dense(hidden, params["lm_head"]["weight"])[:, : cfg.vocab_size].astype(jnp.float32)
+    return cfg.softcap * jnp.tanh(z / cfg.softcap)

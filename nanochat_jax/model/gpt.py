@@ -1,0 +1,272 @@
+"""The GPT: configuration to logits, and nothing else.
+
+One module with plain switches: `modern` (windows, residual scalars, value embeddings, smear, backout) and `classic`
+(none of these) differ in `GPTConfig` alone. Weights are float32 masters stored (out, in); products run in `dtype`.
+How keys and values meet queries is the caller's: training passes causal attention, the engine its cache.
+
+Shapes: B batch, T time, D width, H query heads, K key/value heads, N head size, V vocabulary (padded where stored).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.kernels import fp8
+from nanochat_jax.kernels.fused import add_and_norm, mix_and_norm, relu_squared, rms_norm, rotate_and_norm
+from nanochat_jax.kernels.products import product
+from nanochat_jax.kernels.segments import look_up
+from nanochat_jax.model.attention import causal_attention
+
+GATE_CHANNELS = 12  # leading channels that the value-embedding gate looks at
+SMEAR_CHANNELS = 24  # leading channels that the smear gate looks at
+
+# (layer, q (B, T, H, N), k (B, T, K, N), v (B, T, K, N)) -> (B, T, H, N)
+Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
+    """cos and sin (..., T, 1, N/2) for positions (..., T). RoPE: Su et al., arXiv 2104.09864."""
+    frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+# ------------------------------------------------------------------------------------------ initialisers
+
+
+def _uniform(bound):
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _positive(bound):
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, 0.0, bound)
+
+
+def _normal(std):
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def _spectral(key, shape):
+    """N(0, min(1, sqrt(out / in)) / sqrt(in)): the classic matrices."""
+    out, inner = shape
+    return _normal(min(1.0, math.sqrt(out / inner)) / math.sqrt(inner))(key, shape)
+
+
+def _zeros(key, shape):
+    return jnp.zeros(shape, jnp.float32)
+
+
+def _initialisers(cfg: GPTConfig) -> dict[str, Callable]:
+    if cfg.init == "classic":
+        return {"wte": _normal(1.0), "head": _zeros, "qkv": _spectral, "fc": _spectral, "value": _zeros}
+    s = math.sqrt(3 / cfg.n_embd)
+    return {
+        "wte": _normal(0.8),
+        "head": _normal(0.001),
+        "qkv": _uniform(s),
+        "fc": _uniform(0.4 * s),
+        "value": _uniform(s),
+    }
+
+
+# ----------------------------------------------------------------------------------------------- modules
+
+
+class Linear(nnx.Module):
+    """x (..., in) -> (..., out) in x's dtype, no bias; by 8-bit products where `eight_bits` is set and it is large."""
+
+    def __init__(self, n_in: int, n_out: int, init: Callable, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), (n_out, n_in)))
+        self.eight_bits = False
+
+    @property
+    def in_eight_bits(self) -> bool:
+        return self.eight_bits and fp8.worthwhile(self.weight[...].shape)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        (y,) = all_of(x, self)
+        return y
+
+
+def all_of(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
+    """What each of several Linears of one size makes of x, which is quantised once for all where they want 8 bits."""
+    weights = tuple(linear.weight[...].astype(x.dtype) for linear in linears)
+    if linears[0].in_eight_bits:
+        return fp8.products(x, weights)
+    return tuple(product(x, weight) for weight in weights)
+
+
+class Embedding(nnx.Module):
+    """ids (...) -> rows (..., D)."""
+
+    def __init__(self, rows: int, width: int, init: Callable, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(init(rngs.params(), (rows, width)))
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        with jax.named_scope("embedding"):
+            return look_up(self.embedding[...], ids)
+
+
+class Attention(nnx.Module):
+    def __init__(self, cfg: GPTConfig, layer: int, rngs: nnx.Rngs):
+        self.cfg = cfg
+        init, D, kv = _initialisers(cfg), cfg.n_embd, cfg.n_kv_head * cfg.head_dim
+        self.q = Linear(D, D, init["qkv"], rngs)
+        self.k = Linear(D, kv, init["qkv"], rngs)
+        self.v = Linear(D, kv, init["qkv"], rngs)
+        self.proj = Linear(D, D, _zeros, rngs)
+        self.ve_gate = (
+            Linear(GATE_CHANNELS, cfg.n_kv_head, _positive(0.02), rngs) if cfg.has_value_embed(layer) else None
+        )
+
+    def __call__(self, x, rope, attend, value_embed=None):
+        """x (B, T, D); value_embed (B, T, K * N) or None. ResFormer's value residual: arXiv 2410.17897."""
+        cfg, (B, T, D) = self.cfg, x.shape
+        q, k, v = (y.reshape(B, T, -1, cfg.head_dim) for y in all_of(x, self.q, self.k, self.v))
+        if self.ve_gate is not None:
+            gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
+            v = v + gate[..., None] * value_embed.reshape(v.shape)
+        q, k = (rotate_and_norm(t, rope, cfg.qk_gain, cfg.norm_eps) for t in (q, k))
+        return self.proj(attend(q, k, v).reshape(B, T, D))
+
+
+class MLP(nnx.Module):
+    """relu(x)^2, four times as wide (Primer: arXiv 2109.08668)."""
+
+    def __init__(self, cfg: GPTConfig, rngs: nnx.Rngs):
+        self.fc = Linear(cfg.n_embd, 4 * cfg.n_embd, _initialisers(cfg)["fc"], rngs)
+        self.proj = Linear(4 * cfg.n_embd, cfg.n_embd, _zeros, rngs)
+
+    def __call__(self, x):
+        if self.fc.in_eight_bits:
+            return fp8.mlp(x, *(linear.weight[...].astype(x.dtype) for linear in (self.fc, self.proj)))
+        return self.proj(relu_squared(self.fc(x)))
+
+
+class Block(nnx.Module):
+    """The two parts of a layer; `GPT.trunk` adds what they give to the residual stream."""
+
+    def __init__(self, cfg: GPTConfig, layer: int, rngs: nnx.Rngs):
+        self.attn = Attention(cfg, layer, rngs)
+        self.mlp = MLP(cfg, rngs)
+
+
+class GPT(nnx.Module):
+    """tokens (B, T) int32 -> logits (B, T, V) float32."""
+
+    def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.cfg, self.dtype = cfg, dtype
+        init, D, V = _initialisers(cfg), cfg.n_embd, cfg.padded_vocab
+        self.wte = Embedding(V, D, init["wte"], rngs)
+        self.lm_head = Linear(D, V, init["head"], rngs)
+        self.blocks = nnx.List([Block(cfg, i, rngs) for i in range(cfg.n_layer)])
+        layers = np.arange(cfg.n_layer) / max(cfg.n_layer - 1, 1)
+        if cfg.residual_scalars:
+            self.resid_scalars = nnx.Param(jnp.asarray(1.15 - 0.10 * layers, jnp.float32))
+            self.x0_scalars = nnx.Param(jnp.asarray(0.20 - 0.15 * layers, jnp.float32))
+        if cfg.smear:
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1, _positive(0.02), rngs)
+            self.smear_lambda = nnx.Param(jnp.zeros((1,), jnp.float32))
+        if cfg.backout:
+            self.backout_lambda = nnx.Param(jnp.full((1,), 0.2, jnp.float32))
+        if cfg.value_embeds:
+            kv = cfg.n_kv_head * cfg.head_dim
+            self.value_embeds = nnx.Dict(
+                {str(i): Embedding(V, kv, init["value"], rngs) for i in range(cfg.n_layer) if cfg.has_value_embed(i)}
+            )
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Normed token embeddings (..., D), before the smear."""
+        return rms_norm(self.wte(tokens).astype(self.dtype), self.cfg.norm_eps)
+
+    def _smear(self, x, prev_tokens):
+        """Adds a gated copy of the previous token's embedding; prev_tokens as in `trunk`."""
+        if prev_tokens is None:
+            before = jnp.zeros_like(x[:, :1])
+        else:
+            prev_tokens = prev_tokens.reshape(len(x), -1)
+            before = jnp.where(prev_tokens[..., None] >= 0, self.embed(prev_tokens), 0)
+        shifted = jnp.concatenate([before, x[:, :-1]], axis=1) if before.shape[1] == 1 else before
+        gate = jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + self.smear_lambda[...].astype(x.dtype) * gate * shifted
+
+    def trunk(self, tokens, positions, attend: Attend, prev_tokens=None) -> jax.Array:
+        """Normed hidden states (B, T, D) that the head reads.
+
+        tokens (B, T); positions (T,) or (B, T), for the rotary embedding; prev_tokens (B,) stand left of the first
+        tokens, (B, T) left of each, where rows are no runs of text; negative for none.
+        """
+        cfg = self.cfg
+        x = self.embed(tokens)
+        if cfg.smear:
+            x = self._smear(x, prev_tokens)
+        rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
+        x0, kept, change = x, None, None
+        for i, block in enumerate(self.blocks):
+            if cfg.residual_scalars:
+                r, s = self.resid_scalars[...][i], self.x0_scalars[...][i]
+                x, normed, x0 = mix_and_norm(x, change, x0, r, s, cfg.norm_eps)
+            else:
+                x, normed = (x, rms_norm(x, cfg.norm_eps)) if change is None else add_and_norm(x, change, cfg.norm_eps)
+            value_embed = self.value_embeds[str(i)](tokens).astype(x.dtype) if cfg.has_value_embed(i) else None
+            attended = block.attn(normed, rope, lambda q, k, v, i=i: attend(i, q, k, v), value_embed)
+            x, normed = add_and_norm(x, attended, cfg.norm_eps)
+            change = block.mlp(normed)
+            if i == cfg.n_layer // 2:
+                kept = x + change
+        x = x + change
+        if cfg.backout:
+            x = x - self.backout_lambda[...].astype(x.dtype) * kept
+        return rms_norm(x, cfg.norm_eps)
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """tokens (B, T) from position 0 -> (B, T, D), each position seeing itself and what its window admits."""
+        windows = self.cfg.windows
+
+        def attend(i, q, k, v):
+            with jax.named_scope("attention"):
+                return causal_attention(q, k, v, windows[i])
+
+        return self.trunk(tokens, jnp.arange(tokens.shape[1]), attend)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden (..., D) -> softcapped logits (..., V) float32, the padding sliced away."""
+        z = self.lm_head(hidden)[..., : self.cfg.vocab_size].astype(jnp.float32)
+        return self.cfg.softcap * jnp.tanh(z / self.cfg.softcap)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return self.logits(self.hidden(tokens))
+
+
+# ------------------------------------------------------------------------- the model apart from its parameters
+
+
+def graph_of(cfg: GPTConfig, dtype, eight_bits: bool = False):
+    """The model without its parameters, to be joined with them by `nnx.merge`; eight_bits: see `Linear`."""
+    model = nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype))
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.eight_bits = eight_bits
+    return nnx.split(model)[0]
+
+
+def init_params(cfg: GPTConfig, seed: int) -> dict:
+    """Fresh parameters as a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.split(GPT(cfg, rngs=nnx.Rngs(params=seed)))[1])
+
+
+def merge(graph, params: dict) -> GPT:
+    """The model with `params`, a nested dict."""
+    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def cast_matrices(params: dict, dtype) -> dict:
+    """What the products use, in `dtype`; vectors and scalars stay float32."""
+    return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)

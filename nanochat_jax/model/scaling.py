@@ -1,0 +1,149 @@
+"""One dial, depth: from it the width, parameters, FLOPs, tokens, batch, steps, rates and decay of a run.
+
+Plain arithmetic, no arrays. The rules are those of karpathy/nanochat: batch by Power Lines (arXiv 2505.13738), decay by
+the constant-epoch rule of Wang and Aitchison (arXiv 2405.13698), both relative to depth 12.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from nanochat_jax.config import GPTConfig, ModelConfig
+
+REFERENCE_DEPTH = 12  # where the rates were tuned
+REFERENCE_BATCH = 2**19  # tokens
+REFERENCE_WIDTH = 768
+REFERENCE_DECAY = 0.28
+GATE_CHANNELS, SMEAR_CHANNELS = 12, 24  # inputs of the value-embedding gate and of the smear gate
+
+
+def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
+    """The architecture of a depth: width 64 per layer, rounded up to whole heads."""
+    width = cfg.width or -(-64 * cfg.depth // cfg.head_dim) * cfg.head_dim
+    heads = width // cfg.head_dim
+    common = dict(
+        vocab_size=vocab_size,
+        n_layer=cfg.depth,
+        n_head=heads,
+        n_kv_head=cfg.n_kv_head or heads,
+        n_embd=width,
+        sequence_len=cfg.sequence_len,
+    )
+    if cfg.arch == "classic":
+        return GPTConfig(
+            **common,
+            window_pattern=cfg.window_pattern or "L",
+            rope_base=10_000.0,
+            qk_gain=1.0,
+            norm_eps=1e-6,
+            residual_scalars=False,
+            value_embeds=False,
+            smear=False,
+            backout=False,
+            init="classic",
+        )
+    return GPTConfig(**common, window_pattern=cfg.window_pattern or "SSSL")
+
+
+def param_counts(cfg: GPTConfig) -> dict[str, int]:
+    """Parameters by group, the vocabulary's padding included; `total` is their sum."""
+    D, L, kv = cfg.n_embd, cfg.n_layer, cfg.n_kv_head * cfg.head_dim
+    with_value = sum(cfg.has_value_embed(i) for i in range(L))
+    counts = {
+        "wte": cfg.padded_vocab * D,
+        "value_embeds": with_value * cfg.padded_vocab * kv,
+        "lm_head": cfg.padded_vocab * D,
+        "transformer_matrices": L * (2 * D * D + 2 * D * kv + 8 * D * D) + with_value * GATE_CHANNELS * cfg.n_kv_head,
+        "scalars": 2 * L * cfg.residual_scalars + (SMEAR_CHANNELS + 1) * cfg.smear + cfg.backout,
+    }
+    return {**counts, "total": sum(counts.values())}
+
+
+def matmul_params(cfg: GPTConfig) -> int:
+    """Parameters that multiply every token: two FLOPs each in the forward pass."""
+    counts = param_counts(cfg)
+    return counts["transformer_matrices"] + counts["lm_head"] + SMEAR_CHANNELS * cfg.smear
+
+
+def flops_per_token(cfg: GPTConfig) -> int:
+    """Training FLOPs per token: 6 per matmul parameter, 12 D per key in reach and layer (PaLM, arXiv 2204.02311)."""
+    return 6 * matmul_params(cfg) + sum(12 * cfg.n_embd * min(w, cfg.sequence_len) for w in cfg.windows)
+
+
+def decode_flops(cfg: GPTConfig, context: int) -> int:
+    """Forward FLOPs of one token that sees `context` tokens."""
+    return 2 * matmul_params(cfg) + sum(4 * cfg.n_embd * min(context, w) for w in cfg.windows)
+
+
+def prefill_flops(cfg: GPTConfig, tokens: int) -> int:
+    """Forward FLOPs of a prompt: position t sees min(t, window) keys."""
+    seen = 0
+    for window in cfg.windows:
+        w = min(window, tokens)
+        seen += w * (w + 1) // 2 + (tokens - w) * w
+    return 2 * matmul_params(cfg) * tokens + 4 * cfg.n_embd * seen
+
+
+def kv_bytes_per_token(cfg: GPTConfig, itemsize: int) -> int:
+    """Bytes that one token takes in the cache, over all layers."""
+    return cfg.n_layer * 2 * cfg.n_kv_head * cfg.head_dim * itemsize
+
+
+def scaling_params(cfg: GPTConfig) -> int:
+    """What tokens are counted against: block matrices and the head, which give the cleanest fits."""
+    counts = param_counts(cfg)
+    return counts["transformer_matrices"] + counts["lm_head"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A pretraining run."""
+
+    target_tokens: int
+    batch_tokens: int
+    steps: int
+    lr_scale: float  # b: sqrt(batch / 2^19), multiplies every rate but the smear's
+    adamw_lr_scale: float  # d: (width / 768)^-0.5, multiplies the rates of tables and head
+    weight_decay: float  # of Muon's matrices, at the first step
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+
+def plan(
+    cfg: GPTConfig,
+    *,
+    ratio: float = 12.0,
+    tokens: int | None = None,
+    batch_tokens: int | None = None,
+    reference_decay: float = REFERENCE_DECAY,
+    head_dim: int = 128,
+) -> Plan:
+    """Tokens, batch, steps and scales for an architecture at `ratio` tokens per parameter; tokens and batch override.
+
+    `classic` counts all parameters, keeps the batch at 2^19 and decays nothing.
+    """
+    classic = cfg.init == "classic"
+    counted = param_counts(cfg)["total"] if classic else scaling_params(cfg)
+    target = tokens or int(ratio * counted)
+    twelve = gpt_config(
+        ModelConfig(depth=REFERENCE_DEPTH, head_dim=head_dim, sequence_len=cfg.sequence_len), cfg.vocab_size
+    )
+    reference = ratio * scaling_params(dataclasses.replace(twelve, vocab_multiple=cfg.vocab_multiple))
+    batch = batch_tokens
+    if batch is None:
+        batch = REFERENCE_BATCH
+        if not classic:
+            batch = 2 ** round(math.log2(REFERENCE_BATCH * (target / reference) ** 0.383))
+    lr_scale = 1.0 if classic else math.sqrt(batch / REFERENCE_BATCH)
+    return Plan(
+        target_tokens=target,
+        batch_tokens=batch,
+        steps=max(1, target // batch),
+        lr_scale=lr_scale,
+        adamw_lr_scale=(cfg.n_embd / REFERENCE_WIDTH) ** -0.5,
+        weight_decay=0.0 if classic else reference_decay * lr_scale * reference / target,
+    )

@@ -1,0 +1,428 @@
+"""What a run will take, before anything is paid for: tokens, steps, FLOPs, memory, disk, hours and dollars.
+
+    run_speedrun.py --plan --config configs/d24.yaml --gpu h100 --count 8 --price 3.0
+    run_speedrun.py --budget 100 --gpu h100 --count 8 --price 3.0         # how deep a model the money trains
+    run_speedrun.py --plan --measured                                     # this machine: times steps of the base stage
+    run_speedrun.py --plan --measured runs/d4 model.depth=6               # at the rates that a run had
+
+Nothing is written, nothing downloaded, and no GPU is needed. Work is counted as the stages count it (`scaling`). How
+fast it goes is the share of a chip's peak (MFU) that the reference reached in published runs (`published`), or what was
+measured. What memory a step needs is in `footprint`.
+
+Not counted: compiling (minutes at first, then cached), waiting for downloads, and starting anew after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from evals.tasks import available, load_task
+from evals.tasks.mixtures import mid_mixture, sft_mixture
+from nanochat_jax import devices
+from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, from_dict
+from nanochat_jax.data.sources import source_of
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import read_json
+from nanochat_jax.model import lora, scaling
+from nanochat_jax.planning import footprint, targets
+from nanochat_jax.planning.footprint import Job, Memory, pretraining
+from nanochat_jax.planning.published import EVAL_BASE, EVAL_CHAT, tabled_mfu
+from nanochat_jax.tracking.tracking import read_records
+from nanochat_jax.training import memory
+from nanochat_jax.words import count, duration
+
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval")
+SERIES = range(4, 41, 2)  # depths that a budget is tried with
+
+# Rows of the hub's tasks, and tokens of a conversation: of those made here as counted with 4096 entries, of SmolTalk so
+# that the mixture of the published $100 run gives its 765 steps of mid.
+TRAIN_ROWS = {"chat": 460_341, "mmlu": 99_842, "gsm8k": 7_473, "arc_easy": 2_251, "arc_challenge": 1_119}
+TEST_ROWS = {"arc_easy": 2_376, "arc_challenge": 1_172, "mmlu": 14_042, "gsm8k": 1_319, "humaneval": 164}
+TEST_ROWS |= {"spellingbee": 256}
+CONVERSATION = {"chat": 820, "mmlu": 130, "gsm8k": 200, "arc_easy": 90, "arc_challenge": 100, "repeat": 30}
+CONVERSATION |= {"lookup": 82, "facts": 52, "identity": 40, "choices": 70, "reading": 82, "arithmetic": 68}
+CONVERSATION |= {"spellingbee": 101, "spelling": 30}
+
+SHARD_BYTES, SHARD_CHARS = 1e8, 2.5e8  # of a file of climbmix or fineweb_edu, says the reference's runs/speedrun.sh
+CHARS_A_TOKEN, KEPT = 4.7, 0.92  # of English; the share of tokens that packing does not crop
+CORE_BYTES = 1.62e8  # its bundle
+TOKENIZER_CHARS = 4.1e5  # a second, trained on two cores
+CORE_IN_TRAINING = 0.12  # of CORE's examples: at most 500 a task
+DECODING = 1 / 3  # of the memory's bandwidth: assumed
+PROMPT = 100  # tokens of a question of RL: assumed
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a stage goes on one device, and whence that is known."""
+
+    flops: float  # FLOP/s of its training steps; 0: not known
+    source: str
+    seconds: float | None = None  # of the whole stage, for each FLOP that a token costs, as a run measured it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage does, and takes. seconds: None where it is not known."""
+
+    name: str
+    steps: int = 0
+    batch_tokens: int = 0
+    flops: float = 0.0
+    seconds: float | None = None
+    download: float = 0.0  # bytes
+    disk: float = 0.0  # bytes, with what was downloaded
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.batch_tokens
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for. gpu: a key of targets.GPUS, None for the devices at hand; price: $ an hour, of all."""
+
+    gpu: str | None
+    count: int
+    price: float | None
+
+    @property
+    def kind(self) -> str:
+        import jax
+
+        return targets.GPUS[self.gpu].name if self.gpu else jax.devices()[0].device_kind
+
+    @property
+    def limit(self) -> int:
+        """Bytes of a device that may be planned."""
+        if self.gpu:
+            return int(memory.MARGIN * devices.POOL * targets.GPUS[self.gpu].gb * 1e9)
+        return memory.device_bytes()
+
+
+def machine(gpu: str | None, number: int | None, price: float | None, config: RunConfig) -> Machine:
+    """price: $ an hour of one device; None: the configuration's price_per_hour, of all. UserError."""
+    if gpu and gpu not in targets.GPUS:
+        raise UserError(f"--gpu {gpu} is not one of {', '.join(targets.GPUS)}")
+    if not gpu:
+        import jax
+
+        if number not in (None, jax.device_count()):
+            raise UserError(f"--count {number} needs --gpu; this machine has {jax.device_count()} devices")
+        number = jax.device_count()
+    number = number or 1
+    return Machine(gpu, number, config.price_per_hour if price is None else price * number)
+
+
+def measured(run_dir: Path) -> dict[str, Speed]:
+    """The speed of each stage of a run: the median of its steps' rates, the first step left out; of a stage that is
+    over, how long it took in all. UserError where it has no steps of base."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"--measured {run_dir} is not a run directory (it has no config.yaml)")
+    config = from_dict(RunConfig, yaml.safe_load(path.read_text()))  # not load_config: its data may be elsewhere
+    each = scaling.flops_per_token(scaling.gpt_config(config.model, config.tokenizer.vocab_size))
+    out = {}
+    for stage in STAGES:
+        done = read_json(run_dir / stage / "done.json") or {}
+        rates = [r["tokens_per_second"] for r in read_records(run_dir / stage / "metrics.jsonl") if "loss" in r][1:]
+        number = len(done.get("system", {}).get("devices", [""]))
+        if rates or done:
+            flops = statistics.median(rates) * each / number if rates else 0.0
+            out[stage] = Speed(flops, str(run_dir), done["seconds"] / each if done else None)
+    if not out.get("base", Speed(0, "")).flops:
+        raise UserError(f"{run_dir} has no steps of the stage base; give --measured a run that has trained")
+    return out
+
+
+@dataclass
+class Plan:
+    """A run on a machine. speeds: by stage; "" for those that are not named."""
+
+    config: RunConfig
+    on: Machine
+    speeds: dict[str, Speed] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.cfg = scaling.gpt_config(self.config.model, self.config.tokenizer.vocab_size)
+        self.each = scaling.flops_per_token(self.cfg)
+        self.base = pretraining(self.config, self.cfg)
+        self.source = source_of(self.config.data)
+        self.job = Job(self.config, self.cfg, self.on.gpu, self.on.count, self.on.limit)
+
+    def stages(self) -> list[Stage]:
+        return [self._tokenizer(), self._base(), self._finetune("mid"), self._finetune("sft"), self._rl(), self._eval()]
+
+    def speed(self, stage: str) -> Speed | None:
+        return self.speeds.get(stage) or self.speeds.get("")
+
+    def _seconds(self, stage: str, flops: float) -> float | None:
+        speed = self.speed(stage)
+        return flops / (speed.flops * self.on.count) if speed and speed.flops else None
+
+    def as_measured(self, stage: str) -> float | None:
+        """Seconds of a stage that is more than its steps, in proportion to a run's."""
+        speed = self.speeds.get(stage)
+        return speed.seconds * self.each if speed and speed.seconds else None
+
+    def _with_validation(self, name: str, steps: int, flops: float, every: int) -> float | None:
+        """Seconds of a stage's steps and of its passes over the validation rows, which are forward only."""
+        seconds = self._seconds(name, flops)
+        if seconds is None:
+            return None
+        passes = 1 + (math.ceil(steps / every) if every else 0)
+        return seconds + passes * self._seconds(name, self.config.base.eval_tokens * self.each / 3)
+
+    def _checkpoints(self, lora_rank: int | None = None) -> int:
+        """Bytes of those of a stage: the ones that are kept, and one that is being written."""
+        state = lora.state_bytes(self.cfg, lora_rank) if lora_rank else footprint.state_bytes(self.cfg)
+        return (self.config.checkpoints.keep + 1) * state
+
+    def _tokenizer(self) -> Stage:
+        """All files are counted here, though most come while base trains."""
+        download = (self.config.data.hub_shards + 1) * SHARD_BYTES if self.source == "hub" else 0.0
+        chars = self.config.tokenizer.sample_chars
+        return Stage("tokenizer", seconds=chars / TOKENIZER_CHARS, download=download, disk=download)
+
+    def _base(self) -> Stage:
+        cfg, plan = self.config.base, self.base
+        flops = plan.tokens * self.each
+        seconds = self._with_validation("base", plan.steps, flops, cfg.eval_every)
+        if seconds is not None and cfg.core_every and self.config.evals.core and self.source == "hub":
+            often = (plan.steps - 1) // cfg.core_every
+            seconds += often * CORE_IN_TRAINING * (self._as_published(EVAL_BASE) or 0)
+        disk = 2 * (plan.tokens + cfg.eval_tokens) + self._checkpoints()  # 16 bits an id
+        return Stage("base", plan.steps, plan.batch_tokens, flops, seconds, disk=disk)
+
+    def passes(self) -> float | None:
+        """How often base goes over its text; None where that is not known before it is packed."""
+        if self.source != "hub":
+            return None
+        return self.base.tokens / (self.config.data.hub_shards * SHARD_CHARS / CHARS_A_TOKEN * KEPT)
+
+    def _finetune(self, name: str) -> Stage:
+        """mid or sft: as many rows as its conversations fill, estimated by their usual lengths."""
+        cfg: FinetuneConfig = getattr(self.config, name)
+        length = self.cfg.sequence_len
+        recipe = (mid_mixture if name == "mid" else sft_mixture)(self.config.data, override=cfg.mixture)
+        tokens = sum(self._conversations(task, split, times) * CONVERSATION[task] for task, split, times in recipe)
+        rows = min(math.ceil(tokens / length), cfg.max_rows or math.inf)
+        batch = cfg.batch_tokens or self.base.batch_tokens
+        steps = max(1, round(cfg.epochs * rows / max(batch // length, 1)))
+        flops = steps * batch * self.each
+        seconds = self._with_validation(name, steps, flops, cfg.eval_every)
+        disk = 3 * rows * length + self._checkpoints(cfg.lora_rank)  # ids and mask
+        return Stage(name, steps, batch, flops, seconds, disk=disk)
+
+    def _conversations(self, task: str, split: str, times: int) -> int:
+        if times < 0:
+            return -times
+        if self.source == "hub" and task in TRAIN_ROWS:
+            return times * TRAIN_ROWS[task]
+        return times * len(load_task(task, split=split, data=self.config.data, cache_dir=Path()))
+
+    def _rl(self) -> Stage:
+        """Sampling, as fast as the matrices and the cache are read, and the updates."""
+        cfg = self.config.rl
+        named = cfg.task or ("gsm8k" if "gsm8k" in available(self.config.data, "train") else "arithmetic")
+        shares = named if isinstance(named, dict) else {named: 1}
+        rows = min(self._conversations(t, "train", 1) * sum(shares.values()) // n for t, n in shares.items())
+        steps = cfg.steps or max(1, rows // cfg.questions)
+        sampled = cfg.questions * cfg.samples
+        batch = sampled * (PROMPT + cfg.max_new_tokens)
+        flops = steps * batch * self.each * (cfg.epochs + 1 / 3)  # the pass that weighs the samples is forward only
+        seconds, bandwidth = self.as_measured("rl"), devices.bandwidth(self.on.kind)
+        if seconds is None and bandwidth and self.speed("rl"):
+            cache = (PROMPT + cfg.max_new_tokens / 2) * scaling.kv_bytes_per_token(self.cfg, 2)
+            read = 2 * scaling.matmul_params(self.cfg) + sampled / self.on.count * cache  # for one token of each
+            tested = cfg.eval_questions * cfg.eval_samples / sampled / cfg.eval_every if cfg.eval_every else 0
+            seconds = self._seconds("rl", flops)
+            seconds += steps * (1 + tested) * cfg.max_new_tokens * read / (DECODING * bandwidth)
+        return Stage("rl", steps, batch, flops, seconds, disk=self._checkpoints())
+
+    def _as_published(self, seconds: float) -> float | None:
+        """What took the published $100 run so long, by the FLOPs of a token and the chips' peak."""
+        peak = devices.peak_flops(self.on.kind)
+        if peak is None:
+            return None
+        published = scaling.flops_per_token(scaling.gpt_config(ModelConfig("classic", 20), 65536))
+        return seconds * (self.each / (self.on.count * peak)) / (published / (8 * devices.peak_flops("h100")))
+
+    def _eval(self) -> Stage:
+        seconds, evals = self.as_measured("eval"), self.config.evals
+        if seconds is None and self.source == "hub":
+            asked = sum(min(n, evals.max_per_task or n) for n in TEST_ROWS.values()) / sum(TEST_ROWS.values())
+            chat = EVAL_CHAT * asked * sum(stage != "base" for stage in evals.stages)
+            seconds = self._as_published(chat + EVAL_BASE * ("base" in evals.stages))
+        size = CORE_BYTES if evals.core and self.source == "hub" else 0.0
+        return Stage("eval", seconds=seconds, download=size, disk=size)
+
+
+def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool = True) -> tuple[Plan, Memory]:
+    """A plan, and the memory of its base stage.
+
+    measure: a run directory; "" to time steps here; None for published rates. exact: the memory by the compiled step,
+    where that can be compiled. UserError.
+    """
+    plan = Plan(config, on, measured(Path(measure)) if measure else {})
+    compiled, peak = None, devices.peak_flops(on.kind)
+    if exact:
+        with contextlib.suppress(UserError) if on.gpu else contextlib.nullcontext():
+            compiled = footprint.Compiled(plan.job)
+    found = compiled.memory() if compiled else footprint.estimated(plan.job)
+    if measure:
+        plan.speeds[""] = plan.speeds["base"]
+    elif measure == "" and compiled and found.rows:
+        seconds = compiled.seconds(found.rows)
+        flops = plan.base.batch_tokens * plan.each / seconds / on.count
+        plan.speeds[""] = Speed(flops, f"steps of {seconds:.2f} s, timed now")
+    elif peak:
+        mfu, source = tabled_mfu(on.gpu or "", config.model.arch, config.base.fp8, config.model.depth)
+        plan.speeds[""] = Speed(mfu * peak, f"{mfu:.0%} MFU, {source}")
+    return plan, found
+
+
+def series(config: RunConfig, on: Machine, measure: str | None = None) -> list[tuple[Plan, Memory]]:
+    """The same run at other depths, memory by the formula."""
+    return [
+        make(dataclasses.replace(config, model=dataclasses.replace(config.model, depth=d)), on, measure, exact=False)
+        for d in SERIES
+    ]
+
+
+# --------------------------------------------------------------------------------------------------- as it is said
+
+
+def summed(stages: list[Stage]) -> Stage:
+    return Stage(
+        "all",
+        flops=sum(s.flops for s in stages),
+        seconds=sum(s.seconds or 0.0 for s in stages),
+        download=sum(s.download for s in stages),
+        disk=sum(s.disk for s in stages),
+    )
+
+
+def dollars(stage: Stage, on: Machine) -> float | None:
+    return None if on.price is None or stage.seconds is None else on.price * stage.seconds / 3600
+
+
+def show(plan: Plan, found: Memory, console: Console) -> None:
+    config, on, stages = plan.config, plan.on, plan.stages()
+    price = "" if on.price is None else f" at ${on.price:,.2f} an hour"
+    params = count(scaling.param_counts(plan.cfg)["total"])
+    console.print(
+        f"{config.model.arch} d{config.model.depth}, {params} parameters, on {on.count} x {on.kind}{price}",
+        style="bold",
+    )
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("stage", "tokens", "steps", "batch", "FLOPs", "download", "disk", "time", "cost"):
+        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    for stage in stages:
+        table.add_row(*_row(stage, on))
+    table.add_row(*_row(summed(stages), on), style="bold")
+    console.print(table)
+    for line in (*_remarks(plan, stages), *_memory_lines(plan, found)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _row(stage: Stage, on: Machine) -> list[str]:
+    cost = dollars(stage, on)
+    return [
+        stage.name,
+        count(stage.tokens) if stage.tokens else "",
+        f"{stage.steps:,}" if stage.steps else "",
+        count(stage.batch_tokens) if stage.steps else "",
+        f"{stage.flops:.2e}" if stage.flops else "",
+        f"{count(stage.download)}B" if stage.download else "",
+        f"{count(stage.disk)}B" if stage.disk else "",
+        "not known" if stage.seconds is None else duration(stage.seconds),
+        "" if cost is None else f"${cost:,.2f}",
+    ]
+
+
+def _remarks(plan: Plan, stages: list[Stage]) -> list[str]:
+    out, speed = [], plan.speed("base")
+    if speed:
+        rate = speed.flops * plan.on.count / plan.each
+        out.append(f"base at {count(rate)} tokens/s: {speed.source}")
+    if unknown := [s.name for s in stages if s.seconds is None]:
+        out.append(f"the time of {', '.join(unknown)} is not known and not in the sum: --measured RUN_DIR may tell")
+        if "base" in unknown:
+            out.append("--measured alone times some steps of base here")
+    if plan.speed("rl") and not plan.as_measured("rl"):
+        out.append(
+            "rough: rl decodes at a third of the bandwidth, eval goes as in a $100 run, the tokenizer on two cores"
+        )
+    if (passes := plan.passes()) is not None:
+        files = plan.config.data.hub_shards
+        out.append(f"base goes {passes:.2f} times over its {files} files" + (", take more" if passes > 1 else ""))
+    return out
+
+
+def _memory_lines(plan: Plan, found: Memory) -> list[str]:
+    parts = ("parameters", "optimizer", "gradients", "activations")
+    said = ", ".join(f"{part} {getattr(found, part) / 1e9:.2f}" for part in parts)
+    line = f"memory of a device, {found.source}: {found.total / 1e9:.2f} of {plan.on.limit / 1e9:.2f} GB ({said})"
+    if not found.rows:
+        return [line, "not even one row fits: split the state (mesh.fsdp), or take a smaller model.depth"]
+    return [line, f"{found.rows} rows at a time, {plan.job.per_device // found.rows} times a step"]
+
+
+def show_series(plans: list[tuple[Plan, Memory]], budget: float, console: Console) -> int | None:
+    """The depths and what they cost; returns the deepest within the budget, whose memory fits too."""
+    table, best = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), None
+    for name in ("depth", "parameters", "tokens", "FLOPs", "memory", "rows", "time", "cost"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for plan, found in plans:
+        whole = summed(plan.stages())
+        cost, depth = dollars(whole, plan.on), plan.config.model.depth
+        within = cost <= budget and found.rows > 0
+        best = depth if within else best
+        table.add_row(
+            f"d{depth}", count(scaling.param_counts(plan.cfg)["total"]), count(plan.base.tokens), f"{whole.flops:.2e}",
+            f"{count(found.total)}B", f"{found.rows or 'none fit'}", duration(whole.seconds), f"${cost:,.2f}",
+            style=None if within else "dim",
+        )  # fmt: skip
+    console.print(table)
+    on = plans[0][0].on
+    said = f"d{best} is the deepest" if best else "no depth of the series is"
+    console.print(
+        f"{said} within ${budget:,.2f} on {on.count} x {on.kind}; all stages are counted",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    return best
+
+
+def main(config: RunConfig, args: argparse.Namespace) -> int:
+    """Prints the plan that `run_speedrun.py` was asked for; the last line is a JSON object. UserError."""
+    console, on = Console(), machine(args.gpu, args.count, args.price, config)
+    if args.gpu and args.measured == "":
+        raise UserError("--measured without a run directory times this machine; leave --gpu out")
+    if args.budget is not None:
+        if on.price is None:
+            raise UserError("--budget needs --price, in dollars an hour of one device")
+        if args.measured == "":
+            raise UserError("--budget tries many depths: give --measured a run directory, or --gpu")
+        best = show_series(series(config, on, args.measured), args.budget, console)
+        print(json.dumps({"budget": args.budget, "depth": best}))
+        return 0
+    plan, found = make(config, on, args.measured)
+    show(plan, found, console)
+    stages = plan.stages()
+    out = {s.name: {**dataclasses.asdict(s), "dollars": dollars(s, on)} for s in (*stages, summed(stages))}
+    print(json.dumps({"stages": out, "memory": {**dataclasses.asdict(found), "total": found.total}}))
+    return 0

@@ -1,0 +1,272 @@
+"""Base models of several depths at several budgets: what compute-optimal training is for a tokenizer, a text, a recipe.
+
+    python -m nanochat_jax.scaling sweep configs/miniseries_cpu.yaml
+    python -m nanochat_jax.scaling sweep configs/miniseries.yaml --plan --gpu h100 --count 8 --price 3
+
+The file holds the settings of a run and a section `sweep` (`SweepConfig`). Every model is an ordinary run directory in
+the folder --out, trained by run_speedrun.py in a process of its own; all have the tokenizer of the first. A sweep that
+was stopped, however that was, goes on when the same command is given again, also with more depths and budgets. At the
+end the folder has sweep.md with the table, the plot and the fits (`scaling_fit`), and all figures in sweep.json.
+One host: a sweep does not go on over several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from evals.sandbox.linux import die_with_parent
+from nanochat_jax.checkpoint import read_done
+from nanochat_jax.config import (
+    RunConfig,
+    SweepConfig,
+    check,
+    checked,
+    differences,
+    dump_yaml,
+    from_dict,
+    read_settings,
+    to_dict,
+)
+from nanochat_jax.errors import START_AGAIN, Interrupted, UserError
+from nanochat_jax.files import atomic_write_text, claim, whole_folder
+from nanochat_jax.model import scaling
+from nanochat_jax.planning import sweep_page
+from nanochat_jax.planning.sweep_page import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+MISTAKE = 2  # exit status of a run whose settings are at fault
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model to train. budget: FLOPs or tokens per parameter."""
+
+    name: str
+    budget: float
+    config: RunConfig
+
+
+def read_sweep(path: str, mesh: str | None, overrides: list[str]) -> tuple[SweepConfig, list[Point]]:
+    """The sweep that a file describes. UserError."""
+    values = read_settings(path, mesh, overrides)
+    sweep = from_dict(SweepConfig, values.pop("sweep", {}), "sweep")
+    if not sweep.depths or bool(sweep.flops) == bool(sweep.ratios):
+        raise UserError(f"{path} needs sweep.depths and either sweep.flops or sweep.ratios: lists of numbers")
+    if min(*sweep.depths, *sweep.flops, *sweep.ratios, sweep.aspect_ratio or 1) <= 0:
+        raise UserError(f"depths, budgets and aspect_ratio of the sweep in {path} must be more than 0")
+    budgets = sweep.flops or sweep.ratios
+    if len(set(sweep.depths)) < len(sweep.depths) or len(set(budgets)) < len(budgets):
+        raise UserError(f"a depth or a budget stands twice in the sweep of {path}")
+    config = checked(values)
+    return sweep, [_point(config, sweep, d, b) for b in sorted(budgets) for d in sweep.depths]
+
+
+def _point(config: RunConfig, sweep: SweepConfig, depth: int, budget: float) -> Point:
+    model = dataclasses.replace(config.model, depth=depth)
+    if sweep.aspect_ratio:
+        width = -(-sweep.aspect_ratio * depth // model.head_dim) * model.head_dim
+        model = dataclasses.replace(model, width=width)
+    cfg = scaling.gpt_config(model, config.tokenizer.vocab_size)
+    if sweep.flops:
+        name, tokens = f"d{depth}-{budget:g}".replace("+", ""), budget / scaling.flops_per_token(cfg)
+    else:
+        name, tokens = f"d{depth}-ratio{budget:g}", budget * scaling.scaling_params(cfg)
+    base = dataclasses.replace(config.base, tokens=int(tokens))
+    made = dataclasses.replace(config, model=model, base=base)
+    check(made)
+    return Point(name, budget, made)
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(points: list[Point], out: Path) -> list[str]:
+    """Trains what is not trained yet; returns the names of those that failed.
+
+    UserError where a run directory was made with other settings, or where a run says that its settings are at fault.
+    Interrupted where this process was asked to stop: the run has saved.
+    """
+    for point in points:
+        _compare(point, out / point.name)
+    failed = []
+    for number, point in enumerate(points, 1):
+        if read_done(out / point.name / "base"):
+            continue
+        print(f"— {point.name}, {number} of {len(points)}", file=sys.stderr, flush=True)
+        status = _train_one(point, out)
+        if status == MISTAKE:
+            raise UserError(f"{point.name} ended with the mistake above; once it is mended the same command goes on")
+        if status:
+            print(f"{point.name}: exit status {status}, left out", file=sys.stderr, flush=True)
+            failed.append(point.name)
+    return failed
+
+
+def _compare(point: Point, run_dir: Path) -> None:
+    path = run_dir / "config.yaml"
+    if path.is_file():
+        existing = from_dict(RunConfig, yaml.safe_load(path.read_text()))
+        if differing := differences(to_dict(existing), to_dict(point.config)):
+            raise UserError(
+                f"{run_dir} was made with other settings ({'; '.join(differing[:3])}); take the same ones, or another "
+                "--out"
+            )
+
+
+def _train_one(point: Point, out: Path) -> int:
+    """The exit status of run_speedrun.py, which makes the run directory or goes on in it."""
+    run_dir = out / point.name
+    config = run_dir / "config.yaml"
+    atomic_write_text(config, dump_yaml(point.config))
+    _share_tokenizer(out, run_dir)
+    command = [sys.executable, str(ROOT / "run_speedrun.py"), "--config", str(config), "--run-dir", str(run_dir)]
+    process = subprocess.Popen(
+        [*command, "--stages", "tokenizer,base"],
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # signals come from here alone, so that each comes once
+        preexec_fn=die_with_parent,  # else a sweep that was killed could not be started again
+    )
+    with _forwarding(process) as received:
+        status = process.wait()
+    if received:
+        raise Interrupted(f"{received[0].name} in {point.name}; the same command goes on from there")
+    return status
+
+
+def _share_tokenizer(out: Path, run_dir: Path) -> None:
+    """Copies the tokenizer that one of the sweep's runs has trained, if any has."""
+    if read_done(run_dir / "tokenizer"):
+        return
+    for mark in sorted(out.glob("*/tokenizer/done.json")):
+        with whole_folder(run_dir / "tokenizer") as folder:
+            shutil.copytree(mark.parent, folder, dirs_exist_ok=True)
+        return
+
+
+@contextmanager
+def _forwarding(process: subprocess.Popen) -> Iterator[list[signal.Signals]]:
+    """Passes signals that ask to stop on to a child; gives those that came."""
+    received: list[signal.Signals] = []
+
+    def forward(number, frame):
+        received.append(signal.Signals(number))
+        process.send_signal(number)
+
+    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def results(points: list[Point], out: Path) -> list[Result]:
+    """What has been trained."""
+    found = []
+    for point in points:
+        if done := read_done(out / point.name / "base"):
+            cfg = scaling.gpt_config(point.config.model, point.config.tokenizer.vocab_size)
+            found.append(
+                Result(
+                    point.name,
+                    point.budget,
+                    cfg.n_layer,
+                    cfg.n_embd,
+                    scaling.scaling_params(cfg),
+                    scaling.param_counts(cfg)["total"],
+                    done["tokens"],
+                    done["epochs"],
+                    scaling.flops_per_token(cfg),
+                    done["metrics"]["val_bpb"],
+                    done["metrics"]["val_loss"],
+                    done["seconds"],
+                )
+            )
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- the command
+
+
+def show_plan(points: list[Point], args: argparse.Namespace) -> None:
+    """Prints what would be trained and for how long, at the speed of published runs or of one that was measured."""
+    from nanochat_jax.planning import plan
+    from nanochat_jax.words import count, duration
+
+    if args.measured == "":
+        raise UserError("--measured of a sweep needs a run directory whose speed it takes")
+    whole, unknown = plan.Stage("all", seconds=0.0), False
+    print(f"{'run':16} {'parameters':>10} {'tokens':>8} {'steps':>8} {'batch':>8} {'FLOPs':>9} {'time':>12}")
+    for point in points:
+        on = plan.machine(args.gpu, args.count, args.price, point.config)
+        made, _ = plan.make(point.config, on, args.measured, exact=False)
+        base = next(s for s in made.stages() if s.name == "base")
+        params = count(scaling.scaling_params(made.cfg))
+        time = "not known" if base.seconds is None else duration(base.seconds)
+        print(
+            f"{point.name:16} {params:>10} {count(base.tokens):>8} {base.steps:>8,} {count(base.batch_tokens):>8} "
+            f"{base.flops:>9.2e} {time:>12}"
+        )
+        unknown |= base.seconds is None
+        whole = plan.summed([whole, base])
+    cost = None if unknown else plan.dollars(whole, on)
+    time = "a time that is not known: --measured RUN_DIR or --gpu may tell" if unknown else duration(whole.seconds)
+    print(f"{len(points)} models, {whole.flops:.2e} FLOPs, {time}" + ("" if cost is None else f", ${cost:,.2f}"))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(prog="python -m nanochat_jax.scaling", description=__doc__.split("\n\n")[0])
+    p.add_argument("what", choices=["sweep"])
+    p.add_argument("file", metavar="FILE", help="settings of a run and a section `sweep`: configs/miniseries_cpu.yaml")
+    p.add_argument("--mesh", help="YAML file of mesh axes, such as configs/mesh/h100_x8.yaml")
+    p.add_argument("--out", type=Path, help="folder of the runs; default: runs/<name of the file>")
+    p.add_argument("--plan", action="store_true", help="say what would be trained and for how long; nothing runs")
+    p.add_argument("--gpu", help="plan for such a GPU: rtx4090, a100, a100_80, h100, h200; default: what is here")
+    p.add_argument("--count", type=int, help="plan for so many of them")
+    p.add_argument("--price", type=float, help="dollars an hour of one device")
+    p.add_argument("--measured", metavar="RUN_DIR", help="plan at a run's speed")
+    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    return p.parse_intermixed_args(argv)  # settings may stand after options
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, fits and writes; the exit status. UserError, Interrupted."""
+    sweep, points = read_sweep(args.file, args.mesh, args.settings)
+    if args.plan:
+        show_plan(points, args)
+        return 0
+    out = args.out or ROOT / "runs" / Path(args.file).stem
+    with claim(out / ".lock"):
+        failed = train(points, out)
+        found = results(points, out)
+        if not found:
+            raise UserError(f"no model of the sweep was trained; {out}/*/log.txt says why")
+        print(json.dumps(sweep_page.write(out, sweep, found, failed)))
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        return run(args)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(f"interrupted: {e}", file=sys.stderr)
+        return START_AGAIN
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from there", file=sys.stderr)
+        return 130

@@ -1,0 +1,252 @@
+"""One record per step: a bar or plain lines on the console, log.txt, metrics.jsonl, and the sinks that are switched on.
+
+A record is {"stage", "step", "of", "time"}, the last in seconds since 1970, and
+- after a step: "loss", "grad_norm", "tokens_per_second", "mfu", "memory_gb" and what the stage adds, such as "reward";
+- after an evaluation: "val_bpb", "core", "pass@1" and so on; "sample", a text;
+- "alarm", a text, where something is wrong (`alarms.py`).
+Floats that are not finite are null. `truncate_from` and `read_records` take runs up and read them.
+
+The console is stderr: the last line on stdout belongs to the result.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nanochat_jax.config import TrackingConfig
+from nanochat_jax.tracking import sinks
+from nanochat_jax.tracking.alarms import LossAlarm, StallAlarm
+
+PLAIN_EVERY = 10.0  # seconds between plain lines
+
+
+class RunLog:
+    """What a run says: on the console, and with time stamps in log.txt; `silent` on all hosts but one."""
+
+    def __init__(self, run_dir: str | Path, silent: bool = False):
+        self.console, self.silent = Console(stderr=True, highlight=False, quiet=silent), silent
+        self.path = Path(os.devnull) if silent else Path(run_dir) / "log.txt"
+
+    def write(self, text: str) -> None:
+        """To log.txt alone."""
+        stamp = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(f"{stamp}  {text}\n")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+        self.write(text)
+
+
+def _number(value):
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; [] where there is none. A line that was cut in half is left out."""
+    out = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return out
+
+
+def truncate_from(path: Path, step: int) -> list[dict]:
+    """Drops records of `step` and later, and a half-written last line: what a killed run wrote after its last save.
+
+    Returns what is left.
+    """
+    if not path.exists():
+        return []
+    kept = [r for r in read_records(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
+    os.replace(part, path)
+    return kept
+
+
+class Tracker:
+    """Records of one stage: `record` appends to <stage>/metrics.jsonl and moves the bar, or prints a line at times.
+
+    `on_spike(text)` is called where the loss leaps up. Several hosts: all see the same losses, one writes.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        stage: str,
+        total_steps: int,
+        log: RunLog,
+        start: int = 0,
+        config: TrackingConfig | None = None,
+        on_spike: Callable[[str], None] | None = None,
+    ):
+        self.stage, self.total, self.log, self._on_spike = stage, total_steps, log, on_spike
+        path, before, self._sinks = Path(run_dir) / stage / "metrics.jsonl", [], []
+        if log.silent:
+            path = Path(os.devnull)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            before = truncate_from(path, start)
+            self._sinks = sinks.open_sinks(config or TrackingConfig(), Path(run_dir), stage, start)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage)
+        self._lock = threading.Lock()  # the stall alarm writes from its own thread
+        self._losses = LossAlarm(r["loss"] for r in before if "loss" in r)
+        self._step, self._stalls = start, StallAlarm(self._stalled)
+        self._first, self._begun, self._last_line = start, None, 0.0
+        self._bar = None
+        if log.console.is_terminal and not log.silent:
+            columns = (
+                TextColumn("{task.description:>5}"),
+                BarColumn(None),
+                TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self._bar = Progress(*columns, console=log.console)
+            self._task = self._bar.add_task(stage, total=total_steps, completed=start, text="compiling")
+            self._bar.start()
+
+    def record(self, step: int, **metrics) -> None:
+        """Writes a record of the step, with an alarm where its loss deserves one."""
+        if "loss" not in metrics:
+            self._write(step, metrics)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
+            self.log.say(f"{self.stage} {step}/{self.total}  {shown}")
+            return
+        self._step = step
+        self._stalls.step()
+        alarm = None
+        if "reward" not in metrics:  # RL's is no likelihood: it has no level to leap from
+            alarm = self._losses.see(metrics["loss"])
+        self._write(step, {**metrics, "memory_gb": round(device_memory_gb(), 3)} | ({"alarm": alarm} if alarm else {}))
+        now = time.perf_counter()
+        if self._begun is None:  # the first step compiles: the rate starts after it
+            self._first, self._begun = step, now
+        text = self._text(metrics)
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        if now - self._last_line >= PLAIN_EVERY or step == self.total:
+            self._last_line = now
+            line = f"{self.stage} {step}/{self.total}  {text}  {self._left(step, now)}"
+            self.log.write(line) if self._bar else self.log.say(line)
+        if alarm:
+            self._say(step, alarm)
+            if self._on_spike and math.isfinite(metrics["loss"]):
+                self._on_spike(alarm)
+
+    def _write(self, step: int, metrics: dict) -> None:
+        values = {k: _number(v) for k, v in metrics.items()}
+        row = {"stage": self.stage, "step": step, "of": self.total, "time": round(time.time(), 3), **values}
+        with self._lock:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for sink in self._sinks:
+                sink.write(row)
+
+    def _say(self, step: int, alarm: str) -> None:
+        self.log.say(f"{self.stage} {step}/{self.total}  ALARM  {alarm}")
+
+    def _stalled(self, alarm: str) -> None:
+        self._write(self._step, {"alarm": alarm})
+        self._say(self._step, alarm)
+
+    def elsewhere(self) -> AbstractContextManager:
+        """For what is between steps, such as an evaluation: it is no stall."""
+        return self._stalls.elsewhere()
+
+    @staticmethod
+    def _text(metrics: dict) -> str:
+        mfu = metrics.get("mfu")
+        parts = [f"loss {metrics['loss']:.4f}"]
+        if "reward" in metrics:
+            parts.append(f"reward {metrics['reward']:.3f}")
+        parts.append(f"{metrics.get('tokens_per_second', 0):,.0f} tok/s")
+        parts.append(f"MFU {100 * mfu:.1f} %" if mfu is not None else "MFU n/a")
+        return "  ".join(parts)
+
+    def _left(self, step: int, now: float) -> str:
+        if step <= self._first:
+            return "left: n/a"
+        seconds = (now - self._begun) / (step - self._first) * (self.total - step)
+        return f"left: {datetime.timedelta(seconds=round(seconds))}"
+
+    def close(self) -> None:
+        self._stalls.close()
+        if self._bar:
+            self._bar.stop()
+        for sink in self._sinks:
+            sink.close()
+        self._file.close()
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held, in GB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def device_memory_gb() -> float:
+    """The most memory that the first device has held, in GB; of the process where the backend does not count, as a
+    CPU's."""
+    import jax
+
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 1e9 if "peak_bytes_in_use" in stats else peak_memory_gb()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git(*args: str) -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        out = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() if out.returncode == 0 else None
+
+
+def system_info() -> dict:
+    """What the run ran on: names, counts, versions; memory in GB; the commit, or None outside a checkout."""
+    import flax
+    import jax
+    import psutil
+
+    commit = _git("rev-parse", "--short", "HEAD")
+    if commit and _git("status", "--porcelain"):
+        commit += " with changes"
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "devices": [d.device_kind for d in jax.devices()],
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "commit": commit,
+    }

@@ -1,0 +1,253 @@
+"""Muon for the matrices, AdamW for tables, head and scalars, as optax transformations partitioned by parameter.
+
+Every rate, momentum and decay is a pure function of the step. Muon: Jordan 2024; Polar Express: arXiv 2505.16932;
+NorMuon: arXiv 2510.05491; AdamW: arXiv 1711.05101. Matrices are stored (out, in): rows are outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from nanochat_jax.config import GPTConfig, OptimConfig
+from nanochat_jax.kernels.products import matmul
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model.scaling import REFERENCE_BATCH, REFERENCE_WIDTH
+
+# Polar Express for 5 iterations: (a, b, c) of X <- aX + (bA + cAA)X with A = X X^T (arXiv 2505.16932)
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # the quintic of Muon's first form
+NORMUON_BETA2 = 0.9
+EPS = 1e-10
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Functions of the step (int32 scalar, the first is 0)."""
+
+    lr: Schedule  # multiplies every rate
+    momentum: Schedule  # Muon's
+    weight_decay: Schedule  # Muon's
+
+
+def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str) -> Schedules:
+    """The recipe's schedules over `steps` steps: warm-up, constant, linear warm-down; momentum; cosine decay."""
+    down = round(cfg.warmdown * steps)
+    start = steps - down
+
+    def falling(step):
+        """0 before the warm-down, rising to 1 at its end."""
+        return jnp.clip((step - start) / max(down, 1), 0.0, 1.0)
+
+    def lr(step):
+        up = jnp.minimum((step + 1) / max(cfg.warmup_steps, 1), 1.0)
+        return jnp.where(step < cfg.warmup_steps, up, 1.0 + falling(step) * (cfg.final_lr - 1.0))
+
+    def momentum(step):
+        if arch == "classic":
+            return 0.85 + 0.10 * jnp.minimum(step / 300, 1.0)
+        rising = 0.85 + 0.12 * step / 400
+        return jnp.where(step < 400, rising, 0.97 + falling(step) * (0.90 - 0.97))
+
+    def decay(step):
+        return weight_decay * 0.5 * (1.0 + jnp.cos(math.pi * step / steps))
+
+    return Schedules(lr, momentum, decay)
+
+
+# ------------------------------------------------------------------------------------------------- AdamW
+
+
+class AdamState(NamedTuple):
+    count: jax.Array
+    m: optax.Updates
+    v: optax.Updates
+
+
+def adamw(rate: float, betas: tuple[float, float], weight_decay: float, lr: Schedule) -> optax.GradientTransformation:
+    """p <- p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), the decay before the update."""
+    b1, b2 = betas
+
+    def init(params):
+        def zeros():
+            return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+        return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+
+    def update(grads, state, params):
+        alpha, t = rate * lr(state.count), (state.count + 1).astype(jnp.float32)
+        m = jax.tree.map(lambda m, g: m + (1 - b1) * (g - m), state.m, grads)
+        v = jax.tree.map(lambda v, g: v + (1 - b2) * (g * g - v), state.v, grads)
+
+        def step(p, m, v):
+            denominator = jnp.sqrt(v / (1 - b2**t)) + EPS
+            return -alpha * weight_decay * p - alpha / (1 - b1**t) * m / denominator
+
+        return jax.tree.map(step, params, m, v), AdamState(state.count + 1, m, v)
+
+    return optax.GradientTransformation(init, update)
+
+
+# -------------------------------------------------------------------------------------------------- Muon
+
+
+def _frobenius(x):
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
+
+
+def orthogonalize(x: jax.Array, coefficients, safety: float, eps: float) -> jax.Array:
+    """The polar factor of x (..., m, n), nearly: odd polynomials that push every singular value towards 1."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x / (_frobenius(x).astype(x.dtype) * safety + eps)
+    for a, b, c in coefficients:
+        xt = jnp.swapaxes(x, -1, -2)
+        gram = matmul(xt, x) if tall else matmul(x, xt)
+        poly = b * gram + c * matmul(gram, gram)
+        x = a * x + (matmul(x, poly) if tall else matmul(poly, x))
+    return x
+
+
+def _equilibrate(x):
+    """Every row scaled to the mean row norm, so that the spectrum starts better conditioned."""
+    rows = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True))
+    target = _frobenius(x) / math.sqrt(x.shape[-2])
+    return x * (target / jnp.maximum(rows, 1e-6)).astype(x.dtype)
+
+
+def _normuon(x, second):
+    """x over the root of its rows' (columns', where wide) second moment, its Frobenius norm kept."""
+    axis = -1 if x.shape[-2] >= x.shape[-1] else -2
+    mean = jnp.mean(jnp.square(x), axis=axis, keepdims=True)
+    second = second + (1 - NORMUON_BETA2) * (mean - second)
+    scale = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
+    size = x.shape[axis]
+    before = jnp.sqrt(jnp.sum(mean, axis=(-2, -1), keepdims=True) * size)
+    after = jnp.sqrt(jnp.sum(mean * size * jnp.square(scale), axis=(-2, -1), keepdims=True))
+    return x * scale * (before / jnp.maximum(after, 1e-10)), second
+
+
+class MuonState(NamedTuple):
+    count: jax.Array
+    momentum: optax.Updates
+    second: optax.Updates  # (rows, 1) or (1, columns) of each matrix
+
+
+def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) -> optax.GradientTransformation:
+    """Muon over a tree of matrices; those of one shape are stacked and orthogonalised as one batch.
+
+    On a mesh every device orthogonalises its share of them, whole, so that the products cross no link.
+    """
+
+    def init(params):
+        def factor(p):
+            return jnp.zeros((p.shape[0], 1) if p.shape[0] >= p.shape[1] else (1, p.shape[1]), jnp.float32)
+
+        momentum = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        return MuonState(jnp.zeros((), jnp.int32), momentum, jax.tree.map(factor, params))
+
+    def direction(x, second):
+        """Nesterov momentum (..., m, n) to the update's direction in float32, and the second moment after it."""
+        if arch == "classic":
+            return orthogonalize(x, NEWTON_SCHULZ, 1.0, 1e-7).astype(jnp.float32), second
+        x = orthogonalize(_equilibrate(x), POLAR_EXPRESS, 1.01, 1e-6).astype(jnp.float32)
+        x = x * (math.sqrt(min(x.shape[-2:])) / jnp.maximum(_frobenius(x), 1e-6))
+        return _normuon(x, second)
+
+    def update(grads, state, params):
+        mu, lr, wd = (f(state.count) for f in (schedules.momentum, schedules.lr, schedules.weight_decay))
+        momentum = jax.tree.map(lambda m, g: m + (1 - mu) * (g - m), state.momentum, grads)
+        nesterov = jax.tree.map(lambda g, m: g + mu * (m - g), grads, momentum)
+        named, tree = jax.tree_util.tree_flatten_with_path(nesterov)
+        u = [x for _, x in named]
+        kinds = [(x.shape, sharding.state_spec(path, x.shape, mesh) if mesh is not None else None) for path, x in named]
+        second, p = jax.tree.leaves(state.second), jax.tree.leaves(params)
+        out, moments = [None] * len(u), [None] * len(u)
+        for kind in sorted(set(kinds), key=str):
+            members, (shape, split) = [i for i, k in enumerate(kinds) if k == kind], kind
+            stacked = jnp.stack([u[i] for i in members]).astype(orth_dtype)
+            moment = jnp.stack([second[i] for i in members])
+            x, moment = sharding.over_matrices(direction, split, mesh)(stacked, moment)
+            scaled = rate * lr * math.sqrt(max(1.0, shape[0] / shape[1]))
+            for place, i in enumerate(members):
+                moments[i] = moment[place]
+                # cautious: only what the update does not oppose is decayed
+                out[i] = -scaled * (x[place] + wd * p[i] * (x[place] * p[i] >= 0))
+        return tree.unflatten(out), MuonState(state.count + 1, momentum, tree.unflatten(moments))
+
+    return optax.GradientTransformation(init, update)
+
+
+# ------------------------------------------------------------------------------------------ the whole model
+
+# group -> (betas, decoupled decay) of the modern recipe
+_ADAMW = {
+    "lm_head": ((0.8, 0.96), 0.01),
+    "wte": ((0.8, 0.995), 0.001),
+    "value_embeds": ((0.8, 0.995), 0.01),
+    "resid": ((0.8, 0.95), 0.05),
+    "x0": ((0.96, 0.95), 0.0),
+    "smear": ((0.8, 0.95), 0.0),
+}
+_GROUP_OF = {
+    "lm_head": "lm_head",
+    "wte": "wte",
+    "value_embeds": "value_embeds",
+    "resid_scalars": "resid",
+    "x0_scalars": "x0",
+    "smear_gate": "smear",
+    "smear_lambda": "smear",
+    "backout_lambda": "smear",
+    "blocks": "muon",
+}
+
+
+def group(path) -> str:
+    """The parameter group of a tree path, by its first name."""
+    return _GROUP_OF[str(getattr(path[0], "key", path[0]))]
+
+
+def rates(gpt: GPTConfig, cfg: OptimConfig, batch_tokens: int) -> dict[str, float]:
+    """Peak rate by group, at a batch of `batch_tokens`; Muon's before the factor sqrt(max(1, out / in))."""
+    b = 1.0 if gpt.init == "classic" else math.sqrt(batch_tokens / REFERENCE_BATCH)
+    d = (gpt.n_embd / REFERENCE_WIDTH) ** -0.5
+    peak = {
+        "lm_head": cfg.unembedding_lr * b * d,
+        "wte": cfg.embedding_lr * b * d,
+        "value_embeds": 0.5 * cfg.embedding_lr * b * d,
+        "resid": 0.01 * cfg.scalar_lr * b,
+        "x0": cfg.scalar_lr * b,
+        "smear": 0.2,
+        "muon": cfg.matrix_lr * b,
+    }
+    return {name: cfg.lr_scale * rate for name, rate in peak.items()}
+
+
+def make_optimizer(
+    gpt: GPTConfig, cfg: OptimConfig, schedules: Schedules, batch_tokens: int, orth_dtype=jnp.float32, mesh=None
+) -> optax.GradientTransformation:
+    """The recipe's optimizer for the parameters of `model.GPT` as a nested dict.
+
+    mesh: where the gradients come split as `sharding.state_spec` says; None on one device.
+    """
+    peak, classic = rates(gpt, cfg, batch_tokens), gpt.init == "classic"
+    parts = {"muon": muon(peak["muon"], schedules, orth_dtype, gpt.init, mesh)}
+    for name, (betas, decay) in _ADAMW.items():
+        if classic:
+            betas, decay = (0.8, 0.95), 0.0
+        parts[name] = adamw(peak[name], betas, decay, schedules.lr)
+    joined = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(lambda p, _: group(p), params))
+    return optax.chain(optax.clip_by_global_norm(1.0), joined) if classic else joined

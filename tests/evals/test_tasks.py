@@ -1,0 +1,359 @@
+"""Tasks: what they ask, what they accept, and that training never sees a test question."""
+
+import gzip
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import golden_files
+from evals.chat import by_subject
+from evals.tasks import TASKS, available, load_task, trainable
+from evals.tasks.arc import ARC
+from evals.tasks.base import read_rows, render_multiple_choice
+from evals.tasks.conversations import Conversations, read_chats
+from evals.tasks.embedded import Arithmetic
+from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
+from evals.tasks.humaneval import HumanEval, extract_program, import_lines
+from evals.tasks.identity import Identity
+from evals.tasks.mixtures import mid_mixture, sft_mixture
+from evals.tasks.mmlu import MMLU
+from evals.tasks.reading import Choices, Facts, Lookup, Reading, Repeat
+from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
+from nanochat_jax.config import DataConfig
+from nanochat_jax.engine.calculator import use_calculator
+from nanochat_jax.errors import UserError
+
+
+def behaviour(key):
+    return [case for path in golden_files("behaviour*.json") for case in _items(json.loads(path.read_text())[key])]
+
+
+def _items(value):
+    return list(value.items()) if isinstance(value, dict) else value
+
+
+@pytest.mark.parametrize("case", behaviour("gsm8k"))
+def test_gsm8k_golden(case):
+    assert parse_parts(case["answer"]) == case["parts"]
+    assert extract_answer(case["answer"]) == case["extracted"]
+
+
+@pytest.mark.parametrize(("text", "want"), behaviour("extract_answer"))
+def test_extract_answer_golden(text, want):
+    assert extract_answer(text) == want
+
+
+@pytest.mark.parametrize("case", behaviour("humaneval_extract"))
+def test_humaneval_extract_golden(case):
+    assert extract_program(case["completion"]) == case["program"]
+
+
+@pytest.mark.parametrize("case", behaviour("render_mc"))
+def test_render_multiple_choice_golden(case):
+    assert render_multiple_choice(case["question"], case["letters"], case["choices"]) == case["text"]
+
+
+def reference_answer(conversation) -> str:
+    """What the visible text of the last message is."""
+    content = conversation["messages"][-1]["content"]
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+
+
+WORDS = embedded_words()
+MADE = {
+    "arithmetic": Arithmetic,
+    "facts": Facts,
+    "lookup": Lookup,
+    "choices": Choices,
+    "reading": Reading,
+    "repeat": lambda split: Repeat(split, WORDS),
+    "spelling": lambda split: Spelling(WORDS, split, 500),
+    "spellingbee": lambda split: SpellingBee(WORDS, split, 500),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_made_tasks_accept_their_own_answer_and_nothing_else(name):
+    for split in ("train", "test"):
+        task = MADE[name](split)
+        for i in range(0, len(task), len(task) // 50):
+            conversation = task[i]
+            assert conversation == task[i]
+            answer = reference_answer(conversation)
+            assert task.evaluate(conversation, answer) and task.reward(conversation, answer) == 1.0
+            assert not task.evaluate(conversation, "") and not task.evaluate(conversation, answer + "1")
+    with pytest.raises(IndexError):
+        task[len(task)]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_training_and_test_questions_are_disjoint(name):
+    train, test = (
+        {task[i]["messages"][0]["content"] for i in range(min(len(task), 3000))}
+        for task in (MADE[name]("train"), MADE[name]("test"))
+    )
+    assert not train & test and len(test) > 100
+
+
+def test_arithmetic_is_right_and_its_calls_are_what_the_calculator_says():
+    task, kinds = Arithmetic("train"), set()
+    for i in range(300):
+        *calls, _ = [p for p in task[i]["messages"][1]["content"] if p["type"] != "text"] + [None]
+        for call, result in zip(calls[::2], calls[1::2]):
+            assert use_calculator(call["text"]) == result["text"]
+            kinds |= set(call["text"]) & set("+-*/")
+        assert result["text"] == task[i]["answer"]
+    assert kinds == set("+-*/")
+
+
+def test_facts_have_one_right_choice_of_four():
+    task, answers = Facts("train"), []
+    for i in range(200):
+        text, answer = (m["content"] for m in task[i]["messages"])
+        stated, *lines = text.split("\n- ")
+        choices = dict(reversed(line.split("\n")[0].split("=")) for line in lines)
+        assert len(set(choices.values())) == 4 and choices[answer] in stated
+        answers.append(answer)
+    assert all(30 < answers.count(letter) < 75 for letter in "ABCD")
+
+
+def pairs_of(text):
+    """{word: letter} of a list in a text."""
+    return dict(line[2:].split("=") for line in text.splitlines() if line.startswith("- "))
+
+
+@pytest.mark.parametrize("task", [Lookup("train"), Choices("test")])
+def test_what_is_looked_up_stands_in_the_list(task):
+    for i in range(100):
+        texts = [m["content"] for m in task[i]["messages"]]
+        letters = pairs_of(texts[0])
+        words = {letter: word for word, letter in letters.items()}
+        asked = [texts[0].rsplit("\n", 1)[1] if task.name == "lookup" else texts[0].split("\n")[0], *texts[2::2]]
+        for question, answer in zip(asked, texts[1::2], strict=True):
+            about = question.rstrip("?").rsplit(" ", 1)[1]
+            assert answer.strip() == (letters.get(about) or words[about])
+
+
+def test_what_is_read_was_stated_and_what_is_repeated_was_said():
+    for i in range(100):
+        messages = [m["content"] for m in Reading("train")[i]["messages"]]
+        assert len(messages) == 8
+        assert all(answer in question for question, answer in zip(messages[::2], messages[1::2]))
+        said, again = (m["content"] for m in Repeat("train", WORDS)[i]["messages"])
+        assert said == "Repeat:" + again
+
+
+def test_spelling_counts_letters():
+    task = SpellingBee(WORDS, "test", 100)
+    for i in range(100):
+        parts = task[i]["messages"][1]["content"]
+        assert use_calculator(parts[1]["text"]) == parts[2]["text"] == task[i]["answer"]
+
+
+def test_identity_says_its_name():
+    task = Identity()
+    asked = {t["messages"][0]["content"]: t["messages"][1]["content"] for t in (task[i] for i in range(len(task)))}
+    assert "nanochat_jax" in asked["Who are you?"]
+    assert all(len(task[i]["messages"]) in (2, 4) for i in range(50))
+
+
+def test_multiple_choice_rows_of_the_hub():
+    row = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"}
+    task = ARC([row], "arc_easy")
+    assert task[0]["letters"] == ["1", "2"] and "- y=2\n" in task[0]["messages"][0]["content"]
+    assert task.evaluate(task[0], "2") and not task.evaluate(task[0], "1") and task.baseline == 0.25
+    mmlu = {"question": "Q?", "choices": ["a", "b", "c", "d"], "answer": 3}
+    for rows in ([mmlu], [{"train": mmlu}]):
+        assert MMLU(rows)[0]["messages"][1]["content"] == "D"
+
+
+def test_gsm8k_compares_numbers_as_written():
+    task = GSM8K([{"question": "?", "answer": "It is <<10*123=1230>>1,230.\n#### 1,230"}])
+    assert task.evaluate(task[0], "so #### 1230") and not task.evaluate(task[0], "1230")
+
+
+HUMANEVAL = {
+    "prompt": "from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    '''Sum.'''\n",
+    "canonical_solution": "    return sum(xs)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
+    "entry_point": "total",
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "want"),
+    [
+        ("```python\ndef total(xs: List[int]) -> int:\n    return sum(xs)\n```", True),  # needs the prompt's import
+        ("```python\ndef total(xs):\n    return 0\n```", False),
+        ("I do not know.", False),
+        ("import os\nos._exit(0)", False),
+    ],
+)
+def test_humaneval_runs_the_tests(completion, want):
+    task = HumanEval([HUMANEVAL])
+    assert task.evaluate(task[0], completion) is want
+    assert task.evaluate(task[0], task[0]["messages"][1]["content"])
+
+
+def dialogue(n):
+    return [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(n)]
+
+
+def test_conversations_leave_out_what_is_no_dialogue(tmp_path):
+    system = [{"role": "system", "content": "Be kind."}]
+    bad = [[], dialogue(1), dialogue(3), dialogue(2)[::-1], system, [{"role": "user", "content": ""}, dialogue(2)[1]]]
+    rows = [{"messages": m} for m in [*bad, None, ["hi"], [{"role": "user"}], system + dialogue(2)]]
+    both = Conversations(rows, "train"), Conversations(rows, "test")
+    assert [t.skipped for t in both] == [len(bad) + 3] * 2 and len(both[0]) + len(both[1]) == 1
+    assert [task[i] for task in both for i in range(len(task))] == [{"messages": system + dialogue(2)}]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        f.write(json.dumps({"messages": dialogue(2)}) + "\n")
+    with gzip.open(tmp_path / "b.raw_lists.jsonl.gz", "wt") as f:
+        f.write(json.dumps(dialogue(2)) + "\n")
+    assert read_chats(tmp_path) == [{"messages": dialogue(2)}] * 2
+    (tmp_path / "a.jsonl.gz").write_bytes(b"half")
+    with pytest.raises(UserError, match="damaged"):
+        read_chats(tmp_path)
+
+
+def test_conversations_hold_out_by_their_text_alone():
+    def sides(rows):
+        return [{json.dumps(t[i]) for i in range(len(t))} for t in (Conversations(rows, s) for s in ("train", "test"))]
+
+    rows = [{"messages": [{"role": "user", "content": f"hello {i}"}, *dialogue(2)[1:]]} for i in range(2000)]
+    train, test = sides(rows)
+    assert not train & test and len(train | test) == 2000 and 20 < len(test) < 70
+    assert sides(rows[::-1]) == [train, test]  # neither order, nor what else is there, nor a repeat moves a row
+    assert sides(rows[:500] * 2)[1] == test & {json.dumps(r) for r in rows[:500]}
+
+
+def test_a_chat_file_of_another_layout_is_named_with_its_line(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
+        f.write(json.dumps({"messages": dialogue(2)}) + '\n\n{"text": "x"}\n')
+    with pytest.raises(UserError, match="a.jsonl.gz, line 3"):
+        read_chats(tmp_path)
+
+
+def test_parquet_rows_are_read_when_asked_for(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "smol.parquet"
+    want = [{"messages": [*dialogue(2), {"role": "user", "content": str(i)}, *dialogue(2)[1:]]} for i in range(40)]
+    pq.write_table(pa.Table.from_pylist(want), path, row_group_size=7)
+    rows = read_rows(path)
+    assert list(rows) == want and rows[-1] == want[-1] and [rows[i] for i in range(len(rows))] == want
+    with pytest.raises(IndexError):
+        rows[40]
+    both = Conversations(rows, "train"), Conversations(rows, "test")
+    assert len(both[0]) + len(both[1]) == 40 and both[0][0] in want
+    path.write_bytes(path.read_bytes()[:-20])
+    for bad in (path, tmp_path / "none.parquet"):
+        with pytest.raises(UserError, match=bad.name) as e:
+            read_rows(bad)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda r: ARC(r, "arc_easy"), MMLU, GSM8K, HumanEval, lambda r: Conversations(r, "test")]
+)
+def test_rows_of_another_table_are_named(make):
+    with pytest.raises(UserError, match="lack .*they have other"):
+        make([{"other": 1}])
+
+
+def test_gsm8k_without_a_number_is_never_right():
+    task = GSM8K([{"question": "?", "answer": "Nobody knows <<what>>."}])
+    assert [p["text"] for p in task[0]["messages"][1]["content"]] == ["Nobody knows ", "what", "", "."]
+    assert not task.evaluate(task[0], "nor do I")
+
+
+def test_humaneval_takes_the_imports_above_the_first_function_only():
+    prompt = "import math\nfrom typing import List\n\n\ndef f():\n    '''Reads\nfrom left to right.\n    '''\n"
+    assert import_lines(prompt) == ["import math", "from typing import List"]
+
+
+def test_spelling_accepts_letters_apart_only():
+    task = Spelling(WORDS, "test", 5)
+    word = task[0]["answer"].replace(" ", "")
+    assert task.evaluate(task[0], f"Here: {' '.join(word)}\n")
+    assert not task.evaluate(task[0], word) and not task.evaluate(task[0], f"{word}: {' '.join(word[::-1])} x")
+    with pytest.raises(UserError, match="no words for its test split"):
+        Spelling([], "test", 5)
+
+
+def test_words_are_read_gzipped_or_not(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"Ant\r\nbee\r\nit's\r\n")
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"ant\nbee\n"))
+    assert read_words(tmp_path / "a.txt") == read_words(tmp_path / "a.txt.gz") == ["ant", "bee"]
+    (tmp_path / "b.txt.gz").write_bytes(b"no gzip")
+    with pytest.raises(UserError, match="cannot be read as a list of words"):
+        read_words(tmp_path / "b.txt.gz")
+
+
+def test_every_task_that_is_offered_can_be_loaded_and_unknown_ones_are_named(tmp_path):
+    data = DataConfig()
+    for split in ("train", "test"):
+        for name in {*available(data, split), *(trainable(data) if split == "train" else [])}:
+            task = load_task(name, split=split, data=data, cache_dir=tmp_path)
+            assert task.name == name and len(task) and task[random.randrange(len(task))]["messages"]
+    with pytest.raises(UserError, match="unknown task nosuch; there are arc_easy"):
+        load_task("nosuch", split="test", data=data, cache_dir=tmp_path)
+    for name in ("gsm8k", "chat"):
+        with pytest.raises(UserError, match="data.dir"):
+            load_task(name, split="train", data=data, cache_dir=tmp_path)
+
+
+def test_local_folder_offers_what_it_holds(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "tasks").mkdir()
+    data = DataConfig(dir=str(tmp_path))
+    assert available(data, "test") == ["spellingbee"] and "chat" not in trainable(data)
+    table = pa.table({"question": ["q"], "answer": ["#### 1"]})
+    pq.write_table(table, tmp_path / "tasks" / "gsm8k_main_train.parquet")
+    assert available(data, "train") == ["gsm8k", "spellingbee"] and available(data, "test") == ["spellingbee"]
+    assert len(load_task("gsm8k", split="train", data=data, cache_dir=tmp_path)) == 1
+    with pytest.raises(UserError, match="gsm8k_main_test.parquet"):
+        load_task("gsm8k", split="test", data=data, cache_dir=tmp_path)
+    assert ("gsm8k", "train", 1) in mid_mixture(data) and all(n in TASKS for n, _, _ in sft_mixture(data))
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The data source of the published tables."""
+    folder = os.environ.get("NANOCHAT_DATA")
+    if not folder or not any((Path(folder) / "tasks").glob("*.parquet")):
+        pytest.skip("NANOCHAT_DATA does not name a folder with tasks/*.parquet")
+    return DataConfig(dir=folder)
+
+
+def test_published_mmlu_has_57_subjects(published, tmp_path):
+    task = load_task("mmlu", split="test", data=published, cache_dir=tmp_path)
+    conversations = [task[i] for i in range(len(task))]
+    found = by_subject([c["subject"] for c in conversations], np.ones(len(task)))
+    assert len(task) == 14_042 and len(found["subjects"]) == 57 and found["macro"]["accuracy"] == 1.0
+    assert found["subjects"]["astronomy"]["n"] == 152 and found["subjects"]["professional_law"]["n"] == 1534
+    assert all(task.evaluate(c, c["messages"][1]["content"]) for c in conversations)
+
+
+@pytest.mark.parametrize(("name", "size"), [("gsm8k", 1319), ("arc_easy", 2376), ("arc_challenge", 1172)])
+def test_published_answers_are_right(published, tmp_path, name, size):
+    task = load_task(name, split="test", data=published, cache_dir=tmp_path)
+    assert len(task) == size
+    for i in range(size):
+        assert task.evaluate(task[i], reference_answer(task[i]))
+
+
+def test_mixture_overrides():
+    data = DataConfig()
+    assert sft_mixture(data, {"facts": -10}) == [("facts", "train", -10)]
+    with pytest.raises(UserError, match="gsm8k, which has no training rows here"):
+        sft_mixture(data, {"gsm8k": 1})
+    with pytest.raises(UserError, match="means nothing"):
+        sft_mixture(data, {"facts": 0})

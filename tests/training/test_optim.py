@@ -1,0 +1,91 @@
+"""The optimizer against the reference's three steps, and its parts against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from conftest import relative_error
+from nanochat_jax.config import MeshConfig, OptimConfig
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model.gpt import graph_of
+from nanochat_jax.training import loop, optim
+from nanochat_jax.weights.names import from_reference, to_reference
+
+
+def test_golden_three_steps(golden_modern):
+    """Losses and every parameter after three steps at the stored rates, momenta and decays."""
+    from flax import nnx
+
+    a, cfg = golden_modern.arrays, golden_modern.cfg
+    hyper = jnp.asarray(a["step_hyper_lrm_momentum_wd"])
+    schedules = optim.Schedules(*(lambda step, i=i: hyper[step, i] for i in range(3)))
+    optimizer = optim.make_optimizer(cfg, OptimConfig(), schedules, batch_tokens=2**19)
+    params = nnx.to_pure_dict(nnx.split(golden_modern.model())[1])
+    state = loop.TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    step = loop.make_step(graph_of(cfg, jnp.float32), optimizer, jnp.float32, mesh)
+    batch = {k: jnp.asarray(a[k])[None] for k in ("tokens", "targets")}
+    losses = []
+    for _ in range(len(hyper)):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses, a["losses_during_steps"][: len(losses)], rtol=1e-4)
+    got, want = to_reference(state.params, cfg), golden_modern.tensors("w_after")
+    assert set(got) == set(want)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-3, name
+    assert from_reference(got, state.params, cfg).keys() == state.params.keys()
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
+def test_polar_express_orthogonalises(shape):
+    x = jax.random.normal(jax.random.key(0), (3, *shape))
+    y = optim.orthogonalize(x, optim.POLAR_EXPRESS, 1.01, 1e-6)
+    singular = jnp.linalg.svd(y, compute_uv=False)
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    u, _, vt = jnp.linalg.svd(x, full_matrices=False)
+    cosine = jnp.sum(y * (u @ vt), axis=(1, 2)) / jnp.linalg.norm(y, axis=(1, 2)) / jnp.linalg.norm(u @ vt, axis=(1, 2))
+    assert cosine.min() > 0.98
+
+
+def test_cautious_decay_spares_what_the_update_opposes():
+    schedules = optim.Schedules(*(lambda s, v=v: jnp.float32(v) for v in (1.0, 0.9, 0.5)))
+    with_decay = optim.muon(0.1, schedules, jnp.float32, "modern")
+    none = optim.muon(
+        0.1, optim.Schedules(schedules.lr, schedules.momentum, lambda s: jnp.float32(0)), jnp.float32, "modern"
+    )
+    p = {"w": jax.random.normal(jax.random.key(0), (6, 4))}
+    g = {"w": jax.random.normal(jax.random.key(1), (6, 4))}
+    a, _ = with_decay.update(g, with_decay.init(p), p)
+    b, _ = none.update(g, none.init(p), p)
+    agrees = -b["w"] * p["w"] >= 0
+    expected = jnp.where(agrees, b["w"] - 0.1 * np.sqrt(1.5) * 0.5 * p["w"], b["w"])
+    np.testing.assert_allclose(a["w"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_adamw_equals_optax_without_decay():
+    ours = optim.adamw(0.01, (0.8, 0.95), 0.0, lambda s: jnp.float32(1))
+    theirs = optax.adam(0.01, b1=0.8, b2=0.95, eps=optim.EPS)
+    p = {"w": jax.random.normal(jax.random.key(0), (5, 3))}
+    a, b = ours.init(p), theirs.init(p)
+    for i in range(4):
+        g = {"w": jax.random.normal(jax.random.key(i), (5, 3))}
+        x, a = ours.update(g, a, p)
+        y, b = theirs.update(g, b, p)
+        np.testing.assert_allclose(x["w"], y["w"], rtol=1e-5)
+
+
+def test_schedules_at_their_corners():
+    s = optim.make_schedules(OptimConfig(), 1000, 0.2, "modern")
+    assert float(s.lr(0)) == pytest.approx(1 / 40)
+    assert float(s.lr(39)) == float(s.lr(350)) == 1.0
+    assert float(s.lr(1000)) == pytest.approx(0.05)
+    assert float(s.momentum(0)) == pytest.approx(0.85)
+    assert float(s.momentum(1000)) == pytest.approx(0.90)
+    assert float(s.weight_decay(0)) == pytest.approx(0.2)
+    assert float(s.weight_decay(1000)) == pytest.approx(0.0, abs=1e-6)
+    classic = optim.make_schedules(OptimConfig(warmup_steps=0, warmdown=0.2, final_lr=0.0), 1000, 0.0, "classic")
+    assert float(classic.lr(0)) == 1.0 and float(classic.lr(1000)) == 0.0
+    assert float(classic.momentum(300)) == pytest.approx(0.95)
