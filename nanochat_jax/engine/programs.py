@@ -1,0 +1,208 @@
+"""What the engine runs on the device: a chunk of prompts into the cache, a slice of tokens out of it.
+
+Each function is compiled once for each kind of engine and shape. Where kernels serve a decode step they are used, if
+they say what the plain formulas say on this device.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.engine import cache as kv
+from nanochat_jax.engine import decode_kernels
+from nanochat_jax.engine.sampling import TOP_LOGPROBS, Settings, log_probabilities, sample
+from nanochat_jax.model.gpt import GPT, cast_matrices, merge
+from nanochat_jax.model.quantize import dequantize, quantize
+
+TOLERANCE = {2: 0.02, 4: 0.001}  # bytes of a number: by what share of an array's norm kernels may be off
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What the device's functions are compiled for, beside the shapes of their arguments: one object for each kind.
+
+    Compared by identity, as every call looks it up, and hashing a model's graph takes 0.1 ms.
+    """
+
+    graph: nnx.GraphDef
+    cfg: GPTConfig
+    dtype: np.dtype
+    max_len: int
+    fused: bool = False  # parameters are as `decode_kernels.joined` gives them, and its `step` is a decode step
+
+    def model(self, params):
+        if self.fused:
+            return decode_kernels.model(self.graph, self.cfg, params, self.dtype)
+        return merge(self.graph, dequantize(params, self.dtype))
+
+    def trunk(self, params, rows, tokens, positions, before):
+        """Model, and hidden states (R, T, D) of tokens (R, T) at positions (R, T), -1 for none.
+
+        Keys and values go into the list `rows`; before (R,) are the tokens left of the first ones.
+        """
+        model, newest = self.model(params), positions.max(axis=1)
+        rings = kv.ring_sizes(self.cfg, self.max_len)
+
+        def attend(layer, q, k, v):
+            ring = rings[layer]
+            keys, values = (kv.append(c, x, positions, ring) for c, x in zip(rows[layer], (k, v)))
+            rows[layer] = (keys, values)
+            return kv.attend(q, keys, values, positions, newest, self.cfg.windows[layer], ring)
+
+        return model, model.trunk(tokens, positions, attend, prev_tokens=before)
+
+    def step(self, params, rows, places, token, position, before):
+        """Logits (R, V) of one token (R,) a row at position (R,), -1 for none; keys and values go into the list `rows`.
+
+        places (R,): by kernels, of which slot of `rows` a row is.
+        """
+        if self.fused:
+            rope = decode_kernels.rope_tables(self.cfg, self.max_len)
+            return decode_kernels.step(self.model(params), params, rows, places, rope, token, position, before)
+        model, hidden = self.trunk(params, rows, token[:, None], position[:, None], before)
+        return model.logits(hidden[:, 0])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _one_step(program: Program, params, cache, token, position, before):
+    """Logits of the rows that are meant, 0 for others, and what is then in the rows of the cache."""
+    rows = list(cache)
+    logits = program.step(params, rows, jnp.arange(len(token)), token, position, before)
+    return jnp.where(position[:, None] >= 0, logits, 0.0), rows
+
+
+@functools.cache
+def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
+    """Whether on this device the kernels of a decode step say what the plain one says, of two layers of this shape.
+
+    One row and several, of which one is not meant, at the beginning and where the rings have wrapped.
+    """
+    cfg, rng, tolerance = replace(cfg, n_layer=2), np.random.default_rng(0), TOLERANCE[dtype.itemsize]
+    graph, state = nnx.split(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype)))
+
+    def draw(shape):
+        return jnp.asarray(rng.normal(size=shape) / np.sqrt(shape[-1]), jnp.float32)
+
+    params = jax.tree.map(lambda x: draw(x.shape), nnx.to_pure_dict(state))
+    for position in (np.asarray(p, np.int32) for p in ([max_len - 1], [3, -1, max_len - 1])):
+        shapes = [(len(position), cfg.n_kv_head, ring, cfg.head_dim) for ring in kv.ring_sizes(cfg, max_len)]
+        cache = [tuple(draw(shape).astype(dtype) for _ in range(2)) for shape in shapes]
+        token, before = rng.integers(0, cfg.vocab_size, (2, len(position))).astype(np.int32)
+
+        def ask(fused, *rest):
+            program = Program(graph, cfg, dtype, max_len, fused)
+            found = _one_step(program, prepared(params, dtype, fused, False), *rest)
+            return [np.asarray(x, np.float32) for x in jax.tree.leaves(found)]
+
+        want = ask(False, cache, token, position, before)
+        try:
+            got = ask(True, cache, token, position, before)
+        except Exception:  # no such kernel for this device
+            return False
+        if any(not np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) for a, b in zip(got, want, strict=True)):
+            return False
+    return True
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def prepared(params: dict, dtype, fused: bool, int8: bool) -> dict:
+    """Parameters as an engine reads them."""
+    params = cast_matrices(params, dtype)
+    params = decode_kernels.joined(params) if fused else params
+    return quantize(params) if int8 else params
+
+
+@functools.cache
+def program_of(*fields) -> Program:
+    return Program(*fields)
+
+
+def _prefill(program: Program, span, params, cache, slots, tokens, before, start, count):
+    """The cache with the keys and values of a chunk of prompts in it.
+
+    slots (D, M); tokens (D * M, C), of which the first count (D * M,) are meant, at positions from start (D * M,).
+    """
+    steps = jnp.arange(tokens.shape[1])
+    positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
+    rows = kv.take(cache, slots, span)
+    program.trunk(params, rows, tokens, positions, before)
+    return kv.put(cache, slots, rows, positions)
+
+
+def _decode(program: Program, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
+    """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are meant, and the cache with them.
+
+    slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
+    newest, whose keys are not in the cache yet, negative for a row that is not meant; forced (R, LONG) ids to take in
+    place of a sample, -1 for none. out: ids, and where `how` wants them `sampling.log_probabilities`.
+    """
+
+    def one(i, carry):
+        rows, said, out = carry
+        before, token = said[:, i], said[:, i + 1]
+        now = position + i
+        rows, here = list(rows), jnp.where((position >= 0) & (now < program.max_len), now, -1)
+        logits = program.step(params, rows, places, token, here, before)
+        new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, now, how))
+        made = log_probabilities(logits, new) if how.logprobs else ()
+        return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made))
+
+    said, out = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1), ()
+    if how.logprobs:
+        likeliest = (*forced.shape, min(TOP_LOGPROBS, program.cfg.vocab_size))
+        out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
+    if program.fused:  # kernels read and write the slots where they are, and as far as must be
+        places = jnp.arange(len(last)) if slots is None else jnp.minimum(slots.reshape(-1), cache[0][0].shape[1] - 1)
+        rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
+    else:
+        places, rows = None, kv.take(cache, slots, span)
+    rows, said, out = jax.lax.fori_loop(0, n, one, (rows, said, out))
+    out = (said[:, 2:], *out)
+    if program.fused:
+        return out, jax.tree.map(lambda c: c[None], rows)
+    steps = jnp.arange(forced.shape[1])
+    positions = position[:, None] + steps
+    written = (position[:, None] >= 0) & (steps < n) & (positions < program.max_len)
+    return out, kv.put(cache, slots, rows, jnp.where(written, positions, -1))
+
+
+class Compiled:
+    """The device's two functions, jitted; all engines of a kind share their programs.
+
+    Threads that need the same program for the first time wait for the one that compiles it: JAX would have all do it.
+    """
+
+    def __init__(self, **options):
+        self._made, self._lock = set(), threading.Lock()
+        self._prefill = jax.jit(_prefill, static_argnums=(0, 1), donate_argnums=3, **options)
+        self._decode = jax.jit(_decode, static_argnums=(0, 1, 2), donate_argnums=4, **options)
+
+    def prefill(self, program, span, params, cache, slots, tokens, *rest):
+        key = program, span, slots is None, tokens.shape
+        return self._once(key, self._prefill, program, span, params, cache, slots, tokens, *rest)
+
+    def decode(self, program, span, how, params, cache, slots, last, *rest):
+        key = program, span, slots is None, last.shape, how
+        return self._once(key, self._decode, program, span, how, params, cache, slots, last, *rest)
+
+    def _once(self, key, function, *args):
+        if key in self._made:
+            return function(*args)
+        with self._lock:
+            out = function(*args)
+        self._made.add(key)
+        return out
+
+
+@functools.cache
+def compiled(one_core: bool) -> Compiled:
+    """one_core: of a CPU, for engines beside each other, which would else wait for the same threads."""
+    return Compiled(compiler_options={"xla_cpu_multi_thread_eigen": False}) if one_core else Compiled()
