@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 
 from nanochat_jax import hugepages
+from nanochat_jax.cli import command
 from nanochat_jax.config import differences, dump_yaml, load_config, to_dict
-from nanochat_jax.errors import START_AGAIN, Interrupted, UserError
+from nanochat_jax.errors import Interrupted, UserError
 
 ROOT = Path(__file__).resolve().parent
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
@@ -191,32 +192,19 @@ def scores(run) -> dict:
     return out
 
 
+@command(resumes="from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from nanochat_jax.devices import prepare
     from nanochat_jax.mesh import hosts
 
     prepare()
-    try:
-        if args.plan or args.budget is not None:
-            return plan(args)
-        with hosts.together(say=lambda text: print(text, file=sys.stderr), orderly=(Interrupted,)):
-            result = pipeline(args)
-            main_process = hosts.is_main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except Interrupted as e:
-        print(f"interrupted: {e}", file=sys.stderr)
-        return START_AGAIN
-    except FloatingPointError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    if main_process:
-        print(json.dumps(result))
+    if args.plan or args.budget is not None:
+        return plan(args)
+    with hosts.together(say=lambda text: print(text, file=sys.stderr), orderly=(Interrupted,)):
+        result = pipeline(args)
+        if hosts.is_main():
+            print(json.dumps(result))
     return 0
 
 

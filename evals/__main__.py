@@ -14,20 +14,14 @@ summary, one JSON object, is the last line on stdout.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Sequence
 
-from nanochat_jax.errors import UserError
+from nanochat_jax.cli import command, positive
 
 EPILOG = "python -m evals show|compare|report --help: what was answered, what differs, and the page about a run."
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def summary(result: dict) -> dict:
@@ -42,25 +36,14 @@ def summary(result: dict) -> dict:
     return out
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
-        if argv[:1] == ["show"]:
-            from evals import browse
-
-            return browse.main(argv[1:])
-        if argv[:1] == ["compare"]:
-            from evals import compare
-
-            return compare.main(argv[1:])
-        if argv[:1] == ["report"]:
-            from evals import report
-
-            return report.main(argv[1:])
-        return evaluate(argv)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    name, *rest = argv or [""]
+    if name in ("show", "compare", "report"):
+        module = importlib.import_module("evals.browse" if name == "show" else f"evals.{name}")
+        return module.main(rest)
+    return evaluate(argv)
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -70,9 +53,9 @@ def evaluate(argv: Sequence[str]) -> int:
     parser.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
     parser.add_argument("--tasks", help="a comma-separated choice of chat tasks, bpb, core, samples; default: all")
     parser.add_argument(
-        "--max-per-task", type=_count, metavar="N", help="questions per task; default: the run's setting"
+        "--max-per-task", type=positive, metavar="N", help="questions per task; default: the run's setting"
     )
-    parser.add_argument("--samples", type=_count, metavar="N", help="answers drawn to every question, for pass@k")
+    parser.add_argument("--samples", type=positive, metavar="N", help="answers drawn to every question, for pass@k")
     parser.add_argument("--temperature", type=float, metavar="T", help="of these; default: the run's setting")
     parser.add_argument("--int8", action="store_true", help="weights rounded to int8; results go into <stage>-int8")
     args = parser.parse_args(argv)

@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 
 from nanochat_jax import hugepages
+from nanochat_jax.cli import command
 from nanochat_jax.engine.calculator import CalculatorTool
-from nanochat_jax.errors import UserError
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -176,6 +176,7 @@ def line_history() -> Iterator[None]:
             readline.write_history_file(file)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     from nanochat_jax.checkpoint import load_model
@@ -184,23 +185,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     prepare()
     out = Console(highlight=False)
-    try:
-        loaded = load_model(args.run_dir, args.stage)
-        use_compilation_cache(Path(args.run_dir).absolute().parent / "cache" / "compiled")
-        length = loaded.model.cfg.sequence_len
-        engine = Engine(loaded.model, slots=1, max_len=length, tool=CalculatorTool(loaded.tokenizer))
-        chat = Chat(engine, loaded.tokenizer, args)
-        if args.prompt is not None:
-            chat.ask(args.prompt, out)
-        else:
-            with line_history():
-                loop(chat, f"{Path(args.run_dir).name}, stage {loaded.stage}", out)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    loaded = load_model(args.run_dir, args.stage)
+    use_compilation_cache(Path(args.run_dir).absolute().parent / "cache" / "compiled")
+    length = loaded.model.cfg.sequence_len
+    engine = Engine(loaded.model, slots=1, max_len=length, tool=CalculatorTool(loaded.tokenizer))
+    chat = Chat(engine, loaded.tokenizer, args)
+    if args.prompt is not None:
+        chat.ask(args.prompt, out)
+    else:
+        with line_history():
+            loop(chat, f"{Path(args.run_dir).name}, stage {loaded.stage}", out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 from flax import nnx
 
-from nanochat_jax.errors import UserError
+from nanochat_jax.cli import command
 from nanochat_jax.files import whole_folder
 
 
@@ -47,6 +47,7 @@ def _kept(meta: dict) -> dict:
     return {key: meta[key] for key in ("seed", "tokenizer", "config") if key in meta}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.export", description=__doc__.split("\n\n")[0])
     p.add_argument("--run-dir", required=True, type=Path, help="the run directory")
@@ -54,12 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--to", required=True, type=Path, help="the folder to make")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arrays; default float32")
     args = p.parse_args(argv)
-    try:
-        print(json.dumps(export(args.run_dir, args.stage, args.to, args.dtype)))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    print(json.dumps(export(args.run_dir, args.stage, args.to, args.dtype)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from nanochat_jax.cli import command
 from nanochat_jax.config import dump_yaml, fingerprint, load_config, to_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, whole_folder
@@ -81,6 +82,7 @@ def import_weights(
     return {"run_dir": str(run_dir), "arch": config.model.arch, "stage": stage, "step": step, "parameters": total}
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.import", description=__doc__.split("\n\n")[0])
     p.add_argument("--from", required=True, type=Path, dest="source", help="the folder of weights")
@@ -90,13 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--config", help="YAML file of settings for later stages")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     args = p.parse_args(argv)
-    try:
-        made = import_weights(args.source, args.run_dir, args.stage, args.tokenizer, args.config, args.settings)
-        print(json.dumps(made))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    made = import_weights(args.source, args.run_dir, args.stage, args.tokenizer, args.config, args.settings)
+    print(json.dumps(made))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nanochat_jax.cli import command
 from nanochat_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,18 +45,14 @@ def texts(root: Path = ROOT, tests: bool = False) -> Iterator[str]:
             yield f"===== {path.as_posix()} =====\n{text.rstrip()}\n\n"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.onetext", description=__doc__.split("\n\n")[0])
     p.add_argument("--tests", action="store_true", help="the tests as well")
     args, size = p.parse_args(argv), 0
-    try:
-        for text in texts(tests=args.tests):
-            size += sys.stdout.write(text)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    for text in texts(tests=args.tests):
+        size += sys.stdout.write(text)
     print(f"{size:,} characters, some {size // 4:,} tokens", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ was stopped and on one that is over. It needs no jax, and is there at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import re
 import statistics
@@ -25,6 +26,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from nanochat_jax.cli import command
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 from nanochat_jax.tracking.alarms import STALL_SECONDS, STALL_TIMES
@@ -240,22 +242,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     args, console = parse(argv), Console()
-    try:
-        view = RunView(args.run_dir)
-        if args.once:
-            console.print(frame(view, time.time()))
-            return 0
-        with Live(frame(view, time.time()), console=console, screen=console.is_terminal, auto_refresh=False) as live:
-            while True:
-                time.sleep(args.every)
-                live.update(frame(view, time.time()), refresh=True)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+    view = RunView(args.run_dir)
+    if args.once:
+        console.print(frame(view, time.time()))
         return 0
+    shown = Live(frame(view, time.time()), console=console, screen=console.is_terminal, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), shown as live:  # Ctrl-C is how it ends
+        while True:
+            time.sleep(args.every)
+            live.update(frame(view, time.time()), refresh=True)
 
 
 if __name__ == "__main__":

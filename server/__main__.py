@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_jax import hugepages
+from nanochat_jax.cli import command
 from nanochat_jax.errors import UserError
 
 
@@ -44,19 +45,13 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        if args.slots < 1:
-            raise UserError(f"--slots {args.slots} must be at least 1")
-        if args.max_waiting < 0:
-            raise UserError(f"--max-waiting {args.max_waiting} must be at least 0")
-        listening = bind(args.host, args.port)
-        serve(args, listening)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    for name, value, least in (("--slots", args.slots, 1), ("--max-waiting", args.max_waiting, 0)):
+        if value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
+    serve(args, bind(args.host, args.port))
 
 
 def serve(args: argparse.Namespace, listening: socket.socket) -> None:

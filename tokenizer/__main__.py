@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from nanochat_jax.cli import command, positive
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
 from tokenizer import load_tokenizer
@@ -56,12 +57,6 @@ def _evaluate(args: argparse.Namespace) -> dict:
     return {"bytes_per_token": {name: round(value, 4) for name, value in results.items()}}
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     default = TokenizerConfig()
     parser = argparse.ArgumentParser(prog="python -m tokenizer", description=__doc__)
@@ -69,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a vocabulary and save it")
     train.add_argument("--data", required=True, help="a .parquet or .txt file, or a folder of them")
     train.add_argument("--out", required=True, help="the folder to save tokenizer.model and meta.json in")
-    train.add_argument("--vocab-size", type=_positive, default=default.vocab_size)
-    train.add_argument("--sample-chars", type=_positive, default=default.sample_chars, help="characters to train on")
-    train.add_argument("--max-doc-chars", type=_positive, default=default.max_doc_chars, help="of any one document")
+    train.add_argument("--vocab-size", type=positive, default=default.vocab_size)
+    train.add_argument("--sample-chars", type=positive, default=default.sample_chars, help="characters to train on")
+    train.add_argument("--max-doc-chars", type=positive, default=default.max_doc_chars, help="of any one document")
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("evaluate", help="bytes per token; of gpt2 and cl100k_base too if at hand")
     evaluate.add_argument("--dir", required=True, help="the folder of a trained vocabulary")
@@ -80,14 +75,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        print(json.dumps(args.run(args)))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    print(json.dumps(args.run(args)))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import sys
 
+from nanochat_jax.cli import command
+
 WHAT = ("suite", "train", "curve", "ops", "decode", "core", "serve", "data", "memory", "kernels", "evals")
 
 
+@command
 def main(argv: list[str]) -> int:
     if not argv or argv[0] not in WHAT:
         print(f"usage: python -m nanochat_jax.bench {'|'.join(WHAT)} [options]", file=sys.stderr)

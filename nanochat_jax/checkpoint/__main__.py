@@ -26,6 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat_jax.checkpoint import STAGES, Damaged, store
+from nanochat_jax.cli import command
 from nanochat_jax.errors import UserError
 
 NAME = re.compile(r"(\d+)(\.damaged|\.orbax-checkpoint-tmp.*)?")
@@ -169,6 +170,7 @@ def _styled(state: str) -> Text:
     return Text(state, STYLES.get(state, "yellow"))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.checkpoint", description=__doc__.split("\n\n")[0])
     p.add_argument("command", choices=("ls", "show", "verify"))
@@ -176,11 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", action="store_true", help="one JSON line instead of tables")
     args = p.parse_args(argv)
     console = Console(highlight=False, markup=False, quiet=args.json)
-    try:
-        result = {"ls": ls, "show": show, "verify": verify}[args.command](console, find(args.directory.absolute()))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    result = {"ls": ls, "show": show, "verify": verify}[args.command](console, find(args.directory.absolute()))
     if args.json:
         print(json.dumps(result))
     return 1 if result.get("damaged") else 0

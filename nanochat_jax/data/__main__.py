@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nanochat_jax.cli import command, positive
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.bundle import FOLDER
 from nanochat_jax.data.registry import NAMED
@@ -49,12 +50,6 @@ def _ls(args: argparse.Namespace) -> list[str]:
     return contents(args.to) or [f"{args.to} holds no datasets"]
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     what, _, examples = __doc__.partition("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
@@ -71,29 +66,22 @@ def _parser() -> argparse.ArgumentParser:
         f"for its questions, tasks for those of all; {FOLDER} for the CORE bundle",
     )
     download.add_argument("--folder", help="take only what is below this folder of the dataset")
-    download.add_argument("-n", type=_positive, default=DataConfig.hub_shards, help="training files (%(default)s)")
-    download.add_argument("--workers", type=_positive, default=8, help="files at a time (%(default)s)")
+    download.add_argument("-n", type=positive, default=DataConfig.hub_shards, help="training files (%(default)s)")
+    download.add_argument("--workers", type=positive, default=8, help="files at a time (%(default)s)")
     download.set_defaults(run=_download)
 
     ls = commands.add_parser("ls", help="what is in the cache, whole or half")
     ls.set_defaults(run=_ls)
 
-    for command in (download, ls):
-        command.add_argument("--to", type=Path, default=DOWNLOADS, help="the cache's folder (%(default)s)")
+    for one in (download, ls):
+        one.add_argument("--to", type=Path, default=DOWNLOADS, help="the cache's folder (%(default)s)")
     return parser
 
 
+@command(resumes="where it was stopped")
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    try:
-        print("\n".join(args.run(args)))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    print("\n".join(args.run(args)))
 
 
 if __name__ == "__main__":

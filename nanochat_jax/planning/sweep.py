@@ -28,6 +28,7 @@ import yaml
 
 from evals.sandbox.linux import die_with_parent
 from nanochat_jax.checkpoint import read_done
+from nanochat_jax.cli import MISTAKE, command
 from nanochat_jax.config import (
     RunConfig,
     SweepConfig,
@@ -39,14 +40,13 @@ from nanochat_jax.config import (
     read_settings,
     to_dict,
 )
-from nanochat_jax.errors import START_AGAIN, Interrupted, UserError
+from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.files import atomic_write_text, claim, whole_folder
 from nanochat_jax.model import scaling
 from nanochat_jax.planning import sweep_page
 from nanochat_jax.planning.sweep_page import Result
 
 ROOT = Path(__file__).resolve().parents[2]
-MISTAKE = 2  # exit status of a run whose settings are at fault
 
 
 @dataclass(frozen=True)
@@ -257,16 +257,6 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+@command(resumes="from there")
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        return run(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except Interrupted as e:
-        print(f"interrupted: {e}", file=sys.stderr)
-        return START_AGAIN
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from there", file=sys.stderr)
-        return 130
+    return run(parse(argv))
