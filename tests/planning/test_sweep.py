@@ -148,7 +148,7 @@ def tiny(tmp_path, monkeypatch):
 def test_a_killed_sweep_goes_on(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["sweep", str(tiny), "--out", str(out), "sweep.ratios=[1]"]
-    process = subprocess.Popen([sys.executable, "-m", "nanochat_jax.model.scaling", *command], cwd=ROOT)
+    process = subprocess.Popen([sys.executable, "-m", "nanochat_jax.scaling", *command], cwd=ROOT)
     give_up = time.monotonic() + 300
     saved = out / "d2-ratio1" / "base" / "checkpoints" / "200"
     while not saved.is_dir() and process.poll() is None and time.monotonic() < give_up:
