@@ -5,9 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 
 # The same examples in every run; `pytest --hypothesis-profile default` looks for new ones.
@@ -17,6 +19,11 @@ settings.load_profile("same")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Compiled programs are shared by workers, child processes and later runs.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -27,6 +34,14 @@ def the_same_type_on_every_machine():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(devices, "cpu_has_bfloat16", lambda: False)
         yield
+
+
+LONGEST = ("test_docs", "test_speedrun", "test_meshes", "test_kills", "test_sweep", "test_train", "test_engine")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,11 +156,14 @@ def speedrun_environment():
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
-    """A folder with data (this project's own sources) and a configuration."""
-    folder = tmp_path_factory.mktemp("speedrun")
-    write_own_sources(folder / "data")
-    (folder / "tiny.yaml").write_text(TINY_RUN % (folder / "data", folder / "cache"))
+def place(tmp_path_factory, worker_id):
+    """A folder with data (this project's own sources) and a configuration, which all workers share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "speedrun"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            write_own_sources(folder / "data")
+            (folder / "tiny.yaml").write_text(TINY_RUN % (folder / "data", folder / "cache"))
     return folder
 
 
@@ -153,8 +171,11 @@ def place(tmp_path_factory):
 def whole(place):
     """A run from beginning to end without a stop: (its folder, the finished process)."""
     run_dir = place / "whole"
-    done = subprocess.run(
-        speedrun_command(place, run_dir), cwd=ROOT, env=speedrun_environment(), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return run_dir, done
+    with FileLock(place / "whole.lock"):  # the first worker runs it, the others wait
+        if not (place / "whole.out").is_file():
+            command = speedrun_command(place, run_dir)
+            done = subprocess.run(command, cwd=ROOT, env=speedrun_environment(), capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            (place / "whole.err").write_text(done.stderr)
+            (place / "whole.out").write_text(done.stdout)
+    return run_dir, SimpleNamespace(stdout=(place / "whole.out").read_text(), stderr=(place / "whole.err").read_text())

@@ -149,7 +149,11 @@ def test_the_new_task_of_the_documentation_has_twenty_lines_and_a_verdict(the_ne
     assert len(re.search(r"```python\n(.*?)```", text, re.S)[1].splitlines()) <= 20
 
 
-@pytest.mark.parametrize("command", commands())
+def with_marks(command):
+    return pytest.param(command, marks=pytest.mark.slow) if matches(RUN, command) else command
+
+
+@pytest.mark.parametrize("command", map(with_marks, commands()))
 def test_command(command, work, monkeypatch, capsys):
     rules = [matches(rules, command) for rules in (RUN, FLAGS, ELSEWHERE)]
     assert any(rules), "no rule of this test knows this command"

@@ -86,6 +86,7 @@ def kill_at(place, run_dir, stage, step, number):
     return process.wait(timeout=120)
 
 
+@pytest.mark.slow
 def test_kill_9_in_every_stage_and_the_same_losses_bit_for_bit(whole, place):
     reference, _ = whole
     run_dir, rng = place / "killed", random.Random(time.time_ns())
@@ -106,6 +107,7 @@ def test_kill_9_in_every_stage_and_the_same_losses_bit_for_bit(whole, place):
         assert got == want, stage
 
 
+@pytest.mark.slow
 def test_sigterm_saves_first(whole, place):
     run_dir = place / "stopped"
     assert kill_at(place, run_dir, "base", 31, signal.SIGTERM) == run_speedrun.START_AGAIN
@@ -147,6 +149,7 @@ def test_mistakes_are_one_line(whole, place, tmp_path, capsys):
 SHORT = ("base.tokens=4096", "base.batch_tokens=4096", "base.micro_batch=4", "base.eval_every=0", "mesh.data=8")
 
 
+@pytest.mark.slow
 def test_eight_devices_train_as_one_does(whole, place, tmp_path):
     """The same seed and settings on a mesh of eight simulated devices, as this process has them."""
     settings = ["--stages", "tokenizer,base", "base.batch_tokens=1024", "base.tokens=8192", "base.micro_batch=1"]

@@ -51,6 +51,7 @@ def test_train_says_how_fast_it_was_what_it_held_and_where_the_time_went(tmp_pat
     assert list(tmp_path.rglob("*.xplane.pb")) and list(tmp_path.rglob("*.trace.json.gz"))
 
 
+@pytest.mark.slow
 def test_curve_compares_precisions_on_the_same_tokens(tmp_path, bench):
     more = ["--steps=10", "--lr-scale=10", "--precision=float32,fp8", "--chance", f"--out={tmp_path / 'losses'}"]
     found = bench("curve", *TINY, *more, packed(tmp_path / "rows", 9))
@@ -85,6 +86,7 @@ def test_on_a_gpu_all_but_the_races_compile_beside_each_other():
     assert suite.waves([a, race, b], gpu=False, reference=False) == [[], [a], [race], [b]]
 
 
+@pytest.mark.slow
 def test_the_suite_goes_on_after_a_failure_and_leaves_out_what_would_not_end(tmp_path, monkeypatch, capsys):
     entries = (
         suite.Entry("bad", "train --depth many", 60),

@@ -2,9 +2,11 @@
 
 import time
 
+import pytest
 from kill_runs import campaign
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_one_left_alone(tmp_path):
     seed = time.time_ns()
     result = campaign(tmp_path, runs=3, seed=seed, devices=[1], steps=16)

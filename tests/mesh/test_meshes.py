@@ -13,6 +13,7 @@ import pytest
 
 from conftest import ROOT, write_own_sources
 
+pytestmark = pytest.mark.slow
 STEPS = 50
 CONFIG = """
 dtype: float32

@@ -197,6 +197,7 @@ def newest(run_dir, stage):
     return folder / str(saved_steps(folder)[-1])
 
 
+@pytest.mark.slow
 def test_a_stage_of_adapters_is_small_and_loads_as_any_other(adapted):
     assert size(newest(adapted, "sft") / "state") < size(newest(adapted, "mid") / "state") / 2
     assert adapters_of(adapted / "sft")["from"] == "mid" and adapters_of(adapted / "mid") is None
@@ -218,6 +219,7 @@ def test_a_stage_of_adapters_is_small_and_loads_as_any_other(adapted):
     assert said.returncode == 0, said.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_same_bits(adapted, trunk, place):
     run_dir = trunk.parent / "killed"
     shutil.copytree(trunk, run_dir)
@@ -231,6 +233,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(adapted, trunk, place):
     assert same(params_of(load_model(run_dir, "sft")), params_of(load_model(adapted, "sft")))
 
 
+@pytest.mark.slow
 def test_adapters_of_another_model_are_refused(adapted, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(adapted, run_dir)

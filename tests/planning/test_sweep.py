@@ -47,6 +47,7 @@ def test_the_law_is_recovered():
     assert best.ratio.value == pytest.approx(COST.tokens(3.6e12, lowest) / lowest, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_intervals_hold_what_was_put_in():
     """Mostly: 90 % of them should, and of alpha's three in four do."""
     ratio = COST.tokens(BUDGETS[-1], best := LAW.best_params(BUDGETS[-1], COST)) / best
@@ -145,6 +146,7 @@ def tiny(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["sweep", str(tiny), "--out", str(out), "sweep.ratios=[1]"]

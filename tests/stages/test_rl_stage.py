@@ -129,6 +129,7 @@ def saved(run):
         keeper.close()
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_bit_for_bit_with_every_switch_on_a_mesh(tmp_path):
     settings = (*ALL, *MESHES["data-fsdp"])
     done = rl.main(make_run(tmp_path / "whole", *settings))

@@ -91,7 +91,9 @@ def test_eight_devices_equal_one(one_device, mesh, accumulation):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=1), pytest.param(MeshConfig(data=2, fsdp=2, tensor=2), marks=pytest.mark.slow)]
+)
 def test_bfloat16_on_a_cpu_runs_and_is_as_close_as_its_rounding(one_device, mesh, accumulation):
     """Runs: XLA compiles products of 16 bits in forms that it cannot run, and says so at the first step."""
     np.testing.assert_allclose(run(mesh, accumulation, dtype=jnp.bfloat16)[0], one_device[0], rtol=0.01)
