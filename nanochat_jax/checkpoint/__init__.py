@@ -1,12 +1,12 @@
-"""Checkpoints by Orbax: asynchronous, atomic, checked, restored bit for bit onto whatever mesh is asked for.
+"""Checkpoints by Orbax: asynchronous, atomic, with checksums, restored bit for bit onto any mesh.
 
 store.py      what a checkpoint folder holds, and how damage to it is found
-keeper.py     a stage's checkpoints: saved, kept, restored, on one host or several
-models.py     a trained model out of a run directory; the mark of a stage that has ended
+manager.py    a stage's checkpoints: saved, kept, restored, on one host or several
+models.py     loads a trained model from a run directory; the mark of a finished stage
 __main__.py   python -m nanochat_jax.checkpoint ls|show|verify DIR
 """
 
-from nanochat_jax.checkpoint.keeper import Checkpointer, saved_steps
+from nanochat_jax.checkpoint.manager import Checkpointer, saved_steps
 from nanochat_jax.checkpoint.models import STAGES, Loaded, adapters_of, load_changed, load_model, read_done, write_done
 from nanochat_jax.checkpoint.store import Damaged
 

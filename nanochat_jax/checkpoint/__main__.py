@@ -1,7 +1,7 @@
 """What is in a run's checkpoints.
 
     python -m nanochat_jax.checkpoint ls DIR        when each was saved, its size and metrics, and whether it is whole
-    python -m nanochat_jax.checkpoint show DIR      one of them, the newest where there are more: its record, its arrays
+    python -m nanochat_jax.checkpoint show DIR      the metadata and arrays of one, by default the newest
     python -m nanochat_jax.checkpoint verify DIR    reads every array and compares checksums; exits with 1 on damage
 
 DIR is a run, one of its stages or one checkpoint; the run's configuration is not needed. `--json` prints one JSON line.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import itertools
 import json
 import math
 import re
@@ -31,34 +32,30 @@ from nanochat_jax.errors import UserError
 
 NAME = re.compile(r"(\d+)(\.damaged|\.orbax-checkpoint-tmp.*)?")
 METRICS = ("pass@1", "reward", "loss", "val_bpb")  # ls has room for the first two that there are
-STYLES = {"whole": "green", "damaged": "bold red"}
 
 
 def find(directory: Path) -> list[dict]:
     """The checkpoints of a run, stage by stage, of a stage or its folder `checkpoints`, or the one that it is."""
-    places = [directory, directory / "checkpoints", *(p / "checkpoints" for p in directory.glob("*/"))]
-    folders = [p for place in places if place.is_dir() for p in place.iterdir() if p.is_dir()]
-    folders = [p for p in folders if NAME.fullmatch(p.name)]
-    if not folders and directory.is_dir() and NAME.fullmatch(directory.name):
-        folders = [directory]
+    folders = [p for pattern in ("*", "checkpoints/*", "*/checkpoints/*") for p in directory.glob(pattern)]
     found = []
-    for path in folders:
-        with contextlib.suppress(FileNotFoundError):  # a run that goes on has just removed it
-            found.append(examine(path))
+    for path in [p for p in folders if p.is_dir() and NAME.fullmatch(p.name)] or [directory]:
+        if path.is_dir() and (name := NAME.fullmatch(path.name)):
+            with contextlib.suppress(FileNotFoundError):  # a run in progress has just removed it
+                found.append(examine(path, *name.groups()))
     if not found:
         raise UserError(f"no checkpoint in {directory}; give a run directory, a stage of one or a checkpoint folder")
     order = {stage: i for i, stage in enumerate(STAGES)}
     return sorted(found, key=lambda c: (order.get(c["stage"], len(STAGES)), c["stage"], c["step"], c["path"]))
 
 
-def examine(path: Path) -> dict:
+def examine(path: Path, step: str, suffix: str | None) -> dict:
     """What is found without reading an array. state: whole, damaged, half-written (being saved, or killed), set aside.
 
-    saved: when it was whole, as Orbax noted it; else when its folder changed last. bytes: of all its files.
+    saved: when Orbax finished it; else when its folder changed last. bytes: of all its files.
     """
-    step, suffix = NAME.fullmatch(path.name).groups()
     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    state, reason, meta = "whole", None, {}
+    state, reason = "whole", None
+    meta: dict = {}
     try:
         _, meta = store.read_records(path)
         store.check_files(path)
@@ -111,17 +108,16 @@ def show(console: Console, found: list[dict]) -> dict:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in value.items())
         record.add_row(key, f"{value:.1f}" if isinstance(value, float) else str(value))
-    console.print(record)
-    console.print()
+    console.print(record, "")
     table = _table("array", "count", "shape", "type", "size")
-    for top in dict.fromkeys(g["name"].split("/")[0] for g in groups):
-        of = [g for g in groups if g["name"].split("/")[0] == top]
-        for g in of:
+    for top, of in itertools.groupby(groups, lambda g: g["name"].split("/")[0]):
+        members = list(of)
+        for g in members:
             name = re.sub("/inner_states?(?=/)", "", g["name"])  # where optax keeps what it has partitioned
             shape = " x ".join(map(str, g["shape"])) or "scalar"
             table.add_row(name, str(g["count"]), shape, g["dtype"], decimal(g["bytes"]))
-        if len(of) > 1:
-            count, size = (sum(g[key] for g in of) for key in ("count", "bytes"))
+        if len(members) > 1:
+            count, size = (sum(g[key] for g in members) for key in ("count", "bytes"))
             table.add_row(f"all of {top}", str(count), "", "", decimal(size), style="bold")
     console.print(table)
     return {**c, "parameters": parameters, "arrays": groups}
@@ -139,11 +135,12 @@ def grouped(arrays: dict) -> list[dict]:
 
 
 def verify(console: Console, found: list[dict]) -> dict:
-    if not any(c["state"] in ("whole", "damaged") for c in found):
+    finished = [c for c in found if c["state"] in ("whole", "damaged")]
+    if not finished:
         raise UserError("there is nothing to verify: no checkpoint here was finished")
     for c in found:
         said = ""
-        if c["state"] in ("whole", "damaged"):
+        if c in finished:
             began = time.perf_counter()
             try:
                 c["arrays"], size = store.verify(Path(c["path"]))
@@ -152,13 +149,12 @@ def verify(console: Console, found: list[dict]) -> dict:
                 c["state"], c["reason"] = "damaged", str(e)
                 said = c["reason"]
                 if not Path(c["path"]).exists():
-                    c["state"], c["reason"], said = "removed", None, "by a run that goes on"
+                    c["state"], c["reason"], said = "removed", None, "by a run in progress"
         console.print(f"{c['stage']:>5} {c['step']:>7} ", _styled(c["state"]), "", said, soft_wrap=True)
     return {"damaged": sum(c["state"] == "damaged" for c in found), "checkpoints": found}
 
 
 def _table(*columns: str) -> Table:
-    """Numbers to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for name in columns:
         right = name in ("step", "size", "count", "shape", "type")
@@ -167,7 +163,7 @@ def _table(*columns: str) -> Table:
 
 
 def _styled(state: str) -> Text:
-    return Text(state, STYLES.get(state, "yellow"))
+    return Text(state, {"whole": "green", "damaged": "bold red"}.get(state, "yellow"))
 
 
 @command

@@ -1,7 +1,7 @@
-"""A trained model out of a run directory, and the mark of a stage that has ended.
+"""Loads a trained model from a run directory, and the mark of a finished stage, `<stage>/done.json`.
 
-A stage that has ended leaves `<stage>/done.json`. `load_model` is how everything but training gets at a model. What a
-stage with a lora_rank keeps is a change to the stage it began from, which its meta record names: the two are joined.
+`load_model` is how everything but training gets a model. A stage with a lora_rank keeps only adapters to the model of
+an earlier stage, which its meta record names: the two are merged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import yaml
 
 from nanochat_jax.checkpoint import store
-from nanochat_jax.checkpoint.keeper import newest_readable, saved_steps, warn
+from nanochat_jax.checkpoint.manager import newest_readable, saved_steps, warn
 from nanochat_jax.config import RunConfig, fingerprint, from_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
@@ -25,12 +25,12 @@ STAGES = ("base", "mid", "sft", "rl")  # those that leave a model, in order
 
 
 def write_done(stage_dir: str | Path, mark: dict) -> None:
-    """Marks the stage as ended; `mark` ({"seconds", "metrics", "steps", ...}) becomes its done.json."""
+    """Marks the stage as finished; `mark` ({"seconds", "metrics", "steps", ...}) becomes its done.json."""
     atomic_write_json(Path(stage_dir) / "done.json", mark)
 
 
 def read_done(stage_dir: str | Path) -> dict | None:
-    """What the stage left when it ended, or None."""
+    """The mark of a finished stage, or None."""
     return read_json(Path(stage_dir) / "done.json")
 
 
@@ -58,14 +58,12 @@ def adapters_of(stage_dir: str | Path) -> dict | None:
 
 
 def load_changed(run_dir: str | Path, stage: str, adapters: dict, **how) -> Loaded:
-    """The model that the adapters of `stage` change; `how` as load_model takes it. UserError where another one is
-    there."""
+    """The model that the adapters of `stage` change; `how` as load_model takes it. UserError where it is another."""
     loaded = load_model(run_dir, adapters["from"], **how)
     if loaded.identity != adapters["identity"]:
-        where = Path(run_dir)
         raise UserError(
-            f"{where / loaded.stage} is not the model that stage {stage} was trained on; put that one back, or remove "
-            f"{where / stage} and train the stage anew"
+            f"{run_dir}/{loaded.stage} is not the model that stage {stage} was trained on; put that one back, or "
+            f"remove {run_dir}/{stage} and train the stage anew"
         )
     return loaded
 
@@ -80,10 +78,9 @@ def load_model(
 ) -> Loaded:
     """The newest model of a stage, its tokenizer and the run's configuration. Only the parameters are read.
 
-    stage: base, mid, sft or rl, ended or not; None: the latest that has ended. dtype of the matrix products: None for
+    stage: base, mid, sft or rl, finished or not; None: the latest finished one. dtype of the matrix products: None for
     the configuration's. mesh: shards the parameters by the rules of sharding.py; None: they are put on the default
-    device, uncommitted. UserError, in one line, where the run or the stage is not there, or the tokenizer is not the
-    one that the stage was trained with.
+    device, uncommitted. UserError where the run or the stage is missing, or was trained with another tokenizer.
     """
     from flax import nnx
 
@@ -111,7 +108,11 @@ def load_model(
             f"remove {run_dir / stage} and train the stage anew"
         )
     params = state["params"] if mesh is not None else jax.tree.map(jnp.asarray, state["params"])
-    identity = _identity(run_dir / stage / "checkpoints" / str(step))
+    try:
+        arrays, _ = store.read_records(run_dir / stage / "checkpoints" / str(step))
+        identity = fingerprint({k: v for k, v in arrays.items() if k.startswith("params/")})
+    except store.Damaged:  # it was read just now: the run that trains there has removed it for a newer one
+        identity = ""
     if adapters:
         below = load_changed(run_dir, stage, adapters, mesh=mesh, say=say)
         frozen = nnx.to_pure_dict(nnx.split(below.model)[1])
@@ -122,17 +123,8 @@ def load_model(
     return Loaded(merge(graph, params), tokenizer, config, meta, stage, step, identity)
 
 
-def _identity(checkpoint: Path) -> str:
-    """A hash of the checksums of a checkpoint's parameters."""
-    try:
-        arrays, _ = store.read_records(checkpoint)
-    except store.Damaged:  # it was read just now: the run that trains there has removed it for a newer one
-        return ""
-    return fingerprint({k: v for k, v in arrays.items() if k.startswith("params/")})
-
-
 def _choose_stage(run_dir: Path, stage: str | None) -> str:
-    """`stage` if it holds a checkpoint, or the latest stage that has ended. UserError."""
+    """`stage` if it holds a checkpoint, or the latest finished stage. UserError."""
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
     trained = [s for s in STAGES if saved_steps(run_dir / s / "checkpoints")]

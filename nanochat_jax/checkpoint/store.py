@@ -1,14 +1,14 @@
 """What a checkpoint folder, `<stage>/checkpoints/<step>`, holds, and how damage to it is found.
 
-Three items: `state` (parameters, optimizer, step), `meta` (JSON of the caller's: seed, tokenizer hash, last metrics)
-and `arrays` (JSON: shape, type and checksum of every array). Orbax writes into a folder of another name and renames it
-at the end, so what is called by a number is whole, whenever the process was killed. What happens to it later is found
-by a seal on the JSON, a list of the state's files, and the checksums: without them, bytes that changed would pass for
-parameters.
+Three items: `state` (parameters, optimizer, step), `meta` (the caller's JSON: seed, tokenizer hash, last metrics) and
+`arrays` (JSON: shape, type and checksum of every array). Orbax writes into a temporary folder and renames it at the
+end, so a folder whose name is a number is complete, even if the process was killed. Later damage is found by a CRC of
+the JSON, a list of the state's files, and the checksums: otherwise changed bytes would pass for parameters.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
@@ -31,7 +31,7 @@ class Damaged(Exception):
 
 
 class _ListedHandler(ocp.BasePyTreeCheckpointHandler):
-    """Orbax's way to store a pytree, and a list of the files that it made, as the last one of them."""
+    """Orbax's handler for pytrees, which also writes a list of its files as the last of them."""
 
     LIST, SMALL = "files.json", 1 << 20  # bytes; of larger files only the size is noted: the arrays have checksums
 
@@ -60,9 +60,8 @@ def handlers() -> dict:
 
 
 def to_save(state: Any, meta: dict) -> ocp.args.Composite:
-    """What Orbax is given of a pytree of arrays and of plain JSON; both may change as soon as this has returned."""
+    """Orbax's arguments for a pytree of arrays and plain JSON; both may change as soon as this has returned."""
     meta = json.loads(json.dumps(meta))  # a copy: the writer reads it later
-    state = jax.tree.map(_raw, state)
     arrays = _describe(state)
     if jax.default_backend() == "cpu":
         # Elsewhere Orbax copies to the host before it returns. Here its copy is a view of the very buffer that the
@@ -70,8 +69,8 @@ def to_save(state: Any, meta: dict) -> ocp.args.Composite:
         state = jax.block_until_ready(jax.tree.map(lambda x: x.copy(), state))
     return ocp.args.Composite(
         state=ocp.args.PyTreeSave(state),
-        meta=ocp.args.JsonSave(_sealed(meta)),
-        arrays=ocp.args.JsonSave(_sealed(arrays)),
+        meta=ocp.args.JsonSave({"crc32": _crc(meta), "value": meta}),
+        arrays=ocp.args.JsonSave({"crc32": _crc(arrays), "value": arrays}),
     )
 
 
@@ -84,58 +83,68 @@ def read(path: Path, abstract: Any) -> tuple[Any, dict]:
     Leaves are jax.ShapeDtypeStructs; one without a sharding comes back as a NumPy array. On several hosts every process
     calls this, reads what its devices hold, and raises where another one did.
     """
-    state, meta, error = None, {}, None
+    error: Exception | None = None
     try:
         arrays, meta = read_records(path)
         check_files(path)
-        raw = jax.tree.map(_raw_abstract, abstract)
-        _check_shapes(path, arrays, raw)
-        state = _read_arrays(path, raw)
+        _check_shapes(path, arrays, abstract)
+        state = _read_arrays(path, abstract)
     except Exception as e:
         error = e
     agree(error)
     wrong = [name for name, found in _describe(state).items() if found != arrays[name]]
     agree(Damaged(f"{wrong[0]} is not what was saved") if wrong else None)
-    return jax.tree.map(_wrap, state, abstract), meta
+    return state, meta
 
 
 def read_records(path: Path) -> tuple[dict, dict]:
     """(arrays, meta): name -> {"shape", "dtype", "checksum"}, and what the caller saved with the state. Damaged."""
     found = []
     for item in ("arrays", "meta"):
-        try:
-            found.append(_opened(json.loads((path / item / "metadata").read_bytes())))
-        except (FileNotFoundError, NotADirectoryError):
-            raise Damaged(f"its record {item} is missing") from None
-        except (ValueError, AttributeError):  # not text, not JSON, not a dictionary, or a broken seal
-            raise Damaged(f"its record {item} is not what was written") from None
+        with _damaged(f"its record {item}"):
+            record = json.loads((path / item / "metadata").read_bytes())
+            if {"crc32", "value"} & record.keys():  # older checkpoints have the value alone
+                if record.get("crc32") != _crc(record.get("value")):
+                    raise ValueError
+                record = record["value"]
+            found.append(record)
     return found[0], found[1]
 
 
 def check_files(path: Path) -> None:
-    """Damaged, in a line, where a file is missing or other than noted; Orbax would say so in hundreds."""
-    folder, name = path / "state", _ListedHandler.LIST
-    try:
-        noted = json.loads((folder / name).read_bytes())
-        for name, description in noted.items():
+    """Damaged, in one line, where a file is missing or has changed; Orbax would say so in hundreds."""
+    folder = path / "state"
+    with _damaged(f"its file {_ListedHandler.LIST}"):
+        noted = json.loads((folder / _ListedHandler.LIST).read_bytes()).items()
+    for name, description in noted:
+        with _damaged(f"its file {name}"):
             if _ListedHandler.describe(folder / name) != description:
-                raise Damaged(f"its file {name} is not what was written")
+                raise ValueError
+
+
+@contextmanager
+def _damaged(what: str) -> Iterator[None]:
+    """Turns a missing file, or a ValueError about one, into Damaged."""
+    try:
+        yield
     except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(f"its file {name} is missing") from None
-    except (ValueError, AttributeError):  # not JSON, not a path, not a dictionary
-        raise Damaged(f"its file {_ListedHandler.LIST} is not what was written") from None
+        raise Damaged(f"{what} is missing") from None
+    except (ValueError, AttributeError):  # not text, not JSON, not a dictionary, or a wrong CRC
+        raise Damaged(f"{what} is not what was written") from None
 
 
 def verify(path: Path, at_once: int = 1 << 28) -> tuple[int, int]:
     """(arrays, bytes) of a checkpoint whose every array is what was saved. Damaged.
 
-    Arrays are read by the `at_once` bytes, or one where it is larger: it takes three times that of memory.
+    Some `at_once` bytes of arrays are read together, which takes three times that of memory.
     """
     arrays, _ = read_records(path)
     check_files(path)
     with _orbax() as handler:
         saved = handler.metadata(path / "state").tree
-    for names in _batches(arrays, at_once):
+    ends = list(itertools.accumulate(map(array_bytes, arrays.values())))
+    for _, group in itertools.groupby(zip(arrays, ends), lambda pair: pair[1] // at_once):
+        names = {name for name, _ in group}
         wanted = jax.tree_util.tree_map_with_path(
             lambda at, x: jax.ShapeDtypeStruct(x.shape, x.dtype) if _name(at) in names else ocp.PLACEHOLDER,  # noqa: B023
             saved,
@@ -145,23 +154,12 @@ def verify(path: Path, at_once: int = 1 << 28) -> tuple[int, int]:
         for name in names:
             if found.get(name) != arrays[name]:
                 raise Damaged(f"{name} is not what was saved")
-    return len(arrays), sum(map(array_bytes, arrays.values()))
+    return len(arrays), ends[-1]
 
 
 def array_bytes(array: dict) -> int:
     """Of an entry of the record `arrays`."""
     return math.prod(array["shape"]) * jnp.dtype(array["dtype"]).itemsize
-
-
-def _batches(arrays: dict, at_once: int) -> Iterator[set[str]]:
-    names, size = set(), 0
-    for name, array in arrays.items():
-        if names and size + array_bytes(array) > at_once:
-            yield names
-            names, size = set(), 0
-        names.add(name)
-        size += array_bytes(array)
-    yield names
 
 
 def _read_arrays(path: Path, abstract: Any, partial: bool = True) -> Any:
@@ -177,7 +175,7 @@ def _read_arrays(path: Path, abstract: Any, partial: bool = True) -> Any:
 
 @contextmanager
 def _orbax() -> Iterator[ocp.PyTreeCheckpointHandler]:
-    """The state's reader. What it raises on a bad file becomes Damaged; lack of memory or of rights is no damage."""
+    """The state's reader. Its errors become Damaged, except for lack of memory or permission."""
     handler = handlers()["state"]
     try:
         yield handler
@@ -208,38 +206,20 @@ def _check_shapes(path: Path, saved: dict, abstract: Any) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------ several hosts
-
-
 def agree(error: Exception | None) -> None:
-    """Raises on every process where one of them met an error: there its own, elsewhere word of it.
+    """Raises on every process where one of them met an error: its own there, a note of it elsewhere.
 
-    Every process must call it, with what it met or None. On one process it raises `error`, if there is one.
+    Every process must call it, with its error or None.
     """
-    mine = worst = 0 if error is None else 1 if isinstance(error, Damaged) else 2
-    if jax.process_count() > 1:
-        worst = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
-    if worst == 0:
-        return
-    if mine == worst:
+    mine = 0 if error is None else 1 if isinstance(error, Damaged) else 2
+    worst = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
+    if error is not None and mine == worst:
         raise error
-    raise Damaged("another host cannot read it") if worst == 1 else UserError("another host failed; it says why")
+    if worst:
+        raise Damaged("another host cannot read it") if worst == 1 else UserError("another host failed; it says why")
 
 
 # ----------------------------------------------------------------------------------------------- checksums
-
-
-def _sealed(value: dict) -> dict:
-    return {"crc32": _crc(value), "value": value}
-
-
-def _opened(record: dict) -> dict:
-    """The value of a sealed record; ValueError where it is another one. Before there were seals it was the record."""
-    if not {"crc32", "value"} & record.keys():
-        return record
-    if record.get("crc32") != _crc(record.get("value")):
-        raise ValueError("the seal is broken")
-    return record["value"]
 
 
 def _crc(value: Any) -> int:
@@ -248,8 +228,7 @@ def _crc(value: Any) -> int:
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
     """[("params/wte/embedding", leaf), ...]"""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(_name(path), x) for path, x in leaves]
+    return [(_name(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _name(path: Any) -> str:
@@ -275,30 +254,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 def _describe(state: Any) -> dict[str, dict]:
     """name -> {"shape", "dtype", "checksum"} of every array."""
     # one after the other: simulated devices share few threads, where several sums at once can lock each other out
-    sums = {name: jax.device_get(_checksum(x)) for name, x in _named(state)}
     return {
-        name: {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": int(sums[name])} for name, x in _named(state)
+        name: {"shape": list(x.shape), "dtype": str(x.dtype), "checksum": int(jax.device_get(_checksum(x)))}
+        for name, x in _named(state)
     }
-
-
-# ------------------------------------------------------------------------------------------- PRNG keys
-
-
-def _is_key(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _raw(x: jax.Array) -> jax.Array:
-    """PRNG keys as their bits, everything else as it is."""
-    return jax.random.key_data(x) if _is_key(x) else x
-
-
-def _raw_abstract(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if not _is_key(x):
-        return x
-    raw = jax.eval_shape(jax.random.key_data, x)
-    return jax.ShapeDtypeStruct(raw.shape, raw.dtype, sharding=x.sharding)
-
-
-def _wrap(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.empty((), like.dtype))) if _is_key(like) else x

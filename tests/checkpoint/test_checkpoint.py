@@ -75,15 +75,6 @@ def test_state_and_meta_come_back_bit_for_bit(keeper):
     assert meta == {"tokenizer": "ab", "last": {"loss": 1.5, "bpb": None}}
 
 
-def test_random_keys_come_back_as_keys(keeper):
-    state = {"typed": jax.random.key(5), "raw": jax.random.PRNGKey(5), "many": jax.random.split(jax.random.key(1), 3)}
-    keeper.save(1, state, {})
-    got, _ = keeper.restore(abstract(state))
-    assert got["typed"].dtype == state["typed"].dtype and got["many"].shape == (3,)
-    assert jax.random.uniform(got["typed"]) == jax.random.uniform(state["typed"])
-    assert bits(jax.random.key_data(got["many"])) == bits(jax.random.key_data(state["many"]))
-
-
 @pytest.mark.parametrize("devices", [1, 8])
 def test_buffers_may_be_donated_as_soon_as_save_returns(keeper, devices):
     if jax.device_count() < devices:

@@ -1,4 +1,4 @@
-"""A stage's checkpoints: saved in the background, the newest ones and some of the older ones kept, restored.
+"""A stage's checkpoints: saved in the background, the newest and some of the older ones kept, restored.
 
 On several hosts, which share the directory, every process makes a Checkpointer and calls each of its methods at the
 same point. Process 0 holds the lock, decides and prints; all take the same step, and raise where one of them failed.
@@ -31,15 +31,13 @@ def warn(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _first(number: int) -> int:
-    """Process 0's number, on every process; those others wait for it."""
-    if jax.process_count() == 1:
-        return number
+def _broadcast(number: int) -> int:
+    """Process 0's number, on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 class Checkpointer:
-    """Checkpoints of one stage under `directory`. Which ones stay, `cfg` says.
+    """Checkpoints of one stage under `directory`; `cfg` says which are kept.
 
     One run at a time may hold a directory: UserError where another one is training there. What a killed process left
     half-written is removed.
@@ -86,12 +84,12 @@ class Checkpointer:
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Copies `state` (a pytree of arrays) and `meta` (plain JSON) to the host, then writes in the background.
 
-        The caller may donate the state's buffers as soon as this returns. A step that is there already stays as it is.
-        UserError where the save before this one failed.
+        The caller may donate the state's buffers as soon as this returns. An existing step is left as it is. UserError
+        where the save before this one failed.
         """
         self.wait()
         self._saved_at = time.monotonic()
-        if _first(step in saved_steps(self.directory)):
+        if _broadcast(step in saved_steps(self.directory)):
             return
         args = store.to_save(state, meta)
         try:
@@ -103,24 +101,24 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The newest step that is on the disk, or None."""
-        step = _first(max(saved_steps(self.directory), default=-1))
+        step = _broadcast(max(saved_steps(self.directory), default=-1))
         return None if step < 0 else step
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """(state, meta) of `step`, or of the newest checkpoint that can be read.
 
         abstract_state: the state's pytree of jax.ShapeDtypeStruct; each array comes back bit for bit, with the
-        sharding that is asked for there, whatever mesh it was saved from. A damaged checkpoint is reported in one line,
-        put aside as `<step>.damaged`, and the one before it taken. UserError where none is left, or the shapes differ.
+        sharding asked for there, whatever mesh it was saved from. A damaged checkpoint is reported in one line,
+        renamed to `<step>.damaged`, and the one before it taken. UserError where none is left, or the shapes differ.
         """
         self.wait()
-        state, meta, found, damaged = newest_readable(self.directory, abstract_state, step, self._say)
+        state, meta, _, damaged = newest_readable(self.directory, abstract_state, step, self._say)
         if damaged:
             for bad in damaged if jax.process_index() == 0 else ():
                 aside = self.directory / f"{bad}.damaged"
                 shutil.rmtree(aside, ignore_errors=True)
                 (self.directory / str(bad)).rename(aside)
-            _first(0)  # the others look when process 0 has done this
+            _broadcast(0)  # a barrier: the others look when process 0 has done this
             self._manager.reload()
         return state, meta
 
@@ -135,11 +133,11 @@ class Checkpointer:
     def _failed(self, e: Exception) -> UserError:
         return UserError(
             f"a checkpoint could not be written to {self.directory} ({store.one_line(e)}); make room there, or make it "
-            "writable, and the same command goes on from the checkpoint before"
+            "writable, and the same command resumes from the checkpoint before"
         )
 
     def close(self) -> None:
-        """Waits for the last save, and lets go of the directory. UserError where the save failed."""
+        """Waits for the last save and releases the directory. UserError where the save failed."""
         try:
             self.wait()
         finally:
@@ -151,19 +149,18 @@ class Checkpointer:
 def saved_steps(directory: str | Path) -> list[int]:
     """The steps of the checkpoints that are complete, ascending."""
     directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdecimal() and p.is_dir())
+    found = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(p.name) for p in found if p.name.isdecimal() and p.is_dir())
 
 
 def newest_readable(directory: Path, abstract: Any, step: int | None, say) -> tuple[Any, dict, int, list[int]]:
     """(state, meta, step, newer steps that are damaged). UserError where there is none."""
-    directory, damaged = directory.absolute(), []  # Orbax takes no other paths
-    left = saved_steps(directory) if step is None else [s for s in saved_steps(directory) if s == step]
-    while (candidate := _first(left.pop() if left else -1)) >= 0:
+    directory = directory.absolute()  # Orbax takes no other paths
+    damaged: list[int] = []
+    left = [s for s in saved_steps(directory) if step in (None, s)]
+    while (candidate := _broadcast(left.pop() if left else -1)) >= 0:
         try:
-            state, meta = store.read(directory / str(candidate), abstract)
-            return state, meta, candidate, damaged
+            return *store.read(directory / str(candidate), abstract), candidate, damaged
         except Damaged as e:
             if jax.process_index() == 0:
                 say(f"checkpoint {candidate} in {directory} is damaged and left out: {e}")
@@ -172,14 +169,13 @@ def newest_readable(directory: Path, abstract: Any, step: int | None, say) -> tu
         raise UserError(f"no checkpoint in {directory} can be read; remove that folder to train the stage anew")
     if step is None:
         raise UserError(f"{directory} holds no checkpoint yet")
-    steps = saved_steps(directory)
-    raise UserError(f"{directory} holds no checkpoint of step {step}; it holds {steps or 'none'}")
+    raise UserError(f"{directory} holds no checkpoint of step {step}; it holds {saved_steps(directory) or 'none'}")
 
 
 def _drop_unreadable_times(directory: Path) -> None:
-    """Removes Orbax's own note beside the items where it is damaged: Orbax would refuse the whole directory.
+    """Removes Orbax's own metadata of a step where it is damaged: Orbax would refuse the whole directory.
 
-    It says only when the checkpoint was made, and without it the folder's own time does.
+    It says only when the checkpoint was made; without it Orbax takes the folder's own time.
     """
     for step in saved_steps(directory):
         note = directory / str(step) / "_CHECKPOINT_METADATA"
