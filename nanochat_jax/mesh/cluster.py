@@ -1,10 +1,10 @@
-"""Which of several processes this one is: by three variables, or by what SLURM, Open MPI and Kubernetes set.
+"""Which of several processes this one is: from three variables, or from those of SLURM, Open MPI and Kubernetes.
 
     JAX_COORDINATOR_ADDRESS=10.0.0.7:61440 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 uv run run_speedrun.py ...
 
-jax reads the first of the three by itself; its own detection counts the tasks of a SLURM job where those of the step
-are meant (and so hangs in an interactive shell), gives every process one GPU, and asks Kubernetes' API for what a
-manifest can say (jax/_src/clusters). So the launchers' variables are read here and nothing is left to guess.
+jax's own detection (jax/_src/clusters) counts the tasks of a SLURM job where those of the step are meant (and so hangs
+in an interactive shell), gives every process one GPU, does not know Open MPI 5, and asks Kubernetes' API for what a
+manifest can say. So the launchers' variables are read here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NOT_SRUN = 0xFFFFFFF0  # SLURM's step numbers from here on: the batch script, a
 class Cluster:
     """One process among several."""
 
-    how: str  # who said so: variables, slurm, open mpi
+    how: str  # the source: variables, slurm, open mpi
     coordinator: str  # host:port of process 0; the port after it is the watch's
     processes: int
     process: int  # 0 to processes - 1
@@ -42,7 +42,7 @@ class Cluster:
 def detect(environ: Mapping[str, str]) -> Cluster | None:
     """What the environment says; None for a process on its own. UserError where it contradicts itself.
 
-    The three variables come before a launcher; JAX_NUM_PROCESSES=1 alone sends a launcher away. Beside a launcher
+    The three variables come before a launcher; JAX_NUM_PROCESSES=1 alone turns a launcher off. Beside a launcher
     JAX_COORDINATOR_ADDRESS or JAX_COORDINATOR_PORT, as jax has them, correct the address alone.
     """
     if environ.get(COUNT) or environ.get(INDEX):
@@ -58,7 +58,7 @@ def detect(environ: Mapping[str, str]) -> Cluster | None:
             )
     if found is None or found.processes == 1:
         return None
-    if not 0 <= found.process < found.processes:
+    if found.process >= found.processes:
         raise UserError(
             f"process {found.process} of {found.processes} ({found.how}): they are counted from 0 to "
             f"{found.processes - 1}; set {INDEX} and {COUNT} to fit"
@@ -79,7 +79,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def _variables(environ: Mapping[str, str]) -> Cluster | None:
-    """The three variables; an indexed Job of Kubernetes says the third one itself."""
+    """The three variables; an indexed Job of Kubernetes sets the third one itself."""
     if environ.get(COUNT) == "1" and not environ.get(ADDRESS):
         return None
     index = INDEX if environ.get(INDEX) else "JOB_COMPLETION_INDEX"
@@ -89,22 +89,22 @@ def _variables(environ: Mapping[str, str]) -> Cluster | None:
     return Cluster("variables", environ[ADDRESS], _number(environ, COUNT), _number(environ, index))
 
 
-def _address(environ: Mapping[str, str], host: str, job: str) -> str:
-    """Process 0's address, with a port that the job's name decides: above what Linux lends out, and one kept free."""
+def _launched(
+    environ: Mapping[str, str], how: str, host: str, job: str, processes: int, process: int, local: int | None
+):
+    """A launcher's process. The job's name decides the port: above Linux's ephemeral ports, with the next one free.
+
+    local: this process's number among several on its host, and so its device, unless the launcher hid the others.
+    """
     port = environ.get("JAX_COORDINATOR_PORT") or 61440 + 2 * (zlib.crc32(job.encode()) % 2047)
-    return environ.get(ADDRESS) or f"{host}:{port}"
-
-
-def _device(environ: Mapping[str, str], local: int) -> tuple[int, ...] | None:
-    """Of several processes on a host each takes the device of its own number, unless the launcher hid the others."""
     visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    return None if visible and "," not in visible else (local,)
+    devices = None if local is None or (visible and "," not in visible) else (local,)
+    return Cluster(how, environ.get(ADDRESS) or f"{host}:{port}", processes, process, devices)
 
 
 def first_host(nodes: str) -> str:
     """The first name in a list of SLURM's, such as gpu[003-007,12],cpu2 or rack[1-2]-n[01-04]."""
-    first = re.match(r"(?:\[[^\]]*\]|[^,\[])*", nodes).group()
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
 
 
 def _slurm(environ: Mapping[str, str]) -> Cluster | None:
@@ -113,15 +113,11 @@ def _slurm(environ: Mapping[str, str]) -> Cluster | None:
     names = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
     if any(not environ.get(n) for n in names) or _number(environ, "SLURM_STEP_ID", 0) >= _NOT_SRUN:
         return None
-    tasks, hosts = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_STEP_NUM_NODES", 1)
-    address = _address(
-        environ,
-        first_host(environ["SLURM_STEP_NODELIST"]),
-        f"{environ['SLURM_JOB_ID']}.{environ.get('SLURM_STEP_ID', 0)}",
-    )
-    several = tasks > hosts
-    devices = _device(environ, _number(environ, "SLURM_LOCALID")) if several else None
-    return Cluster("slurm", address, tasks, _number(environ, "SLURM_PROCID"), devices)
+    host, job = first_host(environ["SLURM_STEP_NODELIST"]), environ["SLURM_JOB_ID"]
+    tasks, process = _number(environ, "SLURM_STEP_NUM_TASKS"), _number(environ, "SLURM_PROCID")
+    several = tasks > _number(environ, "SLURM_STEP_NUM_NODES", 1)
+    local = _number(environ, "SLURM_LOCALID") if several else None
+    return _launched(environ, "slurm", host, f"{job}.{environ.get('SLURM_STEP_ID', 0)}", tasks, process, local)
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
@@ -133,13 +129,9 @@ def _open_mpi(environ: Mapping[str, str]) -> Cluster | None:
     size, here = _number(environ, "OMPI_COMM_WORLD_SIZE"), _number(environ, "OMPI_COMM_WORLD_LOCAL_SIZE", 1)
     uri, space = environ.get("OMPI_MCA_orte_hnp_uri", ""), environ.get("PMIX_NAMESPACE", "")
     launcher = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", uri) or re.search(r"^prterun-(.+)-\d+@\d+$", space)
-    host = next((g for g in launcher.groups() if g), None) if launcher else None
-    if size == here:
-        host = "127.0.0.1"
-    if host is None and size > 1 and not environ.get(ADDRESS):
+    host = "127.0.0.1" if size == here else next(filter(None, launcher.groups())) if launcher else ""
+    if not host and size > 1 and not environ.get(ADDRESS):
         raise UserError(f"mpirun names no host; give it -x {ADDRESS}=HOST:61440, with the first host's name")
-    if host and ":" in host:
-        host = f"[{host}]"
-    address = _address(environ, host or "", uri.split(".")[0] or space)
-    devices = _device(environ, _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK")) if here > 1 else None
-    return Cluster("open mpi", address, size, _number(environ, "OMPI_COMM_WORLD_RANK"), devices)
+    local = _number(environ, "OMPI_COMM_WORLD_LOCAL_RANK") if here > 1 else None
+    process, host = _number(environ, "OMPI_COMM_WORLD_RANK"), f"[{host}]" if ":" in host else host
+    return _launched(environ, "open mpi", host, uri.split(".")[0] or space, size, process, local)

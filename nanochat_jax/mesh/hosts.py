@@ -1,11 +1,11 @@
-"""Several hosts as one run: they come together, wait for each other, and end together.
+"""Several hosts as one run: they meet, wait for each other, and end together.
 
     with hosts.together():
         ...                      # jax.process_index(), jax.process_count(), collectives over all devices
 
 On one process all of this does nothing and imports nothing. Several are found by `cluster.detect`: under SLURM, Open
 MPI and Kubernetes by themselves (configs/cluster/), or by three variables. When one of them dies the others say which
-within half a minute, as their last line, and exit with 75: the same command goes on from the last checkpoint.
+within half a minute, as their last line, and exit with 75: the same command resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def start(environ: Mapping[str, str] = os.environ, say: Callable[[str], None] | 
 def _join_jax(cluster: Cluster, timeout: float) -> None:
     import jax
 
-    # ours is run by train.py: jax's own would swallow SIGTERM and stop at a step of its choice
+    # preemption.Stop is ours: jax's own would swallow SIGTERM and stop at a step of its choice
     jax.config.update("jax_enable_preemption_service", False)
     # gRPC would send what goes to the coordinator through a proxy that is meant for the internet
     jax.config.update("jax_check_proxy_envs", False)
@@ -76,33 +76,32 @@ def _join_jax(cluster: Cluster, timeout: float) -> None:
     )
 
 
-def _sleep_before_aborting() -> None:
-    """When jax or NCCL miss another process they abort this one, with a message in C++'s manner that names nobody, and
-    often before the watch's thread had its turn. So the thread that aborts sleeps first: as many seconds as SIGABRT's
-    number, 6. The handler is libc's own `sleep`, which a signal may always call; Python's would only run later."""
-    if os.name == "posix":
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-
-
-def _hush() -> None:
-    """Sends what C++ writes to stderr nowhere, and keeps Python's: gRPC's complaint that the others are gone, which
-    they are at this process's word, would come after the line that says why."""
-    sys.stderr.flush()
-    sys.stderr = open(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-
-
 def _leave_jax() -> None:
     import jax
 
     jax.distributed.shutdown()
 
 
+def _sleep_before_aborting() -> None:
+    """When jax or NCCL miss another process they abort this one, with a C++ message that names nobody, often before the
+    watch's thread has run. So the aborting thread sleeps first: as many seconds as SIGABRT's number, 6. The handler is
+    libc's own `sleep`, which a signal may always call; Python's would only run later."""
+    if os.name == "posix":
+        libc = ctypes.CDLL(None)
+        libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+
+
+def _silence_cpp() -> None:
+    """Discards what C++ writes to stderr and keeps Python's: gRPC's complaint that the others are gone, which they are
+    at this process's word, would come after the line that says why."""
+    sys.stderr.flush()
+    sys.stderr = open(os.dup(2), "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def _exit_at_once(code: int) -> None:
-    """Instead of Python's and jax's own tidying up, which wait for collectives and for processes that are gone."""
+    """Instead of Python's and jax's own cleanup, which waits for collectives and for processes that are gone."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code)
@@ -120,9 +119,10 @@ def stop(error: BaseException | None = None, orderly: bool = False) -> None:
     if watch is None:
         return
     if error is not None and not orderly:
-        if _follows(error):
-            time.sleep(PATIENCE)  # the watch ends this process
-        _hush()
+        jax = sys.modules.get("jax")
+        if jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            time.sleep(PATIENCE)  # a collective may fail because another process died: then the watch ends this one
+        _silence_cpp()
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}".removesuffix(": ")
         code = 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
         watch.tell(f"{watch.who(watch.me)} stopped: {text}", code)
@@ -136,12 +136,6 @@ def stop(error: BaseException | None = None, orderly: bool = False) -> None:
         _leave_jax()
     watch.close()
     _watch = None
-
-
-def _follows(error: BaseException) -> bool:
-    """Whether it may come from another process: a collective fails when one has died, mostly before the watch knows."""
-    jax = sys.modules.get("jax")
-    return jax is not None and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error)
 
 
 @contextmanager
@@ -180,24 +174,24 @@ def is_main() -> bool:
     return index() == 0
 
 
-def barrier(name: str) -> None:
-    """Waits, for hours if need be, until every process is here: without a timeout, a device or a busy core.
+def gather(name: str, value=None) -> list:
+    """The small JSON values of all processes, in order, when all are here: it waits, for hours if need be, without a
+    device or a busy core.
 
     All must come to the same names in the same order; where they do not, all end and say who waited where.
     """
+    return _watch.meet(name, value) if _watch else [value]
+
+
+def barrier(name: str) -> None:
     gather(name)
 
 
 @contextmanager
 def main_first(name: str) -> Iterator[None]:
-    """Process 0 goes through the block, and when it has the others: what it leaves in a shared folder they find."""
+    """Process 0 runs the block, then the others: what it leaves in a shared folder they find."""
     if not is_main():
         barrier(name)
     yield
     if is_main():
         barrier(name)
-
-
-def gather(name: str, value=None) -> list:
-    """A barrier that hands round a small value, one that JSON can say: the values of all, by process."""
-    return _watch.meet(name, value) if _watch else [value]

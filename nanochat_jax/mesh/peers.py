@@ -1,4 +1,4 @@
-"""The thread by which hosts know of each other: one TCP connection from every process to process 0.
+"""How hosts notice each other's death: a thread, and one TCP connection from every process to process 0.
 
 A process that is killed closes its connections with it, and a host that loses power or its network no longer answers
 the kernel's probes: either breaks the connection, and then all end within seconds and name it. Nothing is asked of
@@ -26,30 +26,19 @@ from nanochat_jax.mesh.cluster import ADDRESS, Cluster
 
 LEAVING = "the end"  # the meeting after which a broken connection is nobody's death
 GONE = "is gone; the run stops here and goes on from its last checkpoint when started again"
-_PROBES = {  # a silent host is taken for gone after 10 + 3 x 5 seconds, and after 25 where something was sent to it
-    "TCP_KEEPIDLE": 10,
-    "TCP_KEEPALIVE": 10,  # what macOS calls the first
-    "TCP_KEEPINTVL": 5,
-    "TCP_KEEPCNT": 3,
-    "TCP_USER_TIMEOUT": 25_000,
-}
-
-
-def _probed(link: socket.socket) -> socket.socket:
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    for name, value in _PROBES.items():
-        if hasattr(socket, name):
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-    return link
+# a silent host is taken for gone after 10 + 3 x 5 seconds, and after 25 where something was sent to it
+_PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000, "TCP_NODELAY": 1}
 
 
 class _Link:
     """One connection, by lines of JSON."""
 
     def __init__(self, link: socket.socket):
-        self.socket = _probed(link)
-        self._file = link.makefile("rb")
+        self.socket, self._file = link, link.makefile("rb")
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in _PROBES.items():
+            if hasattr(socket, name):
+                link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def send(self, **message) -> None:
         """A broken connection is the reader's to notice."""
@@ -67,15 +56,16 @@ class _Link:
         return message if isinstance(message, dict) else None
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes its reader
         self.socket.close()
 
 
 class Watch:
     """This process's end of it. UserError where not all have come within `timeout` seconds.
 
-    Whoever breaks off ends the process from a thread of its own (`os._exit`), for the main thread may hang in a
-    collective; `log` then gets the last line, beside stderr.
+    When a connection breaks, a thread ends the process (`os._exit`), for the main thread may hang in a collective;
+    `log` then gets the last line, beside stderr.
     """
 
     def __init__(self, cluster: Cluster, timeout: float):
@@ -88,9 +78,8 @@ class Watch:
         self._lock = threading.Lock()
         self._come: dict[int, tuple] = {}  # process 0: who has come to the meeting -> (its name, value)
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
-        deadline = time.monotonic() + timeout
         try:
-            (self._connect if self.me else self._listen)(cluster, deadline, timeout)
+            (self._connect if self.me else self._listen)(cluster, time.monotonic() + timeout, timeout)
         except BaseException:
             self.close()
             raise
@@ -108,10 +97,9 @@ class Watch:
     def _listen(self, cluster: Cluster, deadline: float, timeout: float) -> None:
         """Process 0: takes the others in."""
         port, dual = cluster.port + 1, socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
         try:
-            server = socket.create_server(
-                ("", port), family=socket.AF_INET6 if dual else socket.AF_INET, backlog=128, dualstack_ipv6=dual
-            )
+            server = socket.create_server(("", port), family=family, backlog=128, dualstack_ipv6=dual)
         except OSError as e:
             raise UserError(
                 f"port {port} of {self.names[0]} cannot be used ({e.strerror}); set another {ADDRESS} for all processes"
@@ -135,10 +123,9 @@ class Watch:
         link.socket.settimeout(5)  # whoever says nothing is no process of ours
         hello = (link.receive() or {}).get("hello")
         link.socket.settimeout(None)
-        try:
-            process, host, count = hello
-        except (TypeError, ValueError):
+        if not isinstance(hello, list) or len(hello) != 3:
             return link.close()
+        process, host, count = hello
         if count != self.count or process not in range(1, self.count) or process in self._links:
             taken = f"; process {process} is {self.names[process]} already" if process in self._links else ""
             link.send(refused=f"process {process} of {count} came to where {self.count} meet{taken}")
@@ -147,19 +134,19 @@ class Watch:
 
     def _connect(self, cluster: Cluster, deadline: float, timeout: float) -> None:
         """Everybody else: to process 0, as soon as it is there."""
-        port = cluster.port + 1
-        while True:
+        address = (cluster.host, cluster.port + 1)
+        while not self._links:
             try:
                 left = deadline - time.monotonic()
-                link = self._links[0] = _Link(socket.create_connection((cluster.host, port), max(0.1, min(left, 5))))
-                break
+                self._links[0] = _Link(socket.create_connection(address, max(0.1, min(left, 5))))
             except OSError as e:
                 if time.monotonic() > deadline:
                     raise UserError(
-                        f"process 0 was not to be reached at {cluster.host}:{port} for {timeout:.0f} s ({e}); is it "
-                        f"running, and is {ADDRESS}={cluster.coordinator} its host?"
+                        f"process 0 was not to be reached at {address[0]}:{address[1]} for {timeout:.0f} s ({e}); is "
+                        f"it running, and is {ADDRESS}={cluster.coordinator} its host?"
                     ) from None
                 time.sleep(0.3)
+        link = self._links[0]
         link.send(hello=[self.me, self.names[self.me], self.count])
         link.socket.settimeout(max(deadline - time.monotonic(), 0) + 10)  # process 0 gives up first, and says why
         answer = link.receive() or {}
@@ -180,7 +167,7 @@ class Watch:
                     self._arrive(process, message["at"], message["value"])
                 elif "end" in message and not self.leaving:
                     self.end(message["end"], message["code"])
-        finally:  # whatever ends this thread: nobody goes on unwatched
+        finally:  # whatever ends this thread: nobody runs unwatched
             if not self.leaving:
                 self.end(f"{self.who(process)} {GONE}", START_AGAIN)
 
@@ -203,7 +190,7 @@ class Watch:
             link.send(end=text, code=code)
         until = time.monotonic() + 3
         for thread in self._readers:
-            if thread.is_alive() and thread is not threading.current_thread():
+            if thread is not threading.current_thread():
                 thread.join(max(0, until - time.monotonic()))
 
     def _last_words(self, text: str) -> None:
@@ -229,8 +216,7 @@ class Watch:
             come = dict(self._come)
             if len(come) == self.count:
                 self._come = {}
-        names = {n for n, _ in come.values()}
-        if len(names) > 1:
+        if any(other != name for other, _ in come.values()):
             self._disagree(come)
         if len(come) == self.count:
             values, leaving = [come[p][1] for p in range(self.count)], name == LEAVING
@@ -241,10 +227,10 @@ class Watch:
 
     def _disagree(self, come: dict[int, tuple]) -> None:
         """Two have come to different places: one has left, or the program does not do the same everywhere."""
-        left = [(p, value) for p, (name, value) in come.items() if name == LEAVING]
-        if left:
-            process, (text, code) = left[0]
-            self.end(f"{self.who(process)} {text}", code)
+        for process, (name, value) in come.items():
+            if name == LEAVING:
+                text, code = value
+                self.end(f"{self.who(process)} {text}", code)
         places = " and ".join(f"{self.who(p)} waits at {name!r}" for p, (name, _) in sorted(come.items()))
         self.end(f"{places}: they do not run the same program, or not with the same settings", 1)
 
@@ -257,6 +243,4 @@ class Watch:
     def close(self) -> None:
         self.leaving = True
         for link in self._links.values():
-            with contextlib.suppress(OSError):
-                link.socket.shutdown(socket.SHUT_RDWR)  # wakes its reader
-            link.socket.close()
+            link.close()

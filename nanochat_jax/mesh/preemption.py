@@ -7,8 +7,10 @@ same step, so the processes agree on it.
 
 from __future__ import annotations
 
+import functools
 import signal
 import threading
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -24,11 +26,10 @@ class Stop:
     Outside the main thread, where Python lets nobody handle signals, it does nothing.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: str | None = None  # SIGTERM, SIGINT, SIGUSR1, or what `ask` was given
         self._before: dict = {}
-        self._any = None  # on several hosts: the jitted all-reduce, and what it gave for the step before
-        self._pending: jax.Array | None = None
+        self._pending: jax.Array | None = None  # on several hosts: the flags of the step before
 
     @property
     def requested(self) -> bool:
@@ -54,23 +55,15 @@ class Stop:
         if jax.process_count() == 1:
             return self.requested, due
         stop, save = np.asarray(self._pending.addressable_data(0)) if self._pending is not None else (False, False)
-        self._pending = self._reduce([self.requested, due and not save])  # said once
+        split, any_row = _any_row()
+        mine = np.asarray([[self.requested, due and not save]])  # what is due is said once
+        self._pending = any_row(jax.make_array_from_process_local_data(split, mine, (jax.process_count(), 2)))
         return bool(stop), bool(save)
 
-    def _reduce(self, flags: list[bool]) -> jax.Array:
-        """(2,) bool: the flags of all processes, or-ed, on one device of each."""
-        if self._any is None:
-            one_each = {d.process_index: d for d in reversed(jax.devices())}
-            mesh = Mesh([one_each[i] for i in sorted(one_each)], ("host",))
-            self._split = NamedSharding(mesh, P("host"))
-            self._any = jax.jit(lambda x: x.any(0), out_shardings=NamedSharding(mesh, P()))
-        mine = np.asarray([flags])
-        return self._any(jax.make_array_from_process_local_data(self._split, mine, (jax.process_count(), len(flags))))
-
-    def _handle(self, number, frame):
+    def _handle(self, number, frame) -> None:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = self.signal or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -82,3 +75,11 @@ class Stop:
             # None: a handler that Python did not set, such as the one of jax.distributed for SIGTERM
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+
+@functools.cache
+def _any_row() -> tuple[NamedSharding, Callable]:
+    """(a sharding of (processes, 2) flags, a row on one device of each process; the jitted `or` of the rows)"""
+    one_each = {d.process_index: d for d in reversed(jax.devices())}
+    mesh = Mesh([one_each[i] for i in sorted(one_each)], ("host",))
+    return NamedSharding(mesh, P("host")), jax.jit(lambda x: x.any(0), out_shardings=NamedSharding(mesh, P()))

@@ -9,6 +9,8 @@ reduce-scattered once a step. What crosses `tensor` is left to XLA. The same ste
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 
 import jax
@@ -26,18 +28,16 @@ BATCH = ("data", "fsdp")  # mesh axes over which rows are split
 SMALL = 4096  # elements of a gradient that is not worth splitting
 
 # logical axis -> mesh axis
-RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rows": "fsdp", None: None}
+RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rows": "fsdp"}
 
-# last names of a parameter's path -> its logical axes; what is not here is small and replicated
+# the end of a parameter's path -> its logical axes; what is not here is small and replicated
 _LOGICAL = {
-    ("wte", "embedding"): ("vocab", "embed"),
-    ("lm_head", "weight"): ("vocab", "embed"),
-    ("q", "weight"): ("heads", "embed"),
-    ("k", "weight"): ("heads", "embed"),
-    ("v", "weight"): ("heads", "embed"),
-    ("attn", "proj", "weight"): ("embed", "heads"),
-    ("fc", "weight"): ("mlp", "embed"),
-    ("mlp", "proj", "weight"): ("embed", "mlp"),
+    "(wte/embedding|lm_head/weight)": ("vocab", "embed"),
+    "[qkv]/weight": ("heads", "embed"),
+    "attn/proj/weight": ("embed", "heads"),
+    "fc/weight": ("mlp", "embed"),
+    "mlp/proj/weight": ("embed", "mlp"),
+    "value_embeds/[^/]+/[^/]+": ("rows", "heads"),
 }
 
 
@@ -48,7 +48,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
     named = ", ".join(f"{a}={s}" for a, s in zip(AXES, sizes))
     if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"mesh sizes {named} must be positive, and at most one of them -1")
-    fixed = int(np.prod([s for s in sizes if s != -1]))
+    fixed = math.prod(s for s in sizes if s != -1)
     if len(devices) % fixed or (-1 not in sizes and fixed != len(devices)):
         raise UserError(f"mesh {named} does not fit {len(devices)} devices; set one axis to -1 to take what is left")
     sizes = [len(devices) // fixed if s == -1 else s for s in sizes]
@@ -57,7 +57,7 @@ def make_mesh(cfg: MeshConfig, devices=None) -> Mesh:
 
 def data_parallel(mesh: Mesh) -> int:
     """Over how many devices the rows of a batch are split."""
-    return int(np.prod([mesh.shape[a] for a in BATCH]))
+    return math.prod(mesh.shape[a] for a in BATCH)
 
 
 def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
@@ -69,8 +69,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def _names(path) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+def _name(path) -> str:
+    """blocks/0/attn/q/weight; flax ends a path with /value."""
+    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
 
 def spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
@@ -78,14 +79,10 @@ def spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
 
     An axis that its mesh axis does not divide is not split.
     """
-    names = tuple(n for n in _names(path) if n != "value")
-    for length in (3, 2):
-        logical = _LOGICAL.get(names[-length:]) if len(names) >= length else None
-        if logical is None and length == 2 and len(names) >= 3 and names[-3] == "value_embeds":
-            logical = ("rows", "heads")
-        if logical is not None and len(logical) == len(shape):
+    for pattern, logical in _LOGICAL.items():
+        if re.search(f"(^|/){pattern}$", _name(path)) and len(logical) == len(shape):
             axes = [RULES[a] for a in logical]
-            return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape)))
+            return P(*(a if n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape)))
     return P()
 
 
@@ -97,7 +94,7 @@ def state_spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     parts = [*spec(path, shape, mesh)]
     parts += [None] * (len(shape) - len(parts))
     data = mesh.shape["data"]
-    if data == 1 or np.prod(shape) < SMALL:
+    if data == 1 or math.prod(shape) < SMALL:
         return P(*parts)
     for axis in sorted(range(len(shape)), key=lambda axis: parts[axis] == "tensor"):
         held = mesh.shape[parts[axis]] if parts[axis] else 1
@@ -108,14 +105,22 @@ def state_spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P(*parts)
 
 
+def _shardings(tree, mesh: Mesh, rule: Callable):
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, rule(path, tuple(x.shape), mesh)), tree)
+
+
 def tree_shardings(tree, mesh: Mesh):
     """NamedShardings for a pytree of parameters, or of a whole train state, from the paths and shapes of its leaves."""
 
-    def of(path, x):
-        rule = state_spec if _names(path)[0] == "opt_state" else spec
-        return NamedSharding(mesh, rule(path, tuple(x.shape), mesh))
+    def rule(path, shape, mesh):
+        return (state_spec if _name(path).startswith("opt_state/") else spec)(path, shape, mesh)
 
-    return jax.tree_util.tree_map_with_path(of, tree)
+    return _shardings(tree, mesh, rule)
+
+
+def constrain(tree, mesh: Mesh, rule: Callable):
+    """A tree of parameters, or of what has their shapes, split as `rule` (spec or state_spec) says."""
+    return jax.lax.with_sharding_constraint(tree, _shardings(tree, mesh, rule))
 
 
 def abstract(tree, mesh: Mesh):
@@ -139,12 +144,14 @@ def _manual(spec: P) -> P:
 
 
 def _specs(tree, mesh: Mesh, rule: Callable):
-    return jax.tree_util.tree_map_with_path(lambda path, x: _manual(rule(path, tuple(x.shape), mesh)), tree)
+    return jax.tree.map(lambda sharding: _manual(sharding.spec), _shardings(tree, mesh, rule))
 
 
-def _manual_axes(mesh: Mesh) -> set[str]:
-    """With all axes manual, kernels such as cuDNN's attention are called as they are, without a partitioner."""
-    return set(BATCH) if mesh.shape["tensor"] > 1 else set(AXES)
+def _per_device(f: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
+    """f over the devices of the batch's axes. With all axes manual, kernels such as cuDNN's attention are called as
+    they are, without a partitioner."""
+    axes = set(BATCH if mesh.shape["tensor"] > 1 else AXES)
+    return jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def _gather(params, specs, mesh: Mesh):
@@ -186,14 +193,8 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
             return jax.lax.psum(loss, BATCH), jax.tree.map(scatter, grads, kept)
 
         split = P(None, BATCH)
-        return jax.shard_map(
-            on_device,
-            mesh=mesh,
-            in_specs=(held, fixed, *[split for _ in batch]),
-            out_specs=(P(), kept),
-            axis_names=_manual_axes(mesh),
-            check_vma=False,
-        )(params, frozen, *batch)
+        mapped = _per_device(on_device, mesh, (held, fixed, *[split for _ in batch]), (P(), kept))
+        return mapped(params, frozen, *batch)
 
     return whole
 
@@ -204,25 +205,13 @@ def each_row(local: Callable, mesh: Mesh, leading: int = 1) -> Callable:
 
     def whole(params, *batch):
         held, split = _specs(params, mesh, spec), P(*([None] * leading), BATCH)
-        return jax.shard_map(
-            lambda params, *batch: local(_gather(params, held, mesh), *batch),
-            mesh=mesh,
-            in_specs=(held, *[split for _ in batch]),
-            out_specs=split,
-            axis_names=_manual_axes(mesh),
-            check_vma=False,
-        )(params, *batch)
+
+        def on_device(params, *batch):
+            return local(_gather(params, held, mesh), *batch)
+
+        return _per_device(on_device, mesh, (held, *[split for _ in batch]), split)(params, *batch)
 
     return whole
-
-
-def constrain(tree, mesh: Mesh, rule: Callable):
-    """A tree of parameters, or of what has their shapes, split as `rule` (spec or state_spec) says."""
-
-    def of(path, x):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rule(path, tuple(x.shape), mesh)))
-
-    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def over_matrices(local: Callable, spec: P, mesh: Mesh | None) -> Callable:
