@@ -1,6 +1,6 @@
 """The architecture as others write it: transformers' config.json of `nanochat`, karpathy/nanochat's `model_config`.
 
-What their files can say and our settings cannot is refused by name, so that no model comes in as another one.
+What our settings cannot express is refused by name, so that no model comes in as another one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ FIXED = {
 def transformers_config(cfg: GPTConfig) -> dict:
     """The config.json of a `classic` model, without the ids of special tokens. UserError where it has windows."""
     if any(window < cfg.sequence_len for window in cfg.windows):
-        raise UserError(
-            f"model.window_pattern={cfg.window_pattern}: transformers' `nanochat` attends to the whole context"
-        )
+        pattern = f"model.window_pattern={cfg.window_pattern}"
+        raise UserError(f"{pattern}: transformers' `nanochat` attends to the whole context")
     return {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
@@ -55,15 +54,9 @@ def reference_config(cfg: GPTConfig) -> dict:
 
 def from_transformers(config: dict) -> tuple[ModelConfig, int]:
     """(our settings, vocabulary) of a config.json of model type `nanochat`. UserError for what they cannot say."""
-    rope = config.get("rope_parameters") or {}
-    said = {
-        **FIXED,
-        **config,
-        "rope_theta": rope.get("rope_theta", config.get("rope_theta", CLASSIC.rope_base)),
-        "rope_type": rope.get("rope_type", "default"),
-    }
-    inner = {"intermediate_size": 4 * config["hidden_size"]}
-    for key, value in {**FIXED, **inner, "rope_theta": CLASSIC.rope_base, "rope_type": "default"}.items():
+    fixed = {**FIXED, "rope_theta": CLASSIC.rope_base, "rope_type": "default"}
+    said = {**fixed, **config, **(config.get("rope_parameters") or {})}
+    for key, value in {**fixed, "intermediate_size": 4 * config["hidden_size"]}.items():
         if said.get(key) != value:
             raise UserError(f"config.json has {key}={said.get(key)}; this project's classic architecture has {value}")
     heads = config["num_attention_heads"]
@@ -84,14 +77,14 @@ def from_reference_config(config: dict, names: Collection[str]) -> tuple[ModelCo
     UserError for those between October 2025 and what is `modern` here.
     """
     parts = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_", "backout_lambda")
-    parts = [any(name.startswith(part) for name in names) for part in parts]
-    if any(parts) and not all(parts):
+    has = [any(name.startswith(part) for name in names) for part in parts]
+    if any(has) and not all(has):
         raise UserError(
             "these weights are of a version of nanochat between the two that this project has: the one of October 2025 "
             "(classic) and the one with smear and backout (modern)"
         )
     model = ModelConfig(
-        arch="modern" if all(parts) else "classic",
+        arch="modern" if all(has) else "classic",
         depth=config["n_layer"],
         width=config["n_embd"],
         head_dim=config["n_embd"] // config["n_head"],

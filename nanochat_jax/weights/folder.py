@@ -1,4 +1,4 @@
-"""A folder of weights as a whole: what an export holds, and what an import finds.
+"""A folder of weights: what an export writes, and what an import reads.
 
 model.safetensors        the arrays; the header's notes say which stage of which run they are of
 config.json              transformers' for `classic`, with the reference's `model_config` for `modern`
@@ -10,10 +10,10 @@ README.md                how to load them
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,22 +90,22 @@ def read_folder(folder: Path, tokenizer_dir: Path | None = None) -> Weights:
 
     tokenizer_dir: where the tokenizer is, if elsewhere. UserError, in one line, for anything else.
     """
-    config = read_json(folder / "config.json")
+    config: Any = read_json(folder / "config.json")
+    classic = isinstance(config, dict) and config.get("model_type") == "nanochat"
     try:
-        if isinstance(config, dict) and config.get("model_type") == "nanochat":
+        if classic or (isinstance(config, dict) and "model_config" in config):
             tensors, notes = _arrays(folder)
-            (model, vocab_size), naming = configs.from_transformers(config), "classic"
-        elif isinstance(config, dict) and "model_config" in config:
-            tensors, notes = _arrays(folder)
-            (model, vocab_size), naming = configs.from_reference_config(config["model_config"], tensors), "modern"
         elif metas := sorted(folder.glob("meta_*.json")):
-            tensors, notes, described = _newest_torch(metas[-1])
-            (model, vocab_size), naming = configs.from_reference_config(described["model_config"], tensors), "modern"
+            tensors, notes, config = _newest_torch(metas[-1])
         else:
             raise UserError(
                 f"{folder} holds no weights that this project knows: config.json of model type nanochat beside "
                 "safetensors, or meta_<step>.json and model_<step>.pt of karpathy/nanochat"
             )
+        if classic:
+            model, vocab_size = configs.from_transformers(config)
+        else:
+            model, vocab_size = configs.from_reference_config(config["model_config"], tensors)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
         raise UserError(f"the configuration in {folder} does not describe a model ({type(e).__name__}: {e})") from None
     tok = _tokenizer(tokenizer_dir or folder)
@@ -114,14 +114,14 @@ def read_folder(folder: Path, tokenizer_dir: Path | None = None) -> Weights:
             f"the tokenizer in {tokenizer_dir or folder} has {tok.vocab_size} tokens and the weights {vocab_size}; "
             "name the folder of theirs with --tokenizer"
         )
-    return Weights(tensors, model, tok.vocab_size, naming, tok, notes)
+    return Weights(tensors, model, tok.vocab_size, "classic" if classic else "modern", tok, notes)
 
 
 def _arrays(folder: Path) -> tuple[dict, dict]:
     """The arrays of model.safetensors or, where they are in several files, of those that its index names."""
     index = read_json(folder / f"{TENSORS}.index.json")
     names = sorted(set(index["weight_map"].values())) if index else [TENSORS]
-    tensors, notes = {}, {}
+    tensors: dict[str, np.ndarray] = {}
     for name in names:
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no {name}")
@@ -131,7 +131,8 @@ def _arrays(folder: Path) -> tuple[dict, dict]:
 
 
 def _newest_torch(meta: Path) -> tuple[dict, dict, dict]:
-    path, described = meta.with_name(re.sub(r"meta_(\d+)\.json", r"model_\1.pt", meta.name)), read_json(meta)
+    path = meta.with_name(meta.name.replace("meta_", "model_")).with_suffix(".pt")
+    described = read_json(meta) or {}
     if not path.is_file():
         raise UserError(f"{meta} describes {path.name}, which is not there")
     return pickles.read_torch(path), {"step": str(described.get("step", 0))}, described

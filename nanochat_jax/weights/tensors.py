@@ -16,12 +16,7 @@ import numpy as np
 
 from nanochat_jax.errors import UserError
 
-TYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
+TYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in TYPES.items()}
 ALIGNMENT = 8  # of the arrays; the header is padded with spaces
 
@@ -29,17 +24,17 @@ ALIGNMENT = 8  # of the arrays; the header is padded with spaces
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], notes: Mapping[str, str]) -> None:
     """Writes the arrays, in the order of their names, and `notes` as the header's __metadata__."""
     header: dict = {"__metadata__": dict(notes)}
-    end = 0
-    for name in sorted(tensors):
-        array, start = tensors[name], end
-        end += array.nbytes
+    start = 0
+    for name, array in sorted(tensors.items()):
+        end = start + array.nbytes
         header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in sorted(tensors):
-            file.write(memoryview(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8)))
+        for _, array in sorted(tensors.items()):
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,17 +1,17 @@
 """Our vocabulary as the tokenizer.json of Hugging Face's `tokenizers`: the same ids for every text.
 
-Pieces are written with plain spaces. SentencePiece's mark for them, U+2581, then is a character like any other that is
+Pieces are written with plain spaces. SentencePiece's mark for them, U+2581, is then a character like any other that is
 no piece, and is spelled in bytes, as `Tokenizer` does.
 
-SentencePiece joins the pair whose piece has the best score, the leftmost where several make the same piece;
-`tokenizers` joins the pair that comes first in a list. So the list has every pair that makes a piece, by the piece's
+SentencePiece merges the pair whose piece has the best score, the leftmost where several make the same piece;
+`tokenizers` merges the pair that comes first in a list. So the list has every pair that makes a piece, by the piece's
 score. Between pairs of one piece the order would matter only where two of them overlap, as in [ar][a][ra] for "ara";
-joining from the left never comes to that: not in 9,383 random vocabularies over one to three letters, searched for it.
+merging from the left never comes to that: not in 9,383 random vocabularies over one to three letters, searched for it.
 
 The special tokens are matched in any text here, as is usual there (`split_special_tokens=True` turns it off). The chat
-template keeps them out of what people say: it puts a guard before every "|", and the normalizer takes it away again
-where no special token is looked for any more. Its ids are those of `tokenizer.chat`, and its mask of the assistant's
-tokens is the loss mask, but where two text parts follow each other: it joins them before they are encoded.
+template keeps them out of what people say: it puts a guard before every "|", and the normalizer removes it again once
+special tokens have been matched. Its ids are those of `tokenizer.chat`, and its mask of the assistant's tokens is the
+loss mask, except where two text parts follow each other: it joins them before they are encoded.
 """
 
 from __future__ import annotations
@@ -69,11 +69,12 @@ def from_tiktoken(ranks: dict[bytes, int], pattern: str, special: dict[str, int]
 
 
 def _written(special: dict[str, int], cuts: list[dict], decoder: dict, **model) -> str:
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     described = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_special(id, name) for name, id in special.items()],
+        "added_tokens": [{"id": id, "content": name, **plain, "special": True} for name, id in special.items()],
         "normalizer": NORMALIZER,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
         "post_processor": None,
@@ -86,11 +87,6 @@ def _written(special: dict[str, int], cuts: list[dict], decoder: dict, **model) 
 # A word with the spaces before it, the spaces at the end of a text, and U+2581: where `Tokenizer` cuts. No piece lies
 # across such a place, and words that are encoded apart are looked up in a cache.
 WORD = f" *[^ {SPACE_MARK}]+| +|{SPACE_MARK}"
-
-
-def _special(id: int, name: str) -> dict:
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": id, "content": name, **plain, "special": True}
 
 
 def _split(pattern: str) -> dict:
