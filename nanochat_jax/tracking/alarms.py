@@ -1,7 +1,6 @@
-"""What goes wrong in training and can be seen while it happens: a loss that is no number, one that leaps up, steps
-that stop coming.
+"""What can be seen going wrong in training: a loss that is not finite, a loss spike, a stall.
 
-The first two are a function of the records so far, so that a run that was killed raises the same alarms again.
+The first two are a function of the records so far, so that a resumed run raises the same alarms again.
 """
 
 from __future__ import annotations
@@ -40,15 +39,15 @@ class LossAlarm:
             self.see(math.nan if loss is None else loss)
 
     def see(self, loss: float) -> str | None:
-        """What there is to say of the next loss, mostly nothing."""
+        """The alarm for the next loss, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
-        text, limit = None, self._limit()
+        limit = self._limit()
         self._high = self._high + 1 if loss > limit else 0
-        if self._high == IN_A_ROW:
-            text = f"spike: {IN_A_ROW} losses in a row above {limit:.3f}, now {loss:.3f}"
         self._window.append(loss)
-        return text
+        return (
+            f"spike: {IN_A_ROW} losses in a row above {limit:.3f}, now {loss:.3f}" if self._high == IN_A_ROW else None
+        )
 
     def _limit(self) -> float:
         if len(self._window) < LEAST:

@@ -1,4 +1,4 @@
-"""Where records go beside metrics.jsonl: TensorBoard's event files, Weights & Biases. Both get the records as they are.
+"""Where records go beside metrics.jsonl: TensorBoard's event files and Weights & Biases. Both get whole records.
 
 uv run --extra tensorboard run_speedrun.py tracking.tensorboard=true    # tensorboard --logdir RUN_DIR/tensorboard
 uv run --extra wandb run_speedrun.py tracking.wandb=PROJECT             # WANDB_MODE=offline without a network
@@ -8,32 +8,21 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Protocol
 
 from nanochat_jax.config import TrackingConfig, fingerprint
 from nanochat_jax.errors import UserError
 
 
-class Sink(Protocol):
-    def write(self, record: dict) -> None:
-        """Takes a record of `tracking.Tracker`."""
-
-    def close(self) -> None: ...
-
-
 def check(config: TrackingConfig) -> None:
     """UserError where a package is missing that a setting needs."""
-    for setting, package, extra in (
-        (config.tensorboard, "tensorboardX", "tensorboard"),
-        (config.wandb, "wandb", "wandb"),
-    ):
-        if setting and importlib.util.find_spec(package) is None:
+    for extra, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(config, extra) and importlib.util.find_spec(package) is None:
             raise UserError(f"tracking.{extra} needs the package {package}: uv sync --extra {extra}, or leave it out")
 
 
-def open_sinks(config: TrackingConfig, run_dir: Path, stage: str, start: int) -> list[Sink]:
+def open_sinks(config: TrackingConfig, run_dir: Path, stage: str, start: int) -> list[TensorBoard | WandB]:
     """The sinks that are switched on, for the records of `stage` after step `start`."""
-    sinks: list[Sink] = []
+    sinks: list[TensorBoard | WandB] = []
     if config.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard" / stage, start))
     if config.wandb:
@@ -43,12 +32,15 @@ def open_sinks(config: TrackingConfig, run_dir: Path, stage: str, start: int) ->
 
 def numbers(record: dict) -> dict[str, float]:
     """What can be drawn: all but the step, the clock, and what is text or null."""
-    named = {k: v for k, v in record.items() if k not in ("step", "of", "time")}
-    return {k: v for k, v in named.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    return {k: v for k, v in record.items() if isinstance(v, (int, float)) and k not in ("step", "of", "time")}
+
+
+def texts(record: dict) -> dict[str, str]:
+    return {k: record[k] for k in ("alarm", "sample") if k in record}
 
 
 class TensorBoard:
-    """One folder a stage, so that the curves of the stages lie over each other; tags are the names of the records."""
+    """One folder per stage, so that the curves of the stages overlap; tags are the keys of the records."""
 
     def __init__(self, folder: Path, start: int):
         from tensorboardX import SummaryWriter
@@ -60,16 +52,15 @@ class TensorBoard:
         step, clock = record["step"], record["time"]
         for name, value in numbers(record).items():
             self._writer.add_scalar(name, value, step, walltime=clock)
-        for name in ("alarm", "sample"):
-            if name in record:
-                self._writer.add_text(name, record[name], step, walltime=clock)
+        for name, text in texts(record).items():
+            self._writer.add_text(name, text, step, walltime=clock)
 
     def close(self) -> None:
         self._writer.close()
 
 
 class WandB:
-    """One run for all stages, whose names are `stage/name`; the same one again when the run directory is taken up."""
+    """One run for all stages, with keys `stage/name`; the same one again when the run is resumed."""
 
     def __init__(self, project: str, run_dir: Path, stage: str):
         import wandb
@@ -91,8 +82,7 @@ class WandB:
         self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def write(self, record: dict) -> None:
-        texts = {k: record[k] for k in ("alarm", "sample") if k in record}
-        row = {"step": record["step"], **numbers(record), **texts}
+        row = {"step": record["step"], **numbers(record), **texts(record)}
         self._run.log({f"{self._stage}/{k}": v for k, v in row.items()})
 
     def close(self) -> None:

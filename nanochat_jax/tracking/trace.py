@@ -14,27 +14,21 @@ STEPS = 3  # that are traced
 @contextlib.contextmanager
 def traced(step_fn: Callable, folder: Path, start: int, first: int | None) -> Iterator[Callable]:
     """step_fn, whose first call is step `start`, with steps first, first + 1 and first + 2 traced into `folder`."""
-    now, tracing = start, False
-
-    def stop() -> None:
-        nonlocal tracing
-        if tracing:
-            jax.profiler.stop_trace()
-        tracing = False
+    if first is None:
+        yield step_fn
+        return
+    now = start
 
     def run(*args):
-        nonlocal now, tracing
+        nonlocal now
         if now == first:
-            jax.profiler.start_trace(folder)
-            tracing = True
+            tracing.enter_context(jax.profiler.trace(folder))
         out = step_fn(*args)
         now += 1
-        if tracing and now == first + STEPS:
+        if now == first + STEPS:
             jax.block_until_ready(out)
-            stop()
+            tracing.close()
         return out
 
-    try:
-        yield step_fn if first is None else run
-    finally:
-        stop()
+    with contextlib.ExitStack() as tracing:
+        yield run

@@ -1,10 +1,10 @@
-"""One record per step: a bar or plain lines on the console, log.txt, metrics.jsonl, and the sinks that are switched on.
+"""One record per step: a progress bar or plain lines on the console, log.txt, metrics.jsonl, and optional sinks.
 
 A record is {"stage", "step", "of", "time"}, the last in seconds since 1970, and
 - after a step: "loss", "grad_norm", "tokens_per_second", "mfu", "memory_gb" and what the stage adds, such as "reward";
 - after an evaluation: "val_bpb", "core", "pass@1" and so on; "sample", a text;
 - "alarm", a text, where something is wrong (`alarms.py`).
-Floats that are not finite are null. `truncate_from` and `read_records` take runs up and read them.
+Floats that are not finite are null.
 
 The console is stderr: the last line on stdout belongs to the result.
 """
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat_jax.config import TrackingConfig
+from nanochat_jax.files import atomic_write_text
 from nanochat_jax.tracking import sinks
 from nanochat_jax.tracking.alarms import LossAlarm, StallAlarm
 
@@ -36,7 +38,7 @@ PLAIN_EVERY = 10.0  # seconds between plain lines
 
 
 class RunLog:
-    """What a run says: on the console, and with time stamps in log.txt; `silent` on all hosts but one."""
+    """The run's messages: on the console, and with time stamps in log.txt; `silent` on all hosts but one."""
 
     def __init__(self, run_dir: str | Path, silent: bool = False):
         self.console, self.silent = Console(stderr=True, highlight=False, quiet=silent), silent
@@ -70,16 +72,12 @@ def read_records(path: Path) -> list[dict]:
 
 
 def truncate_from(path: Path, step: int) -> list[dict]:
-    """Drops records of `step` and later, and a half-written last line: what a killed run wrote after its last save.
-
-    Returns what is left.
-    """
+    """Drops records after `step`, its evaluation, and a half-written last line: what a killed run wrote after its last
+    save. Returns what is left."""
     if not path.exists():
         return []
     kept = [r for r in read_records(path) if r["step"] < step or (r["step"] == step and "loss" in r)]
-    part = path.with_suffix(".part")
-    part.write_text("".join(f"{json.dumps(r)}\n" for r in kept), encoding="utf-8")
-    os.replace(part, path)
+    atomic_write_text(path, "".join(f"{json.dumps(r)}\n" for r in kept))
     return kept
 
 
@@ -100,29 +98,27 @@ class Tracker:
         on_spike: Callable[[str], None] | None = None,
     ):
         self.stage, self.total, self.log, self._on_spike = stage, total_steps, log, on_spike
-        path, before, self._sinks = Path(run_dir) / stage / "metrics.jsonl", [], []
-        if log.silent:
-            path = Path(os.devnull)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            before = truncate_from(path, start)
-            self._sinks = sinks.open_sinks(config or TrackingConfig(), Path(run_dir), stage, start)
+        path = Path(os.devnull) if log.silent else Path(run_dir) / stage / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = [] if log.silent else truncate_from(path, start)
+        config = TrackingConfig() if log.silent or config is None else config
+        self._sinks = sinks.open_sinks(config, Path(run_dir), stage, start)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the stage)
         self._lock = threading.Lock()  # the stall alarm writes from its own thread
         self._losses = LossAlarm(r["loss"] for r in before if "loss" in r)
         self._step, self._stalls = start, StallAlarm(self._stalled)
-        self._first, self._begun, self._last_line = start, None, 0.0
-        self._bar = None
-        if log.console.is_terminal and not log.silent:
-            columns = (
-                TextColumn("{task.description:>5}"),
-                BarColumn(None),
-                TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
-                TimeRemainingColumn(elapsed_when_finished=True),
-            )
-            self._bar = Progress(*columns, console=log.console)
-            self._task = self._bar.add_task(stage, total=total_steps, completed=start, text="compiling")
-            self._bar.start()
+        self._last_line = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description:>5}"),
+            BarColumn(None),
+            TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=log.console,
+            disable=log.silent or not log.console.is_terminal,
+            speed_estimate_period=3600,
+        )
+        self._task = self._bar.add_task(stage, total=total_steps, completed=start, text="compiling")
+        self._bar.start()
 
     def record(self, step: int, **metrics) -> None:
         """Writes a record of the step, with an alarm where its loss deserves one."""
@@ -137,16 +133,14 @@ class Tracker:
         if "reward" not in metrics:  # RL's is no likelihood: it has no level to leap from
             alarm = self._losses.see(metrics["loss"])
         self._write(step, {**metrics, "memory_gb": round(device_memory_gb(), 3)} | ({"alarm": alarm} if alarm else {}))
-        now = time.perf_counter()
-        if self._begun is None:  # the first step compiles: the rate starts after it
-            self._first, self._begun = step, now
-        text = self._text(metrics)
-        if self._bar:
-            self._bar.update(self._task, completed=step, text=text)
+        text, now = self._text(metrics), time.perf_counter()
+        self._bar.update(self._task, completed=step, text=text)
         if now - self._last_line >= PLAIN_EVERY or step == self.total:
             self._last_line = now
-            line = f"{self.stage} {step}/{self.total}  {text}  {self._left(step, now)}"
-            self.log.write(line) if self._bar else self.log.say(line)
+            seconds = self._bar.tasks[0].time_remaining  # rich counts from the end of the first step, which compiles
+            left = "n/a" if seconds is None else datetime.timedelta(seconds=round(seconds))
+            line = f"{self.stage} {step}/{self.total}  {text}  left: {left}"
+            self.log.say(line) if self._bar.disable else self.log.write(line)
         if alarm:
             self._say(step, alarm)
             if self._on_spike and math.isfinite(metrics["loss"]):
@@ -182,15 +176,9 @@ class Tracker:
         parts.append(f"MFU {100 * mfu:.1f} %" if mfu is not None else "MFU n/a")
         return "  ".join(parts)
 
-    def _left(self, step: int, now: float) -> str:
-        if step <= self._first:
-            return "left: n/a"
-        seconds = (now - self._begun) / (step - self._first) * (self.total - step)
-        return f"left: {datetime.timedelta(seconds=round(seconds))}"
-
     def close(self) -> None:
         self._stalls.close()
-        if self._bar:
+        if not self._bar.disable:
             self._bar.stop()
         for sink in self._sinks:
             sink.close()
@@ -213,21 +201,17 @@ def device_memory_gb() -> float:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    about = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)", about.read_text(), re.M) if about.is_file() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def _git(*args: str) -> str | None:
     root = Path(__file__).resolve().parents[2]
     try:
-        out = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        return subprocess.check_output(["git", "-C", root, *args], stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return out.stdout.strip() if out.returncode == 0 else None
 
 
 def system_info() -> dict:
