@@ -1,4 +1,4 @@
-"""A trained stage as a folder of weights that others load.
+"""Exports a trained stage as a folder of weights that other libraries load.
 
     python -m nanochat_jax.export --run-dir runs/demo --stage sft --to demo-sft       # --dtype bfloat16: half the size
 
@@ -40,22 +40,20 @@ def notes(loaded) -> dict[str, str]:
     if "origin" in meta:
         return meta["origin"]
     made = {"producer": "nanochat_jax", "arch": loaded.config.model.arch, "stage": loaded.stage, "step": loaded.step}
-    return {key: str(value) for key, value in {"format": "pt", **made, **_kept(meta)}.items()}
-
-
-def _kept(meta: dict) -> dict:
-    return {key: meta[key] for key in ("seed", "tokenizer", "config") if key in meta}
+    kept = {key: meta[key] for key in ("seed", "tokenizer", "config") if key in meta}
+    return {key: str(value) for key, value in {"format": "pt", **made, **kept}.items()}
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.export", description=__doc__.split("\n\n")[0])
     p.add_argument("--run-dir", required=True, type=Path, help="the run directory")
-    p.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
+    p.add_argument("--stage", help="base, mid, sft or rl; default: the latest finished one")
     p.add_argument("--to", required=True, type=Path, help="the folder to make")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arrays; default float32")
     args = p.parse_args(argv)
     print(json.dumps(export(args.run_dir, args.stage, args.to, args.dtype)))
+    return 0
 
 
 if __name__ == "__main__":

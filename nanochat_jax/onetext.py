@@ -1,4 +1,4 @@
-"""The whole repository as one text, to give to a language model with a question about it.
+"""The whole repository as one text, to paste into a language model's prompt.
 
     python -m nanochat_jax.onetext > nanochat_jax.txt            # [--tests]
 
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for text in texts(tests=args.tests):
         size += sys.stdout.write(text)
     print(f"{size:,} characters, some {size // 4:,} tokens", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A run as it goes, in a terminal beside it: what each stage has done, curves, the last samples, the end of the log.
+"""A live dashboard of a run in the terminal: the progress of each stage, curves, the last samples, the end of the log.
 
     python -m nanochat_jax.watch runs/demo              # until Ctrl-C; `--once` prints one frame
 
-It reads the run directory and nothing else, writes nothing, and so works on a run of another user or host, on one that
-was stopped and on one that is over. It needs no jax, and is there at once.
+It only reads the run directory, and so works on a run of another user or host, and on one that was stopped or is over.
+It needs no jax, and so starts at once.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
@@ -56,7 +56,7 @@ class StageView:
     records: list[dict]
     done: dict | None
 
-    @cached_property
+    @functools.cached_property
     def steps(self) -> list[dict]:
         return [r for r in self.records if "loss" in r]
 
@@ -69,19 +69,18 @@ class StageView:
         """Steps of the whole stage."""
         return self.last("of") or (self.done or {}).get("steps")
 
-    def last(self, name: str):
-        """The newest value that there is."""
-        return next((r[name] for r in reversed(self.records) if r.get(name) is not None), None)
-
-    def values(self, name: str) -> list[float]:
+    def values(self, name: str) -> list:
         return [r[name] for r in self.records if r.get(name) is not None]
+
+    def last(self, name: str):
+        return (self.values(name) or [None])[-1]
 
     def recent(self, name: str) -> float | None:
         """The median of the last steps."""
         found = [r[name] for r in self.steps[-RECENT:] if r.get(name) is not None]
         return statistics.median(found) if found else None
 
-    @cached_property
+    @functools.cached_property
     def pace(self) -> float | None:
         """Seconds a step, evaluations between them included; a time in which the run was stopped is not."""
         times = [r["time"] for r in self.steps[-8 * RECENT :]]
@@ -92,7 +91,7 @@ class StageView:
         return statistics.fmean(min(g, longest) for g in gaps)
 
     def state(self, now: float) -> tuple[str, str]:
-        """(what it does, its colour)."""
+        """(what it is doing, the colour of that)"""
         if self.done:
             return f"done {duration(self.done['seconds'])}", "green"
         if not self.records:
@@ -121,33 +120,30 @@ def compact(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
+@functools.lru_cache(maxsize=len(STAGES))
+def _records(path: Path, size: int, changed: int) -> list[dict]:
+    """Read again when the file's size or time of change is another."""
+    return read_records(path)
+
+
 class RunView:
-    """A run directory, read anew where files have changed. UserError where it is none."""
+    """A run directory. UserError where it is none."""
 
     def __init__(self, run_dir: Path):
         if not (run_dir / "config.yaml").is_file():
             raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); run_speedrun.py makes one")
         self.dir = run_dir
-        self._read: dict[Path, tuple] = {}  # path -> (size and time of change, records)
 
     def records(self, stage: str) -> list[dict]:
         path = self.dir / stage / "metrics.jsonl"
-        try:
-            found = path.stat()
-        except FileNotFoundError:
-            return []
-        mark = (found.st_size, found.st_mtime_ns)
-        if self._read.get(path, (None,))[0] != mark:
-            self._read[path] = mark, read_records(path)
-        return self._read[path][1]
+        return _records(path, path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else []
+
+    def done(self, stage: str) -> dict | None:
+        """The done mark of a stage that is over."""
+        return read_json(self.dir / stage / "done.json")
 
     def stages(self) -> list[StageView]:
-        return [StageView(s, self.records(s), read_json(self.dir / s / "done.json")) for s in STAGES]
-
-    def done(self, stage: str) -> float | None:
-        """Seconds of a stage without records that is over."""
-        mark = read_json(self.dir / stage / "done.json")
-        return mark["seconds"] if mark else None
+        return [StageView(s, self.records(s), self.done(s)) for s in STAGES]
 
     def log(self) -> list[str]:
         """The last lines of log.txt, without their dates."""
@@ -160,7 +156,7 @@ class RunView:
         return [re.sub(r"^\d{4}-\d\d-\d\d ", "", line) for line in lines if line.strip()][-LOG_LINES:]
 
     def samples(self) -> tuple[str, list[str]]:
-        """(where they are from, texts): of the stage evaluated last, else what a stage recorded last."""
+        """(their source, texts): of the stage evaluated last, else what a stage recorded last."""
         for stage in reversed(STAGES):
             found = read_json(self.dir / "evals" / f"{stage}.json")
             if found and found.get("samples"):
@@ -177,10 +173,9 @@ def frame(view: RunView, now: float) -> RenderableType:
     """One picture of the run at the time `now`, in seconds since 1970."""
     stages = view.stages()
     parts: list[RenderableType] = [Text(f"{view.dir}", style="bold"), _table(view, stages, now)]
-    alarms = [(s.name, r["step"], r["alarm"]) for s in stages for r in s.records if r.get("alarm")]
+    alarms = [f"{s.name} step {r['step']:,}: {r['alarm']}" for s in stages for r in s.records if r.get("alarm")]
     if alarms:
-        lines = [f"{name} step {step:,}: {text}" for name, step, text in alarms[-3:]]
-        parts.append(Panel(Text("\n".join(lines)), title=f"alarms ({len(alarms)})", border_style="red"))
+        parts.append(Panel(Text("\n".join(alarms[-3:])), title=f"alarms ({len(alarms)})", border_style="red"))
     source, texts = view.samples()
     if texts:
         cut = [" ".join(t.split())[:SAMPLE_CHARS] for t in texts]
@@ -196,19 +191,14 @@ def _table(view: RunView, stages: list[StageView], now: float) -> Table:
     table.add_column("stage", style="bold", no_wrap=True)
     for name in ("steps", "loss", "bpb", "tok/s", "MFU", "GB"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)  # how it goes
+    table.add_column("", no_wrap=True)  # its state
     table.add_column("loss, reward", no_wrap=True)
-    _simple(table, "tokenizer", view.done("tokenizer"))
-    for stage in stages:
-        said, colour = stage.state(now)
-        table.add_row(stage.name, *_figures(stage), Text(said, style=colour), _curve(stage))
-    _simple(table, "eval", view.done("eval"))
+    without_records = [StageView(name, [], view.done(name)) for name in ("tokenizer", "eval")]
+    for stage in (without_records[0], *stages, without_records[1]):
+        state, colour = stage.state(now)
+        curve = sparkline(stage.values("reward") or stage.values("loss"))
+        table.add_row(stage.name, *_figures(stage), Text(state, style=colour), curve)
     return table
-
-
-def _simple(table: Table, name: str, seconds: float | None) -> None:
-    said = Text(f"done {duration(seconds)}", style="green") if seconds is not None else ""
-    table.add_row(name, "", "", "", "", "", "", said, "")
 
 
 def _figures(stage: StageView) -> list[str]:
@@ -230,21 +220,13 @@ def _figures(stage: StageView) -> list[str]:
     ]
 
 
-def _curve(stage: StageView) -> str:
-    return sparkline(stage.values("reward") or stage.values("loss"))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+@command
+def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.watch", description=__doc__.split("\n\n")[0])
     p.add_argument("run_dir", type=Path)
     p.add_argument("--once", action="store_true", help="print one frame and end")
     p.add_argument("--every", type=float, default=2.0, help="seconds between frames")
-    return p.parse_args(argv)
-
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    args, console = parse(argv), Console()
+    args, console = p.parse_args(argv), Console()
     view = RunView(args.run_dir)
     if args.once:
         console.print(frame(view, time.time()))
@@ -254,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while True:
             time.sleep(args.every)
             live.update(frame(view, time.time()), refresh=True)
+    return 0
 
 
 if __name__ == "__main__":
