@@ -4,9 +4,10 @@
     uv run run_speedrun.py --config configs/d20.yaml --mesh configs/mesh/h100_x8.yaml
     uv run run_speedrun.py --stages sft,rl,eval,report sft.epochs=2
     uv run run_speedrun.py --plan --gpu h100 --count 8 --price 3     # what it would take; nothing runs
+    uv run run_speedrun.py --settings lora                     # what can be set, and what each setting means
 
-Stages run in order; one whose done mark stands in the run directory is skipped, and one that was stopped goes on where
-it was saved. The last line on stdout is a JSON object with the run directory, the seconds of each stage and the scores.
+Stages run in order; one that is done in the run directory is skipped, and one that was stopped resumes from its last
+checkpoint. The last line on stdout is a JSON object with the run directory, the seconds of each stage and the scores.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from pathlib import Path
 
 from nanochat_jax import hugepages
 from nanochat_jax.cli import command
-from nanochat_jax.config import differences, dump_yaml, load_config, to_dict
+from nanochat_jax.config import check_same, dump_yaml, load_config
 from nanochat_jax.errors import Interrupted, UserError
+from nanochat_jax.files import atomic_write_text, read_json
+from nanochat_jax.mesh import hosts
+from nanochat_jax.settings import described
 
 ROOT = Path(__file__).resolve().parent
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
-ON_ONE_HOST = ("rl", "eval", "report")  # stages that are over soon and need a single one
+ON_ONE_HOST = ("rl", "eval", "report")  # short stages, which run on a single host
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -34,14 +38,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--mesh", help="YAML file of mesh axes, such as configs/mesh/h100_x8.yaml")
     p.add_argument("--run-dir", help="default: runs/<name of the configuration>")
     p.add_argument("--stages", default=",".join(STAGES), help="a comma-separated choice, run in the pipeline's order")
+    p.add_argument(
+        "--settings", dest="word", nargs="?", const="", metavar="WORD", help="list settings, all or with WORD"
+    )
     p.add_argument("--plan", action="store_true", help="say what the run would take, and run nothing")
     p.add_argument("--budget", type=float, metavar="DOLLARS", help="say how deep a model a budget trains")
     p.add_argument("--gpu", help="plan for such a GPU: rtx4090, a100, a100_80, h100, h200; default: what is here")
     p.add_argument("--count", type=int, help="plan for so many of them")
     p.add_argument("--price", type=float, help="dollars an hour of one device")
-    p.add_argument(
-        "--measured", nargs="?", const="", metavar="RUN_DIR", help="plan at a run's speed; alone: time steps"
-    )
+    p.add_argument("--measured", nargs="?", const="", metavar="RUN_DIR", help="plan at its speed; alone: time steps")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     return p.parse_args(argv)
 
@@ -72,11 +77,9 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def open_run(args: argparse.Namespace):
-    """The run directory, made or taken up again. UserError where it was made with other settings."""
+    """The run directory, new or resumed. UserError where it was made with other settings."""
     from evals import sandbox
     from nanochat_jax.devices import use_compilation_cache
-    from nanochat_jax.files import atomic_write_text
-    from nanochat_jax.mesh import hosts
     from nanochat_jax.mesh.preemption import Stop
     from nanochat_jax.stages.common import Run
     from nanochat_jax.tracking import sinks
@@ -88,20 +91,13 @@ def open_run(args: argparse.Namespace):
         sandbox.prepare(config.evals.sandbox, print)  # now, and not after hours of training
     sinks.check(config.tracking)
     run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
-    existing = run_dir / "config.yaml"
-    if existing.is_file():
-        differing = differences(to_dict(load_config(existing)), to_dict(config))
-        if differing:
-            raise UserError(
-                f"{run_dir} was made with other settings ({'; '.join(differing[:3])}); "
-                "take the same ones, or another --run-dir"
-            )
+    if (run_dir / "config.yaml").is_file():
+        check_same(run_dir, config, "--run-dir")
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and not a run directory; take another --run-dir")
     hosts.barrier("settings compared")
     if hosts.is_main():
-        run_dir.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(existing, dump_yaml(config))
+        atomic_write_text(run_dir / "config.yaml", dump_yaml(config))
     hosts.barrier("run directory")
     run = Run(run_dir, config, RunLog(run_dir, silent=not hosts.is_main()), Stop())
     hosts.log_to(run.log.write)
@@ -110,30 +106,19 @@ def open_run(args: argparse.Namespace):
 
 
 def run_stage(run, name: str) -> None:
-    if name == "tokenizer":
-        from nanochat_jax.stages import tokenize
+    from evals.report import write_report
+    from nanochat_jax.stages import base, evaluate, finetune, rl, tokenize
 
-        tokenize.main(run)
-    elif name == "base":
-        from nanochat_jax.stages import base
-
-        base.main(run)
-    elif name in ("mid", "sft"):
-        from nanochat_jax.stages import finetune
-
-        finetune.main(run, name)
-    elif name == "rl":
-        from nanochat_jax.stages import rl
-
-        rl.main(run)
-    elif name == "eval":
-        from nanochat_jax.stages import evaluate
-
-        evaluate.main(run)
-    elif name == "report":
-        from evals.report import write_report
-
-        run.log.say(f"report: {write_report(run.dir, html=True)}")
+    work = {
+        "tokenizer": tokenize.main,
+        "base": base.main,
+        "mid": lambda run: finetune.main(run, "mid"),
+        "sft": lambda run: finetune.main(run, "sft"),
+        "rl": rl.main,
+        "eval": evaluate.main,
+        "report": lambda run: run.log.say(f"report: {write_report(run.dir, html=True)}"),
+    }
+    work[name](run)
 
 
 def needs(run, name: str, chosen: list[str]) -> None:
@@ -151,7 +136,6 @@ def pipeline(args: argparse.Namespace) -> dict:
     if unknown or not chosen:
         raise UserError(f"unknown stage {unknown[0] if unknown else repr(args.stages)}; stages are {', '.join(STAGES)}")
     from nanochat_jax.checkpoint import read_done
-    from nanochat_jax.mesh import hosts
 
     run = open_run(args)
     left = [s for s in ON_ONE_HOST if s in chosen and hosts.count() > 1]
@@ -164,11 +148,10 @@ def pipeline(args: argparse.Namespace) -> dict:
                 if hosts.is_main() or name != "tokenizer":
                     run_stage(run, name)
             hosts.barrier(f"{name} done")
-            mark = read_done(run.dir / name)
-            if mark:
+            if mark := read_done(run.dir / name):
                 seconds[name] = round(mark["seconds"], 1)
         if left:
-            run.log.say(f"{', '.join(left)}: run on one host; the same command on one of them goes on with that")
+            run.log.say(f"{', '.join(left)}: run on one host; the same command on one of them resumes there")
     return {"run_dir": str(run.dir), "seconds": seconds, "scores": scores(run)}
 
 
@@ -176,27 +159,21 @@ def scores(run) -> dict:
     """stage -> score by name, from evals/<stage>.json."""
     out = {}
     for stage in ("base", "mid", "sft", "rl"):
-        path = run.dir / "evals" / f"{stage}.json"
-        if not path.is_file():
-            continue
-        result = json.loads(path.read_text())
-        row = {name: round(task["accuracy"], 4) for name, task in (result.get("chat") or {}).items()}
-        for name, section, key in (
-            ("bpb", "bpb", "bpb"),
-            ("core", "core", "core_metric"),
-            ("chatcore", "chatcore", "score"),
-        ):
-            if result.get(section) and result[section].get(key) is not None:
-                row[name] = round(result[section][key], 4)
-        out[stage] = row
+        if result := read_json(run.dir / "evals" / f"{stage}.json"):
+            found = {name: task["accuracy"] for name, task in (result.get("chat") or {}).items()}
+            for section, key in (("bpb", "bpb"), ("core", "core_metric"), ("chatcore", "score")):
+                found[section] = (result.get(section) or {}).get(key)
+            out[stage] = {name: round(score, 4) for name, score in found.items() if score is not None}
     return out
 
 
 @command(resumes="from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    if args.word is not None:
+        print(described(args.word))
+        return 0
     from nanochat_jax.devices import prepare
-    from nanochat_jax.mesh import hosts
 
     prepare()
     if args.plan or args.budget is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import run_speedrun
 from nanochat_jax import config as c
 from nanochat_jax.errors import UserError
 
@@ -58,6 +59,8 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("rl.clip=1.2", "must lie between 0 and 1"),
         ("rl.clip_high=0.3", "must be at least rl.clip, which is None"),
         ("rl.kl=-1", "must not be negative"),
+        ("checkpoints.save_minutes=0", "must be more than 0; leave it out"),
+        ("model.head_dim=3", "must be even"),
         ("rl.objective=ppo", "is not one of grpo, dpo"),
         ("price_per_hour=[1", "takes a float"),
     ],
@@ -66,6 +69,13 @@ def test_mistakes_are_one_line_that_says_what_to_do(override, says):
     with pytest.raises(UserError) as e:
         c.load_config(None, None, [override])
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_what_only_grpo_has_is_refused_for_dpo():
+    assert c.load_config(None, None, ["rl.objective=dpo"]).rl.beta == 0.1
+    for setting in ("rl.kl=0.1", "rl.clip=0.2", "rl.zscore=true"):
+        with pytest.raises(UserError, match="must be left out with rl.objective=dpo"):
+            c.load_config(None, None, ["rl.objective=dpo", setting])
 
 
 def test_missing_and_broken_files(tmp_path):
@@ -91,11 +101,11 @@ def test_every_shipped_mesh_loads(path):
 
 
 def attributes_read() -> set[str]:
-    """Names that any of our code outside config.py reads as attributes."""
+    """Names that any of our code outside config.py and rules.py reads as attributes."""
     names = set()
     for place in CODE:
         for path in [ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"):
-            if path.name != "config.py":
+            if path.name not in ("config.py", "rules.py"):
                 tree = ast.parse(path.read_text())
                 names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and type(n.ctx) is ast.Load}
     return names
@@ -113,3 +123,32 @@ def test_every_setting_is_read_by_some_code():
     unread = [f"{s.__name__}.{f.name}" for s in sections() for f in dataclasses.fields(s) if f.name not in read]
     assert [name for name in unread if name not in ("RunConfig.mid", "RunConfig.sft")] == []
     assert len(sections()) == 12
+
+
+def printed(capsys, *argv) -> list[tuple[str, str]]:
+    """(`key=default`, comment) of each setting that `run_speedrun.py --settings` lists."""
+    assert run_speedrun.main(["--settings", *argv]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line and line[0] != "#"]
+    return [(setting.strip().replace(" = ", "=", 1), said) for setting, said in (line.split("   # ") for line in lines)]
+
+
+def test_settings_lists_every_setting_once_with_its_default_and_a_comment(capsys):
+    def keys(values: dict, path: str = "") -> list[str]:
+        nested = [keys(v, f"{path}{k}.") if isinstance(v, dict) else [f"{path}{k}"] for k, v in values.items()]
+        return sum(nested, [])
+
+    rows = printed(capsys)
+    assert sorted(setting.split("=")[0] for setting, _ in rows) == sorted(keys(c.to_dict(c.RunConfig())))
+    assert [setting for setting, said in rows if len(said) < 5] == []
+    assert c.load_config(None, None, [setting for setting, _ in rows]) == c.RunConfig()
+    assert all(s.__doc__ and not s.__doc__.startswith(s.__name__) for s in sections()), "a section without docstring"
+
+
+def test_settings_with_a_word(capsys):
+    assert [setting for setting, _ in printed(capsys, "LORA_R")] == ["mid.lora_rank=null", "sft.lora_rank=null"]
+    assert ("rl.optim.warmdown=1.0", "share of the steps over which the rate falls") in printed(capsys, "rate falls")
+    ((setting, said),) = printed(capsys, "spellingbee")
+    assert setting == "rl.task=null" and said.endswith("or arithmetic with the embedded data")  # comment lines above it
+    assert run_speedrun.main(["--settings", "perplexity"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: no setting has 'perplexity' in its name") and err.count("\n") == 1

@@ -13,6 +13,8 @@ import pytest
 import run_speedrun
 from conftest import speedrun_command as command
 from conftest import speedrun_environment as environment
+from nanochat_jax.config import differences
+from nanochat_jax.errors import START_AGAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("base", "mid", "sft", "rl")
@@ -110,7 +112,7 @@ def test_kill_9_in_every_stage_and_the_same_losses_bit_for_bit(whole, place):
 @pytest.mark.slow
 def test_sigterm_saves_first(whole, place):
     run_dir = place / "stopped"
-    assert kill_at(place, run_dir, "base", 31, signal.SIGTERM) == run_speedrun.START_AGAIN
+    assert kill_at(place, run_dir, "base", 31, signal.SIGTERM) == START_AGAIN
     steps = max(r["step"] for r in records(run_dir, "base"))
     saved = sorted(int(p.name) for p in (run_dir / "base" / "checkpoints").iterdir() if p.name.isdecimal())
     assert 31 <= saved[-1] == steps < 120
@@ -163,7 +165,7 @@ def test_eight_devices_train_as_one_does(whole, place, tmp_path):
 
 def test_differences_name_what_differs():
     old = {"a": {"b": 1, "c": 2}, "evals": {"x": 1}}
-    assert run_speedrun.differences(old, {"a": {"b": 1, "c": 3}, "evals": {"x": 2}}) == ["a.c: 2, now 3"]
+    assert differences(old, {"a": {"b": 1, "c": 3}, "evals": {"x": 2}}) == ["a.c: 2, now 3"]
 
 
 def test_unknown_device_memory_takes_a_small_config(monkeypatch):

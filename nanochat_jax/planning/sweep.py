@@ -24,8 +24,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from evals.sandbox.linux import die_with_parent
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.cli import MISTAKE, command
@@ -33,12 +31,10 @@ from nanochat_jax.config import (
     RunConfig,
     SweepConfig,
     check,
-    checked,
-    differences,
+    check_same,
     dump_yaml,
     from_dict,
     read_settings,
-    to_dict,
 )
 from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.files import atomic_write_text, claim, whole_folder
@@ -69,7 +65,8 @@ def read_sweep(path: str, mesh: str | None, overrides: list[str]) -> tuple[Sweep
     budgets = sweep.flops or sweep.ratios
     if len(set(sweep.depths)) < len(sweep.depths) or len(set(budgets)) < len(budgets):
         raise UserError(f"a depth or a budget stands twice in the sweep of {path}")
-    config = checked(values)
+    config = from_dict(RunConfig, values)
+    check(config)
     return sweep, [_point(config, sweep, d, b) for b in sorted(budgets) for d in sweep.depths]
 
 
@@ -99,7 +96,8 @@ def train(points: list[Point], out: Path) -> list[str]:
     Interrupted where this process was asked to stop: the run has saved.
     """
     for point in points:
-        _compare(point, out / point.name)
+        if (out / point.name / "config.yaml").is_file():
+            check_same(out / point.name, point.config, "--out")
     failed = []
     for number, point in enumerate(points, 1):
         if read_done(out / point.name / "base"):
@@ -112,17 +110,6 @@ def train(points: list[Point], out: Path) -> list[str]:
             print(f"{point.name}: exit status {status}, left out", file=sys.stderr, flush=True)
             failed.append(point.name)
     return failed
-
-
-def _compare(point: Point, run_dir: Path) -> None:
-    path = run_dir / "config.yaml"
-    if path.is_file():
-        existing = from_dict(RunConfig, yaml.safe_load(path.read_text()))
-        if differing := differences(to_dict(existing), to_dict(point.config)):
-            raise UserError(
-                f"{run_dir} was made with other settings ({'; '.join(differing[:3])}); take the same ones, or another "
-                "--out"
-            )
 
 
 def _train_one(point: Point, out: Path) -> int:
