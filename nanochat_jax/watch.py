@@ -31,6 +31,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 from nanochat_jax.tracking.alarms import STALL_SECONDS, STALL_TIMES
 from nanochat_jax.tracking.tracking import read_records
+from nanochat_jax.words import count
 
 STAGES = ("base", "mid", "sft", "rl")
 RECENT = 32  # steps over which rates and losses are taken
@@ -112,14 +113,6 @@ def duration(seconds: float) -> str:
     return text.removeprefix("0:").removeprefix("0")
 
 
-def compact(value: float | None) -> str:
-    """812, 6.9k, 983k, 1.1M."""
-    for size, unit in ((1e6, "M"), (1e3, "k")):
-        if value is not None and value >= size:
-            return f"{value / size:.{1 if value < 100 * size else 0}f}{unit}"
-    return "" if value is None else f"{value:.0f}"
-
-
 @functools.lru_cache(maxsize=len(STAGES))
 def _records(path: Path, size: int, changed: int) -> list[dict]:
     """Read again when the file's size or time of change is another."""
@@ -148,11 +141,7 @@ class RunView:
     def log(self) -> list[str]:
         """The last lines of log.txt, without their dates."""
         path = self.dir / "log.txt"
-        if not path.is_file():
-            return []
-        with path.open("rb") as f:
-            f.seek(max(0, path.stat().st_size - 8192))
-            lines = f.read().decode("utf-8", "replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         return [re.sub(r"^\d{4}-\d\d-\d\d ", "", line) for line in lines if line.strip()][-LOG_LINES:]
 
     def samples(self) -> tuple[str, list[str]]:
@@ -209,12 +198,12 @@ def _figures(stage: StageView) -> list[str]:
     def shown(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    reward = stage.recent("reward")
+    reward, rate = stage.recent("reward"), stage.recent("tokens_per_second")
     return [
         f"{stage.step}/{stage.of}" if stage.of and not stage.done else f"{stage.step}",
         f"r {reward:.3f}" if reward is not None else shown(stage.recent("loss"), ".4f"),
         shown(stage.last("val_bpb"), ".4f"),
-        compact(stage.recent("tokens_per_second")),
+        "" if rate is None else count(rate).replace(" ", ""),
         shown(stage.recent("mfu"), ".1%") or "n/a",
         shown(stage.last("memory_gb"), ".2f"),
     ]

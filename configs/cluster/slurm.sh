@@ -7,7 +7,7 @@
 #
 # from the checkout, which all nodes must see, as they must see the run directory. What follows the script's name goes
 # to run_speedrun.py. Two minutes before the time is up SLURM sends SIGUSR1: the run saves and exits with 75, and the
-# job queues up again, under its own number, and goes on. So it does after a process or a node is lost.
+# job queues up again, under its own number, and resumes. So it does after a process or a node is lost.
 # An account or a partition: `sbatch --account=... --partition=...`.
 
 #SBATCH --job-name=nanochat
@@ -35,7 +35,7 @@ srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none --label \
 code=$? # the highest of all processes': 75 saved, or lost another; above 128 killed by a signal; 1, 2 an error
 
 if [ "$code" -eq 75 ] || { [ "$code" -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$MAX_CRASHES" ]; }; then
-    echo "exit status $code: job $SLURM_JOB_ID queues up again and goes on from its last checkpoint"
+    echo "exit status $code: job $SLURM_JOB_ID queues up again and resumes from its last checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

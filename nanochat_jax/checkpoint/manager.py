@@ -60,10 +60,8 @@ class Checkpointer:
             try:
                 self._claim = claim(self.directory / ".lock")
                 _drop_unreadable_times(self.directory)
-            except UserError as e:
-                error = e
-            except OSError as e:
-                error = self._failed(e)
+            except (UserError, OSError) as e:
+                error = e if isinstance(e, UserError) else self._failed(e)
         store.agree(error)
         self._manager = ocp.CheckpointManager(
             self.directory,

@@ -25,7 +25,7 @@ from nanochat_jax.errors import START_AGAIN, UserError
 from nanochat_jax.mesh.cluster import ADDRESS, Cluster
 
 LEAVING = "the end"  # the meeting after which a broken connection is nobody's death
-GONE = "is gone; the run stops here and goes on from its last checkpoint when started again"
+GONE = "is gone; the run stops here and resumes from its last checkpoint when started again"
 # a silent host is taken for gone after 10 + 3 x 5 seconds, and after 25 where something was sent to it
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000, "TCP_NODELAY": 1}
 

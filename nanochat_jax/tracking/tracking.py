@@ -11,6 +11,7 @@ The console is stderr: the last line on stdout belongs to the result.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -23,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from rich.console import Console
@@ -55,19 +55,12 @@ class RunLog:
         self.write(text)
 
 
-def _number(value):
-    """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_records(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; [] where there is none. A line that was cut in half is left out."""
     out = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             out.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return out
 
 
@@ -107,6 +100,7 @@ class Tracker:
         self._lock = threading.Lock()  # the stall alarm writes from its own thread
         self._losses = LossAlarm(r["loss"] for r in before if "loss" in r)
         self._step, self._stalls = start, StallAlarm(self._stalled)
+        self.elsewhere = self._stalls.elsewhere  # a context for what is no step and no stall, such as an evaluation
         self._last_line = 0.0
         self._bar = Progress(
             TextColumn("{task.description:>5}"),
@@ -147,7 +141,8 @@ class Tracker:
                 self._on_spike(alarm)
 
     def _write(self, step: int, metrics: dict) -> None:
-        values = {k: _number(v) for k, v in metrics.items()}
+        # JSON has no NaN and no infinity
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         row = {"stage": self.stage, "step": step, "of": self.total, "time": round(time.time(), 3), **values}
         with self._lock:
             self._file.write(json.dumps(row) + "\n")
@@ -161,10 +156,6 @@ class Tracker:
     def _stalled(self, alarm: str) -> None:
         self._write(self._step, {"alarm": alarm})
         self._say(self._step, alarm)
-
-    def elsewhere(self) -> AbstractContextManager:
-        """For what is between steps, such as an evaluation: it is no stall."""
-        return self._stalls.elsewhere()
 
     @staticmethod
     def _text(metrics: dict) -> str:

@@ -55,9 +55,9 @@ def same(got, state) -> bool:
 def restored(directory: Path, mesh) -> list:
     """[step, whether the state is that step's, what was said]"""
     said: list[str] = []
-    keeper = Checkpointer(directory, say=said.append)
-    state, meta = keeper.restore(sharding.abstract(state_of(0), mesh))
-    keeper.close()
+    checkpointer = Checkpointer(directory, say=said.append)
+    state, meta = checkpointer.restore(sharding.abstract(state_of(0), mesh))
+    checkpointer.close()
     return [meta["step"], same(state, state_of(meta["step"])), said]
 
 
@@ -84,14 +84,14 @@ def signalled(rank: int) -> dict:
 
 def saved_by_time(directory: Path, rank: int, mesh) -> list[int]:
     """Steps that were saved because time had passed."""
-    keeper, stop, steps = Checkpointer(directory, CheckpointConfig(save_minutes=0.2 / 60, keep=100)), Stop(), []
+    checkpointer, stop, steps = Checkpointer(directory, CheckpointConfig(save_minutes=0.2 / 60, keep=100)), Stop(), []
     for step in range(1, 40):
         time.sleep(0.02 + 0.005 * rank)
-        _, due = stop.agreed(keeper.due())
+        _, due = stop.agreed(checkpointer.due())
         if due:
-            keeper.save(step, place({"step": np.int32(step)}, mesh), {})
+            checkpointer.save(step, place({"step": np.int32(step)}, mesh), {})
             steps.append(step)
-    keeper.close()
+    checkpointer.close()
     return steps
 
 
@@ -99,11 +99,11 @@ def main(folder: Path, port: str, rank: int) -> dict:
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
     first, second = (sharding.make_mesh(c) for c in (MeshConfig(1, 4, 2), MeshConfig(4, 1, 2)))
     out = {"devices": [jax.device_count(), jax.local_device_count()]}
-    keeper = Checkpointer(folder / "two")
-    out["empty"] = keeper.latest()
+    checkpointer = Checkpointer(folder / "two")
+    out["empty"] = checkpointer.latest()
     for step in (1, 2, 3):
-        keeper.save(step, place(state_of(step), first), {"step": step})
-    keeper.close()
+        checkpointer.save(step, place(state_of(step), first), {"step": step})
+    checkpointer.close()
     out["saved"] = saved_steps(folder / "two")
     out["two"] = [restored(folder / "two", mesh) for mesh in (first, second)]
     out["one"] = [restored(folder / "one", mesh) for mesh in (first, second)]

@@ -53,7 +53,7 @@ def bits(state) -> list[bytes]:
 
 
 @pytest.fixture
-def keeper(tmp_path):
+def checkpointer(tmp_path):
     with_close = Checkpointer(tmp_path / "checkpoints")
     yield with_close
     with_close.close()
@@ -62,13 +62,13 @@ def keeper(tmp_path):
 # --------------------------------------------------------------------------------------------- what is saved
 
 
-def test_state_and_meta_come_back_bit_for_bit(keeper):
+def test_state_and_meta_come_back_bit_for_bit(checkpointer):
     state = tiny_state(7)
-    assert keeper.latest() is None
-    keeper.save(7, state, {"tokenizer": "ab", "last": {"loss": 1.5, "bpb": None}})
-    keeper.wait()
-    assert keeper.latest() == 7
-    got, meta = keeper.restore(abstract(state))
+    assert checkpointer.latest() is None
+    checkpointer.save(7, state, {"tokenizer": "ab", "last": {"loss": 1.5, "bpb": None}})
+    checkpointer.wait()
+    assert checkpointer.latest() == 7
+    got, meta = checkpointer.restore(abstract(state))
     assert jax.tree.structure(got) == jax.tree.structure(state)
     assert bits(got) == bits(state)
     assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(state)]
@@ -76,7 +76,7 @@ def test_state_and_meta_come_back_bit_for_bit(keeper):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_buffers_may_be_donated_as_soon_as_save_returns(keeper, devices):
+def test_buffers_may_be_donated_as_soon_as_save_returns(checkpointer, devices):
     if jax.device_count() < devices:
         pytest.skip("needs 8 simulated devices (XLA_FLAGS=--xla_force_host_platform_device_count=8)")
     put = NamedSharding(jax.make_mesh((devices,), ("x",), axis_types=(jax.sharding.AxisType.Auto,)), P("x"))
@@ -84,28 +84,28 @@ def test_buffers_may_be_donated_as_soon_as_save_returns(keeper, devices):
     step = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
     state = step(state)  # now every buffer is one that XLA made
     want, like = bits(state), abstract(state)
-    keeper.save(1, state, {})
+    checkpointer.save(1, state, {})
     for _ in range(30):
         state = step(state)
     jax.block_until_ready(state)
-    got, _ = keeper.restore(like)
+    got, _ = checkpointer.restore(like)
     assert bits(got) == want
 
 
-def test_meta_is_copied(keeper):
+def test_meta_is_copied(checkpointer):
     meta = {"last": {"loss": 1.0}}
-    keeper.save(1, tiny_state(), meta)
+    checkpointer.save(1, tiny_state(), meta)
     meta["last"]["loss"] = 2.0
-    assert keeper.restore(abstract(tiny_state()))[1] == {"last": {"loss": 1.0}}
+    assert checkpointer.restore(abstract(tiny_state()))[1] == {"last": {"loss": 1.0}}
 
 
-def test_meta_that_is_not_json_is_refused_before_anything_is_written(keeper):
+def test_meta_that_is_not_json_is_refused_before_anything_is_written(checkpointer):
     with pytest.raises(TypeError):
-        keeper.save(1, tiny_state(), {"array": np.zeros(3)})
-    assert keeper.latest() is None
+        checkpointer.save(1, tiny_state(), {"array": np.zeros(3)})
+    assert checkpointer.latest() is None
 
 
-def test_restores_onto_another_mesh(keeper):
+def test_restores_onto_another_mesh(checkpointer):
     if jax.device_count() < 8:
         pytest.skip("needs 8 simulated devices (XLA_FLAGS=--xla_force_host_platform_device_count=8)")
     state = tiny_state(3)
@@ -113,10 +113,10 @@ def test_restores_onto_another_mesh(keeper):
     second = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     placed = jax.device_put(state, sharding.tree_shardings(state, first))
     assert placed.params["wte"]["embedding"].sharding.spec == P("tensor", "fsdp")
-    keeper.save(3, placed, {})
+    checkpointer.save(3, placed, {})
     for mesh in (second, first, sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])):
         wanted = sharding.abstract(state, mesh)
-        got, _ = keeper.restore(wanted)
+        got, _ = checkpointer.restore(wanted)
         assert bits(got) == bits(state)
         assert all(x.sharding == w.sharding for x, w in zip(jax.tree.leaves(got), jax.tree.leaves(wanted)))
 
@@ -125,10 +125,10 @@ def test_restores_onto_another_mesh(keeper):
 
 
 def test_the_newest_stay(tmp_path):
-    keeper = Checkpointer(tmp_path, CheckpointConfig(keep=2))
+    checkpointer = Checkpointer(tmp_path, CheckpointConfig(keep=2))
     for step in (2, 4, 6, 8):
-        keeper.save(step, tiny_state(step), {"step": step})
-    keeper.close()
+        checkpointer.save(step, tiny_state(step), {"step": step})
+    checkpointer.close()
     assert saved_steps(tmp_path) == [6, 8]
     again = Checkpointer(tmp_path, CheckpointConfig(keep=2))
     assert again.latest() == 8
@@ -142,12 +142,12 @@ def test_one_for_every_so_many_hours_stays_besides(tmp_path):
     times = {}
 
     def save(cfg, steps):
-        keeper = Checkpointer(tmp_path, cfg)
+        checkpointer = Checkpointer(tmp_path, cfg)
         for step in steps:
-            keeper.save(step, {"step": jnp.int32(step)}, {})
+            checkpointer.save(step, {"step": jnp.int32(step)}, {})
             times[step] = time.time()
             time.sleep(0.2)
-        keeper.close()
+        checkpointer.close()
         return saved_steps(tmp_path)
 
     cfg = CheckpointConfig(keep=2, keep_every_hours=0.5 / 3600)
@@ -160,8 +160,8 @@ def test_one_for_every_so_many_hours_stays_besides(tmp_path):
     assert save(CheckpointConfig(keep=1), [13]) == [13]
 
 
-def test_a_save_is_due_when_its_time_has_passed(tmp_path, keeper):
-    assert not keeper.due()
+def test_a_save_is_due_when_its_time_has_passed(tmp_path, checkpointer):
+    assert not checkpointer.due()
     timed = Checkpointer(tmp_path / "timed", CheckpointConfig(save_minutes=0.1 / 60))
     time.sleep(0.11)
     assert timed.due()
@@ -172,37 +172,37 @@ def test_a_save_is_due_when_its_time_has_passed(tmp_path, keeper):
     timed.close()
 
 
-def test_a_step_that_is_there_stays_as_it_is_and_none_goes_back(keeper):
-    keeper.save(5, tiny_state(1), {"n": 1})
-    keeper.save(5, tiny_state(2), {"n": 2})
-    assert keeper.restore(abstract(tiny_state()))[1] == {"n": 1}
+def test_a_step_that_is_there_stays_as_it_is_and_none_goes_back(checkpointer):
+    checkpointer.save(5, tiny_state(1), {"n": 1})
+    checkpointer.save(5, tiny_state(2), {"n": 2})
+    assert checkpointer.restore(abstract(tiny_state()))[1] == {"n": 1}
     with pytest.raises(ValueError, match="before the newest"):
-        keeper.save(4, tiny_state(), {})
+        checkpointer.save(4, tiny_state(), {})
 
 
-def test_other_settings_are_named(keeper):
-    keeper.save(1, tiny_state(width=16), {})
+def test_other_settings_are_named(checkpointer):
+    checkpointer.save(1, tiny_state(width=16), {})
     with pytest.raises(UserError, match=r"layers/0/w is float32\[16, 8\] there and float32\[32, 8\] here") as e:
-        keeper.restore(abstract(tiny_state(width=32)))
+        checkpointer.restore(abstract(tiny_state(width=32)))
     assert "\n" not in str(e.value)
     with pytest.raises(UserError, match="no such array"):
-        keeper.restore({"params": {"more": jax.ShapeDtypeStruct((2,), jnp.float32)}})
-    assert keeper.latest() == 1  # nothing was put aside
+        checkpointer.restore({"params": {"more": jax.ShapeDtypeStruct((2,), jnp.float32)}})
+    assert checkpointer.latest() == 1  # nothing was put aside
 
 
-def test_nothing_saved_yet(keeper):
+def test_nothing_saved_yet(checkpointer):
     with pytest.raises(UserError, match="no checkpoint yet"):
-        keeper.restore(abstract(tiny_state()))
+        checkpointer.restore(abstract(tiny_state()))
 
 
 # ------------------------------------------------------------------------------------------- what goes wrong
 
 
 def make_two(directory: Path) -> None:
-    keeper = Checkpointer(directory)
+    checkpointer = Checkpointer(directory)
     for step in (1, 2):
-        keeper.save(step, tiny_state(step), {"step": step})
-    keeper.close()
+        checkpointer.save(step, tiny_state(step), {"step": step})
+    checkpointer.close()
 
 
 def damage(path: Path, how: str) -> None:
@@ -221,9 +221,9 @@ def damage(path: Path, how: str) -> None:
 def restored(directory: Path) -> tuple[int, list[str]]:
     """(the step whose state came back, bit for bit, what was said about it)"""
     said: list[str] = []
-    keeper = Checkpointer(directory, say=said.append)
-    state, meta = keeper.restore(abstract(tiny_state()))
-    keeper.close()
+    checkpointer = Checkpointer(directory, say=said.append)
+    state, meta = checkpointer.restore(abstract(tiny_state()))
+    checkpointer.close()
     assert bits(state) == bits(tiny_state(meta["step"]))
     return meta["step"], said
 
@@ -255,9 +255,9 @@ def test_a_damaged_newest_checkpoint_is_left_out(two, tmp_path, how, capfd):
             continue
         assert step == 1 and len(said) == 1 and "\n" not in said[0] and "checkpoint 2" in said[0], (file, said)
         assert saved_steps(bad) == [1] and (bad / "2.damaged").is_dir()
-    keeper = Checkpointer(bad)  # goes on from there, over what was put aside
-    keeper.save(3, tiny_state(3), {"step": 3})
-    keeper.close()
+    checkpointer = Checkpointer(bad)  # goes on from there, over what was put aside
+    checkpointer.save(3, tiny_state(3), {"step": 3})
+    checkpointer.close()
     assert restored(bad) == (3, [])
     err = capfd.readouterr().err
     assert "Traceback" not in err and "Exception ignored" not in err
@@ -294,10 +294,10 @@ def test_all_damaged(tmp_path):
     for step in "12":
         shutil.rmtree(tmp_path / step / "state")
     said = []
-    keeper = Checkpointer(tmp_path, say=said.append)
+    checkpointer = Checkpointer(tmp_path, say=said.append)
     with pytest.raises(UserError, match="no checkpoint in .* can be read; remove that folder"):
-        keeper.restore(abstract(tiny_state()))
-    keeper.close()
+        checkpointer.restore(abstract(tiny_state()))
+    checkpointer.close()
     assert len(said) == 2
 
 
@@ -311,24 +311,24 @@ def full_disk():
 
 def test_a_failed_save_is_noticed(tmp_path, full_disk):
     large = {"w": jnp.ones((1024, 1024)), "step": jnp.int32(2)}
-    keeper = Checkpointer(tmp_path)
-    keeper.save(1, large, {})
-    keeper.wait()
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, large, {})
+    checkpointer.wait()
     full_disk()
-    keeper.save(2, large, {})
+    checkpointer.save(2, large, {})
     with pytest.raises(UserError, match="could not be written") as e:
-        keeper.wait()
+        checkpointer.wait()
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
     assert saved_steps(tmp_path) == [1]
 
 
 def test_a_failed_save_stops_the_next_one(tmp_path, full_disk):
     large = {"w": jnp.ones((1024, 1024)), "step": jnp.int32(2)}
-    keeper = Checkpointer(tmp_path)
+    checkpointer = Checkpointer(tmp_path)
     full_disk()
-    keeper.save(2, large, {})
+    checkpointer.save(2, large, {})
     with pytest.raises(UserError, match="could not be written"):
-        keeper.save(3, large, {})
+        checkpointer.save(3, large, {})
     assert saved_steps(tmp_path) == []
 
 
@@ -361,22 +361,22 @@ def refusal(do):
 disk = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", disk], check=True)
 directory = disk / "checkpoints"
-keeper = Checkpointer(directory)
-keeper.save(1, state_of(1), {"step": 1})
-keeper.wait()
+checkpointer = Checkpointer(directory)
+checkpointer.save(1, state_of(1), {"step": 1})
+checkpointer.wait()
 filler = disk / "filler"
 filler.write_bytes(bytes(9 << 20))
-keeper.save(2, state_of(2), {"step": 2})
-refusal(keeper.close)
+checkpointer.save(2, state_of(2), {"step": 2})
+refusal(checkpointer.close)
 assert saved_steps(directory) == [1], saved_steps(directory)
 like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_of(0))
 filler.unlink()
 for step in (2, 3):
-    keeper = Checkpointer(directory)
-    state, meta = keeper.restore(like)
+    checkpointer = Checkpointer(directory)
+    state, meta = checkpointer.restore(like)
     assert meta["step"] == step - 1 and (state["w"] == step - 1).all()
-    keeper.save(step, state_of(step), {"step": step})
-    keeper.close()
+    checkpointer.save(step, state_of(step), {"step": step})
+    checkpointer.close()
 assert sorted(p.name for p in directory.iterdir()) == [".lock", "2", "3"]
 subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
 refusal(lambda: Checkpointer(directory))
@@ -397,7 +397,7 @@ def test_a_full_disk_and_one_that_is_read_only(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-    keeper = Checkpointer(tmp_path)
+    checkpointer = Checkpointer(tmp_path)
     code = (
         "import sys; from nanochat_jax.files import claim; from nanochat_jax.errors import UserError\n"
         "try: claim(sys.argv[1])\nexcept UserError as e: print(e); sys.exit(2)"
@@ -405,7 +405,7 @@ def test_one_process_at_a_time(tmp_path):
     other = [sys.executable, "-c", code, str(tmp_path / ".lock")]
     refused = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 2 and "another process" in refused.stdout
-    keeper.close()
+    checkpointer.close()
     assert subprocess.run(other, cwd=ROOT).returncode == 0
 
 
@@ -432,17 +432,17 @@ def child(directory, seed):
                 time.sleep(0.001)
             time.sleep(chance.uniform(0, 0.3))
         os.kill(os.getpid(), signal.SIGKILL)
-    keeper = Checkpointer(directory)
-    step = keeper.latest() or 0
+    checkpointer = Checkpointer(directory)
+    step = checkpointer.latest() or 0
     if step:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state_of(0))
-        state, meta = keeper.restore(like)
+        state, meta = checkpointer.restore(like)
         assert meta["step"] == step == int(state["step"]), (meta, step)
         assert (state["w"] == step).all()
     threading.Thread(target=killer, daemon=True).start()
     while True:
         step += 1
-        keeper.save(step, state_of(step), {"step": step})
+        checkpointer.save(step, state_of(step), {"step": step})
 
 directory = Path(sys.argv[1])
 for seed in range(8):
@@ -505,9 +505,9 @@ def run_dir(tmp_path_factory):
     for seed, stage in enumerate(("base", "mid")):
         params = init_params(cfg, seed)
         state = TrainState(params, optax.adam(1e-3).init(params), jnp.int32(9))
-        keeper = Checkpointer(run / stage / "checkpoints")
-        keeper.save(9, state, {"tokenizer": tokenizer.hash, "stage": stage})
-        keeper.close()
+        checkpointer = Checkpointer(run / stage / "checkpoints")
+        checkpointer.save(9, state, {"tokenizer": tokenizer.hash, "stage": stage})
+        checkpointer.close()
     write_done(run / "base", {"seconds": 1.0})
     return run
 

@@ -19,13 +19,13 @@ def run(tmp_path_factory):
     """Stages base (steps 10 and 20) and rl (5) of a run without a configuration."""
     run = tmp_path_factory.mktemp("runs") / "tiny"
     for stage, steps, last in (("rl", (5,), {"pass@1": 0.25, "reward": 0.5}), ("base", (10, 20), {"loss": 2.125})):
-        keeper = Checkpointer(run / stage / "checkpoints")
+        checkpointer = Checkpointer(run / stage / "checkpoints")
         for step in steps:
             blocks = [{"w": jax.random.normal(jax.random.key(i), (8, 16), jnp.bfloat16)} for i in range(3)]
             state = {"params": {"blocks": blocks, "wte": jnp.ones((32, 8))}, "opt_state": {"m": jnp.ones((32, 8))}}
             state["step"] = jnp.int32(step)
-            keeper.save(step, state, {"stage": stage, "seed": 7, "tokenizer": "ab12", "step": step, "last": last})
-        keeper.close()
+            checkpointer.save(step, state, {"stage": stage, "seed": 7, "tokenizer": "ab12", "step": step, "last": last})
+        checkpointer.close()
     (run / "tokenizer").mkdir()
     return run
 

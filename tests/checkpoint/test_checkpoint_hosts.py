@@ -34,10 +34,10 @@ def found(tmp_path_factory):
     if jax.device_count() < 8:
         pytest.skip("needs 8 simulated devices (XLA_FLAGS=--xla_force_host_platform_device_count=8)")
     folder = tmp_path_factory.mktemp("hosts")
-    keeper = Checkpointer(folder / "one", CheckpointConfig(keep=3))
+    checkpointer = Checkpointer(folder / "one", CheckpointConfig(keep=3))
     for step in (1, 2, 3):
-        keeper.save(step, place(state_of(step), sharding.make_mesh(MeshConfig(1, 8, 1))), {"step": step})
-    keeper.close()
+        checkpointer.save(step, place(state_of(step), sharding.make_mesh(MeshConfig(1, 8, 1))), {"step": step})
+    checkpointer.close()
     for copy in ("damaged", "unreadable"):
         shutil.copytree(folder / "one", folder / copy)
     flip_values(folder / "damaged" / "3")
@@ -83,9 +83,9 @@ def test_two_processes_save_and_restore_onto_two_meshes(found):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_what_two_processes_saved_one_restores(found, devices):
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:devices])
-    keeper = Checkpointer(found[0] / "two")
-    state, meta = keeper.restore(sharding.abstract(state_of(0), mesh))
-    keeper.close()
+    checkpointer = Checkpointer(found[0] / "two")
+    state, meta = checkpointer.restore(sharding.abstract(state_of(0), mesh))
+    checkpointer.close()
     assert meta == {"step": 3} and same(state, state_of(3))
 
 

@@ -388,7 +388,7 @@ class Run:
         return [(path.read_text().splitlines() or [""])[-1] for path in self.err]
 
 
-GONE = f"host {HOST} (process %d) is gone; the run stops here and goes on from its last checkpoint when started again"
+GONE = f"host {HOST} (process %d) is gone; the run stops here and resumes from its last checkpoint when started again"
 
 
 @pytest.mark.parametrize("dead", [0, 2])

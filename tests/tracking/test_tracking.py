@@ -272,7 +272,7 @@ def test_what_is_missing_for_a_sink_is_one_line(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------ in the loop
 
 
-class Keeper:
+class FakeCheckpointer:
     """Stands for the checkpointer."""
 
     def __init__(self):
@@ -295,7 +295,7 @@ def test_a_spike_stops_the_loop_with_a_checkpoint_where_that_is_wanted(tmp_path,
     from nanochat_jax.errors import Interrupted
     from nanochat_jax.training import loop
 
-    stop, keeper, curve = Stop(), Keeper(), [*losses(40), *[9.0] * 10]
+    stop, checkpointer, curve = Stop(), FakeCheckpointer(), [*losses(40), *[9.0] * 10]
     tracker = Tracker(tmp_path, "base", 50, log, on_spike=stop.ask if stopping else None)
 
     def fit():
@@ -305,7 +305,7 @@ def test_a_spike_stops_the_loop_with_a_checkpoint_where_that_is_wanted(tmp_path,
             next_batch=lambda step, params: (step, {}),
             steps=50,
             save_every=1000,
-            checkpointer=keeper,
+            checkpointer=checkpointer,
             tracker=tracker,
             accounting=loop.Accounting(100, 6.0, None),
             meta={},
@@ -318,7 +318,7 @@ def test_a_spike_stops_the_loop_with_a_checkpoint_where_that_is_wanted(tmp_path,
     else:
         fit()
     tracker.close()
-    assert keeper.saved == ([44] if stopping else [50])
+    assert checkpointer.saved == ([44] if stopping else [50])
     assert [r["step"] for r in rows(tmp_path) if "alarm" in r] == [43]
 
 

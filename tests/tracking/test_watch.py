@@ -12,7 +12,7 @@ from rich.console import Console
 from conftest import ROOT
 from nanochat_jax import watch
 from nanochat_jax.errors import UserError
-from nanochat_jax.watch import RunView, StageView, compact, duration, frame, sparkline
+from nanochat_jax.watch import RunView, StageView, duration, frame, sparkline
 
 START = 1_700_000_000.0
 
@@ -113,7 +113,6 @@ def test_parts():
     assert sparkline([]) == "" and sparkline([1]) == "▁" and sparkline([1, 1]) == "▁▁"
     assert sparkline(range(8)) == "▁▂▃▄▅▆▇█" and len(sparkline(range(1000), 10)) == 10
     assert [duration(s) for s in (3.4, 65, 3723, 90_000)] == ["3 s", "1:05", "1:02:03", "1 day, 1:00:00"]
-    assert [compact(x) for x in (None, 812.4, 6900, 983_000, 1.1e6)] == ["", "812", "6.9k", "983k", "1.1M"]
 
 
 def test_the_command_shows_a_frame_writes_nothing_and_needs_no_jax(run_dir):

@@ -71,10 +71,10 @@ def run(request, tok, tmp_path_factory):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + 0.3 * rng.standard_normal(p.shape, np.float32), params)
     tok.save(folder / "tokenizer")
-    keeper = Checkpointer(folder / "sft" / "checkpoints")
+    checkpointer = Checkpointer(folder / "sft" / "checkpoints")
     meta = {"stage": "sft", "seed": 3, "tokenizer": tok.hash, "config": "abc", "last": {"loss": 1.5}}
-    keeper.save(30, {"params": params, "opt_state": {"m": params}}, meta)
-    keeper.close()
+    checkpointer.save(30, {"params": params, "opt_state": {"m": params}}, meta)
+    checkpointer.close()
     write_done(folder / "sft", {"seconds": 1.0, "metrics": {}})
     (folder / "config.yaml").write_text(dump_yaml(config))
     return folder
