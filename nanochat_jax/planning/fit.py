@@ -5,20 +5,20 @@ L(N, D) = E + A / N^alpha + B / D^beta through all of them. What a token costs i
 that follows the models at hand, k N^b, and not as 6 N: in small ones attention is a large part of it.
 
 Intervals are those of a parametric bootstrap: the fit's own losses with normal noise of the size of its residuals are
-fitted again, DRAWS times. They hold what chance does to the points (seeds, the order of rows), not what is wrong with
-the law. Of 60 made-up sweeps of 15 models with 0.3 % of noise, those of 90 % held the best tokens per parameter in
-90 %, beta in 92 %, the exponent in 85 %, but E in 80 % and alpha in 73 %: the two stand in for each other. Where the
-points do not tell, NoFit says why.
+fitted again, DRAWS times. They cover chance (seeds, the order of rows), not what is wrong with the law. Of 60 simulated
+sweeps of 15 models with 0.3 % of noise, intervals of 90 % held the best tokens per parameter in 90 %, beta in 92 %, the
+exponent in 85 %, but E in 80 % and alpha in 73 %: the two trade off. Where the points do not tell, NoFit says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import product
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import ndtri, stdtrit
+from scipy.special import logsumexp, ndtri, softmax, stdtrit
 
 LEVEL = 0.9  # of the intervals
 DRAWS = 400
@@ -40,7 +40,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, value: float, draws: Sequence[float]) -> Interval:
+    def of(cls, value: float, draws: Sequence[float] | np.ndarray) -> Interval:
         low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return cls(float(value), float(low), float(high))
 
@@ -108,7 +108,7 @@ class Parabola:
     """loss = curve[0] x^2 + curve[1] x + curve[2] with x = ln N, through the losses of one budget."""
 
     flops: float
-    curve: tuple[float, float, float]
+    curve: tuple[float, ...]
     optimum: Optimum | None
     why_not: str | None = None  # where there is no optimum
 
@@ -126,18 +126,18 @@ def fit_law(
     params: Sequence[float], tokens: Sequence[float], losses: Sequence[float], cost: Cost, budgets: Sequence[float]
 ) -> LawFit:
     """The law through all points, and what it says of each of `budgets` (FLOPs). NoFit."""
-    n, d, losses = (np.asarray(x, float) for x in (params, tokens, losses))
-    if len(losses) < POINTS:
-        raise NoFit(f"the law has five constants and needs {POINTS} models, here are {len(losses)}")
+    n, d, log_losses = np.asarray(params, float), np.asarray(tokens, float), np.log(losses)
+    if len(n) < POINTS:
+        raise NoFit(f"the law has five constants and needs {POINTS} models, here are {len(n)}")
     for name, values in (("parameters", n), ("tokens", d)):
         if len(np.unique(values)) < SIZES:
             raise NoFit(f"the law needs {SIZES} different numbers of {name}, here are {len(np.unique(values))}")
-    x, y, log_losses = np.log(n) - np.log(n).mean(), np.log(d) - np.log(d).mean(), np.log(losses)
-    best = min((_descend(start, x, y, log_losses) for start in _starts(losses.mean())), key=lambda r: r.fun)
+    x, y = np.log(n) - np.log(n).mean(), np.log(d) - np.log(d).mean()
+    best = min((_descend(start, x, y, log_losses) for start in _starts(float(np.mean(losses)))), key=lambda r: r.fun)
     if _degenerate(best.x):
         raise NoFit("the losses do not fall with parameters and with tokens as the law wants it")
-    fitted, _ = _predict(best.x, x, y)
-    residual, noise = _noise(log_losses - fitted, len(losses) - len(best.x))
+    fitted = logsumexp(_terms(best.x, x, y), axis=0)
+    residual, noise = _noise(log_losses - fitted, len(n) - len(best.x))
     rng, draws = np.random.default_rng(0), []
     for _ in range(DRAWS):
         again = _descend(best.x, x, y, fitted + noise * rng.standard_normal(len(fitted)))
@@ -150,23 +150,19 @@ def fit_law(
     for flops in budgets:
         best_n = np.array([m.best_params(flops, cost) for m in (law, *draws)])
         optima.append(_optimum(flops, best_n[0], best_n[1:], cost, n))
-    constants = {
-        name: Interval.of(getattr(law, name), [getattr(m, name) for m in draws])
-        for name in ("E", "A", "alpha", "B", "beta")
-    }
+    names = [f.name for f in fields(Law)]
+    constants = {name: Interval.of(getattr(law, name), [getattr(m, name) for m in draws]) for name in names}
     constants["exponent"] = Interval.of(law.exponent(cost), [m.exponent(cost) for m in draws])
     last = optima[-1].ratio
     if last.high > WIDEST * last.low:
-        raise NoFit(
-            f"residuals of {residual:.2%} leave the best tokens per parameter open by a factor of "
-            f"{last.high / last.low:.0f}"
-        )
+        factor = f"{last.high / last.low:.0f}"
+        raise NoFit(f"residuals of {residual:.2%} leave the best tokens per parameter open by a factor of {factor}")
     return LawFit(law, constants, optima, residual)
 
 
 def _noise(residuals: np.ndarray, free: int) -> tuple[float, float]:
-    """Their standard deviation for the degrees of freedom, and that of the noise that makes intervals as wide as
-    Student's, who did not know the deviation either."""
+    """Their standard deviation with `free` degrees of freedom, and that of normal noise whose intervals are as wide as
+    Student's t has them, as the deviation is itself estimated."""
     deviation = float(np.sqrt(np.square(residuals).sum() / free))
     at = (1 + LEVEL) / 2
     return deviation, deviation * float(stdtrit(free, at) / ndtri(at))
@@ -180,42 +176,33 @@ def _starts(mean: float) -> list[np.ndarray]:
     """E as a share of the mean loss, the rest divided between A and B, and exponents around the paper's."""
     return [
         np.array([np.log(mean * (1 - e) * s), np.log(mean * (1 - e) * (1 - s)), np.log(mean * e), alpha, beta])
-        for e in (0.2, 0.5, 0.8)
-        for s in (0.3, 0.7)
-        for alpha in (0.1, 0.35, 1.0)
-        for beta in (0.1, 0.35, 1.0)
+        for e, s, alpha, beta in product((0.2, 0.5, 0.8), (0.3, 0.7), (0.1, 0.35, 1.0), (0.1, 0.35, 1.0))
     ]
 
 
-def _predict(c: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(points,) logarithms of the loss, and (3, points) the shares of the law's terms in it."""
-    terms = np.stack([c[0] - c[3] * x, c[1] - c[4] * y, np.full_like(x, c[2])])
-    largest = terms.max(axis=0)
-    terms = np.exp(terms - largest)
-    total = terms.sum(axis=0)
-    return largest + np.log(total), terms / total
+def _terms(c: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(3, points) logarithms of the law's terms."""
+    return np.stack([c[0] - c[3] * x, c[1] - c[4] * y, np.full_like(x, c[2])])
 
 
 def _descend(start: np.ndarray, x: np.ndarray, y: np.ndarray, log_losses: np.ndarray):
     """L-BFGS on the Huber loss of log residuals, in units of HUBER, from one start."""
 
     def objective(c):
-        predicted, shares = _predict(c, x, y)
-        r = (predicted - log_losses) / HUBER
+        terms = _terms(c, x, y)
+        r = (logsumexp(terms, axis=0) - log_losses) / HUBER
         near = np.clip(r, -1, 1)
-        slope = near / HUBER * shares
+        slope = near / HUBER * softmax(terms, axis=0)
         value = (near * (r - 0.5 * near)).sum()
         return value, np.array([*slope.sum(axis=1), -(slope[0] * x).sum(), -(slope[1] * y).sum()])
 
-    return minimize(
-        objective, start, jac=True, method="L-BFGS-B", bounds=_BOUNDS, options={"maxiter": 3000, "ftol": 1e-12}
-    )
+    options = {"maxiter": 3000, "ftol": 1e-12}
+    return minimize(objective, start, jac=True, method="L-BFGS-B", bounds=_BOUNDS, options=options)
 
 
 def _degenerate(c: np.ndarray) -> bool:
     """Whether a term of N or D is gone or has no shape. E may be: it is then too small to be seen."""
-    at = [np.isclose(c[i], bound, atol=1e-6).item() for i in (0, 1, 3, 4) for bound in _BOUNDS[i]]
-    return any(at)
+    return bool(np.isclose(c[:, None], _BOUNDS, atol=1e-6)[[0, 1, 3, 4]].any())
 
 
 def _law(c: np.ndarray, n: np.ndarray, d: np.ndarray) -> Law:
@@ -225,16 +212,9 @@ def _law(c: np.ndarray, n: np.ndarray, d: np.ndarray) -> Law:
 
 
 def _optimum(flops: float, best: float, draws: np.ndarray, cost: Cost, tried: np.ndarray) -> Optimum:
-    def interval(of) -> Interval:
-        return Interval.of(of(best), of(draws))
-
-    return Optimum(
-        float(flops),
-        interval(lambda n: n),
-        interval(lambda n: cost.tokens(flops, n)),
-        interval(lambda n: cost.tokens(flops, n) / n),
-        bool(tried.min() <= best <= tried.max()),
-    )
+    tokens, again = cost.tokens(flops, best), cost.tokens(flops, draws)
+    found = Interval.of(best, draws), Interval.of(tokens, again), Interval.of(tokens / best, again / draws)
+    return Optimum(float(flops), *found, bool(tried.min() <= best <= tried.max()))
 
 
 # ----------------------------------------------------------------------------------------- approach 2: parabolas
@@ -246,11 +226,11 @@ def fit_parabolas(params: Sequence[float], losses: Sequence[float], budgets: Seq
     The noise of the intervals is that of all budgets together, as a budget has few points of its own. NoFit where no
     budget has the sizes, or where there is nothing to tell the noise by.
     """
-    n, losses, budgets = (np.asarray(v, float) for v in (params, losses, budgets))
-    usable = [c for c in np.unique(budgets) if len(np.unique(n[budgets == c])) >= SIZES]
+    n, loss, flops_of = (np.asarray(v, float) for v in (params, losses, budgets))
+    usable = [c for c in np.unique(flops_of) if len(np.unique(n[flops_of == c])) >= SIZES]
     if not usable:
         raise NoFit(f"a parabola needs {SIZES} sizes at one budget")
-    points = [(np.log(n[budgets == c]), losses[budgets == c]) for c in usable]
+    points = [(np.log(n[flops_of == c]), loss[flops_of == c]) for c in usable]
     curves = [np.polyfit(x, y, 2) for x, y in points]
     free = sum(len(x) - 3 for x, _ in points)
     if not free:

@@ -4,10 +4,12 @@ or by a formula that was fitted to that for H100s."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,14 +40,6 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.activations
 
 
-def pretraining(config: RunConfig, cfg: GPTConfig) -> scaling.Plan:
-    """Tokens, batch and steps of the base stage."""
-    base = config.base
-    return scaling.plan(
-        cfg, ratio=base.ratio, tokens=base.tokens, batch_tokens=base.batch_tokens, head_dim=config.model.head_dim
-    )
-
-
 def state_bytes(cfg: GPTConfig) -> int:
     """Parameters and moments in float32: AdamW has two of tables, head and scalars, Muon one of matrices."""
     counts = scaling.param_counts(cfg)
@@ -53,36 +47,52 @@ def state_bytes(cfg: GPTConfig) -> int:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What is planned for. gpu: a key of targets.GPUS, None for the devices at hand; price: $ an hour of all of them,
+    NaN where it is not known."""
+
+    gpu: str | None
+    count: int
+    price: float = math.nan
+
+    @property
+    def kind(self) -> str:
+        return targets.GPUS[self.gpu].name if self.gpu else jax.devices()[0].device_kind
+
+    @property
+    def limit(self) -> int:
+        """Bytes of a device that may be planned."""
+        if self.gpu:
+            return int(memory.MARGIN * devices.POOL * targets.GPUS[self.gpu].gb * 1e9)
+        return memory.device_bytes()
+
+
+@dataclass
 class Job:
-    """The base stage of a configuration on `count` devices. UserError where its rows cannot be shared by them."""
+    """The base stage of a configuration on a machine. UserError where its devices cannot share the rows of a batch.
+
+    base: its tokens, batch and steps; mesh: devices along data, fsdp and tensor; per_device: rows of a batch that a
+    device takes; sizes: micro-batches that it may take them in, the largest first.
+    """
 
     config: RunConfig
-    cfg: GPTConfig
-    gpu: str | None  # a key of targets.GPUS; None: the devices at hand
-    count: int
-    limit: int  # bytes of a device that may be planned
+    on: Machine
 
-    @property
-    def mesh(self) -> tuple[int, int, int]:
-        """Devices along data, fsdp and tensor."""
-        return tuple(sharding.make_mesh(self.config.mesh, np.arange(self.count)).shape.values())
-
-    @property
-    def per_device(self) -> int:
-        """Rows of a batch that a device takes."""
-        data, fsdp, _ = self.mesh
-        rows = pretraining(self.config, self.cfg).batch_tokens // self.cfg.sequence_len
+    def __post_init__(self):
+        base, model = self.config.base, self.config.model
+        self.cfg = scaling.gpt_config(model, self.config.tokenizer.vocab_size)
+        self.base = scaling.plan(
+            self.cfg, ratio=base.ratio, tokens=base.tokens, batch_tokens=base.batch_tokens, head_dim=model.head_dim
+        )
+        self.mesh = data, fsdp, _ = tuple(sharding.make_mesh(self.config.mesh, np.arange(self.on.count)).shape.values())
+        rows = self.base.batch_tokens // self.cfg.sequence_len
         if rows < 1 or rows % (data * fsdp):
             raise UserError(
                 f"base: a batch of {rows} rows cannot be shared by {data * fsdp} devices; set base.batch_tokens to a "
                 f"multiple of {data * fsdp * self.cfg.sequence_len}"
             )
-        return rows // (data * fsdp)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Micro-batches that the stage may take, the largest first."""
-        return memory.micro_batches(self.per_device, self.config.base.micro_batch)
+        self.per_device = rows // (data * fsdp)
+        self.sizes = memory.micro_batches(self.per_device, base.micro_batch)
 
 
 # bytes of activations for a value of the residual stream: in each layer, and once
@@ -112,40 +122,39 @@ def estimate(job: Job, rows: int) -> Memory:
 def estimated(job: Job) -> Memory:
     """With the largest micro-batch that fits by the formula."""
     found = [estimate(job, rows) for rows in job.sizes]
-    return next((m for m in found if m.total <= job.limit), replace(found[-1], rows=0))
+    return next((m for m in found if m.total <= job.on.limit), replace(found[-1], rows=0))
 
 
 class Compiled:
     """The stage's own step, compiled. UserError where the libraries of a GPU that is not here are not installed."""
 
     def __init__(self, job: Job):
-        config, base = job.config, job.config.base
-        self.job, self._programs = job, {}
-        found = targets.devices(job.gpu, job.count) if job.gpu else jax.devices()
-        self.mesh = sharding.make_mesh(config.mesh, found)
-        name = "bfloat16" if job.gpu and config.dtype == "auto" else config.dtype
-        self.dtype, plan = devices.training_dtype(name), pretraining(config, job.cfg)
-        schedules = optim.make_schedules(base.optim, plan.steps, plan.weight_decay, config.model.arch)
+        config, plan, gpu = job.config, job.base, job.on.gpu
+        rates = config.base.optim
+        self.job, self.program = job, functools.cache(self._compile)
+        self.mesh = sharding.make_mesh(config.mesh, targets.devices(gpu, job.on.count) if gpu else jax.devices())
+        self.dtype = devices.training_dtype("bfloat16" if gpu and config.dtype == "auto" else config.dtype)
+        schedules = optim.make_schedules(rates, plan.steps, plan.weight_decay, config.model.arch)
         self.optimizer = optim.make_optimizer(
-            job.cfg, base.optim, schedules, plan.batch_tokens, orth_dtype=self.dtype, mesh=self.mesh
+            job.cfg, rates, schedules, plan.batch_tokens, orth_dtype=self.dtype, mesh=self.mesh
         )
-        self.step = loop.make_step(graph_of(job.cfg, self.dtype, base.fp8), self.optimizer, self.dtype, self.mesh)
         self.state = sharding.abstract(jax.eval_shape(self._fresh), self.mesh)
-        self._split = sharding.rows(self.mesh, leading=1)
 
     def _fresh(self) -> loop.TrainState:
         return loop.init_state(self.job.cfg, self.optimizer, self.job.config.seed, self.mesh)
 
-    def _shape(self, rows: int) -> tuple[int, int, int]:
-        return self.job.per_device // rows, rows * sharding.data_parallel(self.mesh), self.job.cfg.sequence_len
+    def _batch(self, rows: int) -> jax.ShapeDtypeStruct:
+        """Token ids of a step with `rows` at a time on a device."""
+        shape = (self.job.per_device // rows, rows * sharding.data_parallel(self.mesh), self.job.cfg.sequence_len)
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(self.mesh, leading=1))
 
-    def program(self, rows: int) -> jax.stages.Compiled:
-        """The step with `rows` at a time on a device."""
-        if rows not in self._programs:
-            array = jax.ShapeDtypeStruct(self._shape(rows), np.int32, sharding=self._split)
-            with targets.tracing(self.job.gpu) if self.job.gpu else contextlib.nullcontext():
-                self._programs[rows] = self.step.lower(self.state, {"tokens": array, "targets": array}).compile()
-        return self._programs[rows]
+    def _compile(self, rows: int) -> jax.stages.Compiled:
+        job, batch = self.job, self._batch(rows)
+        step: Any = loop.make_step(
+            graph_of(job.cfg, self.dtype, job.config.base.fp8), self.optimizer, self.dtype, self.mesh
+        )
+        with targets.tracing(job.on.gpu) if job.on.gpu else contextlib.nullcontext():
+            return step.lower(self.state, {"tokens": batch, "targets": batch}).compile()
 
     def memory(self) -> Memory:
         """With the largest micro-batch that fits, as the run will choose it."""
@@ -155,7 +164,7 @@ class Compiled:
             return memory.needed_bytes(self.program(size))
 
         with contextlib.suppress(UserError):
-            rows = memory.largest_that_fits(sizes, needed, self.job.limit, "base")
+            rows = memory.largest_that_fits(sizes, needed, self.job.on.limit, "base")
         size = rows or sizes[-1]
         params, moments = _bytes(self.state.params), _bytes(self.state.opt_state)
         cast = 0 if self.dtype.itemsize == 4 else params / 2
@@ -164,10 +173,11 @@ class Compiled:
         return Memory(params + cast, moments, gradients, rest, rows, "by the compiled step")
 
     def seconds(self, rows: int, least: float = 5.0) -> float:
-        """The median of the steps that `least` seconds have room for, three at least, on batches of one token id; one
-        more before them is not counted."""
-        state, program, took = self._fresh(), self.program(rows), []
-        batch = jax.device_put(np.zeros(self._shape(rows), np.int32), self._split)
+        """The median step time on batches of one token id, over `least` seconds and at least three steps, after one
+        that is not counted."""
+        state, program, took = self._fresh(), self.program(rows), list[float]()
+        shape = self._batch(rows)
+        batch = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
         while len(took) < 4 or sum(took) < least:
             began = time.perf_counter()
             state, metrics = program(state, {"tokens": batch, "targets": batch})

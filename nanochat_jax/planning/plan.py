@@ -5,41 +5,39 @@
     run_speedrun.py --plan --measured                                     # this machine: times steps of the base stage
     run_speedrun.py --plan --measured runs/d4 model.depth=6               # at the rates that a run had
 
-Nothing is written, nothing downloaded, and no GPU is needed. Work is counted as the stages count it (`scaling`). How
-fast it goes is the share of a chip's peak (MFU) that the reference reached in published runs (`published`), or what was
-measured. What memory a step needs is in `footprint`.
+Nothing is written, nothing downloaded, and no GPU is needed. Work is counted as the stages count it (`scaling`). Its
+speed is the share of a chip's peak (MFU) that the reference reached in published runs (`published`), or what was
+measured. The memory of a step is in `footprint`. A time, rate or price that is not known is NaN.
 
-Not counted: compiling (minutes at first, then cached), waiting for downloads, and starting anew after a stop.
+Not counted: compiling (minutes at first, then cached), waiting for downloads, and restarts.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import yaml
+import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from evals.tasks import available, load_task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from nanochat_jax import devices
-from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, from_dict
+from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, read_run_config
 from nanochat_jax.data.sources import source_of
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 from nanochat_jax.model import lora, scaling
 from nanochat_jax.planning import footprint, targets
-from nanochat_jax.planning.footprint import Job, Memory, pretraining
+from nanochat_jax.planning.footprint import Job, Machine, Memory
 from nanochat_jax.planning.published import EVAL_BASE, EVAL_CHAT, tabled_mfu
 from nanochat_jax.tracking.tracking import read_records
-from nanochat_jax.training import memory
 from nanochat_jax.words import count, duration
 
 STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval")
@@ -65,50 +63,28 @@ PROMPT = 100  # tokens of a question of RL: assumed
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a stage goes on one device, and whence that is known."""
+    """How fast one device trains, and how that is known."""
 
-    flops: float  # FLOP/s of its training steps; 0: not known
-    source: str
-    seconds: float | None = None  # of the whole stage, for each FLOP that a token costs, as a run measured it
+    flops: float = math.nan  # FLOP/s of a stage's training steps
+    source: str = ""
+    seconds: float = math.nan  # of the whole stage, for each FLOP that a token costs, as a run measured it
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage does, and takes. seconds: None where it is not known."""
+    """What a stage does, and takes."""
 
     name: str
     steps: int = 0
     batch_tokens: int = 0
     flops: float = 0.0
-    seconds: float | None = None
+    seconds: float = math.nan
     download: float = 0.0  # bytes
     disk: float = 0.0  # bytes, with what was downloaded
 
     @property
     def tokens(self) -> int:
         return self.steps * self.batch_tokens
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What is planned for. gpu: a key of targets.GPUS, None for the devices at hand; price: $ an hour, of all."""
-
-    gpu: str | None
-    count: int
-    price: float | None
-
-    @property
-    def kind(self) -> str:
-        import jax
-
-        return targets.GPUS[self.gpu].name if self.gpu else jax.devices()[0].device_kind
-
-    @property
-    def limit(self) -> int:
-        """Bytes of a device that may be planned."""
-        if self.gpu:
-            return int(memory.MARGIN * devices.POOL * targets.GPUS[self.gpu].gb * 1e9)
-        return memory.device_bytes()
 
 
 def machine(gpu: str | None, number: int | None, price: float | None, config: RunConfig) -> Machine:
@@ -122,16 +98,15 @@ def machine(gpu: str | None, number: int | None, price: float | None, config: Ru
             raise UserError(f"--count {number} needs --gpu; this machine has {jax.device_count()} devices")
         number = jax.device_count()
     number = number or 1
-    return Machine(gpu, number, config.price_per_hour if price is None else price * number)
+    if price is None:
+        return Machine(gpu, number, math.nan if config.price_per_hour is None else config.price_per_hour)
+    return Machine(gpu, number, price * number)
 
 
 def measured(run_dir: Path) -> dict[str, Speed]:
-    """The speed of each stage of a run: the median of its steps' rates, the first step left out; of a stage that is
-    over, how long it took in all. UserError where it has no steps of base."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"--measured {run_dir} is not a run directory (it has no config.yaml)")
-    config = from_dict(RunConfig, yaml.safe_load(path.read_text()))  # not load_config: its data may be elsewhere
+    """The speed of each stage of a run: the median rate of its steps but the first; of a stage that is done, also how
+    long it took in all. UserError where it has no steps of base."""
+    config = read_run_config(run_dir)
     each = scaling.flops_per_token(scaling.gpt_config(config.model, config.tokenizer.vocab_size))
     out = {}
     for stage in STAGES:
@@ -139,50 +114,41 @@ def measured(run_dir: Path) -> dict[str, Speed]:
         rates = [r["tokens_per_second"] for r in read_records(run_dir / stage / "metrics.jsonl") if "loss" in r][1:]
         number = len(done.get("system", {}).get("devices", [""]))
         if rates or done:
-            flops = statistics.median(rates) * each / number if rates else 0.0
-            out[stage] = Speed(flops, str(run_dir), done["seconds"] / each if done else None)
-    if not out.get("base", Speed(0, "")).flops:
+            flops = statistics.median(rates) * each / number if rates else math.nan
+            out[stage] = Speed(flops, str(run_dir), done["seconds"] / each if done else math.nan)
+    if math.isnan(out.get("base", Speed()).flops):
         raise UserError(f"{run_dir} has no steps of the stage base; give --measured a run that has trained")
     return out
 
 
 @dataclass
-class Plan:
+class Plan(Job):
     """A run on a machine. speeds: by stage; "" for those that are not named."""
 
-    config: RunConfig
-    on: Machine
     speeds: dict[str, Speed] = field(default_factory=dict)
 
     def __post_init__(self):
-        self.cfg = scaling.gpt_config(self.config.model, self.config.tokenizer.vocab_size)
+        super().__post_init__()
         self.each = scaling.flops_per_token(self.cfg)
-        self.base = pretraining(self.config, self.cfg)
         self.source = source_of(self.config.data)
-        self.job = Job(self.config, self.cfg, self.on.gpu, self.on.count, self.on.limit)
 
     def stages(self) -> list[Stage]:
         return [self._tokenizer(), self._base(), self._finetune("mid"), self._finetune("sft"), self._rl(), self._eval()]
 
-    def speed(self, stage: str) -> Speed | None:
-        return self.speeds.get(stage) or self.speeds.get("")
+    def speed(self, stage: str) -> Speed:
+        return self.speeds.get(stage) or self.speeds.get("") or Speed()
 
-    def _seconds(self, stage: str, flops: float) -> float | None:
-        speed = self.speed(stage)
-        return flops / (speed.flops * self.on.count) if speed and speed.flops else None
+    def _seconds(self, stage: str, flops: float) -> float:
+        return flops / (self.speed(stage).flops * self.on.count)
 
-    def as_measured(self, stage: str) -> float | None:
+    def as_measured(self, stage: str) -> float:
         """Seconds of a stage that is more than its steps, in proportion to a run's."""
-        speed = self.speeds.get(stage)
-        return speed.seconds * self.each if speed and speed.seconds else None
+        return self.speeds.get(stage, Speed()).seconds * self.each
 
-    def _with_validation(self, name: str, steps: int, flops: float, every: int) -> float | None:
+    def _with_validation(self, name: str, steps: int, flops: float, every: int) -> float:
         """Seconds of a stage's steps and of its passes over the validation rows, which are forward only."""
-        seconds = self._seconds(name, flops)
-        if seconds is None:
-            return None
         passes = 1 + (math.ceil(steps / every) if every else 0)
-        return seconds + passes * self._seconds(name, self.config.base.eval_tokens * self.each / 3)
+        return self._seconds(name, flops + passes * self.config.base.eval_tokens * self.each / 3)
 
     def _checkpoints(self, lora_rank: int | None = None) -> int:
         """Bytes of those of a stage: the ones that are kept, and one that is being written."""
@@ -199,9 +165,9 @@ class Plan:
         cfg, plan = self.config.base, self.base
         flops = plan.tokens * self.each
         seconds = self._with_validation("base", plan.steps, flops, cfg.eval_every)
-        if seconds is not None and cfg.core_every and self.config.evals.core and self.source == "hub":
+        if cfg.core_every and self.config.evals.core and self.source == "hub":
             often = (plan.steps - 1) // cfg.core_every
-            seconds += often * CORE_IN_TRAINING * (self._as_published(EVAL_BASE) or 0)
+            seconds += often * CORE_IN_TRAINING * float(np.nan_to_num(self._as_published(EVAL_BASE)))
         disk = 2 * (plan.tokens + cfg.eval_tokens) + self._checkpoints()  # 16 bits an id
         return Stage("base", plan.steps, plan.batch_tokens, flops, seconds, disk=disk)
 
@@ -242,26 +208,25 @@ class Plan:
         sampled = cfg.questions * cfg.samples
         batch = sampled * (PROMPT + cfg.max_new_tokens)
         flops = steps * batch * self.each * (cfg.epochs + 1 / 3)  # the pass that weighs the samples is forward only
-        seconds, bandwidth = self.as_measured("rl"), devices.bandwidth(self.on.kind)
-        if seconds is None and bandwidth and self.speed("rl"):
+        seconds = self.as_measured("rl")
+        if math.isnan(seconds):
             cache = (PROMPT + cfg.max_new_tokens / 2) * scaling.kv_bytes_per_token(self.cfg, 2)
             read = 2 * scaling.matmul_params(self.cfg) + sampled / self.on.count * cache  # for one token of each
             tested = cfg.eval_questions * cfg.eval_samples / sampled / cfg.eval_every if cfg.eval_every else 0
+            bandwidth = devices.bandwidth(self.on.kind) or math.nan
             seconds = self._seconds("rl", flops)
             seconds += steps * (1 + tested) * cfg.max_new_tokens * read / (DECODING * bandwidth)
         return Stage("rl", steps, batch, flops, seconds, disk=self._checkpoints())
 
-    def _as_published(self, seconds: float) -> float | None:
+    def _as_published(self, seconds: float) -> float:
         """What took the published $100 run so long, by the FLOPs of a token and the chips' peak."""
-        peak = devices.peak_flops(self.on.kind)
-        if peak is None:
-            return None
+        h100, here = (devices.peak_flops(kind) or math.nan for kind in ("h100", self.on.kind))
         published = scaling.flops_per_token(scaling.gpt_config(ModelConfig("classic", 20), 65536))
-        return seconds * (self.each / (self.on.count * peak)) / (published / (8 * devices.peak_flops("h100")))
+        return seconds * (self.each / (self.on.count * here)) / (published / (8 * h100))
 
     def _eval(self) -> Stage:
         seconds, evals = self.as_measured("eval"), self.config.evals
-        if seconds is None and self.source == "hub":
+        if math.isnan(seconds) and self.source == "hub":
             asked = sum(min(n, evals.max_per_task or n) for n in TEST_ROWS.values()) / sum(TEST_ROWS.values())
             chat = EVAL_CHAT * asked * sum(stage != "base" for stage in evals.stages)
             seconds = self._as_published(chat + EVAL_BASE * ("base" in evals.stages))
@@ -279,8 +244,8 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
     compiled, peak = None, devices.peak_flops(on.kind)
     if exact:
         with contextlib.suppress(UserError) if on.gpu else contextlib.nullcontext():
-            compiled = footprint.Compiled(plan.job)
-    found = compiled.memory() if compiled else footprint.estimated(plan.job)
+            compiled = footprint.Compiled(plan)
+    found = compiled.memory() if compiled else footprint.estimated(plan)
     if measure:
         plan.speeds[""] = plan.speeds["base"]
     elif measure == "" and compiled and found.rows:
@@ -293,48 +258,38 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
     return plan, found
 
 
-def series(config: RunConfig, on: Machine, measure: str | None = None) -> list[tuple[Plan, Memory]]:
-    """The same run at other depths, memory by the formula."""
-    return [
-        make(dataclasses.replace(config, model=dataclasses.replace(config.model, depth=d)), on, measure, exact=False)
-        for d in SERIES
-    ]
-
-
-# --------------------------------------------------------------------------------------------------- as it is said
+# ------------------------------------------------------------------------------------------------- what is printed
 
 
 def summed(stages: list[Stage]) -> Stage:
-    return Stage(
-        "all",
-        flops=sum(s.flops for s in stages),
-        seconds=sum(s.seconds or 0.0 for s in stages),
-        download=sum(s.download for s in stages),
-        disk=sum(s.disk for s in stages),
-    )
+    """All stages as one; times that are not known are left out."""
+    fields = ("flops", "seconds", "download", "disk")
+    flops, seconds, download, disk = (float(np.nansum([getattr(s, name) for s in stages])) for name in fields)
+    return Stage("all", flops=flops, seconds=seconds, download=download, disk=disk)
 
 
-def dollars(stage: Stage, on: Machine) -> float | None:
-    return None if on.price is None or stage.seconds is None else on.price * stage.seconds / 3600
+def dollars(stage: Stage, on: Machine) -> float:
+    return on.price * stage.seconds / 3600
 
 
-def show(plan: Plan, found: Memory, console: Console) -> None:
-    config, on, stages = plan.config, plan.on, plan.stages()
-    price = "" if on.price is None else f" at ${on.price:,.2f} an hour"
+def table_of(*columns: str) -> Table:
+    """An empty table for the terminal, its first column to the left and the others to the right."""
+    made = [Column(name, justify="right" if n else "left", no_wrap=True) for n, name in enumerate(columns)]
+    return Table(*made, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def show(plan: Plan, found: Memory) -> None:
+    config, on, stages, console = plan.config, plan.on, plan.stages(), Console(highlight=False)
+    price = "" if math.isnan(on.price) else f" at ${on.price:,.2f} an hour"
     params = count(scaling.param_counts(plan.cfg)["total"])
-    console.print(
-        f"{config.model.arch} d{config.model.depth}, {params} parameters, on {on.count} x {on.kind}{price}",
-        style="bold",
-    )
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("stage", "tokens", "steps", "batch", "FLOPs", "download", "disk", "time", "cost"):
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    title = f"{config.model.arch} d{config.model.depth}, {params} parameters, on {on.count} x {on.kind}{price}"
+    console.print(title, style="bold", soft_wrap=True)
+    table = table_of("stage", "tokens", "steps", "batch", "FLOPs", "download", "disk", "time", "cost")
     for stage in stages:
         table.add_row(*_row(stage, on))
     table.add_row(*_row(summed(stages), on), style="bold")
     console.print(table)
-    for line in (*_remarks(plan, stages), *_memory_lines(plan, found)):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    print(*_remarks(plan, stages), *_memory_lines(plan, found), sep="\n")
 
 
 def _row(stage: Stage, on: Machine) -> list[str]:
@@ -347,21 +302,21 @@ def _row(stage: Stage, on: Machine) -> list[str]:
         f"{stage.flops:.2e}" if stage.flops else "",
         f"{count(stage.download)}B" if stage.download else "",
         f"{count(stage.disk)}B" if stage.disk else "",
-        "not known" if stage.seconds is None else duration(stage.seconds),
-        "" if cost is None else f"${cost:,.2f}",
+        "not known" if math.isnan(stage.seconds) else duration(stage.seconds),
+        "" if math.isnan(cost) else f"${cost:,.2f}",
     ]
 
 
 def _remarks(plan: Plan, stages: list[Stage]) -> list[str]:
     out, speed = [], plan.speed("base")
-    if speed:
+    if speed.source:
         rate = speed.flops * plan.on.count / plan.each
         out.append(f"base at {count(rate)} tokens/s: {speed.source}")
-    if unknown := [s.name for s in stages if s.seconds is None]:
+    if unknown := [s.name for s in stages if math.isnan(s.seconds)]:
         out.append(f"the time of {', '.join(unknown)} is not known and not in the sum: --measured RUN_DIR may tell")
         if "base" in unknown:
             out.append("--measured alone times some steps of base here")
-    if plan.speed("rl") and not plan.as_measured("rl"):
+    if plan.speed("rl").source and math.isnan(plan.as_measured("rl")):
         out.append(
             "rough: rl decodes at a third of the bandwidth, eval goes as in a $100 run, the tokenizer on two cores"
         )
@@ -377,14 +332,12 @@ def _memory_lines(plan: Plan, found: Memory) -> list[str]:
     line = f"memory of a device, {found.source}: {found.total / 1e9:.2f} of {plan.on.limit / 1e9:.2f} GB ({said})"
     if not found.rows:
         return [line, "not even one row fits: split the state (mesh.fsdp), or take a smaller model.depth"]
-    return [line, f"{found.rows} rows at a time, {plan.job.per_device // found.rows} times a step"]
+    return [line, f"{found.rows} rows at a time, {plan.per_device // found.rows} times a step"]
 
 
-def show_series(plans: list[tuple[Plan, Memory]], budget: float, console: Console) -> int | None:
+def show_series(plans: list[tuple[Plan, Memory]], budget: float) -> int | None:
     """The depths and what they cost; returns the deepest within the budget, whose memory fits too."""
-    table, best = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0)), None
-    for name in ("depth", "parameters", "tokens", "FLOPs", "memory", "rows", "time", "cost"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table, best = table_of("depth", "parameters", "tokens", "FLOPs", "memory", "rows", "time", "cost"), None
     for plan, found in plans:
         whole = summed(plan.stages())
         cost, depth = dollars(whole, plan.on), plan.config.model.depth
@@ -395,34 +348,31 @@ def show_series(plans: list[tuple[Plan, Memory]], budget: float, console: Consol
             f"{count(found.total)}B", f"{found.rows or 'none fit'}", duration(whole.seconds), f"${cost:,.2f}",
             style=None if within else "dim",
         )  # fmt: skip
-    console.print(table)
+    Console().print(table)
     on = plans[0][0].on
     said = f"d{best} is the deepest" if best else "no depth of the series is"
-    console.print(
-        f"{said} within ${budget:,.2f} on {on.count} x {on.kind}; all stages are counted",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+    print(f"{said} within ${budget:,.2f} on {on.count} x {on.kind}; all stages are counted")
     return best
 
 
 def main(config: RunConfig, args: argparse.Namespace) -> int:
     """Prints the plan that `run_speedrun.py` was asked for; the last line is a JSON object. UserError."""
-    console, on = Console(), machine(args.gpu, args.count, args.price, config)
+    on = machine(args.gpu, args.count, args.price, config)
     if args.gpu and args.measured == "":
         raise UserError("--measured without a run directory times this machine; leave --gpu out")
     if args.budget is not None:
-        if on.price is None:
+        if math.isnan(on.price):
             raise UserError("--budget needs --price, in dollars an hour of one device")
         if args.measured == "":
             raise UserError("--budget tries many depths: give --measured a run directory, or --gpu")
-        best = show_series(series(config, on, args.measured), args.budget, console)
+        depths = [replace(config, model=replace(config.model, depth=d)) for d in SERIES]
+        best = show_series([make(c, on, args.measured, exact=False) for c in depths], args.budget)
         print(json.dumps({"budget": args.budget, "depth": best}))
         return 0
     plan, found = make(config, on, args.measured)
-    show(plan, found, console)
+    show(plan, found)
     stages = plan.stages()
-    out = {s.name: {**dataclasses.asdict(s), "dollars": dollars(s, on)} for s in (*stages, summed(stages))}
-    print(json.dumps({"stages": out, "memory": {**dataclasses.asdict(found), "total": found.total}}))
+    out = {s.name: {**asdict(s), "dollars": dollars(s, on)} for s in (*stages, summed(stages))}
+    known = {name: {k: None if v != v else v for k, v in values.items()} for name, values in out.items()}  # NaN
+    print(json.dumps({"stages": known, "memory": {**asdict(found), "total": found.total}}))
     return 0

@@ -10,10 +10,12 @@ values of one layer at a time), and what autotuning on the device would choose.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import jax
@@ -98,29 +100,24 @@ def tracing(kind: str) -> Iterator[None]:
     """Programs traced in here call what `kind` has: cuDNN's attention, which jax would look for on this machine."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    capability = GPUS[kind].capability
+    gpu = GPUS[kind]
 
-    def at_least(wanted: str) -> bool:
-        return capability >= tuple(map(int, re.findall(r"\d+", wanted)))
+    def parsed(capability: str) -> tuple[int, ...]:
+        return tuple(map(int, re.findall(r"\d+", capability)))
 
-    def equal(wanted: str) -> bool:
-        return capability == tuple(map(int, re.findall(r"\d+", wanted)))
-
-    version = CUDNN[0] * 10000 + CUDNN[1] * 100 + CUDNN[2]
-    with (
-        tracing_for("gpu", cudnn=True),
-        mock.patch.object(cudnn, "check_cudnn_version", lambda: version),
-        mock.patch.object(cudnn, "check_compute_capability", at_least),
-        mock.patch.object(cudnn, "is_cuda_compute_capability_equal", equal),
-        _triton_for(GPUS[kind]),
-    ):
+    checks: dict[str, Any] = {
+        "check_cudnn_version": lambda: CUDNN[0] * 10000 + CUDNN[1] * 100 + CUDNN[2],
+        "check_compute_capability": lambda least: gpu.capability >= parsed(least),
+        "is_cuda_compute_capability_equal": lambda wanted: gpu.capability == parsed(wanted),
+    }
+    with tracing_for("gpu", cudnn=True), mock.patch.multiple(cudnn, **checks), _triton_for(gpu):
         yield
 
 
 def _triton_for(gpu: Gpu):
     """Pallas' kernels are lowered for `gpu`. jax 0.10 leaves it to XLA, which knows; later ones ask this machine."""
     try:
-        from jax._src.pallas.triton import gpu_info
+        gpu_info = importlib.import_module("jax._src.pallas.triton.gpu_info")
     except ImportError:
         return contextlib.nullcontext()
     info = gpu_info.get_gpu_info_from_version(gpu_info.gpu_version_from_device_kind(gpu.name))
