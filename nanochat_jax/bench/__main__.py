@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import json
 import sys
+from types import ModuleType
 
 from nanochat_jax.cli import command
+from nanochat_jax.devices import prepare
 
 WHAT = ("suite", "train", "curve", "ops", "decode", "core", "serve", "data", "memory", "kernels", "evals")
+
+
+def load(what: str) -> ModuleType:
+    return importlib.import_module(f"nanochat_jax.bench.{what}")
+
+
+def parse(what: str, argv: list[str]) -> argparse.Namespace:
+    """The options of one benchmark."""
+    module = load(what)
+    first, *_ = (module.__doc__ or "").split("\n\n")
+    parser = argparse.ArgumentParser(prog=f"python -m nanochat_jax.bench {what}", description=first)
+    module.options(parser)
+    return parser.parse_args(argv)
 
 
 @command
@@ -15,10 +32,13 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in WHAT:
         print(f"usage: python -m nanochat_jax.bench {'|'.join(WHAT)} [options]", file=sys.stderr)
         return 2
-    from nanochat_jax.devices import prepare
-
     prepare()
-    return importlib.import_module(f"nanochat_jax.bench.{argv[0]}").main(argv[1:])
+    what, *rest = argv
+    if rest[:1] == ["--worker"]:  # `frame.ours` starts this
+        load(what).worker(argparse.Namespace(**json.loads(rest[1])))
+    elif (result := load(what).run(parse(what, rest))) is not None:
+        print(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":

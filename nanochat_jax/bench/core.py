@@ -1,11 +1,8 @@
 """CORE: examples a second, beside the PyTorch reference with the same weights where that is at hand.
 
-    python -m nanochat_jax.bench core --bundle DIR
-    python -m nanochat_jax.bench core --bundle DIR --reference DIR --reference-python ENV/bin/python
-
 Both sides score the same examples of every task with the same tokens, in turns, and every answer is compared. Ours is
-timed with tokenizing, the reference without. "first" is our first pass, which compiles; "repeated" is the median of
-the rounds after it.
+timed with tokenizing, the reference without. "first" is our first pass, which compiles; the other figures are medians
+of the rounds after it.
 """
 
 from __future__ import annotations
@@ -13,45 +10,44 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from nanochat_jax.bench import race
+import numpy as np
+from flax import nnx
+
+from evals.core import evaluate_task, fewshot_indices, load_examples, render_prompts
+from evals.scoring import Scorer
+from nanochat_jax.bench import decode, frame
+from nanochat_jax.cli import positive
+from nanochat_jax.config import MeshConfig, TokenizerConfig
+from nanochat_jax.data.bundle import find_data, load_tasks
 from nanochat_jax.errors import UserError
+from nanochat_jax.mesh import sharding
+from nanochat_jax.weights.names import to_reference
+from tokenizer import load_tokenizer
+from tokenizer.train import train_tokenizer
 
 SAMPLE_CHARS = 5_000_000  # of the bundle's texts, for a tokenizer where none is given
+LEAST = 11  # examples of a task, ten of which stand before the one asked
+SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench core", description=__doc__.split("\n\n")[0])
+def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--bundle", required=True, help="the folder of the CORE bundle")
-    p.add_argument("--examples", type=int, default=100, help="of a task")
+    p.add_argument("--examples", type=positive, default=100, help=f"of a task, {LEAST} or more")
     p.add_argument("--tasks", help="labels, with commas between them; default: all whose data are there")
-    p.add_argument("--run-dir", help="a trained model and its tokenizer; default: random weights")
+    frame.add_model(p)
     p.add_argument("--tokenizer", help="the folder of one; default: one is trained on the bundle's texts")
-    p.add_argument("--depth", type=int, default=4)
-    p.add_argument("--vocab", type=int, default=32768)
-    p.add_argument("--seq", type=int, default=2048, help="the model's context")
-    p.add_argument("--rounds", type=int, default=1)
-    p.add_argument("--dtype", default="auto", help="float32 | bfloat16")
-    race.add_reference(p)
-    p.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = p.parse_args(argv)
-    if args.examples < 11 or args.rounds < 1:
-        p.error("needs --examples of 11 or more, ten of which stand before the one asked, and --rounds of 1 or more")
-    return args
-
-
-# ------------------------------------------------------------------------------------------ what both sides get
+    p.add_argument("--rounds", type=positive, default=1)
+    frame.add_reference(p)
 
 
 def found_tasks(args: argparse.Namespace) -> dict:
     """{label: (task, file)} of the tasks to run. UserError for a label that is not there."""
-    from evals.core import find_data, load_tasks
-
     bundle = Path(args.bundle)
     found = {task.label: (task, path) for task in load_tasks(bundle) if (path := find_data(bundle, task)[0])}
     chosen = [t.strip() for t in args.tasks.split(",")] if args.tasks else list(found)
@@ -60,106 +56,63 @@ def found_tasks(args: argparse.Namespace) -> dict:
     return {label: found[label] for label in chosen}
 
 
-def tokenizer_of(args: argparse.Namespace, folder: Path | None = None):
-    """The run's, the one named, or one trained on the texts of the bundle and saved in `folder`."""
-    from nanochat_jax.config import TokenizerConfig
-    from tokenizer import load_tokenizer
-    from tokenizer.train import train_tokenizer
-
+def tokenizer_of(args: argparse.Namespace, tasks: dict, folder: Path) -> str:
+    """The folder of the run's tokenizer, of the one named, or of one that is trained on the texts of the bundle."""
     if args.run_dir or args.tokenizer:
-        return load_tokenizer(Path(args.run_dir, "tokenizer") if args.run_dir else args.tokenizer)
-    texts = (line for _, path in found_tasks(args).values() for line in path.read_text(encoding="utf-8").splitlines())
+        return str(Path(args.run_dir, "tokenizer") if args.run_dir else args.tokenizer)
+    texts = (line for _, path in tasks.values() for line in path.read_text(encoding="utf-8").splitlines())
     train_tokenizer(texts, folder, TokenizerConfig(args.vocab, SAMPLE_CHARS))
-    return load_tokenizer(folder)
+    return str(folder)
 
 
-def prepare(args: argparse.Namespace, tokenizer, folder: Path) -> list[str]:
+def prepare(args: argparse.Namespace, tasks: dict, tokenizer, folder: Path) -> dict:
     """Writes the weights by the reference's names and the ids of all prompts; the options that name them."""
-    import numpy as np
-    from flax import nnx
-
-    from evals.core import fewshot_indices, load_examples, render_prompts
-    from nanochat_jax.weights.names import to_reference
-
-    model, texts = load(args), set()
+    model, texts = decode.load(args), set()
     cfg = model.cfg
     if cfg.init != "modern":
         raise UserError("the reference runs the modern architecture only; take another --run-dir")
-    np.savez(folder / "weights.npz", **to_reference(nnx.to_pure_dict(nnx.split(model)[1]), cfg))
-    for task, path in found_tasks(args).values():
+    weights, ids = folder / "weights.npz", folder / "ids.json"
+    arrays: dict[str, Any] = to_reference(nnx.to_pure_dict(nnx.split(model)[1]), cfg)
+    np.savez(weights, **arrays)
+    for task, path in tasks.values():
         examples = load_examples(path, args.examples)
         for i, item in enumerate(examples):
             shots = [examples[j] for j in fewshot_indices(i, len(examples), task.num_fewshot)]
             texts.update(render_prompts(task.task_type, item, task.delimiter, shots))
-    ids = dict(zip(texts, tokenizer.encode_batch(list(texts))))
-    (folder / "ids.json").write_text(json.dumps(ids))
-    names = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
-    sizes = json.dumps({name: getattr(cfg, name) for name in names})
-    files = [f"--weights={folder / 'weights.npz'}", f"--ids={folder / 'ids.json'}"]
-    return [*files, f"--sizes={sizes}", f"--bos={tokenizer.bos}"]
-
-
-def load(args: argparse.Namespace):
-    """The run's model, or one of random weights with every part of the architecture at work."""
-    from nanochat_jax.bench import decode
-
-    model = decode.load(args)
-    if not args.run_dir:
-        model.smear_lambda[...] = model.smear_lambda[...] + 0.5
-    return model
-
-
-# ------------------------------------------------------------------------------------------------ our side
+    ids.write_text(json.dumps(dict(zip(texts, tokenizer.encode_batch(list(texts))))))
+    sizes = {name: getattr(cfg, name) for name in SIZES}
+    return {"weights": str(weights), "ids": str(ids), "sizes": sizes, "bos": tokenizer.bos}
 
 
 def worker(args: argparse.Namespace) -> None:
     """Answers {"label", "examples"} with the seconds and whether each example was answered right."""
-    from evals.core import evaluate_task, load_examples
-    from evals.scoring import Scorer
-    from nanochat_jax.config import MeshConfig
-    from nanochat_jax.mesh import sharding
+    scorer = Scorer(decode.load(args), mesh=sharding.make_mesh(MeshConfig()))
+    tokenizer, tasks = load_tokenizer(args.tokenizer), found_tasks(args)
 
-    scorer = Scorer(load(args), mesh=sharding.make_mesh(MeshConfig()))
-    tokenizer, tasks = tokenizer_of(args), found_tasks(args)
-
-    def run(order: dict) -> dict:
+    def answer(order: dict) -> dict:
         task, path = tasks[order["label"]]
         examples = load_examples(path, order["examples"])
         began = time.perf_counter()
         right = evaluate_task(scorer, tokenizer, task, examples).right
         return {"seconds": time.perf_counter() - began, "right": right}
 
-    race.serve(run)
+    frame.compiled()
+    frame.serve(answer)
 
 
-# ------------------------------------------------------------------------------------------------ the race
-
-
-def order_of(task, path: Path, examples: int) -> dict:
-    """What both sides are asked: ours by the label, the reference by the rest."""
-    meta = {"task_type": task.task_type, "num_fewshot": task.num_fewshot, "continuation_delimiter": task.delimiter}
-    return {"label": task.label, "examples": examples, "file": str(path.resolve()), "task": meta}
-
-
-def measure(sides: list[race.Side], order: dict, rounds: int) -> dict:
+def measure(sides: tuple[frame.Side, ...], order: dict, rounds: int) -> dict:
     """One task: {side: {"n", "seconds", "accuracy", ...}}, and on how many examples the sides agree."""
     first = sides[0].ask(order)
-    times: dict[str, list[float]] = {side.name: [] for side in sides}
-    for turn in range(rounds):
-        for side in sides if turn % 2 else reversed(sides):
-            answer = side.ask(order)
-            times[side.name].append(answer["seconds"])
-            if side is sides[0]:
-                assert answer["right"] == first["right"]
-            else:
-                theirs = answer["right"]
-    n, out = len(first["right"]), {}
-    for side in sides:
-        right = first["right"] if side is sides[0] else theirs
-        seconds = statistics.median(times[side.name])
-        out[side.name] = {"n": n, "seconds": seconds, "examples_per_second": n / seconds, "accuracy": sum(right) / n}
+    answers = frame.in_turns(rounds, {side.name: partial(side.ask, order) for side in sides})
+    assert all(answer["right"] == first["right"] for answer in answers["ours"])
+    out: dict = {}
+    for name, mine in answers.items():
+        right, seconds = mine[-1]["right"], statistics.median(answer["seconds"] for answer in mine)
+        n = len(right)
+        out[name] = {"n": n, "seconds": seconds, "examples_per_second": n / seconds, "accuracy": sum(right) / n}
     out["ours"]["first_seconds"] = first["seconds"]
-    if len(sides) > 1:
+    if "reference" in out:
+        theirs = answers["reference"][-1]["right"]
         out["agree"] = sum(a == b for a, b in zip(first["right"], theirs, strict=True))
         out["ratio"] = out["reference"]["seconds"] / out["ours"]["seconds"]
     return out
@@ -176,54 +129,32 @@ def summary(found: dict[str, dict]) -> dict:
     if "reference" in out:
         out["ratio"] = out["reference"]["seconds"] / out["ours"]["seconds"]
         out["ratio_with_compiling"] = out["reference"]["seconds"] / first
-        out["tasks_of_equal_accuracy"] = sum(
-            t["ours"]["accuracy"] == t["reference"]["accuracy"] for t in found.values()
-        )
+        equal = [task["ours"]["accuracy"] == task["reference"]["accuracy"] for task in found.values()]
+        out["tasks_of_equal_accuracy"] = sum(equal)
         out["examples_that_agree"] = sum(task["agree"] for task in found.values())
     return out
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse(argv)
-    if args.worker:
-        worker(args)
-        return 0
-    try:
-        return compare(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-
-
-def compare(args: argparse.Namespace) -> int:
-    tasks = found_tasks(args)
+def run(args: argparse.Namespace) -> dict:
+    if args.examples < LEAST:
+        raise UserError(f"needs --examples of {LEAST} or more, ten of which stand before the one asked")
+    tasks, found = found_tasks(args), {}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        tokenizer = tokenizer_of(args, folder / "tokenizer")
+        args.tokenizer = tokenizer_of(args, tasks, folder / "tokenizer")
+        tokenizer = load_tokenizer(args.tokenizer)
         args.vocab = tokenizer.vocab_size
-        mine = [f"--{name}={getattr(args, name)}" for name in ("bundle", "depth", "vocab", "seq", "dtype")]
-        mine += [f"--run-dir={args.run_dir}"] if args.run_dir else []
-        mine += [f"--tokenizer={args.tokenizer or folder / 'tokenizer'}"]
-        sides = [race.our_side("core", mine)]
-        if args.reference:
-            script, python, options = "reference_core.py", args.reference_python, prepare(args, tokenizer, folder)
-            sides.append(race.reference_side(script, args.reference, python, args.dtype, options))
-        race.begin(*sides)
-        print(f"{'':34} {'examples':>8} {'accuracy':>8} {'ours/s':>8} {'first':>8}", end="")
-        print(f" {'theirs/s':>8} {'ratio':>6} {'agree':>6}" if args.reference else "")
-        found = {}
-        for label, (task, path) in tasks.items():
-            found[label] = one = measure(sides, order_of(task, path, args.examples), args.rounds)
-            ours = one["ours"]
-            line = f"{label:34} {ours['n']:8} {ours['accuracy']:8.3f} {ours['examples_per_second']:8.2f}"
-            line += f" {ours['n'] / ours['first_seconds']:8.2f}"
-            if args.reference:
-                line += f" {one['reference']['examples_per_second']:8.2f} {one['ratio']:6.2f} {one['agree']:6}"
-            print(line, flush=True)
-        for side in sides:
-            side.close()
-    names = ("depth", "vocab", "seq", "dtype", "examples", "rounds", "run_dir")
-    result = {"shape": {name: getattr(args, name) for name in names}, "all": summary(found), "tasks": found}
-    print(json.dumps(result["all"], indent=1))
-    print(json.dumps(result))
-    return 0
+        theirs = prepare(args, tasks, tokenizer, folder) if args.reference else {}
+        started = frame.ours("core", args), *frame.reference("core", args, args.dtype, **theirs)
+        with frame.ready(*started) as sides:
+            table = frame.Table()
+            for label, (task, path) in tasks.items():
+                meta = {"task_type": task.task_type, "num_fewshot": task.num_fewshot}
+                order = {"label": label, "examples": args.examples, "file": str(path.resolve())}
+                order["task"] = {**meta, "continuation_delimiter": task.delimiter}
+                found[label] = one = measure(sides, order, args.rounds)
+                beside = {f"theirs {k}": v for k, v in one.get("reference", {}).items()}
+                table.row(label, {**one["ours"], **beside, **{k: one[k] for k in ("ratio", "agree") if k in one}})
+    shape = frame.shown(args, ("depth", "vocab", "seq", "dtype", "examples", "rounds", "run_dir"))
+    print(json.dumps(summary(found), indent=1))
+    return {"shape": shape, "all": summary(found), "tasks": found}

@@ -1,27 +1,28 @@
 """What a compiled train step makes a GPU do, kernel by kernel, and the least time that the chip needs for it.
 
-    JAX_PLATFORMS=cpu python -m nanochat_jax.bench kernels --depth 24 --rows 16 --gpu h200 [--precision fp8]
-
-The step is compiled for the GPU, which need not be here (`targets.py`), and the optimised program is read: of every
-kernel the bytes that it must move and the FLOPs of its products. Its floor is the larger of the two over what the chip
-reaches in practice. The sum is a prediction in which every kernel runs at its floor: a ranking of where time goes, and
-no measurement. `bench train --profile` measures.
+The step is compiled for the GPU, which need not be here (`planning/targets.py`), and the optimised program is read: of
+every kernel the bytes that it must move and the FLOPs of its products. Its floor is the larger of the two over what the
+chip reaches in practice. The sum is a prediction in which every kernel runs at its floor: a ranking of where time goes,
+and no measurement. `bench train --profile` measures.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
 import re
-import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nanochat_jax.bench.step import RecipeStep, add_shape, recipe_accumulation
+from nanochat_jax.bench import frame
+from nanochat_jax.bench.step import RecipeStep
+from nanochat_jax.cli import count, positive
+from nanochat_jax.config import MeshConfig, ModelConfig
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model import attention, scaling
+from nanochat_jax.planning import targets
 
 ACCUMULATION = 2  # micro-batches of the compiled step
 
@@ -36,6 +37,7 @@ _ARRAY = re.compile(r"(pred|[subf]+\d+\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "iota", "while", "call"}
 _SLICING = {"dynamic-slice", "slice", "gather"}
+_UPDATE = {"dynamic-update-slice": 1, "scatter": -1}  # written in place -> which operand holds what is written
 
 
 def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -56,14 +58,26 @@ class Instruction:
     operands: list[str]
     text: str
 
-    def called(self, kind: str) -> str | None:
-        found = re.search(rf"{kind}=%?([\w.\-]+)", self.text)
-        return found.group(1) if found else None
+    def find(self, pattern: str) -> str:
+        """The first group of a pattern in the text, or ""."""
+        found = re.search(pattern, self.text)
+        return found[1] if found else ""
+
+    def called(self, kind: str) -> str:
+        return self.find(rf"{kind}=%?([\w.\-]+)")
 
     @property
     def scope(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found.group(1) if found else ""
+        return self.find(r'op_name="([^"]*)"')
+
+    @property
+    def is_product(self) -> bool:
+        return "matmul" in self.text and self.op == "custom-call"
+
+    @property
+    def is_attention(self) -> bool:
+        """cuDNN's, or one of flash.py's kernels."""
+        return self.op == "custom-call" and ("fmha" in self.text or "flash_window_" in self.scope)
 
 
 @dataclass
@@ -80,10 +94,13 @@ class Kernel:
 
     def floor(self, bandwidth: float, gpu: str) -> float:
         """Seconds of one launch at best."""
-        rate = ATTENTION[gpu] if self.operand == "attention" else 0.0
-        if self.flops and not rate:
+        seconds = self.bytes / (REACHED * bandwidth)
+        if self.operand == "attention":
+            seconds = max(seconds, self.flops / ATTENTION[gpu])
+        elif self.flops:
             rate = next(r for part, r in PRODUCTS[gpu].items() if self.operand.startswith(part))
-        return max(self.bytes / (REACHED * bandwidth), self.flops / rate if rate else 0.0) + LAUNCH
+            seconds = max(seconds, self.flops / rate)
+        return seconds + LAUNCH
 
 
 @dataclass
@@ -95,134 +112,116 @@ class Program:
 
     @classmethod
     def parse(cls, text: str) -> Program:
-        program, name = cls(), None
+        program, body = cls(), None
         for line in text.splitlines():
-            head = re.match(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", line)
-            if head:
-                name = head.group(2)
-                program.computations[name] = []
-                program.entry = name if head.group(1) else program.entry
+            if head := re.match(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+                body = program.computations[head[2]] = []
+                program.entry = head[2] if head[1] else program.entry
             elif line == "}":
-                name = None
-            elif name and (found := _INSTRUCTION.match(line)):
-                args = found.group(4)
-                operands = re.findall(r"%([\w.\-]+)", args[: args.find(")")])
-                program.computations[name].append(
-                    Instruction(found.group(1), found.group(2), found.group(3), operands, line)
-                )
+                body = None
+            elif body is not None and (found := _INSTRUCTION.match(line)):
+                operands = re.findall(r"%([\w.\-]+)", found[4][: found[4].find(")")])
+                body.append(Instruction(found[1], found[2], found[3], operands, line))
         return program
 
-    def kernels(self, name: str | None = None, times: int = 1, looped: bool = False) -> Iterator[Kernel]:
-        """Every launch of a computation, those in loops as often as they run."""
+    def inner(self, i: Instruction) -> list[Instruction]:
+        """The instructions of the computation that one calls."""
+        return self.computations.get(i.called("calls") or i.called("to_apply"), [])
+
+    def kernels(self, name: str = "", times: int = 1, looped: bool = False) -> Iterator[Kernel]:
+        """Every launch of a computation (the entry), those in loops as often as they run."""
         body = self.computations[name or self.entry]
         types = {i.name: i.type for i in body}
         for i in body:
             if i.op == "while":
-                count = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.text)
-                yield from self.kernels(i.called("body"), times * (int(count.group(1)) if count else 1), True)
+                trips = int(i.find(r'"known_trip_count":\{"n":"(\d+)"') or 1)
+                yield from self.kernels(i.called("body"), times * trips, True)
             elif i.op in ("call", "async-start") and i.called("calls"):
                 yield from self.kernels(i.called("calls"), times, looped)
             elif i.op not in _FREE and not i.op.endswith("-done"):
                 yield self._kernel(i, types, times, looped)
 
     def _kernel(self, i: Instruction, types: dict[str, str], times: int, looped: bool) -> Kernel:
-        inner = self.computations.get(i.called("calls") or "", [])
+        inner = self.computations.get(i.called("calls"), [])
         if inner:
-            moved = self._moved(i, inner, types)
+            moved = fusion_bytes(i, inner, types)
         elif i.op in _SLICING:
             moved = 2 * size(i.type)
         else:
             moved = size(i.type) + sum(size(types[o]) for o in i.operands if o in types)
         kernel = Kernel(i.name, part_of(i, inner), times, looped, moved)
-        if is_attention(i):
+        if i.is_attention:
             kernel.flops, kernel.operand = attention_flops(i, types), "attention"
-        elif "matmul" in i.text and i.op == "custom-call":
-            kind, left = arrays(types[i.operands[0]])[0]
-            kernel.flops, kernel.operand = product_flops(i, left, arrays(i.type)[0][1]), kind
-        else:
-            shapes = {j.name: arrays(j.type)[0] for j in inner if arrays(j.type)}
-            for j in inner:
-                if j.op == "dot":
-                    kind, left = shapes[j.operands[0]]
-                    kernel.flops += product_flops(j, left, shapes[j.name][1])
-                    kernel.operand = kind
+            return kernel
+        products = [i] if i.is_product else [j for j in inner if j.op == "dot"]
+        types = types if i.is_product else {j.name: j.type for j in inner}
+        for j in products:
+            kernel.operand, left = arrays(types[j.operands[0]])[0]
+            kernel.flops += product_flops(j, left, arrays(j.type)[0][1])
         return kernel
 
-    @staticmethod
-    def _moved(i: Instruction, inner: list[Instruction], types: dict[str, str]) -> int:
-        """Bytes that a fusion reads and writes; of what it slices or updates in place, the slices alone."""
-        users = defaultdict(list)
-        for j in inner:
-            for o in j.operands:
-                users[o].append(j)
-        total = 0
-        for j in inner:
-            if j.op == "parameter":
-                place = int(re.search(r"parameter\((\d+)\)", j.text).group(1))
-                used = users[j.name]
-                whole = size(types.get(i.operands[place], j.type)) if place < len(i.operands) else size(j.type)
-                if used and all(u.op in _SLICING and u.operands[0] == j.name for u in used):
-                    whole = min(whole, sum(size(u.type) for u in used))
-                if used and all(u.op in ("dynamic-update-slice", "scatter") and u.operands[0] == j.name for u in used):
-                    whole = 0
-                total += whole
-        written = size(i.type)
-        by_name = {j.name: j for j in inner}
-        for j in inner:
-            if j.op in ("dynamic-update-slice", "scatter"):
-                update = by_name.get(j.operands[-1 if j.op == "scatter" else 1])
-                if update is not None:
-                    written = min(written, 2 * size(update.type))
-        return total + written
+
+def fusion_bytes(i: Instruction, inner: list[Instruction], types: dict[str, str]) -> int:
+    """Bytes that a fusion reads and writes; of what it slices or updates in place, the slices alone."""
+    users, by_name = defaultdict(list), {j.name: j for j in inner}
+    for j in inner:
+        for o in j.operands:
+            users[o].append(j)
+    read, written = 0, size(i.type)
+    for j in inner:
+        if j.op == "parameter":
+            place = int(j.find(r"parameter\((\d+)\)"))
+            used = users[j.name]
+            first = bool(used) and all(u.operands[0] == j.name for u in used)
+            whole = size(types.get(i.operands[place], j.type)) if place < len(i.operands) else size(j.type)
+            if first and all(u.op in _SLICING for u in used):
+                whole = min(whole, sum(size(u.type) for u in used))
+            elif first and all(u.op in _UPDATE for u in used):
+                whole = 0
+            read += whole
+        elif j.op in _UPDATE and (update := by_name.get(j.operands[_UPDATE[j.op]])):
+            written = min(written, 2 * size(update.type))
+    return read + written
 
 
 def product_flops(i: Instruction, left: tuple[int, ...], out: tuple[int, ...]) -> float:
     """2 x the elements of the result x the length of what is summed over, of a dot or a cuBLAS call."""
-    found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', i.text)
-    over = [int(d) for d in re.findall(r"\d+", found.group(1))]
-    return 2.0 * math.prod(out) * math.prod(left[d] for d in over)
-
-
-def is_attention(i: Instruction) -> bool:
-    """cuDNN's, or one of flash.py's kernels."""
-    return i.op == "custom-call" and ("fmha" in i.text or "flash_window_" in i.scope)
+    over = re.findall(r"\d+", i.find(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)'))
+    return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in over)
 
 
 def attention_flops(i: Instruction, types: dict[str, str]) -> float:
     """Of causal attention with its window, of pairs that are seen alone: 2 products forward, 5 backward by cuDNN; by
     flash.py 3 for dq and 4 for dk and dv, as both make the scores and their gradient anew."""
-    shape = arrays(types[i.operands[0]])[0][1]  # (B, T, H, N)
-    batch, time, heads, n = shape
-    admitted = re.search(r'sliding_window_length"?:\s*"?(\d+)', i.text)
-    before = re.search(r"flash_window_(\d+)", i.scope)
-    w = min(int(before.group(1)) + 1 if before else int(admitted.group(1)) if admitted else 0, time) or time
+    batch, time, heads, n = arrays(types[i.operands[0]])[0][1]  # (B, T, H, N)
+    before = i.find(r"flash_window_(\d+)")
+    window = int(before) + 1 if before else int(i.find(r'sliding_window_length"?:\s*"?(\d+)') or 0)
+    w = min(window, time) or time
     pairs = w * time - w * (w - 1) / 2
-    kernel = re.search(r'name = "(flash_\w+)"', i.text)
-    products = {"flash_dq": 3, "flash_dkv": 4}.get(kernel.group(1) if kernel else "", 5 if "Backward" in i.text else 2)
+    by_cudnn = 5 if "Backward" in i.text else 2
+    products = {"flash_dq": 3, "flash_dkv": 4}.get(i.find(r'name = "(flash_\w+)"'), by_cudnn)
     return 2 * products * batch * heads * n * pairs
 
 
 def part_of(i: Instruction, inner: Sequence[Instruction]) -> str:
     """Which part of the step a kernel belongs to, by the names of the scopes that it was traced in."""
-    scopes = Counter(j.scope for j in (i, *inner) if j.scope)
-    names = " ".join(scopes)
-    product = any(j.op == "dot" for j in inner) or "matmul" in i.text and i.op == "custom-call"
-    if is_attention(i):
+    if i.is_attention:
         return "attention"
+    scopes = " ".join(j.scope for j in (i, *inner))
     for name in ("optimizer", "loss", "embedding", "attention"):
-        if re.search(rf"[/(]{name}[/)]", names):
+        if re.search(rf"[/(]{name}[/)]", scopes):
             return name
     if i.op.startswith(("all-", "reduce-scatter", "collective")):
         return "communication"
-    return "products" if product else "elementwise"
+    return "products" if i.is_product or any(j.op == "dot" for j in inner) else "elementwise"
 
 
-def with_accumulation(kernels: Sequence[Kernel], count: int) -> list[Kernel]:
-    """The kernels of a step that was compiled for ACCUMULATION micro-batches, as often as with `count` of them."""
-    return [dataclasses.replace(k, times=k.times * count // ACCUMULATION) if k.looped else k for k in kernels]
+def with_accumulation(kernels: Sequence[Kernel], micro_batches: int) -> list[Kernel]:
+    """The kernels of a step that was compiled for ACCUMULATION micro-batches, as often as with so many of them."""
+    return [replace(k, times=k.times * micro_batches // ACCUMULATION) if k.looped else k for k in kernels]
 
 
-def table(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, dict]:
+def by_part(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, dict]:
     """part -> launches, gigabytes, teraflops and the floor's seconds, of a whole step."""
     out: dict[str, dict] = {}
     for k in kernels:
@@ -236,70 +235,47 @@ def table(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, di
 
 def compiled_text(args: argparse.Namespace) -> str:
     """The optimised program of the step for the GPU."""
-    from nanochat_jax.config import MeshConfig
-    from nanochat_jax.mesh import sharding
-    from nanochat_jax.model import attention
-    from nanochat_jax.planning import targets
-
-    mesh = sharding.make_mesh(MeshConfig(), targets.devices(args.gpu))
-    options = {name: getattr(args, name) for name in ("seq", "vocab", "pattern", "precision")}
-    step = RecipeStep(args.depth, mesh, kind=args.gpu, **options)
+    step = RecipeStep.of(args, sharding.make_mesh(MeshConfig(), targets.devices(args.gpu)), kind=args.gpu)
     if args.attention:
         with targets.tracing(args.gpu):
             attention.choose(attention.shapes_of(step.cfg, args.seq, step.dtype), args.rows, Path(), args.attention)
-    return step.lower(args.rows, ACCUMULATION).compile().as_text()
+    return step.lower(args.rows, ACCUMULATION).compile().as_text() or ""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench kernels", description=__doc__.split("\n\n")[0])
-    add_shape(p, depth=24, rows=16, seq=2048, precision="bfloat16")
-    p.add_argument("--accumulation", type=int, help="micro-batches of a step; default: as the recipe's batch wants")
+def recipe_accumulation(args: argparse.Namespace) -> int:
+    """Micro-batches of the recipe's batch on one device."""
+    cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
+    return max(1, scaling.plan(cfg, ratio=12.0).batch_tokens // (args.rows * args.seq))
+
+
+def options(p: argparse.ArgumentParser) -> None:
+    frame.add_shape(p, depth=24, rows=16, seq=2048, precision="bfloat16")
+    p.add_argument(
+        "--accumulation", type=positive, help="micro-batches of a step; default: as the recipe's batch wants"
+    )
     p.add_argument("--gpu", choices=sorted(PRODUCTS), default="h100")
     p.add_argument("--attention", choices=("cudnn", "flash", "blocks"), help="the backend; default: cudnn")
-    p.add_argument("--top", type=int, default=12, help="how many of the longest kernels are named")
-    p.add_argument("--hlo", help="a file of an optimised program, instead of compiling one")
-    p.add_argument("--dump", help="write the optimised program there")
-    args = p.parse_args(argv)
-    from nanochat_jax.errors import UserError
-    from nanochat_jax.planning import targets
+    p.add_argument("--top", type=count, default=12, help="how many of the longest kernels are named")
+    p.add_argument("--hlo", type=Path, help="a file of an optimised program, instead of compiling one")
+    p.add_argument("--dump", type=Path, help="write the optimised program there")
 
-    try:
-        if args.hlo:
-            with open(args.hlo, encoding="utf-8") as f:
-                text = f.read()
-        else:
-            text = compiled_text(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+
+def run(args: argparse.Namespace) -> dict:
+    text = args.hlo.read_text() if args.hlo else compiled_text(args)
     if args.dump:
-        with open(args.dump, "w", encoding="utf-8") as f:
-            f.write(text)
-    count = args.accumulation or recipe_accumulation(args.depth, args.rows, args.seq, args.vocab)
-    kernels, bandwidth = with_accumulation(list(Program.parse(text).kernels()), count), targets.GPUS[args.gpu].bandwidth
-    parts = table(kernels, bandwidth, args.gpu)
+        args.dump.write_text(text)
+    bandwidth, accumulation = targets.GPUS[args.gpu].bandwidth, args.accumulation or recipe_accumulation(args)
+    kernels = with_accumulation(list(Program.parse(text).kernels()), accumulation)
+    parts = by_part(kernels, bandwidth, args.gpu)
     seconds = sum(row["seconds"] for row in parts.values())
-    tokens = count * args.rows * args.seq
-    print(f"d{args.depth}, {count} x {args.rows} rows of {args.seq} on a {args.gpu}, every kernel at its floor")
-    print(f"{'':14} {'launches':>8} {'GB':>8} {'TFLOP':>8} {'ms':>8} {'share':>6}")
+    print(f"d{args.depth}, {accumulation} x {args.rows} rows of {args.seq} on a {args.gpu}, every kernel at its floor")
+    table = frame.Table()
     for name, row in sorted(parts.items(), key=lambda item: -item[1]["seconds"]):
-        figures = f"{row['launches']:8} {row['gb']:8.2f} {row['tflop']:8.2f} {1e3 * row['seconds']:8.2f}"
-        print(f"{name:14} {figures} {100 * row['seconds'] / seconds:5.1f}%")
-    print(f"{'':14} {1e3 * seconds:.1f} ms, {tokens / seconds:,.0f} tokens/s at best")
-    longest = sorted(kernels, key=lambda k: -k.times * k.floor(bandwidth, args.gpu))[: args.top]
-    for k in longest:
-        each = k.floor(bandwidth, args.gpu)
-        print(f"  {k.part:12} {k.name:40} {k.times:4} x {1e6 * each:8.1f} us  {k.bytes / 1e6:9.1f} MB")
-    print(
-        json.dumps(
-            {
-                "depth": args.depth,
-                "rows": args.rows,
-                "precision": args.precision,
-                "gpu": args.gpu,
-                "parts": parts,
-                "seconds": seconds,
-            }
-        )
-    )
-    return 0
+        table.row(name, {**row, "share": row["seconds"] / seconds})
+    tokens = accumulation * args.rows * args.seq
+    print(f"{1e3 * seconds:.1f} ms, {tokens / seconds:,.0f} tokens/s at best; the longest kernels:")
+    table = frame.Table()
+    for k in sorted(kernels, key=lambda k: -k.times * k.floor(bandwidth, args.gpu))[: args.top]:
+        figures = {"times": k.times, "us each": 1e6 * k.floor(bandwidth, args.gpu), "MB": k.bytes / 1e6}
+        table.row(f"{k.part} {k.name}", figures)
+    return {**frame.shown(args, ("depth", "rows", "precision", "gpu")), "parts": parts, "seconds": seconds}

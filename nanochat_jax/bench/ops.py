@@ -1,7 +1,5 @@
 """The parts of a train step one by one, each against its roofline on this very device.
 
-    python -m nanochat_jax.bench ops --depth 12 --rows 16 [--precision fp8] [--only attention,loss]
-
 The roofline is the larger of two times: a part's FLOPs at the rate of a large matrix product in the same precision, and
 the bytes that it cannot but move at the rate of a large copy; both rates are measured first. Where a part has a
 backward pass, it is in. The functions are the model's own, at the shapes that a step of this depth gives them.
@@ -10,18 +8,17 @@ backward pass, it is in. The functions are the model's own, at the shapes that a
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nanochat_jax import devices
-from nanochat_jax.bench import race
-from nanochat_jax.bench.step import add_shape
+from nanochat_jax.bench import frame
 from nanochat_jax.config import GPTConfig, MeshConfig, ModelConfig, OptimConfig
 from nanochat_jax.kernels import fp8
 from nanochat_jax.kernels.fused import add_and_norm, relu_squared, rotate_and_norm
@@ -36,6 +33,11 @@ ROUNDS, SECONDS = 5, 0.1  # a figure is the best of so many rounds, each of abou
 LARGE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}  # the ceiling's matrices
 
 
+def options(p: argparse.ArgumentParser) -> None:
+    frame.add_shape(p, depth=12 if jax.default_backend() != "cpu" else 4, rows=8, seq=2048)
+    p.add_argument("--only", default="", help="parts whose names begin so, several after commas")
+
+
 @dataclass(frozen=True)
 class Part:
     """A function with its arguments, and what it cannot do without: FLOPs of its products, bytes to and from memory."""
@@ -47,22 +49,27 @@ class Part:
     bytes: float
 
 
+def fastest(call: Callable[[], Any], calls: int = 1) -> float:
+    """Seconds of one call, back to back: the best of ROUNDS rounds of so many calls, compiled before."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - began) / calls)
+    return min(times)
+
+
 def seconds_of(run: Callable, args: tuple) -> float:
-    """Of one call, compiled as within a step, back to back."""
+    """Of one call, compiled as within a step."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     f = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
     jax.block_until_ready(f(*args))
     began = time.perf_counter()
     jax.block_until_ready(f(*args))
-    calls = max(1, int(SECONDS / (time.perf_counter() - began)))
-    best = float("inf")
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
-        for _ in range(calls):
-            out = f(*args)
-        jax.block_until_ready(out)
-        best = min(best, (time.perf_counter() - began) / calls)
-    return best
+    return fastest(lambda: f(*args), max(1, int(SECONDS / (time.perf_counter() - began))))
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -73,25 +80,21 @@ def ceilings(dtype, eight_bits: bool) -> tuple[float, float]:
     """(FLOP/s of a large product, bytes/s of a large copy), both measured."""
     n = LARGE[devices.platform()]
     a, b = normal(0, (n, n), dtype), normal(1, (n, n), dtype)
-    if eight_bits:
-        a, b = fp8.quantize(a), fp8.quantize(b)
-        run = partial(fp8.dot, contract=(1, 1))
-    else:
-        run = product
-    return 2 * n**3 / seconds_of(run, (a, b)), copy_rate(16 * n * n)
+    args: tuple = (fp8.quantize(a), fp8.quantize(b)) if eight_bits else (a, b)
+    run = partial(fp8.dot, contract=(1, 1)) if eight_bits else product
+    return 2 * n**3 / seconds_of(run, args), copy_rate(16 * n * n)
 
 
 def copy_rate(size: int) -> float:
     """Bytes/s, read and written, of an array of `size` bytes that is overwritten: new memory has a price on a CPU."""
     add, big = jax.jit(lambda x: x + 1, donate_argnums=0), jnp.zeros((size // 4,), jnp.float32)
-    best = float("inf")
-    for _ in range(1 + ROUNDS):
-        began = time.perf_counter()
-        for _ in range(4):
-            big = add(big)
-        big.block_until_ready()
-        best = min(best, (time.perf_counter() - began) / 4)
-    return 2 * size / best
+
+    def step() -> jax.Array:
+        nonlocal big
+        big = add(big)
+        return big
+
+    return 2 * size / fastest(step, 4)
 
 
 def total(f: Callable) -> Callable:
@@ -117,8 +120,8 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
         yield Part(f"product {name}", total(multiply), (a, w), 6.0 * M * inner * out, 2 * (a.nbytes + w.nbytes))
     q = normal(3, (rows, T, H, N), dtype)
     for shape in attention.shapes_of(cfg, T, dtype):
-        w = T if shape.window is None else shape.window + 1
-        flops = 14.0 * rows * H * N * (w * T - w * (w - 1) / 2)
+        seen = T if shape.window is None else shape.window + 1
+        flops = 14.0 * rows * H * N * (seen * T - seen * (seen - 1) / 2)
         for backend in attention.takers(shape):
             name = f"attention {'of all' if shape.window is None else shape.window} {backend}"
             attend = partial(attention.causal_attention, window=shape.window, backend=backend)
@@ -155,12 +158,8 @@ def optimizer_parts(cfg: GPTConfig, dtype) -> Iterator[Part]:
     yield Part("optimizer AdamW of a table", adam.update, (table, adam.init(table), table), 0.0, moved)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench ops", description=__doc__.split("\n\n")[0])
-    add_shape(p, depth=12 if jax.default_backend() != "cpu" else 4, rows=8, seq=2048)
-    p.add_argument("--only", default="", help="parts whose names begin so, several after commas")
-    args = p.parse_args(argv)
-    race.wait_for_turn()
+def run(args: argparse.Namespace) -> dict:
+    frame.wait_for_turn()
     eight_bits = args.precision == "fp8"
     dtype = devices.training_dtype("bfloat16" if eight_bits else args.precision)
     model = ModelConfig(depth=args.depth, sequence_len=args.seq, window_pattern=args.pattern)
@@ -168,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     kind = jax.devices()[0].device_kind
     flops, copied = ceilings(dtype, eight_bits)
     print(f"{kind}, {args.precision}: a product reaches {flops / 1e12:.2f} TFLOP/s, a copy {copied / 1e9:.0f} GB/s")
-    print(f"{'':28} {'ms':>9} {'at best':>9} {'reached':>7}")
-    found = {}
+    table, found = frame.Table(), {}
     for part in parts(cfg, args.rows, dtype, eight_bits):
         if not part.name.startswith(tuple(args.only.split(","))):
             continue
@@ -180,8 +178,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         best = max(part.flops / flops, part.bytes / copied)
         found[part.name] = {"seconds": seconds, "best": best, "flops": part.flops, "bytes": part.bytes}
-        print(f"{part.name:28} {1e3 * seconds:9.3f} {1e3 * best:9.3f} {best / seconds:7.0%}", flush=True)
-    shape = {name: getattr(args, name) for name in ("depth", "rows", "seq", "vocab", "pattern", "precision")}
-    ceiling = {"flops": flops, "bytes": copied}
-    print(json.dumps({"device": kind, "shape": shape, "ceilings": ceiling, "parts": found}))
-    return 0
+        table.row(part.name, {"ms": 1e3 * seconds, "at best": 1e3 * best, "reached": best / seconds})
+    shape = frame.shown(args, ("depth", "rows", "seq", "vocab", "pattern", "precision"))
+    return {"device": kind, "shape": shape, "ceilings": {"flops": flops, "bytes": copied}, "parts": found}

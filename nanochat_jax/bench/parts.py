@@ -8,7 +8,7 @@ name, or counted as other.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -29,13 +29,8 @@ _BY_NAME = (
 def parts_of_program(text: str) -> dict[str, str]:
     """Instruction -> part, over all computations of an optimised program."""
     program = Program.parse(text)
-    bodies = program.computations
-    return {
-        i.name: part_of(i, bodies.get(i.called("calls") or i.called("to_apply") or "", []))
-        for body in bodies.values()
-        for i in body
-        if i.op not in _CONTAINERS
-    }
+    found = (i for body in program.computations.values() for i in body if i.op not in _CONTAINERS)
+    return {i.name: part_of(i, program.inner(i)) for i in found}
 
 
 def events(trace: Path):
@@ -55,7 +50,7 @@ def events(trace: Path):
 
 def by_part(trace: Path, program: str, steps: int) -> dict[str, float]:
     """Part -> seconds of a step, summed over streams or threads, the largest first; of a trace of `steps` steps."""
-    parts, seconds = parts_of_program(program), defaultdict(float)
+    parts, seconds = parts_of_program(program), Counter[str]()
     named = {re.sub(r"[.\-]", "_", name): part for name, part in parts.items()}
     containers = re.compile(rf"({'|'.join(_CONTAINERS)})(\.\d+)?$")
     for op, kernel, duration in events(trace):
@@ -65,4 +60,4 @@ def by_part(trace: Path, program: str, steps: int) -> dict[str, float]:
         if part is None:
             part = next((p for pattern, p in _BY_NAME if re.search(pattern, kernel.lower())), "other")
         seconds[part] += duration / steps
-    return dict(sorted(seconds.items(), key=lambda item: -item[1]))
+    return dict(seconds.most_common())

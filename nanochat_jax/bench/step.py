@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
 
 from nanochat_jax import devices
+from nanochat_jax.bench import frame
 from nanochat_jax.config import ModelConfig, OptimConfig
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import scaling
@@ -17,28 +19,14 @@ from nanochat_jax.model.gpt import graph_of
 from nanochat_jax.planning import targets
 from nanochat_jax.training import loop, optim
 
-PRECISIONS = ("auto", "float32", "bfloat16", "fp8")
 STEPS = 1000  # of the schedules; what a step costs does not depend on it
-
-
-def add_shape(
-    parser: argparse.ArgumentParser, *, depth: int, rows: int, seq: int, precision: str = "auto", several=False
-) -> None:
-    """The options that say what a step is; the arguments are their defaults. several: precisions after commas."""
-    parser.add_argument("--depth", type=int, default=depth)
-    parser.add_argument("--rows", type=int, default=rows, help="of a micro-batch")
-    parser.add_argument("--seq", type=int, default=seq, help="tokens of a row")
-    parser.add_argument("--vocab", type=int, default=32768)
-    parser.add_argument("--pattern", default="SSSL", help="of the layers' windows: S a quarter of a row, L all of it")
-    choices = None if several else PRECISIONS
-    parser.add_argument("--precision", choices=choices, default=precision, help="of the products; fp8 beside bfloat16")
 
 
 class RecipeStep:
     """A train step with the recipe's optimizer on a mesh; `kind` names a GPU of `targets` that is not here.
 
-    precision: of the matrix products, one of PRECISIONS. batch_tokens (None: the recipe's), steps and lr_scale are for
-    rates and schedules, where losses count.
+    precision: of the matrix products, one of frame.PRECISIONS. batch_tokens (None: the recipe's), steps and lr_scale
+    are for rates and schedules, where losses count.
     """
 
     def __init__(
@@ -62,7 +50,14 @@ class RecipeStep:
         rates, batch = OptimConfig(lr_scale=lr_scale), self.plan.batch_tokens
         self.schedules = optim.make_schedules(rates, steps, self.plan.weight_decay, "modern")
         self.optimizer = optim.make_optimizer(self.cfg, rates, self.schedules, batch, self.dtype, mesh)
-        self.jitted = loop.make_step(graph_of(self.cfg, self.dtype, self.eight_bits), self.optimizer, self.dtype, mesh)
+        self.jitted: Any = loop.make_step(
+            graph_of(self.cfg, self.dtype, self.eight_bits), self.optimizer, self.dtype, mesh
+        )
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, mesh, **more) -> RecipeStep:
+        """The step that the options of `frame.add_shape` describe."""
+        return cls(args.depth, mesh, **{**frame.shown(args, ("seq", "vocab", "pattern", "precision")), **more})
 
     def init(self, params=None) -> loop.TrainState:
         return loop.init_state(self.cfg, self.optimizer, 0, self.mesh, params)
@@ -82,9 +77,3 @@ class RecipeStep:
         array = jax.ShapeDtypeStruct(shape, np.int32, sharding=self.split)
         with targets.tracing(self.kind) if self.kind else contextlib.nullcontext():
             return self.jitted.lower(self.abstract_state, {"tokens": array, "targets": array})
-
-
-def recipe_accumulation(depth: int, rows: int, seq: int, vocab: int) -> int:
-    """Micro-batches of the recipe's batch on one device."""
-    cfg = scaling.gpt_config(ModelConfig(depth=depth, sequence_len=seq), vocab)
-    return max(1, scaling.plan(cfg, ratio=12.0).batch_tokens // (rows * seq))

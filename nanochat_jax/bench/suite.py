@@ -1,11 +1,8 @@
 """Everything that is measured on a machine, one after the other, within a few minutes; results as they come.
 
-    python -m nanochat_jax.bench suite --minutes 8 --out results --reference DIR --reference-python ENV/bin/python
-    python -m nanochat_jax.bench suite --list
-
 Each entry is a command of its own, so that what one breaks the others do not feel. On a GPU they compile beside each
 other first, as most of their time is that, and then have the device in turns; races, and all on a CPU, come one by one.
-An entry that would not end in time is left out and named. `results/results.jsonl` has a line for each: the command, how
+An entry that would not end in time is left out and named. results.jsonl in --out has a line for each: the command, how
 it ended, its last line of JSON.
 """
 
@@ -24,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.bench import race
+from nanochat_jax.bench import frame
 
 
 @dataclass(frozen=True)
@@ -65,63 +62,54 @@ CPU = (
 
 
 class Started:
-    """An entry's process: it compiles, and waits for its turn (`race.wait_for_turn`) where it has a folder for it."""
+    """An entry's process: it compiles, and waits for its turn (`frame.wait_for_turn`) where it has a folder for it."""
 
-    def __init__(self, entry: Entry, out: Path, reference: list[str], turn: Path | None = None):
-        self.entry, self._turn = entry, turn
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read in `finish`)
-        command = [sys.executable, "-m", "nanochat_jax.bench", *shlex.split(entry.command.format(out=out))]
-        command += reference if entry.races else []
-        self.command, env = shlex.join(command[3:]), dict(os.environ)
+    def __init__(self, entry: Entry, args: argparse.Namespace, turn: Path | None):
+        self.entry, self._turn, env = entry, turn, dict(os.environ)
+        words = shlex.split(entry.command.format(out=args.out))
+        if entry.races and args.reference:
+            words += ["--reference", args.reference, "--reference-python", args.reference_python]
+        self.command = shlex.join(words)
         if entry.flags:
             env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {entry.flags}".strip()
         if turn:
-            turn.mkdir()
-            env |= {race.TURN: str(turn), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        pipes = {"stdout": self._said, "stderr": subprocess.STDOUT, "env": env}
+            turn.mkdir(parents=True)
+            env |= {frame.TURN: str(turn), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read in `finish`)
         # a session of its own, so that it ends with all of its workers
-        self._process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "nanochat_jax.bench", *words],
+            stdout=self._said,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
 
     @property
     def compiled(self) -> bool:
-        return self._process.poll() is not None or (self._turn / "compiled").exists()
+        return self._turn is None or self._process.poll() is not None or (self._turn / "compiled").exists()
 
     def finish(self, timeout: float) -> dict:
         """Gives it its turn and waits for its end; its output is shown. Its record."""
         entry, began = self.entry, time.perf_counter()
-        record = {"name": entry.name, "command": self.command, "result": None}
+        record: dict = {"name": entry.name, "command": self.command, "result": None}
         record |= {"flags": entry.flags} if entry.flags else {}
+        print(f"— {entry.name}", flush=True)
         if self._turn:
             (self._turn / "go").touch()
         try:
             record["ended"] = f"status {self._process.wait(timeout)}"
         except subprocess.TimeoutExpired:
-            self.kill()
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
             record["ended"] = f"stopped after {timeout:.0f} s"
         self._said.seek(0)
         lines = self._said.read().splitlines()
         record["seconds"] = round(time.perf_counter() - began, 1)
         if self._process.returncode == 0:
             record["result"] = json.loads(lines.pop())
-        print("\n".join(lines), flush=True)
+        print("\n".join([*lines, f"{entry.name}: {record['ended']}, {record['seconds']:.0f} s"]), flush=True)
         return record
-
-    def kill(self) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-
-def start(entries: Sequence[Entry], out: Path, reference: list[str], turns: Path | None, end: float) -> list[Started]:
-    """The entries' processes; with a folder for turns, when all have compiled beside each other, or `end` is near."""
-    found = [Started(entry, out, reference, turns and turns / str(i)) for i, entry in enumerate(entries)]
-    if turns:
-        began = time.monotonic()
-        deadline = (began + end) / 2
-        while time.monotonic() < deadline and not all(s.compiled for s in found):
-            time.sleep(0.1)
-        late = ", ".join(s.entry.name for s in found if not s.compiled)
-        print(f"compiled in {time.monotonic() - began:.0f} s" + (f", but for {late}" if late else ""), flush=True)
-    return found
 
 
 def waves(entries: Sequence[Entry], gpu: bool, reference: bool) -> list[list[Entry]]:
@@ -130,43 +118,55 @@ def waves(entries: Sequence[Entry], gpu: bool, reference: bool) -> list[list[Ent
     return [[e for e in entries if e not in by_itself], *([e] for e in by_itself)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m nanochat_jax.bench suite", description=__doc__.split("\n\n")[0])
+def that_fit(wave: Sequence[Entry], end: float) -> list[Entry]:
+    """The entries that end in time, one after the other; the others are named."""
+    fit: list[Entry] = []
+    for entry in wave:
+        left = end - time.monotonic() - sum(e.seconds for e in fit)
+        if left >= entry.seconds:
+            fit.append(entry)
+        else:
+            print(f"{entry.name}: left out, {left:.0f} s are left and it may take {entry.seconds:.0f}", flush=True)
+    return fit
+
+
+def wait_for_compiled(started: Sequence[Started], end: float) -> None:
+    """Returns when all have compiled beside each other, or half of the time to `end` is over."""
+    began = time.monotonic()
+    while time.monotonic() < (began + end) / 2 and not all(s.compiled for s in started):
+        time.sleep(0.1)
+    late = ", ".join(s.entry.name for s in started if not s.compiled)
+    print(f"compiled in {time.monotonic() - began:.0f} s" + (f", but for {late}" if late else ""), flush=True)
+
+
+def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--minutes", type=float, default=8, help="beside the reference a GPU wants some 14, a CPU 17")
     p.add_argument("--out", default="bench", help="a folder for results and traces")
     p.add_argument("--only", default="", help="entries whose names begin so, several after commas")
     p.add_argument("--list", action="store_true", help="say what would run")
-    race.add_reference(p)
-    args = p.parse_args(argv)
-    entries = [e for e in (GPU if on_gpu() else CPU) if e.name.startswith(tuple(args.only.split(",")))]
+    frame.add_reference(p)
+
+
+def run(args: argparse.Namespace) -> None:
+    gpu = on_gpu()
+    entries = [e for e in (GPU if gpu else CPU) if e.name.startswith(tuple(args.only.split(",")))]
     if args.list:
         print("\n".join(f"{e.name:16} at most {e.seconds:4.0f} s  {e.command}" for e in entries))
-        return 0
-    out, end = Path(args.out), time.monotonic() + 60 * args.minutes
+        return
+    out, end, failed = Path(args.out), time.monotonic() + 60 * args.minutes, 0
     out.mkdir(parents=True, exist_ok=True)
-    reference = []
-    if args.reference:
-        reference = ["--reference", args.reference, "--reference-python", args.reference_python]
-    failed, gpu = 0, on_gpu()
     with open(out / "results.jsonl", "a", encoding="utf-8") as results, tempfile.TemporaryDirectory() as turns:
-        for i, wave in enumerate(waves(entries, gpu, bool(reference))):
-            fit = []
-            for entry in wave:
-                left = end - time.monotonic() - sum(e.seconds for e in fit)
-                if left < entry.seconds:
-                    asked = f"{left:.0f} s are left and it may take {entry.seconds:.0f}"
-                    print(f"{entry.name}: left out, {asked}", flush=True)
-                else:
-                    fit.append(entry)
-            (Path(turns) / str(i)).mkdir()
-            for started in start(fit, out, reference, Path(turns) / str(i) if gpu else None, end):
-                print(f"— {started.entry.name}", flush=True)
-                record = started.finish(min(started.entry.seconds, max(1, end - time.monotonic())))
+        for wave in waves(entries, gpu, bool(args.reference)):
+            started = [Started(e, args, Path(turns, e.name) if gpu else None) for e in that_fit(wave, end)]
+            if gpu:
+                wait_for_compiled(started, end)
+            for one in started:
+                record = one.finish(min(one.entry.seconds, max(1, end - time.monotonic())))
                 failed += record["result"] is None
-                print(f"{record['name']}: {record['ended']}, {record['seconds']:.0f} s", flush=True)
                 results.write(json.dumps(record) + "\n")
                 results.flush()
-    return 1 if failed else 0
+    if failed:
+        raise SystemExit(1)
 
 
 def on_gpu() -> bool:

@@ -102,5 +102,5 @@ def test_the_floor_is_the_slower_of_memory_and_arithmetic():
     assert many.floor(3.35e12, "h100") == pytest.approx(1e12 / 700e12 + kernels.LAUNCH)
     eight = kernels.Kernel("c", "products", 1, False, bytes=10**6, flops=1e12, operand="f8e4m3fn")
     assert eight.floor(3.35e12, "h100") < many.floor(3.35e12, "h100")
-    rows = kernels.table([few, many], 3.35e12, "h100")
+    rows = kernels.by_part([few, many], 3.35e12, "h100")
     assert rows["products"]["launches"] == 2 and rows["products"]["tflop"] == pytest.approx(1.001)
