@@ -79,9 +79,6 @@ def examine(path: Path, step: str, suffix: str | None) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------ the commands
-
-
 def ls(console: Console, found: list[dict]) -> dict:
     table = _table("stage", "step", "saved", "size", "last metrics", "state")
     for c in found:

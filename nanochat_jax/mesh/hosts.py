@@ -41,8 +41,6 @@ def start(environ: Mapping[str, str] = os.environ, say: Callable[[str], None] | 
     cluster = detect(environ)
     if cluster is None:
         return None
-    if _watch:
-        raise RuntimeError("hosts.start was called twice")
     _watch = Watch(cluster, timeout)
     try:
         _join_jax(cluster, timeout)

@@ -92,8 +92,6 @@ class Watch:
     def who(self, process: int) -> str:
         return f"host {self.names.get(process, '?')} (process {process})"
 
-    # ------------------------------------------------------------------------------------------ coming together
-
     def _listen(self, cluster: Cluster, deadline: float, timeout: float) -> None:
         """Process 0: takes the others in."""
         port, dual = cluster.port + 1, socket.has_dualstack_ipv6()
@@ -155,8 +153,6 @@ class Watch:
         link.socket.settimeout(None)
         self.names = dict(enumerate(answer["welcome"]))
 
-    # ------------------------------------------------------------------------------------------------- watching
-
     def _read(self, process: int) -> None:
         try:
             while (message := self._links[process].receive()) is not None:
@@ -198,8 +194,6 @@ class Watch:
             stream.flush()
         if self.log:
             self.log(text)
-
-    # -------------------------------------------------------------------------------------------------- meeting
 
     def meet(self, name: str, value, timeout: float | None = None) -> list:
         """Waits until every process has come to `name`; their values by process. queue.Empty after `timeout` s."""

@@ -11,7 +11,15 @@ from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.model.scaling import gpt_config
 
-REFERENCE_KEYS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "window_pattern")
+# our sizes, which the reference names as we do -> transformers' names
+SIZES = {
+    "vocab_size": "vocab_size",
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "sequence_len": "max_position_embeddings",
+}
 CLASSIC = gpt_config(ModelConfig(arch="classic"), 0)  # for its constants
 # what config.json must say, and what it means where it says nothing
 FIXED = {
@@ -31,13 +39,8 @@ def transformers_config(cfg: GPTConfig) -> dict:
     return {
         "architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat",
-        "vocab_size": cfg.vocab_size,
-        "hidden_size": cfg.n_embd,
+        **{theirs: getattr(cfg, ours) for ours, theirs in SIZES.items()},
         "intermediate_size": 4 * cfg.n_embd,
-        "num_hidden_layers": cfg.n_layer,
-        "num_attention_heads": cfg.n_head,
-        "num_key_value_heads": cfg.n_kv_head,
-        "max_position_embeddings": cfg.sequence_len,
         "rope_parameters": {"rope_type": "default", "rope_theta": cfg.rope_base},
         **FIXED,
     }
@@ -48,7 +51,7 @@ def reference_config(cfg: GPTConfig) -> dict:
     return {
         "architectures": ["GPT"],
         "model_type": "nanochat-modern",
-        "model_config": {key: getattr(cfg, key) for key in REFERENCE_KEYS},
+        "model_config": {key: getattr(cfg, key) for key in (*SIZES, "window_pattern")},
     }
 
 
@@ -59,16 +62,9 @@ def from_transformers(config: dict) -> tuple[ModelConfig, int]:
     for key, value in {**fixed, "intermediate_size": 4 * config["hidden_size"]}.items():
         if said.get(key) != value:
             raise UserError(f"config.json has {key}={said.get(key)}; this project's classic architecture has {value}")
-    heads = config["num_attention_heads"]
-    model = ModelConfig(
-        arch="classic",
-        depth=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        head_dim=config["hidden_size"] // heads,
-        n_kv_head=config.get("num_key_value_heads") or heads,
-        sequence_len=config["max_position_embeddings"],
-    )
-    return model, config["vocab_size"]
+    config = {"num_key_value_heads": config["num_attention_heads"], **config}
+    sizes = {ours: config[theirs] for ours, theirs in SIZES.items()}
+    return from_reference_config({**sizes, "window_pattern": None}, ())
 
 
 def from_reference_config(config: dict, names: Collection[str]) -> tuple[ModelConfig, int]:

@@ -32,9 +32,6 @@ from tokenizer.tokenizer import MODEL_FILE
 TENSORS = "model.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------- writing
-
-
 def write_folder(
     folder: Path, params: Mapping, cfg: GPTConfig, tok: Tokenizer, notes: dict[str, str], dtype: str = "float32"
 ) -> None:
@@ -68,9 +65,6 @@ def _write_tokenizer(folder: Path, tok: Tokenizer, length: int) -> None:
 
 def _write_json(path: Path, value: dict) -> None:
     atomic_write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-# ------------------------------------------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,11 @@ import numpy as np
 
 from nanochat_jax.errors import UserError
 
-STORAGES = {
-    "DoubleStorage": np.float64,
-    "FloatStorage": np.float32,
-    "HalfStorage": np.float16,
-    "BFloat16Storage": ml_dtypes.bfloat16,
-}
+FLOATS = {"Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16}
 
 
 class _Unpickler(pickle.Unpickler):
-    """`known`: (module, name) -> what stands for it; `storage`: (type, key) -> a flat array of PyTorch's."""
+    """`known`: (module, name) -> what stands for it; `storage`: name -> the bytes of a flat array of PyTorch's."""
 
     def __init__(self, file, known: dict, storage=None):
         super().__init__(file)
@@ -38,7 +33,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid
-        return self._storage(dtype, key)[:numel]
+        return np.frombuffer(self._storage(key), dtype)[:numel]
 
 
 def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) -> np.ndarray:
@@ -48,18 +43,14 @@ def _tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_) ->
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a file that torch.save made of a state dict. UserError."""
-    known = {("torch", name): dtype for name, dtype in STORAGES.items()}
+    known: dict = {("torch", f"{name}Storage"): dtype for name, dtype in FLOATS.items()}
     known |= {("collections", "OrderedDict"): OrderedDict, ("torch._utils", "_rebuild_tensor_v2"): _tensor}
     try:
         with zipfile.ZipFile(path) as archive:
             (record,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             folder = record.removesuffix("data.pkl")
-
-            def storage(dtype, key: str) -> np.ndarray:
-                return np.frombuffer(archive.read(f"{folder}data/{key}"), dtype)
-
             with archive.open(record) as file:
-                state = _Unpickler(file, known, storage).load()
+                state = _Unpickler(file, known, lambda key: archive.read(f"{folder}data/{key}")).load()
         return {name.removeprefix("_orig_mod."): array for name, array in state.items()}
     except Exception as e:  # of a pickle that is none, anything
         raise UserError(f"{path} is not a state dict that PyTorch saved ({e})") from None

@@ -382,8 +382,7 @@ def test_classic_weights_under_the_references_names(run, exported, tmp_path):
             name = name.replace(ours, its)
         named[name] = array
     cfg = load_model(run).model.cfg
-    keys = [key for key in configs.REFERENCE_KEYS if key != "window_pattern"]
-    config = {"model_config": {key: getattr(cfg, key) for key in keys}}
+    config = {"model_config": {key: getattr(cfg, key) for key in configs.SIZES}}
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "config.json").write_text(json.dumps(config))
     files = {name: f"part{i % 2}.safetensors" for i, name in enumerate(named)}
