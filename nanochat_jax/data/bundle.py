@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from nanochat_jax.data import hub
-from nanochat_jax.data.web import Web
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, part_of, read_json
 
@@ -80,17 +79,21 @@ def find_data(bundle: Path, task: CoreTask) -> tuple[Path | None, bool]:
     return (others[0], True) if others else (None, False)
 
 
-def core_bundle(cache_dir: Path, on_block: Callable[[int], None] | None = None) -> tuple[Path, dict]:
+def core_bundle(cache_dir: Path, on_block: Callable[[int], object] = lambda n: None) -> tuple[Path, dict]:
     """The bundle's folder in the cache, fetched unless it is there, and {"url", "size", "sha256"} of its archive.
 
     UserError in one line where the archive is not to be had, is damaged, or is no bundle.
     """
     folder = Path(cache_dir) / FOLDER
     if not is_bundle(folder):
+        from huggingface_hub import get_hf_file_metadata
+
         archive = folder.with_name("eval_bundle.zip")
-        hub.fetch(URL, archive, Web(), on_block=on_block, server="the server", advice=ADVICE)
+        size = hub.retrying(URL, lambda: get_hf_file_metadata(URL, token=False).size, ADVICE)
+        hub.fetch(URL, archive, size=size, on_block=on_block, advice=ADVICE)
         note = archive.with_name(archive.name + ".json")
-        source = {"url": URL, **{name: read_json(note)[name] for name in ("size", "sha256")}}
+        known = read_json(note) or {}
+        source = {"url": URL, "size": known.get("size"), "sha256": known.get("sha256")}
         _unpack(archive, folder, source)
         archive.unlink(missing_ok=True)
         note.unlink(missing_ok=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
 from nanochat_jax.data.bundle import core_bundle, find_data, is_bundle, load_tasks
-from nanochat_jax.data.hub import ELSEWHERE, Stopped, is_whole, task_table
+from nanochat_jax.data.hub import ELSEWHERE, Stopped, is_whole, part_of, task_table
 from nanochat_jax.data.registry import LISTING, HubDocuments, HubFile
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
@@ -20,46 +22,44 @@ from nanochat_jax.files import read_json
 def download(documents: HubDocuments, workers: int) -> str:
     """Fetches what is missing of the documents' files, several at a time. A line that says what was done.
 
-    UserError where the disk is too full for it, before anything is fetched, or where a file is not to be had; the
-    others are then stopped too. What came stays, and the next call goes on from there.
+    UserError where the disk is too full for it, before anything is fetched, or where a file cannot be had; the other
+    downloads are then stopped too. What came stays, and the next call resumes it.
     """
     files = documents.files()
     missing = [f for f in files if not is_whole(documents.path(f), f.size, f.sha256)]
-    size, here = sum(f.size or 0 for f in missing), sum(_parts(documents.path(f)) for f in missing)
+    parts = [part for f in missing if (part := part_of(documents.path(f))).is_file()]
+    size, here = sum(f.size or 0 for f in missing), _bytes(parts)
     _check_room(documents.folder, size - here)
-    began, came, stop, lock = time.perf_counter(), 0, threading.Event(), threading.Lock()
-    with _bar(size, here, len(missing)) as advance, ThreadPoolExecutor(workers) as pool:
+    began, stop = time.perf_counter(), threading.Event()
+    with _bar(disable=not missing) as bar, ThreadPoolExecutor(workers) as pool:
+        task = bar.add_task(f"{len(missing)} files", total=size or None, completed=here)
 
-        def watch(n: int) -> None:
-            nonlocal came
+        def on_block(n: int) -> None:
             if stop.is_set():
                 raise Stopped
-            with lock:
-                came += n
-            advance(n)
+            bar.advance(task, n)
 
         def fetch(file: HubFile) -> None:
             try:
-                documents.fetch(file, watch)
+                documents.fetch(file, on_block)
             except BaseException:
                 stop.set()
                 raise
 
-        jobs = [pool.submit(fetch, f) for f in files]
         try:
-            for job in as_completed(jobs):
-                with suppress(Stopped):  # the one for whose failure it was stopped comes too
+            for job in as_completed([pool.submit(fetch, f) for f in files]):
+                with suppress(Stopped):  # the failure for which the others were stopped is raised too
                     job.result()
-        except BaseException:  # Ctrl-C too: those under way end at their next block
+        except BaseException:  # Ctrl-C too: downloads end at their next block
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    seconds = max(time.perf_counter() - began, 1e-9)
-    whole = sum(documents.path(f).stat().st_size for f in files)
+    seconds, came = time.perf_counter() - began, bar.tasks[task].completed - here
     rate = f" at {came / seconds / 1e6:.1f} MB/s" if came else ""
     return (
-        f"{documents.repo}: {len(files) - 1} training files and 1 for validation, {whole / 1e9:.2f} GB in "
-        f"{documents.folder}; {came / 1e9:.2f} GB of it fetched now{rate}"
+        f"{documents.repo}: {len(files) - 1} training files and 1 for validation, "
+        f"{_gigabytes([documents.path(f) for f in files])} in {documents.folder}; "
+        f"{came / 1e9:.2f} GB of it fetched now{rate}"
     )
 
 
@@ -74,17 +74,13 @@ def download_tables(tables: list[tuple[str, str | None, str]], cache_dir: Path) 
 
 def download_core(cache_dir: Path) -> str:
     """Fetches the CORE bundle into the cache that runs read. A line on it."""
-    with _bar(0, 0, 1) as advance:
-        folder, source = core_bundle(cache_dir, on_block=advance)
+    with _bar() as bar:
+        task = bar.add_task("the CORE bundle", total=None)
+        folder, source = core_bundle(cache_dir, on_block=lambda n: bar.advance(task, n))
     tasks = load_tasks(folder)
     have = sum(find_data(folder, task)[0] is not None for task in tasks)
     came = f"; from {source['url']}, SHA-256 {source['sha256']}, which its publisher does not state" if source else ""
     return f"CORE: {have} of {len(tasks)} tasks have their data in {folder}{came}"
-
-
-def _parts(path: Path) -> int:
-    part = path.with_name(path.name + ".part")
-    return part.stat().st_size if part.is_file() else 0
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -101,34 +97,26 @@ def _check_room(folder: Path, needed: int) -> None:
         )
 
 
-@contextmanager
-def _bar(size: int, here: int, n_files: int):
-    """A progress bar on stderr while there is something to fetch; gives what moves it on by so many bytes."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
+def _bar(disable: bool = False) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr), disable=not n_files) as progress:
-        task = progress.add_task(f"{n_files} files", total=size or None, completed=here)
-        yield lambda n: progress.advance(task, n)
-
-
-# ------------------------------------------------------------------------------------------------------- ls
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=disable)
 
 
 def contents(cache_dir: Path) -> list[str]:
     """A line on each dataset in the cache: its files that are whole, those that are half here, and their bytes."""
     lines = []
     for folder in sorted(p for p in cache_dir.glob("*") if p.is_dir()):
-        listed = sum(len(read_json(p)) for p in folder.rglob(LISTING))
+        listed = [entry for path in folder.rglob(LISTING) for entry in read_json(path) or ()]
         files = [p for p in folder.rglob("*") if p.is_file()]
-        parts = [p for p in files if p.suffix == ".part"]
-        notes = [p for p in files if p.suffix == ".json" and p.with_suffix("").is_file()]
-        whole = [p.with_suffix("") for p in notes if read_json(p).get("size") == p.with_suffix("").stat().st_size]
         if listed:
+            notes = [p for p in files if p.suffix == ".json" and p.with_suffix("").is_file()]
+            whole = [
+                p.with_suffix("") for p in notes if (read_json(p) or {}).get("size") == _bytes([p.with_suffix("")])
+            ]
+            parts = [p for p in files if p.suffix == ".part"]
             half = f", {len(parts)} half here ({_gigabytes(parts)})" if parts else ""
             name = folder.name.replace("--", "/", 1)
-            lines.append(f"{name}: {len(whole)} of {listed} files whole ({_gigabytes(whole)}){half}")
+            lines.append(f"{name}: {len(whole)} of {len(listed)} files whole ({_gigabytes(whole)}){half}")
         elif tables := [p for p in files if p.suffix == ".arrow"]:
             lines.append(f"{folder.name.replace('___', '/', 1)}: {len(tables)} tables ({_gigabytes(tables)})")
         elif is_bundle(folder):
@@ -136,5 +124,9 @@ def contents(cache_dir: Path) -> list[str]:
     return lines
 
 
+def _bytes(files: list[Path]) -> int:
+    return sum(p.stat().st_size for p in files)
+
+
 def _gigabytes(files: list[Path]) -> str:
-    return f"{sum(p.stat().st_size for p in files) / 1e9:.2f} GB"
+    return f"{_bytes(files) / 1e9:.2f} GB"

@@ -1,148 +1,150 @@
-"""Datasets of the Hugging Face hub: files that resume and are checked, tables through `datasets`.
+"""Downloads that resume and are checked, and tables through `datasets`.
 
-A download goes to `<name>.part` and is taken up there after a break; its size and, where the hub states one, its
-SHA-256 are checked before it gets its name. What was downloaded once is not asked for again: the hub may be away. A
-file whose size or time of change is not as noted is read, and fetched again where its SHA-256 is not as noted either.
+The requests are huggingface_hub's, with its mirrors, tokens, offline mode and retries. Its `hf_hub_download` starts a
+file again after a kill and compares only the size, so `fetch` writes to `<name>.part`, resumes that, and compares
+size and SHA-256 before the file gets its name. A note beside the file, `<name>.json`, says what was found: then the
+file is used without a request, and read again only where its time of change is another.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock
 
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 
-TRIES = 5
-BLOCK = 8 << 20  # bytes read at a time
+TRIES = 3
 OFFLINE = (
     "without a network, run `python -m nanochat_jax.data download` where there is one and copy runs/cache/hub"
     " here, set data.dir to a folder that has the data, or leave data.source out for the embedded data"
 )
 ELSEWHERE = "make room, or name another folder by data.cache_dir (--to of the download command)"
-LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
-
-
-def hub_filesystem():
-    """The hub's datasets as an fsspec file system; paths are datasets/<owner>/<name>/<file>."""
-    from huggingface_hub import HfFileSystem
-
-    return HfFileSystem()
+T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Raised by the one who watches a download, to end it; what came stays in the part file."""
+    """Raised by `on_block` of a download to end it; what came stays in the part file."""
 
 
 def fetch(
-    source: str,
+    url: str,
     target: Path,
-    fs=None,
     *,
     size: int | None = None,
     sha256: str | None = None,
-    on_block: Callable[[int], None] | None = None,
-    **words: str,
+    on_block: Callable[[int], object] = lambda n: None,
+    advice: str = OFFLINE,
 ) -> Path:
-    """`target`, downloaded from the path `source` unless it is there and whole. UserError where that fails.
+    """`target`, downloaded from `url` unless it is there and whole. UserError, ending in `advice`, where that fails.
 
-    size, sha256: what it must have, where the caller knows; else what the hub says now. on_block(bytes) is called for
-    every block that comes, and while another process downloads; what it raises ends the download. words: those of
-    `asking`.
+    size, sha256: what the file must have, where that is known. on_block(bytes) is called for every block that comes,
+    and while another process downloads the same file; what it raises ends the download.
     """
-    watch = on_block or (lambda n: None)
-    note = target.with_name(target.name + ".json")
     try:
-        if is_whole(target, size, sha256, trust_time=True):  # then nothing is written: the cache may be read-only
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target.with_name(f".{target.name}.lock"), watch):
-            digest = (read_json(note) or {}).get("sha256") or sha256
-            if not is_whole(target, size, sha256):
-                digest = _download(source, target, fs or hub_filesystem(), size, sha256, watch, words)
-            found = target.stat()
-            now = {"size": found.st_size, "sha256": digest, "mtime_ns": found.st_mtime_ns}
-            if now != read_json(note):
-                atomic_write_json(note, now)
+        if not is_whole(target, size, sha256):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _lock(target, on_block):
+                if not is_whole(target, size, sha256):
+                    _download(url, target, size, sha256, on_block, advice)
     except OSError as e:
-        if e.errno not in (errno.EROFS, errno.EACCES) or not is_whole(target, size, sha256):
-            raise UserError(f"cannot write to {target.parent} ({e.strerror or e}); {ELSEWHERE}") from None
+        raise UserError(f"cannot write to {target.parent} ({e.strerror or e}); {ELSEWHERE}") from None
     return target
 
 
-def is_whole(target: Path, size: int | None = None, sha256: str | None = None, trust_time: bool = False) -> bool:
-    """Whether a file is as it was noted, or as the list of files says. Reads it where its time of change is not the
-    noted one, or says no with `trust_time`."""
+def is_whole(target: Path, size: int | None, sha256: str | None) -> bool:
+    """Whether a file is as noted, or without a note as the arguments say. Reads it where its time of change is new."""
     known = read_json(target.with_name(target.name + ".json")) or {"size": size, "sha256": sha256}
     if not known["sha256"] or (sha256 and sha256 != known["sha256"]) or not target.is_file():
         return False
     found = target.stat()
-    if known["size"] is not None and found.st_size != known["size"]:
+    if found.st_size != known["size"]:
         return False
-    return found.st_mtime_ns == known.get("mtime_ns") or (not trust_time and _sha256(target) == known["sha256"])
+    if found.st_mtime_ns == known.get("mtime_ns"):
+        return True
+    if _sha256(target) != known["sha256"]:
+        return False
+    with contextlib.suppress(OSError):  # the cache may be read-only
+        _note(target, found, known["sha256"])
+    return True
 
 
-@contextlib.contextmanager
-def _alone(path: Path, watch: Callable[[int], None]) -> Iterator[None]:
-    """Waits until no other process or thread is inside for this path: two would append to one part file."""
-    import fcntl
-
-    with open(path, "a") as f:
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                watch(0)
-                time.sleep(0.1)
-            except OSError:  # file systems without locks
-                break
-            else:
-                break
-        yield
+def part_of(target: Path) -> Path:
+    """Where the bytes of an unfinished download are."""
+    return target.with_name(target.name + ".part")
 
 
-def _download(source: str, target: Path, fs, size, sha256: str | None, watch: Callable, words: dict) -> str:
-    """Downloads, checks, and gives the file its name. Its SHA-256."""
-    part = target.with_name(target.name + ".part")
-    if size is None:
-        info = asking(source, lambda: fs.info(source), **words)
-        size, sha256 = info["size"], sha256 or (info.get("lfs") or {}).get("sha256")
+def _note(target: Path, found: os.stat_result, sha256: str) -> None:
+    note = {"size": found.st_size, "sha256": sha256, "mtime_ns": found.st_mtime_ns}
+    atomic_write_json(target.with_name(target.name + ".json"), note)
+
+
+def _lock(target: Path, on_block: Callable[[int], object]) -> contextlib.AbstractContextManager:
+    """Held by one thread of one process at a time: two would append to one part file."""
+    try:
+        lock = FileLock(target.with_name(f".{target.name}.lock"))
+        return lock.acquire(poll_interval=0.1, cancel_check=lambda: bool(on_block(0)))
+    except NotImplementedError:  # a file system without locks
+        return contextlib.nullcontext()
+
+
+class _Progress:
+    """What huggingface_hub takes for a progress bar."""
+
+    def __init__(self, update: Callable[[int], object]):
+        self.update = update
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+
+def _download(
+    url: str, target: Path, size: int | None, sha256: str | None, on_block: Callable[[int], object], advice: str
+) -> None:
+    """Downloads what the part file lacks, checks the file, and gives it its name and its note."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    part = part_of(target)
+    headers = build_hf_headers(token=None if url.startswith(f"{constants.ENDPOINT}/") else False)
+    headers["Accept-Encoding"] = "identity"  # compressed bytes cannot be resumed
 
     def attempt() -> str:
-        _append(fs, source, part, size, watch)
-        digest, got = _sha256(part), part.stat().st_size
-        if got < size:
-            raise OSError(f"it ended at byte {got} of {size}")  # the next attempt goes on from there
-        if got != size or (sha256 and digest != sha256):
+        if size is not None and part.is_file() and part.stat().st_size > size:
             part.unlink()
-            raise OSError("what came is not what the hub has, or had when it was listed")
+        on_block(0)
+        with open(part, "ab") as f:
+            http_get(
+                url,
+                f,
+                resume_size=f.tell(),
+                headers=headers,
+                expected_size=size,
+                tqdm_class=lambda **kwargs: _Progress(on_block),  # type: ignore[arg-type]  # it calls whatever it gets
+            )
+            f.flush()
+            os.fsync(f.fileno())  # a power cut must not leave the whole name with half its bytes
+        digest = _sha256(part)
+        if sha256 and digest != sha256:
+            part.unlink()
+            raise ValueError("what came is not what the hub has, or had when it was listed")
         return digest
 
-    digest = asking(source, attempt, **words)
+    digest = retrying(url, attempt, advice)
+    _note(target, part.stat(), digest)  # first: who finds the file need not read it
     os.replace(part, target)
-    return digest
-
-
-def _append(fs, source: str, part: Path, size: int, watch: Callable[[int], None]) -> None:
-    """Downloads what `part` lacks."""
-    have = part.stat().st_size if part.is_file() else 0
-    if have > size:
-        part.unlink()
-        have = 0
-    watch(0)
-    with fs.open(source, "rb", size=size) as remote, open(part, "ab") as local:
-        remote.seek(have)
-        while block := remote.read(BLOCK):
-            local.write(block)
-            watch(len(block))
-        local.flush()
-        os.fsync(local.fileno())  # a power cut must not leave a whole name with half its bytes
 
 
 def _sha256(path: Path) -> str:
@@ -150,34 +152,35 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def asking(what: str, ask: Callable, pause: float = 1.0, server: str = "the hub", advice: str = OFFLINE):
-    """ask(), tried again with growing pauses where that may help. UserError where it fails for good: what `server` has
-    not got or will not give, and what to do then."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
+def retrying(url: str, ask: Callable[[], T], advice: str = OFFLINE) -> T:
+    """ask(), retried with growing pauses where that may help. UserError where the server does not give `url`; OSError
+    where the disk is what fails."""
+    from huggingface_hub import errors
 
-    for attempt in range(TRIES):
+    absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
+    for attempt in range(1, TRIES + 1):
         try:
             return ask()
         except Stopped:
             raise
-        except FileNotFoundError:
-            raise UserError(f"{server} has no {what}; {advice}") from None
         except Exception as e:
-            reason = (str(e).splitlines() or [""])[0][:120]
-            if getattr(e, "errno", None) in LOCAL_ERRORS:
-                raise UserError(f"cannot keep {what} ({e.strerror}); {ELSEWHERE}") from None
+            if isinstance(e, OSError) and e.errno is not None:  # of the disk: errors of the network have no number
+                raise
             status = getattr(getattr(e, "response", None), "status_code", None)
-            hopeless = isinstance(e, OfflineModeIsEnabled) or status in (401, 403, 404)
-            if hopeless or attempt == TRIES - 1:
-                raise UserError(f"cannot get {what} ({type(e).__name__}: {reason}); {advice}") from None
-            time.sleep(pause * 2**attempt)
+            if (isinstance(e, absent) and not isinstance(e, errors.GatedRepoError)) or status in (404, 410):
+                raise UserError(f"the server has no {url}; {advice}") from None
+            if attempt == TRIES or isinstance(e, errors.OfflineModeIsEnabled) or status in (401, 403):
+                reason = (str(e).splitlines() or [""])[0][:120]
+                raise UserError(f"cannot get {url} ({type(e).__name__}: {reason}); {advice}") from None
+        time.sleep(2 ** (attempt - 1))
+    raise AssertionError("the last try returns or raises")
 
 
 def task_table(repo: str, config: str | None, split: str, cache_dir: Path):
     """The rows of a dataset's split, by index; `repo` may be a folder of the same layout. UserError.
 
-    What is in the cache is taken from there without a word to the hub, which `datasets` would ask first, and without a
-    network only after half a minute of trying.
+    What is in the cache is taken from there first: `datasets` would ask the hub, and without a network only give up
+    after half a minute.
     """
     import datasets
     from datasets.packaged_modules.cache.cache import Cache

@@ -1,7 +1,7 @@
-"""Datasets of the hub as documents: the files of each, which are training and which validation, fetched in their turn.
+"""Datasets of the hub as documents, whose files are fetched as the walk over them gets there.
 
-The list of a dataset's files is kept in the cache beside them. It is what they are compared with, so that a run and the
-rows packed from it do not change where the dataset does: remove `listing.json` to have what is new.
+The list of a dataset's files and its commit are kept in the cache beside them, in `listing.json`. So a run, and the
+rows packed from it, do not change where the dataset does; remove that file to have what is new.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,27 +26,27 @@ NAMED = {  # name -> (dataset, folder of it): what data.hub_pretrain takes besid
     "fineweb_edu": ("karpathy/fineweb-edu-100b-shuffle", None),
     "fineweb": ("HuggingFaceFW/fineweb", "sample/100BT"),
 }
-AHEAD = 4  # files fetched beside the walk over those before them
+PREFETCH = 4  # files fetched while those before them are read
 LISTING = "listing.json"
 
 
 @dataclass(frozen=True)
 class HubFile:
     name: str  # its path in the dataset
-    size: int | None  # None, here and below: the hub did not say
-    sha256: str | None
+    size: int | None
+    sha256: str | None  # None: a small file, of which the hub keeps none
+    revision: str = "main"  # the commit; older listings do not say it
 
 
 @dataclass(frozen=True)
 class HubDocuments(Documents):
-    """Files of a dataset, each fetched when it is its turn. `fs`: the hub, None for the real one."""
+    """Files of a dataset, each fetched when it is its turn."""
 
     repo: str
     train_files: tuple[HubFile, ...]
     val_file: HubFile
     folder: Path  # where they are kept
     column: str
-    fs: object = None
 
     @property
     def key(self) -> list:
@@ -59,20 +59,41 @@ class HubDocuments(Documents):
     def path(self, file: HubFile) -> Path:
         return self.folder / file.name
 
-    def fetch(self, file: HubFile, on_block: Callable[[int], None] | None = None) -> Path:
-        source = f"datasets/{self.repo}/{file.name}"
-        return hub.fetch(source, self.path(file), self.fs, size=file.size, sha256=file.sha256, on_block=on_block)
+    def fetch(self, file: HubFile, on_block: Callable[[int], object] = lambda n: None) -> Path:
+        from huggingface_hub import hf_hub_url
+
+        url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=file.revision)
+        return hub.fetch(url, self.path(file), size=file.size, sha256=file.sha256, on_block=on_block)
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        files = self.train_files if split == "train" else (self.val_file,)
-        for path in _ahead(self.fetch, files):
+        for path in self._fetched(self.train_files if split == "train" else (self.val_file,)):
             yield from pieces_of(path, self.column)
+
+    def _fetched(self, files: tuple[HubFile, ...]) -> Iterator[Path]:
+        """The files in order, the next ones fetched meanwhile. A failure is raised when it is that file's turn."""
+        stop = threading.Event()
+
+        def on_block(n: int) -> None:
+            if stop.is_set():
+                raise hub.Stopped
+
+        pool, pending = ThreadPoolExecutor(PREFETCH), deque[Future[Path]]()
+        try:
+            for file in files:
+                pending.append(pool.submit(self.fetch, file, on_block))
+                if len(pending) > PREFETCH:
+                    yield pending.popleft().result()
+            for job in pending:
+                yield job.result()
+        finally:  # also where the walk ends early
+            stop.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def hub_documents(
-    name: str, subfolder: str | None, n_shards: int, cache_dir: Path, *, column: str = "text", fs=None
+    name: str, subfolder: str | None, n_shards: int, cache_dir: Path, *, column: str = "text"
 ) -> HubDocuments:
-    """The first n_shards training files of a dataset and its validation file (`split_names`); nothing is fetched but
+    """The first n_shards training files of a dataset and its validation file (`split_names`). Nothing is fetched but
     the list of files, where it is not in the cache.
 
     name: owner/name, or a key of NAMED. subfolder: take only what is below it. UserError where there are not so many,
@@ -88,60 +109,42 @@ def hub_documents(
     if n_shards < 1:
         raise UserError(f"data.hub_shards={n_shards} (-n): it takes at least one training file")
     folder = Path(cache_dir) / repo.replace("/", "--")
-    files = {f.name: f for f in _listing(repo, subfolder, folder, fs)}
+    files = {f.name: f for f in _listing(repo, subfolder, folder)}
     train, val = split_names(list(files))
     if len(train) < n_shards:
         raise UserError(f"{repo} has {len(train)} training files; data.hub_shards={n_shards} (-n) asks for more")
-    return HubDocuments(repo, tuple(files[n] for n in train[:n_shards]), files[val], folder, column, fs)
+    return HubDocuments(repo, tuple(files[n] for n in train[:n_shards]), files[val], folder, column)
 
 
-def _listing(repo: str, subfolder: str, folder: Path, fs) -> list[HubFile]:
-    """The dataset's files of documents below a folder, by name, all of one kind: parquet where there is any, else JSON
-    lines, else text. Kept in the cache, so that a later run needs no network for it."""
+def _listing(repo: str, subfolder: str, folder: Path) -> list[HubFile]:
+    """The dataset's files of documents below a folder, by name; from the cache where they were listed before."""
     path = folder / subfolder / LISTING
     try:
         known = read_json(path)
         if known is None:
-            known = [asdict(f) for f in _ask(repo, subfolder, fs)]
+            known = [asdict(f) for f in _list(repo, subfolder)]
             atomic_write_json(path, known)
     except OSError as e:
         raise UserError(f"cannot write to {path.parent} ({e.strerror or e}); {hub.ELSEWHERE}") from None
     return [HubFile(**f) for f in known]
 
 
-def _ask(repo: str, subfolder: str, fs) -> list[HubFile]:
-    root = f"datasets/{repo}/"
-    below = root + subfolder + "/" if subfolder else root
-    found = hub.asking(below.rstrip("/"), lambda: (fs or hub.hub_filesystem()).find(below.rstrip("/"), detail=True))
-    kinds = {name: kind_of(name) for name in found}
-    kind = next((k for k in ("parquet", "lines", "text") if any(v and v[0] == k for v in kinds.values())), None)
-    if kind is None:
-        raise UserError(
-            f"{below} of the hub holds no .parquet, .jsonl or .txt files; see data.hub_pretrain, hub_folder"
-        )
-    return [
-        HubFile(name.split(root, 1)[1], info.get("size"), (info.get("lfs") or {}).get("sha256"))
-        for name, info in sorted(found.items())
-        if kinds[name] and kinds[name][0] == kind
-    ]
+def _list(repo: str, subfolder: str) -> list[HubFile]:
+    """Asks the hub. The files are all of one kind: parquet where there is any, else JSON lines, else text."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
+    api = HfApi()
 
-def _ahead(fetch: Callable, files: tuple[HubFile, ...]) -> Iterator[Path]:
-    """The files in order, each once it is here, while the next ones are fetched. A failure is raised in its turn."""
-    stop = threading.Event()
+    def ask() -> list[HubFile]:
+        commit = api.dataset_info(repo).sha or "main"
+        tree = api.list_repo_tree(repo, subfolder or None, recursive=True, revision=commit, repo_type="dataset")
+        entries = [entry for entry in tree if isinstance(entry, RepoFile)]
+        return [HubFile(e.path, e.size, e.lfs.sha256 if e.lfs else None, commit) for e in entries]
 
-    def watch(n: int) -> None:
-        if stop.is_set():
-            raise hub.Stopped
-
-    pool, pending = ThreadPoolExecutor(AHEAD), deque()
-    try:
-        for file in files:
-            pending.append(pool.submit(fetch, file, on_block=watch))
-            if len(pending) > AHEAD:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:  # also where the walk ends early
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+    url = f"{api.endpoint}/datasets/{repo}/{subfolder}".rstrip("/")
+    found = [(kind[0], file) for file in hub.retrying(url, ask) if (kind := kind_of(file.name))]
+    for wanted in ("parquet", "lines", "text"):
+        if files := [file for kind, file in found if kind == wanted]:
+            return sorted(files, key=lambda f: f.name)
+    raise UserError(f"{url} holds no .parquet, .jsonl or .txt files; see data.hub_pretrain, hub_folder")

@@ -70,6 +70,8 @@ def server(monkeypatch):
     here.breaks, here.asked = [], []
     here.url = f"http://127.0.0.1:{httpd.server_port}/eval_bundle.zip"
     monkeypatch.setattr(bundle, "URL", here.url)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr(hub.time, "sleep", lambda seconds: None)
     yield here
     httpd.shutdown()
