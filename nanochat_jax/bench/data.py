@@ -102,7 +102,7 @@ def worker(args: argparse.Namespace) -> None:
         frame.serve(answer)
 
 
-def cropped_by_reference(args: argparse.Namespace, job: Job, rows: int, side) -> dict:
+def cropped_by_reference(job: Job, rows: int, side) -> dict:
     """What the reference crops of the rows that we have, with our tokenizer and with its own."""
     if not rows:
         raise UserError("these documents make less than two shards of rows, too few to compare what is cropped")
@@ -131,23 +131,28 @@ def run(args: argparse.Namespace) -> dict:
         jobs = {
             n: Job(folder / str(n), documents, "train", tok, SEQ + 1, BUFFER, None, SHARD_ROWS) for n in args.workers
         }
-        packed = [pack_all(job, workers, text_bytes) for workers, job in jobs.items()]
+        packed, table = [], frame.Table()
+        for workers, job in jobs.items():
+            packed.append(pack_all(job, workers, text_bytes))
+            names = ("mb_per_second", "tokens_per_second", "cropped", "sequential_tokens_per_second")
+            table.row(f"packing, {workers} workers", {name: packed[-1][name] for name in names})
         one, first = packed[0], jobs[args.workers[0]]
         sequential = statistics.median(p["sequential_tokens_per_second"] for p in packed)
         # hours to GOAL tokens of rows on CORES cores like these: the longer of what tokenizes and what packs
         tokenizing = GOAL / (1 - one["cropped"]) / one["tokens_per_second"] / (CORES - 1) / 3600
         packing = GOAL / sequential / 3600
-        result = {"seq": SEQ, "buffer": BUFFER, "text_mb": text_bytes / 1e6, "packing": packed}
-        result |= {"sequential_tokens_per_second": sequential, "hours": max(tokenizing, packing)}
-        result |= {"tokenizing_hours": tokenizing, "packing_hours": packing, "cropped": one["cropped"]}
+        times = {"hours": max(tokenizing, packing), "tokenizing_hours": tokenizing, "packing_hours": packing}
+        frame.Table().row(f"10 G tokens of rows on {CORES} cores", times)  # where disk and memory keep up
+        result = {"seq": SEQ, "buffer": BUFFER, "text_mb": text_bytes / 1e6, "packing": packed, **times}
+        result |= {"sequential_tokens_per_second": sequential, "cropped": one["cropped"]}
         files = sorted(str(p.resolve()) for p in Path(args.dir or "", "pretrain").glob("*.parquet"))
         side = partial(frame.reference, "data", args, "float32", seq=SEQ, files=files)
         if args.reference:
-            result |= cropped_by_reference(args, first, one["full_rows"], side)
+            cropped = cropped_by_reference(first, one["full_rows"], side)
+            frame.Table().row(f"cropped of {one['full_rows']:,} rows", {"ours": one["full_cropped"], **cropped})
+            result |= cropped
         with frame.ready(frame.ours("data", args, packed=str(first.folder)), *side(lengths=None)) as sides:
-            result |= race(args, sides)
-    show(result)
-    return result
+            return result | race(args, sides)
 
 
 def race(args: argparse.Namespace, sides: tuple[frame.Side, ...]) -> dict:
@@ -161,6 +166,9 @@ def race(args: argparse.Namespace, sides: tuple[frame.Side, ...]) -> dict:
     rounds = frame.in_turns(args.rounds, {**turns, "step": partial(sides[0].ask, {"paced": PACED})})
     waited, used, seconds = np.asarray(rounds.pop("step")).T
     found = {name: frame.spread(rates) for name, rates in rounds.items()}
+    table = frame.Table()
+    for name, row in found.items():
+        table.row(f"loading, {name}", row)
     found["step"] = {
         "tokens": args.accumulation * args.rows * SEQ,
         "seconds": args.step_seconds,
@@ -169,31 +177,5 @@ def race(args: argparse.Namespace, sides: tuple[frame.Side, ...]) -> dict:
         "share_of_a_core": float(np.median(used / seconds)),
         "wait_share": float(np.median(waited / seconds)),
     }
+    frame.Table().row("a simulated step", found["step"])
     return found | frame.ratio(found)
-
-
-def show(result: dict) -> None:
-    table = frame.Table()
-    for p in result["packing"]:
-        names = ("mb_per_second", "tokens_per_second", "cropped", "sequential_tokens_per_second")
-        table.row(f"packing, {p['workers']} workers", {name: p[name] for name in names})
-    print(
-        f"10 G tokens of rows on {CORES} cores like these: {result['hours']:.2f} hours (tokenizing on {CORES - 1} "
-        f"{result['tokenizing_hours']:.2f}, packing on one {result['packing_hours']:.2f}; disk and memory keep up)"
-    )
-    if "reference_cropped" in result:
-        one = result["packing"][0]
-        print(
-            f"cropped of the first {one['full_rows']:,} rows: ours {one['full_cropped']:.3%}, the reference "
-            f"{result['reference_cropped_our_tokenizer']:.3%} with our tokenizer and "
-            f"{result['reference_cropped']:.3%} with its own"
-        )
-    table = frame.Table()
-    for name in ("ours", "reference"):
-        if name in result:
-            table.row(f"loading, {name}", result[name])
-    s = result["step"]
-    print(
-        f"a step of {s['tokens']:,} tokens in {s['seconds']} s: the loop waits {s['waited_ms']:.2f} ms, all threads "
-        f"use {s['processor_ms']:.2f} ms, {s['share_of_a_core']:.2%} of a core"
-    )

@@ -110,7 +110,8 @@ def worker(args: argparse.Namespace) -> None:
         return {"seconds": seconds, "bytes": step_bytes(engines[batch], batch, args.prompt + args.new // 2)}
 
     for batch in args.batch:
-        answer({"batch": batch, "new": args.new})
+        for new in (1, args.new):
+            answer({"batch": batch, "new": new})
     frame.compiled()
     frame.serve(answer)
 
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> dict:
         table = frame.Table()
         for batch in args.batch:
             for side in sides:
-                side.ask({"batch": batch, "new": args.new})  # a cache of this size
+                measure(side, batch, args)  # makes a cache of this size
             rounds = frame.in_turns(args.rounds, {s.name: partial(measure, s, batch, args) for s in sides})
             found = {}
             for name, mine in rounds.items():

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nanochat_jax import hugepages
+from nanochat_jax import processes
 from nanochat_jax.cli import positive
 from nanochat_jax.errors import UserError
 
@@ -101,7 +101,7 @@ def ours(what: str, args: argparse.Namespace, environment: dict[str, str] | None
     """Our side, the worker of benchmark `what`, with these options and `more`, in run_speedrun.py's environment."""
     order = json.dumps({**vars(args), **more})
     command = [sys.executable, "-m", "nanochat_jax.bench", what, "--worker", order]
-    return Side("ours", command, {**hugepages.environment(), **(environment or {})})
+    return Side("ours", command, {**processes.huge_pages_environment(), **(environment or {})})
 
 
 def reference(what: str, args: argparse.Namespace, precision: str, **more) -> list[Side]:

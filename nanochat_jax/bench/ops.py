@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from nanochat_jax import devices
 from nanochat_jax.bench import frame
 from nanochat_jax.config import GPTConfig, MeshConfig, ModelConfig, OptimConfig
-from nanochat_jax.kernels import fp8
-from nanochat_jax.kernels.fused import add_and_norm, relu_squared, rotate_and_norm
+from nanochat_jax.kernels import fp8, fused
 from nanochat_jax.kernels.products import product
 from nanochat_jax.kernels.segments import look_up
 from nanochat_jax.mesh import sharding
@@ -127,12 +126,14 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
             attend = partial(attention.causal_attention, window=shape.window, backend=backend)
             yield Part(name, total(attend), (q, q, q), flops, 6 * q.nbytes)
     rope = rotary_tables(jnp.arange(T), N, cfg.rope_base)
-    rotate = partial(rotate_and_norm, rope=rope, gain=cfg.qk_gain, eps=cfg.norm_eps)
+    rotate = partial(fused.rotate_and_norm, rope=rope, gain=cfg.qk_gain, eps=cfg.norm_eps)
     yield Part("elementwise RoPE and norm", total(rotate), (q,), 0.0, 2 * q.nbytes)
     y = normal(8, x.shape, dtype)
-    yield Part("elementwise residual, norm", total(partial(add_and_norm, eps=cfg.norm_eps)), (x, y), 0.0, 8 * x.nbytes)
+    yield Part(
+        "elementwise residual, norm", total(partial(fused.add_and_norm, eps=cfg.norm_eps)), (x, y), 0.0, 8 * x.nbytes
+    )
     up = normal(4, (M, 4 * D), dtype)
-    yield Part("elementwise relu squared", total(relu_squared), (up,), 0.0, 2 * up.nbytes)
+    yield Part("elementwise relu squared", total(fused.relu_squared), (up,), 0.0, 2 * up.nbytes)
     head, ids = normal(5, (V, D), dtype), jax.random.randint(jax.random.key(6), (M,), 0, cfg.vocab_size)
     nll = partial(loss.weighted_nll, vocab=cfg.vocab_size, softcap=cfg.softcap, eight_bits=eight_bits)
     gradient = jax.grad(lambda h, w: nll(h, w, ids, jnp.full((M,), 1.0 / M)), argnums=(0, 1))
