@@ -17,7 +17,7 @@ import json
 import sys
 from pathlib import Path
 
-from nanochat_jax import hugepages
+from nanochat_jax import processes
 from nanochat_jax.cli import command
 from nanochat_jax.config import check_same, dump_yaml, load_config
 from nanochat_jax.errors import Interrupted, UserError
@@ -186,5 +186,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    hugepages.restart()
+    processes.restart_with_huge_pages()
     sys.exit(main())

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nanochat_jax import hugepages
+from nanochat_jax import processes
 from nanochat_jax.cli import command
 from nanochat_jax.engine.calculator import CalculatorTool
 
@@ -198,5 +198,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    hugepages.restart()
+    processes.restart_with_huge_pages()
     sys.exit(main())

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_jax import hugepages
+from nanochat_jax import processes
 from nanochat_jax.cli import command
 from nanochat_jax.errors import UserError
 
@@ -92,5 +92,5 @@ def serve(args: argparse.Namespace, listening: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    hugepages.restart()
+    processes.restart_with_huge_pages()
     sys.exit(main())

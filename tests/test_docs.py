@@ -20,7 +20,7 @@ import pytest
 import evals.tasks
 import run_speedrun
 from conftest import ROOT
-from nanochat_jax import hugepages, onetext
+from nanochat_jax import onetext, processes
 from nanochat_jax.config import load_config
 
 PROGRAMS = ("uv", "pip", "git", "tmux", "ssh", "rsync", "sbatch", "kubectl", "sky", "docker", "JAX_PLATFORMS=cpu")
@@ -80,7 +80,8 @@ def start(words: list[str], monkeypatch) -> int:
         if "--stages" in args and "--run-dir" not in args:  # the default is in the checkout
             args += ["--run-dir", f"runs/{Path(args[args.index('--config') + 1]).stem}"]
         return run_speedrun.main(args)
-    monkeypatch.setattr(hugepages, "restart", lambda: None)  # it would put another process in this one's place
+    # It would put another process in this one's place.
+    monkeypatch.setattr(processes, "restart_with_huge_pages", lambda: None)
     name, args = (words[1], words[2:]) if words[0] == "-m" else (None, words[1:])
     monkeypatch.setattr(sys, "argv", [name or words[0], *args])
     try:

@@ -20,9 +20,10 @@ import tempfile
 import time
 from typing import NoReturn
 
-from evals.sandbox import linux, program, seccomp, walls
+from evals.sandbox import program, seccomp, walls
 from evals.sandbox.result import Outcome, with_refusals
 from evals.sandbox.walls import Walls
+from nanochat_jax.processes import die_with_parent
 
 OUTPUT_BYTES = 64 * 1024  # of each stream; what comes after is read and thrown away
 FLOOD_BYTES = 16 * 1024 * 1024  # of both together; then the program is killed
@@ -251,7 +252,7 @@ def _be_init(watch: _Watch, pipes: dict, door: socket.socket) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.close(pipes["alive"][1])
         os.setsid()
-        linux.die_with_parent()
+        die_with_parent()
         if watch.has.namespaces:
             walls.furnish_room()
         if select.select([pipes["alive"][0]], [], [], 0)[0]:
@@ -273,7 +274,7 @@ def _be_init(watch: _Watch, pipes: dict, door: socket.socket) -> NoReturn:
 def _be_program(watch: _Watch, pipes: dict, door: socket.socket, init: int) -> NoReturn:
     try:
         if not watch.has.namespaces:  # with them, the end of process 1 is the end of all
-            linux.die_with_parent()
+            die_with_parent()
             if os.getppid() != init:
                 os._exit(1)
         os.dup2(pipes["stdout"][1], 1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
+
+from nanochat_jax.processes import prctl
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _holding_the_lock = ctypes.PyDLL(None, use_errno=True)  # of the interpreter, which a child then holds too
@@ -19,7 +20,7 @@ MNT_DETACH = 2
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 1, 4, 8
+_PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 4, 8
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 
@@ -43,26 +44,14 @@ def syscall(what: str, number: int, *args) -> int:
     return _check(what, _libc.syscall(ctypes.c_long(number), *wide))
 
 
-def _prctl(what: str, option: int, value: int) -> None:
-    if sys.platform != "linux":
-        return  # what it is used for is a second net everywhere
-    zero = ctypes.c_ulong(0)
-    _check(what, _libc.prctl(option, ctypes.c_ulong(value), zero, zero, zero))
-
-
-def die_with_parent() -> None:
-    """This process is killed when its parent ends; one that has ended already must be noticed otherwise."""
-    _prctl("prctl(PDEATHSIG)", _PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def adopt_orphans() -> None:
     """Descendants whose parents end become children of this process."""
-    _prctl("prctl(CHILD_SUBREAPER)", _PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def gain_nothing_from_now_on() -> None:
     """No setuid bit or file capability has an effect in this process and what it starts."""
-    _prctl("prctl(NO_NEW_PRIVS)", _PR_SET_NO_NEW_PRIVS, 1)
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def unshare(flags: int) -> None:
@@ -106,16 +95,16 @@ def unmount(target: str) -> None:
 
 def become(uid: int, gid: int) -> None:
     """Takes the ids and keeps the capabilities that a change from uid 0 would take away."""
-    _prctl("prctl(KEEPCAPS)", _PR_SET_KEEPCAPS, 1)
+    prctl(_PR_SET_KEEPCAPS, 1)
     os.setresgid(gid, gid, gid)
     os.setresuid(uid, uid, uid)
     _set_capabilities(2**32 - 1)
-    _prctl("prctl(DUMPABLE)", _PR_SET_DUMPABLE, 1)  # a change of ids takes it; the kernel's /proc files need it
+    prctl(_PR_SET_DUMPABLE, 1)  # a change of ids takes it; the kernel's /proc files need it
 
 
 def drop_capabilities() -> None:
     _set_capabilities(0)
-    _prctl("prctl(KEEPCAPS)", _PR_SET_KEEPCAPS, 0)
+    prctl(_PR_SET_KEEPCAPS, 0)
 
 
 def _set_capabilities(mask: int) -> None:
