@@ -1,9 +1,11 @@
-"""How fast the reference, karpathy/nanochat, trained in runs that were published: what a plan goes by until this code
-itself is measured on a machine. File names are the reference's."""
+"""How fast the reference, karpathy/nanochat, trained in published runs: what a plan assumes where this code itself has
+not been measured. File names are the reference's."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,8 @@ def tabled_mfu(gpu: str, arch: str, fp8: bool, depth: int) -> tuple[float, str]:
         return ASSUMED, "assumed, nothing is published"
     chosen = sorted(chosen, key=lambda p: p.depth)
     nearest = min(chosen, key=lambda p: abs(p.depth - depth))
-    below, above = [p for p in chosen if p.depth <= depth][-1:], [p for p in chosen if p.depth >= depth][:1]
-    mfu = nearest.mfu
-    if below and above and below != above:
-        (a,), (b,) = below, above
-        mfu = a.mfu + (b.mfu - a.mfu) * (depth - a.depth) / (b.depth - a.depth)
-    return mfu, f"the reference's d{nearest.depth}: {nearest.source}"
+    mfu = np.interp(depth, [p.depth for p in chosen], [p.mfu for p in chosen])
+    return float(mfu), f"the reference's d{nearest.depth}: {nearest.source}"
 
 
 # seconds of evaluation of a $100 run on 8 H100s, by the clock of its report of 11 November 2025: bits per byte and CORE

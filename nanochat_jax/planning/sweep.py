@@ -5,9 +5,8 @@
 
 The file holds the settings of a run and a section `sweep` (`SweepConfig`). Every model is an ordinary run directory in
 the folder --out, trained by run_speedrun.py in a process of its own; all have the tokenizer of the first. A sweep that
-was stopped, however that was, goes on when the same command is given again, also with more depths and budgets. At the
-end the folder has sweep.md with the table, the plot and the fits (`scaling_fit`), and all figures in sweep.json.
-One host: a sweep does not go on over several.
+was stopped in any way resumes when the same command is given again, also with more depths and budgets. At the end the
+folder has sweep.md with the table, the plot and the fits (`fit`), and all figures in sweep.json. One host only.
 """
 
 from __future__ import annotations
@@ -15,16 +14,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from evals.sandbox.linux import die_with_parent
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.cli import MISTAKE, command
 from nanochat_jax.config import (
@@ -38,9 +35,12 @@ from nanochat_jax.config import (
 )
 from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.files import atomic_write_text, claim, whole_folder
+from nanochat_jax.mesh.preemption import Stop
 from nanochat_jax.model import scaling
-from nanochat_jax.planning import sweep_page
+from nanochat_jax.planning import plan, sweep_page
 from nanochat_jax.planning.sweep_page import Result
+from nanochat_jax.processes import die_with_parent
+from nanochat_jax.words import count, duration
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,50 +113,33 @@ def train(points: list[Point], out: Path) -> list[str]:
 
 
 def _train_one(point: Point, out: Path) -> int:
-    """The exit status of run_speedrun.py, which makes the run directory or goes on in it."""
+    """The exit status of run_speedrun.py, which makes the run directory or resumes in it."""
     run_dir = out / point.name
     config = run_dir / "config.yaml"
     atomic_write_text(config, dump_yaml(point.config))
     _share_tokenizer(out, run_dir)
     command = [sys.executable, str(ROOT / "run_speedrun.py"), "--config", str(config), "--run-dir", str(run_dir)]
-    process = subprocess.Popen(
-        [*command, "--stages", "tokenizer,base"],
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,  # signals come from here alone, so that each comes once
-        preexec_fn=die_with_parent,  # else a sweep that was killed could not be started again
-    )
-    with _forwarding(process) as received:
-        status = process.wait()
-    if received:
-        raise Interrupted(f"{received[0].name} in {point.name}; the same command goes on from there")
-    return status
+    with Stop() as stop:
+        process = subprocess.Popen(
+            [*command, "--stages", "tokenizer,base"],
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,  # so that a signal to the terminal's group comes from here alone, once
+            preexec_fn=die_with_parent,  # else a sweep that was killed could not be started again
+        )
+        while process.poll() is None and not stop.requested:
+            time.sleep(0.1)
+        if stop.requested:
+            process.terminate()  # it saves first
+            process.wait()
+            raise Interrupted(f"{stop.why} in {point.name}; the same command resumes there")
+    return process.returncode
 
 
 def _share_tokenizer(out: Path, run_dir: Path) -> None:
     """Copies the tokenizer that one of the sweep's runs has trained, if any has."""
-    if read_done(run_dir / "tokenizer"):
-        return
-    for mark in sorted(out.glob("*/tokenizer/done.json")):
+    if not read_done(run_dir / "tokenizer") and (marks := sorted(out.glob("*/tokenizer/done.json"))):
         with whole_folder(run_dir / "tokenizer") as folder:
-            shutil.copytree(mark.parent, folder, dirs_exist_ok=True)
-        return
-
-
-@contextmanager
-def _forwarding(process: subprocess.Popen) -> Iterator[list[signal.Signals]]:
-    """Passes signals that ask to stop on to a child; gives those that came."""
-    received: list[signal.Signals] = []
-
-    def forward(number, frame):
-        received.append(signal.Signals(number))
-        process.send_signal(number)
-
-    before = {s: signal.signal(s, forward) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            shutil.copytree(marks[0].parent, folder, dirs_exist_ok=True)
 
 
 def results(points: list[Point], out: Path) -> list[Result]:
@@ -164,23 +147,11 @@ def results(points: list[Point], out: Path) -> list[Result]:
     found = []
     for point in points:
         if done := read_done(out / point.name / "base"):
-            cfg = scaling.gpt_config(point.config.model, point.config.tokenizer.vocab_size)
-            found.append(
-                Result(
-                    point.name,
-                    point.budget,
-                    cfg.n_layer,
-                    cfg.n_embd,
-                    scaling.scaling_params(cfg),
-                    scaling.param_counts(cfg)["total"],
-                    done["tokens"],
-                    done["epochs"],
-                    scaling.flops_per_token(cfg),
-                    done["metrics"]["val_bpb"],
-                    done["metrics"]["val_loss"],
-                    done["seconds"],
-                )
-            )
+            cfg, metrics = scaling.gpt_config(point.config.model, point.config.tokenizer.vocab_size), done["metrics"]
+            sizes = (cfg.n_layer, cfg.n_embd, scaling.scaling_params(cfg), scaling.param_counts(cfg)["total"])
+            trained = (done["tokens"], done["epochs"], scaling.flops_per_token(cfg))
+            losses = (metrics["val_bpb"], metrics["val_loss"])
+            found.append(Result(point.name, point.budget, *sizes, *trained, *losses, done["seconds"]))
     return found
 
 
@@ -189,28 +160,28 @@ def results(points: list[Point], out: Path) -> list[Result]:
 
 def show_plan(points: list[Point], args: argparse.Namespace) -> None:
     """Prints what would be trained and for how long, at the speed of published runs or of one that was measured."""
-    from nanochat_jax.planning import plan
-    from nanochat_jax.words import count, duration
-
     if args.measured == "":
         raise UserError("--measured of a sweep needs a run directory whose speed it takes")
-    whole, unknown = plan.Stage("all", seconds=0.0), False
+    stages = []
     print(f"{'run':16} {'parameters':>10} {'tokens':>8} {'steps':>8} {'batch':>8} {'FLOPs':>9} {'time':>12}")
     for point in points:
         on = plan.machine(args.gpu, args.count, args.price, point.config)
         made, _ = plan.make(point.config, on, args.measured, exact=False)
         base = next(s for s in made.stages() if s.name == "base")
         params = count(scaling.scaling_params(made.cfg))
-        time = "not known" if base.seconds is None else duration(base.seconds)
+        hours = "not known" if math.isnan(base.seconds) else duration(base.seconds)
         print(
             f"{point.name:16} {params:>10} {count(base.tokens):>8} {base.steps:>8,} {count(base.batch_tokens):>8} "
-            f"{base.flops:>9.2e} {time:>12}"
+            f"{base.flops:>9.2e} {hours:>12}"
         )
-        unknown |= base.seconds is None
-        whole = plan.summed([whole, base])
-    cost = None if unknown else plan.dollars(whole, on)
-    time = "a time that is not known: --measured RUN_DIR or --gpu may tell" if unknown else duration(whole.seconds)
-    print(f"{len(points)} models, {whole.flops:.2e} FLOPs, {time}" + ("" if cost is None else f", ${cost:,.2f}"))
+        stages.append(base)
+    whole = plan.summed(stages)
+    if any(math.isnan(base.seconds) for base in stages):
+        said = "a time that is not known: --measured RUN_DIR or --gpu may tell"
+    else:
+        cost = plan.dollars(whole, on)
+        said = duration(whole.seconds) + ("" if math.isnan(cost) else f", ${cost:,.2f}")
+    print(f"{len(points)} models, {whole.flops:.2e} FLOPs, {said}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,34 +77,27 @@ def fit(sweep: SweepConfig, found: list[Result]) -> Found:
     cost, losses = Cost.of(params, [r.flops_per_token for r in found]), [r.val_loss for r in found]
     parabolas: Parabolas | str = "only budgets of FLOPs (sweep.flops) give iso-FLOP curves"
     if sweep.flops:
-        try:
-            parabolas = fit_parabolas(params, losses, [r.budget for r in found], cost)
-        except NoFit as e:
-            parabolas = str(e)
+        parabolas = _or_why(fit_parabolas, params, losses, [r.budget for r in found], cost)
     budgets = sorted({r.budget for r in found}) if sweep.flops else [max(r.flops for r in found)]
+    return Found(cost, parabolas, _or_why(fit_law, params, [r.tokens for r in found], losses, cost, budgets))
+
+
+def _or_why(fitting, *args):
+    """The fit, or why there is none."""
     try:
-        law: LawFit | str = fit_law(params, [r.tokens for r in found], losses, cost, budgets)
+        return fitting(*args)
     except NoFit as e:
-        law = str(e)
-    return Found(cost, parabolas, law)
+        return str(e)
 
 
 def write(out: Path, sweep: SweepConfig, found: list[Result], failed: list[str]) -> dict:
     """Writes sweep.md, sweep.json and the plot; returns what is said of the sweep in one line."""
     fits = fit(sweep, found)
-    atomic_write_json(out / "sweep.json", _plain(found, fits, failed))
-    draw(out / PLOT, sweep, found, fits)
-    sections = [_head(found, fits), _models(found), _parabolas(fits), _law(fits), _doubts(found, fits, failed)]
-    atomic_write_text(out / "sweep.md", "\n\n".join(sections) + "\n")
-    best = fits.best and dataclasses.asdict(fits.best[0].ratio)
-    return {"out": str(out), "models": len(found), "failed": failed, "tokens_per_parameter": best}
 
-
-def _plain(found: list[Result], fits: Found, failed: list[str]) -> dict:
     def plain(of):
         return {"why_not": of} if isinstance(of, str) else of and dataclasses.asdict(of)
 
-    return {
+    figures = {
         "models": [{**dataclasses.asdict(r), "flops": r.flops} for r in found],
         "failed": failed,
         "level": LEVEL,
@@ -111,6 +106,12 @@ def _plain(found: list[Result], fits: Found, failed: list[str]) -> dict:
         "law": plain(fits.law),
         "best": fits.best and {**dataclasses.asdict(fits.best[0]), "by": fits.best[1]},
     }
+    atomic_write_json(out / "sweep.json", figures)
+    draw(out / PLOT, sweep, found, fits)
+    sections = [_head(found, fits), _models(found), _parabolas(fits), _law(fits), _doubts(found, fits, failed)]
+    atomic_write_text(out / "sweep.md", "\n\n".join(sections) + "\n")
+    best = fits.best and dataclasses.asdict(fits.best[0].ratio)
+    return {"out": str(out), "models": len(found), "failed": failed, "tokens_per_parameter": best}
 
 
 # --------------------------------------------------------------------------------------------------- Markdown
@@ -133,24 +134,20 @@ def _head(found: list[Result], fits: Found) -> str:
 
 
 def _models(found: list[Result]) -> str:
-    head = ("model", "width", "parameters", "with tables", "tokens", "per parameter", "epochs", "FLOPs")
-    rows = [
-        (
-            r.name,
-            f"{r.width}",
-            count(r.params),
-            count(r.all_params),
-            count(r.tokens),
-            f"{r.tokens / r.params:.2f}",
-            f"{r.epochs:.2f}",
-            f"{r.flops:.2e}",
-            f"{r.val_bpb:.4f}",
-            f"{r.val_loss:.4f}",
-            f"{r.seconds / 3600:.3f}",
-        )
-        for r in found
-    ]
-    return "## Models\n\n" + table((*head, "bits per byte", "loss", "hours"), rows)
+    cells: dict[str, Callable[[Result], str]] = {
+        "model": lambda r: r.name,
+        "width": lambda r: f"{r.width}",
+        "parameters": lambda r: count(r.params),
+        "with tables": lambda r: count(r.all_params),
+        "tokens": lambda r: count(r.tokens),
+        "per parameter": lambda r: f"{r.tokens / r.params:.2f}",
+        "epochs": lambda r: f"{r.epochs:.2f}",
+        "FLOPs": lambda r: f"{r.flops:.2e}",
+        "bits per byte": lambda r: f"{r.val_bpb:.4f}",
+        "loss": lambda r: f"{r.val_loss:.4f}",
+        "hours": lambda r: f"{r.seconds / 3600:.3f}",
+    }
+    return "## Models\n\n" + table(list(cells), [[cell(r) for cell in cells.values()] for r in found])
 
 
 OPTIMUM = ("FLOPs", "best parameters", "tokens", "tokens per parameter", f"{LEVEL:.0%} interval")
@@ -166,7 +163,8 @@ def _parabolas(fits: Found) -> str:
     title = "## A parabola for each budget\n\n"
     if isinstance(fits.parabolas, str):
         return f"{title}None: {fits.parabolas}."
-    rows = [_row(p.optimum) if p.optimum else (f"{p.flops:.2e}", p.why_not, *[DASH] * 3) for p in fits.parabolas.each]
+    each = fits.parabolas.each
+    rows = [_row(p.optimum) if p.optimum else (f"{p.flops:.2e}", f"{p.why_not}", *[DASH] * 3) for p in each]
     text = title + table(OPTIMUM, rows)
     if exponent := fits.parabolas.exponent:
         text += f"\n\nThe best size grows as the budget to the power {exponent.value:.2f} ({_range(exponent)})."
@@ -219,15 +217,15 @@ def draw(path: Path, sweep: SweepConfig, found: list[Result], fits: Found) -> No
         n, d = (np.array([getattr(r, name) for r in mine], float) for name in ("params", "tokens"))
         other = d / n if sweep.flops else np.array([r.flops for r in mine], float)
         label = f"{budget:.3g} FLOPs".replace("+", "") if sweep.flops else f"{budget:g} tokens per parameter"
-        lines, dense = {}, np.geomspace(n[0], n[-1], 100)
-        tokens = np.exp(np.interp(np.log(dense), np.log(n), np.log(d)))
-        x = (dense, tokens / dense if sweep.flops else np.exp(np.interp(np.log(dense), np.log(n), np.log(other))))
+        lines: dict[str, Any] = {}
+        dense = np.geomspace(n[0], n[-1], 100)
+        tokens, right = (np.exp(np.interp(np.log(dense), np.log(n), np.log(y))) for y in (d, other))
         if law:
-            lines["the law"] = (*x, law.loss(dense, tokens))
+            lines["the law"] = (dense, right, law.loss(dense, tokens))
         if budget in parabolas:
-            lines["parabolas"] = (*x, np.polyval(parabolas[budget].curve, np.log(dense)))
-        curves.append(plots.IsoFlop(label, (n, other), [r.val_loss for r in mine], lines))
-    right = "tokens per parameter" if sweep.flops else "FLOPs"
+            lines["parabolas"] = (dense, right, np.polyval(parabolas[budget].curve, np.log(dense)))
+        curves.append(plots.IsoFlop(label, (n.tolist(), other.tolist()), [r.val_loss for r in mine], lines))
+    axis = "tokens per parameter" if sweep.flops else "FLOPs"
     best = fits.best[0].ratio if fits.best and sweep.flops else None
     band = (best.low, best.value, best.high) if best else None
-    plots.isoflops(path, curves, ("parameters", right), "validation loss, nats per token", band)
+    plots.isoflops(path, curves, ("parameters", axis), "validation loss, nats per token", band)
