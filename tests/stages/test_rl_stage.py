@@ -182,7 +182,7 @@ def test_eight_devices_sample_what_one_does(mesh, tmp_path):
         params = run.params_of("sft")
         sampler = Sampler(run, merge(graph_of(run.gpt_config, run.dtype), params), slots=16)
         if run.mesh is not None:
-            params = common.train.init_state(run.gpt_config, NOTHING, 0, run.mesh, params).params
+            params = common.loop.init_state(run.gpt_config, NOTHING, 0, run.mesh, params).params
             assert len(sampler.engine.arrays[1][0][0].sharding.device_set) == 8
         questions = Questions({"length": TASKS["length"]}, {"length": 1}, 0)
         found.append(sampler(params, [questions[i] for i in range(4)], 4, lambda q, s: common.mix_seed(q, s)))
