@@ -23,7 +23,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from nanochat_jax.checkpoint import STAGES, Damaged, store
@@ -99,7 +99,7 @@ def show(console: Console, found: list[dict]) -> dict:
         raise UserError(f"{c['path']} is {c['state']}{': ' + c['reason'] if c['reason'] else ''}")
     groups = grouped(store.read_records(Path(c["path"]))[0])
     parameters = sum(g["count"] * math.prod(g["shape"]) for g in groups if g["name"].startswith("params/"))
-    record = Table.grid(padding=(0, 2))
+    record = Table.grid("key", Column(overflow="fold"), padding=(0, 2))
     known = {"path": c["path"], "saved": c["saved"], "size": decimal(c["bytes"]), "parameters": f"{parameters:,}"}
     for key, value in {**known, **c["meta"]}.items():
         if isinstance(value, dict):
