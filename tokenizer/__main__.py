@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 from nanochat_jax.cli import command, positive
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.formats import parquet_texts
 from tokenizer import load_tokenizer
 
 
@@ -18,27 +20,21 @@ def read_documents(path: str | Path) -> Iterator[str]:
     """The documents of a file or of a folder's files in order of their names: the column `text` of .parquet, a .txt
     as a whole. UserError where there are none."""
     path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".txt"))
-    elif not path.is_file():
+    if not path.exists():
         raise UserError(f"there is no file or folder {path}; --data takes .parquet or .txt, or a folder of them")
+    files = sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".txt")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no .parquet and no .txt files; --data takes either, or a folder of them")
-    return _texts(files)
+    return itertools.chain.from_iterable(map(_texts, files))
 
 
-def _texts(files: list[Path]) -> Iterator[str]:
-    for file in files:
-        if file.suffix == ".parquet":
-            from nanochat_jax.formats import parquet_texts
-
-            yield from parquet_texts(file)
-            continue
-        try:
-            yield file.read_bytes().decode("utf-8", errors="replace")
-        except OSError as e:
-            raise UserError(f"{file} cannot be read ({e.strerror})") from None
+def _texts(file: Path) -> Iterator[str]:
+    if file.suffix == ".parquet":
+        return parquet_texts(file)
+    try:
+        return iter([file.read_bytes().decode("utf-8", errors="replace")])
+    except OSError as e:
+        raise UserError(f"{file} cannot be read ({e.strerror})") from None
 
 
 def _train(args: argparse.Namespace) -> dict:
@@ -76,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @command
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     print(json.dumps(args.run(args)))
 

@@ -70,9 +70,8 @@ class ByteLevelTokenizer(Tokenizer):
                 raise UserError(f"this vocabulary has no special token {name}, which conversations need")
             setattr(self, name[2:-2], ids[name])
         to_byte = {character: b for b, character in byte_characters().items()}
-        self._bytes = [
-            b"" if i in added else bytes(to_byte[c] for c in self._bpe.id_to_token(i)) for i in range(self.vocab_size)
-        ]
+        pieces = ["" if i in added else self._bpe.id_to_token(i) or "" for i in range(self.vocab_size)]
+        self._bytes = [bytes(to_byte[c] for c in piece) for piece in pieces]
 
     def save(self, dir: str | Path) -> None:
         """Writes tokenizer.json."""

@@ -9,6 +9,7 @@ What others say is not (mask 0): users, tool output with its delimiters, bos, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from nanochat_jax.errors import UserError
 from tokenizer.tokenizer import Tokenizer
@@ -17,11 +18,11 @@ PART_TYPES = ("text", "python", "python_output")
 
 
 def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """Checked (role, parts) turns, a system message folded into the first user turn. Raises UserError."""
+    """(role, parts) of each turn, checked; a system message is put before the first user's text. UserError."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise UserError("a conversation needs a list of messages that is not empty")
-    turns = []
-    system = None
+    turns: list[tuple[str, list[dict]]] = []
+    system = ""
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise UserError(f"message {i} needs a role and a content")
@@ -31,14 +32,14 @@ def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
                 raise UserError(f"message {i} is a system message, which only message 0 may be")
             if not isinstance(content, str):
                 raise UserError(f"message {i}: the content of a system message must be a string")
-            system = content
+            system = content + "\n\n"
             continue
         expected = "assistant" if len(turns) % 2 else "user"
         if role != expected:
             raise UserError(f"message {i} is from {role!r}, but it is the turn of {expected!r}")
         parts = _parts(i, role, content)
-        if system is not None and not turns:
-            parts = [{"type": "text", "text": system + "\n\n" + parts[0]["text"]}]
+        if not turns:
+            parts = [{"type": "text", "text": system + parts[0]["text"]}]
         turns.append((role, parts))
     if not turns:
         raise UserError("message 0 is a system message, and no user message follows it")
@@ -46,7 +47,7 @@ def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
 
 
 def _parts(i: int, role: str, content) -> list[dict]:
-    """The content of message i as a list of parts."""
+    """The content of message i as a list of parts; a single one for a user."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, (list, tuple)):
@@ -54,11 +55,11 @@ def _parts(i: int, role: str, content) -> list[dict]:
     for part in content:
         if not isinstance(part, dict) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
             raise UserError(f"message {i}: a part needs a type ({', '.join(PART_TYPES)}) and a text, not {part!r:.80}")
-    if role == "user":
-        if any(part["type"] != "text" for part in content):
-            raise UserError(f"message {i}: a user message may hold text only")
-        return [{"type": "text", "text": "".join(part["text"] for part in content)}]
-    return list(content)
+    if role != "user":
+        return list(content)
+    if any(part["type"] != "text" for part in content):
+        raise UserError(f"message {i}: a user message may hold text only")
+    return [{"type": "text", "text": "".join(part["text"] for part in content)}]
 
 
 def render(tok: Tokenizer, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
@@ -73,27 +74,23 @@ def render(tok: Tokenizer, conversation: dict, max_tokens: int | None = None) ->
 
 
 def _render(tok: Tokenizer, turns: list[tuple[str, list[dict]]]) -> tuple[list[int], list[int]]:
-    ids, mask = [tok.bos], [0]
-
-    def add(more: list[int], target: int) -> None:
-        ids.extend(more)
-        mask.extend([target] * len(more))
-
+    segments = [([tok.bos], 0)]  # (ids, whether they are targets)
     for role, parts in turns:
         if role == "user":
-            add([tok.user_start, *tok.encode(parts[0]["text"]), tok.user_end], 0)
+            segments.append(([tok.user_start, *tok.encode(parts[0]["text"]), tok.user_end], 0))
             continue
-        add([tok.assistant_start], 0)
+        segments.append(([tok.assistant_start], 0))
         for part in parts:
             text = tok.encode(part["text"])
             if part["type"] == "text":
-                add(text, 1)
+                segments.append((text, 1))
             elif part["type"] == "python":
-                add([tok.python_start, *text, tok.python_end], 1)
+                segments.append(([tok.python_start, *text, tok.python_end], 1))
             else:
-                add([tok.output_start, *text, tok.output_end], 0)
-        add([tok.assistant_end], 1)
-    return ids, mask
+                segments.append(([tok.output_start, *text, tok.output_end], 0))
+        segments.append(([tok.assistant_end], 1))
+    mask = chain.from_iterable([target] * len(ids) for ids, target in segments)
+    return list(chain.from_iterable(ids for ids, _ in segments)), list(mask)
 
 
 def render_prompt(tok: Tokenizer, messages: Sequence[dict]) -> list[int]:
@@ -109,27 +106,15 @@ def parse_completion(tok: Tokenizer, ids: Iterable[int]) -> tuple[str, list[dict
 
     The visible text is the text parts alone. Reads up to assistant_end or bos; a call that is cut off ends there.
     """
-    kinds = {
-        tok.python_start: "python",
-        tok.output_start: "python_output",
-        tok.python_end: "text",
-        tok.output_end: "text",
-    }
-    parts: list[dict] = []
-    kind, held = "text", []
-
-    def close(next_kind: str) -> None:
-        nonlocal kind, held
-        if held or kind != "text":
-            parts.append({"type": kind, "text": tok.decode(held)})
-        kind, held = next_kind, []
-
+    kinds = {tok.python_start: "python", tok.output_start: "python_output"}
+    kinds |= {tok.python_end: "text", tok.output_end: "text"}
+    parts: list[tuple[str, list[int]]] = [("text", [])]
     for id in ids:
         if id in (tok.assistant_end, tok.bos):
             break
         if id in kinds:
-            close(kinds[id])
+            parts.append((kinds[id], []))
         else:
-            held.append(id)
-    close("text")
-    return "".join(part["text"] for part in parts if part["type"] == "text"), parts
+            parts[-1][1].append(id)
+    out = [{"type": kind, "text": tok.decode(held)} for kind, held in parts if held or kind != "text"]
+    return "".join(part["text"] for part in out if part["type"] == "text"), out

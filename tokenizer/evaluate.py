@@ -44,14 +44,14 @@ def _at_hand(name: str) -> bool:
     folder = os.environ.get("TIKTOKEN_CACHE_DIR")
     if not folder or importlib.util.find_spec("tiktoken") is None:
         return False
-    for address, digest in _TIKTOKEN_FILES[name].items():
-        path = Path(folder) / hashlib.sha1((_HOST + address).encode()).hexdigest()
-        try:
-            if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-                return False
-        except OSError:
-            return False
-    return True
+    paths = {
+        Path(folder) / hashlib.sha1((_HOST + address).encode()).hexdigest(): digest
+        for address, digest in _TIKTOKEN_FILES[name].items()
+    }
+    try:
+        return all(hashlib.sha256(path.read_bytes()).hexdigest() == digest for path, digest in paths.items())
+    except OSError:
+        return False
 
 
 def table(results: dict[str, float]) -> str:

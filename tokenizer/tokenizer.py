@@ -21,6 +21,7 @@ import numpy as np
 import sentencepiece
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import read_json
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document
@@ -36,21 +37,15 @@ SPECIAL_TOKENS = (
 MODEL_FILE = "tokenizer.model"
 META_FILE = "meta.json"
 
-# SentencePiece writes a space as this character, so that in a text it would come back as a space.
-FEW = 4  # pieces of text that are encoded one after the other
-SPACE_MARK = "\u2581"
-# SentencePiece slows down on long strings (its queue outgrows the caches), so longer ones are fed in stretches.
-STRETCH = 16_384
-# A stretch ends where a space follows something else: no piece of the vocabulary lies across such a place.
-_WORD_START = re.compile(r"(?<=[^ ]) ")
+SPACE_MARK = "\u2581"  # SentencePiece's own spelling of a space: in a text it would come back as a space
+STRETCH = 16_384  # characters encoded at a time: on longer strings SentencePiece slows down
+FEW = 4  # stretches for which starting threads takes longer than encoding them
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _stretches(text: str) -> list[str]:
-    """`text` in stretches of at most STRETCH characters, cut before the last word that begins inside each.
-
-    A function of the text alone. Where a stretch holds no beginning of a word it is cut at STRETCH.
-    """
+    """`text` in stretches of at most STRETCH characters, each cut before the last word that begins inside it, or at
+    STRETCH where none does. No piece of the vocabulary lies across the space at which a word begins."""
     out, start = [], 0
     while len(text) - start > STRETCH:
         cut = start + STRETCH
@@ -59,8 +54,7 @@ def _stretches(text: str) -> list[str]:
         cut = cut if cut > start else start + STRETCH
         out.append(text[start:cut])
         start = cut
-    out.append(text[start:])
-    return out
+    return [*out, text[start:]]
 
 
 class Tokenizer:
@@ -109,8 +103,6 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE_MARK, " ").encode()
 
-    # ------------------------------------------------------------------------------------------ files
-
     @classmethod
     def load(cls, dir: str | Path) -> Tokenizer:
         """The tokenizer in a folder that `save` wrote. Raises UserError if there is none."""
@@ -119,12 +111,7 @@ class Tokenizer:
             raise UserError(
                 f"no tokenizer in {dir} (it would hold {MODEL_FILE}); train one: python -m tokenizer train --out {dir}"
             )
-        meta_path = Path(dir) / META_FILE
-        try:
-            meta = json.loads(meta_path.read_text()) if meta_path.is_file() else {}
-        except json.JSONDecodeError:
-            raise UserError(f"{meta_path} is not valid JSON; delete it or train the tokenizer again") from None
-        return cls(path.read_bytes(), meta)
+        return cls(path.read_bytes(), read_json(Path(dir) / META_FILE))
 
     def save(self, dir: str | Path) -> None:
         """Write tokenizer.model and meta.json; a reader sees the old files or the new ones, never half a file."""
@@ -140,8 +127,6 @@ class Tokenizer:
             tmp.write_bytes(data)
             os.replace(tmp, folder / name)
 
-    # ------------------------------------------------------------------------------------------ ids
-
     def special(self, name: str) -> int:
         """The id of a special token, by its name with or without the `<|` `|>`."""
         full = name if name.startswith("<|") else f"<|{name}|>"
@@ -155,27 +140,22 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
         """`encode` of each text, over all cores unless told otherwise."""
-        stretches: list[str] = []
-        layout: list[list[int]] = []  # per text, the number of stretches of each of its parts between U+2581s
-        for text in texts:
-            parts = [_stretches(part) for part in text.split(SPACE_MARK)]
-            layout.append([len(part) for part in parts])
-            for part in parts:
-                stretches.extend(part)
+        parts = [[_stretches(part) for part in text.split(SPACE_MARK)] for text in texts]
+        flat = [stretch for of_text in parts for of_part in of_text for stretch in of_part]
         try:
-            if len(stretches) <= FEW:  # starting threads takes longer than a sentence
-                encoded = iter([self._sp.encode(stretch) for stretch in stretches])
+            if len(flat) <= FEW:
+                encoded = iter([self._sp.encode(stretch) for stretch in flat])
             else:
-                encoded = iter(self._sp.encode(stretches, num_threads=num_threads or os.cpu_count() or 1))
+                encoded = iter(self._sp.encode(flat, num_threads=num_threads or os.cpu_count() or 1))
         except (UnicodeEncodeError, TypeError, RuntimeError) as e:  # which of them depends on SentencePiece
             raise self._input_error(texts, e) from None
         out = []
-        for counts in layout:
+        for of_text in parts:
             ids: list[int] = []
-            for i, count in enumerate(counts):
+            for i, of_part in enumerate(of_text):
                 if i:
                     ids += self._space_mark_ids
-                for _ in range(count):
+                for _ in of_part:
                     ids += next(encoded)
             out.append(ids)
         return out
@@ -184,25 +164,22 @@ class Tokenizer:
     def _input_error(texts: Sequence[str], error: Exception) -> Exception:
         for text in texts:
             if found := _SURROGATE.search(text):
-                code, place = ord(found[0]), found.start()
                 return UserError(
-                    f"the text is not valid Unicode: a lone surrogate U+{code:04X} at character {place}; "
-                    "read it as UTF-8 with errors='replace'"
+                    f"the text is not valid Unicode: a lone surrogate U+{ord(found[0]):04X} at character "
+                    f"{found.start()}; read it as UTF-8 with errors='replace'"
                 )
         return error
 
-    # ------------------------------------------------------------------------------------------ text
-
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for; special tokens stand for none. Raises UserError for an id out of range."""
-        table, size = self._bytes, self.vocab_size
         out = []
         for id in ids:
-            if not 0 <= id < size:
+            if not 0 <= id < self.vocab_size:
+                size = self.vocab_size
                 raise UserError(
                     f"token id {id} is outside of this vocabulary of {size}; is this the model's tokenizer?"
                 )
-            out.append(table[id])
+            out.append(self._bytes[id])
         return b"".join(out)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -231,6 +208,4 @@ class StreamDecoder:
 
     def flush(self) -> str:
         """What is left at the end: empty, or U+FFFD for a character that never came whole."""
-        text = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return text
+        return self._utf8.decode(b"", final=True)

@@ -35,6 +35,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -43,7 +44,7 @@ from nanochat_jax.errors import UserError
 from tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # What makes `decode(encode(text)) == text` hold: nothing is normalised, and what is not a piece is spelled in bytes.
-LOSSLESS = {
+LOSSLESS: dict[str, Any] = {
     "model_type": "bpe",
     "byte_fallback": True,
     "normalization_rule_name": "identity",
@@ -57,7 +58,7 @@ LOSSLESS = {
     "pad_id": -1,
 }
 CUT = "\ue000"  # a private character: stands in the training text where no piece may lie across
-SPLITTING = {
+SPLITTING: dict[str, Any] = {
     "split_digits": True,
     "split_by_unicode_script": False,
     "max_sentencepiece_length": 32,
@@ -133,18 +134,16 @@ def _fit(sample: list[str], vocab_size: int) -> bytes:
                 model_writer=model,
                 vocab_size=vocab_size,
                 character_coverage=coverage,
-                max_sentence_length=min(
-                    8 * longest, 2**31 - 1
-                ),  # in bytes, with those of each CUT; it skips longer ones
+                max_sentence_length=min(8 * longest, 2**31 - 1),  # in bytes, CUTs too; it skips longer ones
                 minloglevel=2,
                 **LOSSLESS,
                 **SPLITTING,
             )
             return model.getvalue()
         except RuntimeError as e:
-            if "required_chars" not in str(e):
-                raise _size_error(e, vocab_size) from None
             error = e
+            if "required_chars" not in str(e):
+                break
     raise _size_error(error, vocab_size)
 
 
