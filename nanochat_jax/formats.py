@@ -52,7 +52,7 @@ def kind_of(name: str) -> tuple[str, str | None] | None:
 
 def pieces_of(path: Path, column: str) -> Iterator[Piece]:
     """The pieces of a file, in order. UserError where it cannot be read, or has no such column."""
-    kind, compression = kind_of(path.name)
+    kind, compression = kind_of(path.name) or ("text", None)
     if kind == "parquet":
         yield from _row_groups(path, column)
         return
@@ -67,9 +67,6 @@ def pieces_of(path: Path, column: str) -> Iterator[Piece]:
             end = min(_behind(file, mark, start + PIECE), size)
             yield make(start, end)
             start = end
-
-
-# -------------------------------------------------------------------------------------------------- parquet
 
 
 @dataclass(frozen=True)
@@ -106,10 +103,10 @@ def _parquet(path: Path, column: str) -> Iterator:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            if column not in schema.names:
-                raise UserError(f"{path} has no column `{column}` (data.text_column); it has {', '.join(schema.names)}")
-            kind = schema.field(column).type
+            names = file.schema_arrow.names
+            if column not in names:
+                raise UserError(f"{path} has no column `{column}` (data.text_column); it has {', '.join(names)}")
+            kind = file.schema_arrow.field(column).type
             kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if str(kind) not in ("string", "large_string", "string_view"):
                 raise UserError(f"column `{column}` (data.text_column) of {path} holds {kind} and not text")
@@ -123,9 +120,6 @@ def parquet_texts(path: Path, column: str = "text") -> Iterator[str]:
     """A column of a parquet file, as it is read. UserError as of `pieces_of`."""
     for piece in _row_groups(Path(path), column):
         yield from piece.texts()
-
-
-# ---------------------------------------------------------------------------------------------------- lines
 
 
 @dataclass(frozen=True)
@@ -145,10 +139,8 @@ class Lines:
                 file.seek(place)
             for number, line in enumerate(file, 1):
                 place += len(line)
-                if not line.isspace():
-                    text = self._field(line, number)
-                    if text:
-                        yield text
+                if not line.isspace() and (text := self._field(line, number)):
+                    yield text
                 if self.end is not None and place >= self.end:
                     return
 
@@ -168,23 +160,16 @@ class Lines:
     def _where(self, number: int) -> str:
         """The file and the line; those before `start` are counted only here, where something went wrong."""
         with open(self.path, "rb") as file:
-            left = self.start
-            while left and (block := file.read(min(left, PIECE))):
-                number += block.count(b"\n")
-                left -= len(block)
+            for place in range(0, self.start, PIECE):
+                number += file.read(min(PIECE, self.start - place)).count(b"\n")
         return f"{self.path}, line {number}"
 
 
 def _without_lone_surrogates(text: str) -> str:
     """JSON can spell halves of characters, which are no text."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-# ----------------------------------------------------------------------------------------------------- text
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @dataclass(frozen=True)
@@ -241,9 +226,6 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
     yield block
 
 
-# --------------------------------------------------------------------------------------------------- shared
-
-
 @contextlib.contextmanager
 def _opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed. UserError where they cannot be read."""
@@ -251,11 +233,11 @@ def _opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
         if compression is None:
             with open(path, "rb") as file:
                 yield file
-            return
-        import pyarrow
+        else:
+            import pyarrow
 
-        with pyarrow.input_stream(str(path), compression=compression) as stream:
-            yield io.BufferedReader(stream, 1 << 20)
+            with pyarrow.input_stream(str(path), compression=compression) as stream:
+                yield io.BufferedReader(stream, 1 << 20)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or str(e).splitlines()[0]}); fetch it again") from None
 
@@ -266,8 +248,7 @@ def _behind(file: BinaryIO, mark: bytes, place: int) -> int:
     seen = b""
     while block := file.read(1 << 16):
         seen += block
-        found = seen.find(mark)
-        if found >= 0:
+        if (found := seen.find(mark)) >= 0:
             return place + found + len(mark)
         done = max(0, len(seen) - len(mark) + 1)  # the rest may be the beginning of a mark
         place, seen = place + done, seen[done:]

@@ -15,7 +15,8 @@ from pathlib import Path
 from nanochat_jax.cli import command, positive
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.bundle import FOLDER
-from nanochat_jax.data.registry import NAMED
+from nanochat_jax.data.download import contents, download, download_core, download_tables
+from nanochat_jax.data.registry import NAMED, hub_documents
 from nanochat_jax.data.tables import CHAT_REPO, ROWS
 from nanochat_jax.errors import UserError
 
@@ -30,9 +31,6 @@ def _tables() -> dict[str, list[tuple[str, str | None, str]]]:
 
 
 def _download(args: argparse.Namespace) -> list[str]:
-    from nanochat_jax.data.download import download, download_core, download_tables
-    from nanochat_jax.data.registry import hub_documents
-
     if args.dataset == FOLDER:
         return [download_core(args.to)]
     if "/" not in args.dataset and args.dataset not in NAMED:
@@ -44,12 +42,6 @@ def _download(args: argparse.Namespace) -> list[str]:
     return [download(hub_documents(args.dataset, args.folder, args.n, args.to), args.workers)]
 
 
-def _ls(args: argparse.Namespace) -> list[str]:
-    from nanochat_jax.data.download import contents
-
-    return contents(args.to) or [f"{args.to} holds no datasets"]
-
-
 def _parser() -> argparse.ArgumentParser:
     what, _, examples = __doc__.partition("\n\n")
     raw = argparse.RawDescriptionHelpFormatter
@@ -58,28 +50,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    download = commands.add_parser("download", help="fetch datasets of the hub; goes on where it stopped")
-    download.add_argument(
+    fetch = commands.add_parser("download", help="fetch datasets of the hub; goes on where it stopped")
+    fetch.add_argument(
         "--dataset",
         required=True,
         help=f"{', '.join(NAMED)}, or owner/name of parquet, jsonl or txt files; smoltalk or the name of another task "
         f"for its questions, tasks for those of all; {FOLDER} for the CORE bundle",
     )
-    download.add_argument("--folder", help="take only what is below this folder of the dataset")
-    download.add_argument("-n", type=positive, default=DataConfig.hub_shards, help="training files (%(default)s)")
-    download.add_argument("--workers", type=positive, default=8, help="files at a time (%(default)s)")
-    download.set_defaults(run=_download)
+    fetch.add_argument("--folder", help="take only what is below this folder of the dataset")
+    fetch.add_argument("-n", type=positive, default=DataConfig.hub_shards, help="training files (%(default)s)")
+    fetch.add_argument("--workers", type=positive, default=8, help="files at a time (%(default)s)")
+    fetch.set_defaults(run=_download)
 
     ls = commands.add_parser("ls", help="what is in the cache, whole or half")
-    ls.set_defaults(run=_ls)
+    ls.set_defaults(run=lambda args: contents(args.to) or [f"{args.to} holds no datasets"])
 
-    for one in (download, ls):
+    for one in (fetch, ls):
         one.add_argument("--to", type=Path, default=DOWNLOADS, help="the cache's folder (%(default)s)")
     return parser
 
 
 @command(resumes="where it was stopped")
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     print("\n".join(args.run(args)))
 

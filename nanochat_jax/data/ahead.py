@@ -1,15 +1,15 @@
 """Packing of documents in processes of its own, ahead of training and beside it.
 
-One process packs, in order: what rows there are does not depend on how many workers tokenize for it. The workers share
-the pieces of the documents among them, each every so manieth. Every SHARD_ROWS rows the packer writes
+One process packs, in order, so the rows do not depend on how many workers tokenize for it. Of n workers the k-th
+tokenizes every n-th piece of the documents, from the k-th on. Every SHARD_ROWS rows the packer writes
 
     tokens_<n>.npy       the rows
     resume_<n + 1>.npz   what waits in the buffer, and the place in the documents
     manifest.json        which makes the shard count
 
 in this order, each whole or not at all, and only then removes resume_<n>.npz: whenever it is killed, the files that
-belong to the manifest are there. It holds a lock on the folder, which goes when it dies; whoever else wants the same
-rows reads them meanwhile, and takes over where rows are missing and the lock is free.
+belong to the manifest are there. Its lock on the folder ends with it. Other processes that want the same rows read
+them meanwhile, and pack the rest where rows are missing and the lock is free.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import threading
 import time
 import zipfile
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ PAUSE = 0.5  # seconds between two tries for the lock
 RESTARTS = 3  # of a packer that was killed, as the system does when memory is short
 
 Document = tuple[int, bytes]  # tokens, and the ids of as many of them as a row can hold
+Message = tuple[array, bytes]  # the lengths of some documents, and the ids of all of them
+Place = tuple[int, int]  # a piece, and how many of its documents were taken
 
 
 @dataclass(frozen=True)
@@ -68,18 +71,18 @@ class Packer:
     """`pack(job, workers)` in a process of its own, which ends when it is done, with this one, or by `close`."""
 
     def __init__(self, job: Job, workers: int, log: Callable[[str], None]):
-        self._job, self._workers, self._log = job, workers, log
-        self._restarts, self._error = RESTARTS, None
+        self._job, self._workers, self._log, self._restarts = job, workers, log, RESTARTS
         self._start()
 
     def _start(self) -> None:
+        self._error: Exception | None = None
         self._child = Child(_packing, self._job, self._workers)
-        self._listener = threading.Thread(target=self._listen, args=(self._child,), daemon=True)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
-    def _listen(self, child: Child) -> None:
+    def _listen(self) -> None:
         try:
-            for line in child:
+            for line in self._child:
                 self._log(line)
         except Exception as e:
             self._error = e
@@ -92,16 +95,16 @@ class Packer:
         """Whether it still runs; it is started again where it was killed. UserError where packing failed."""
         if self._listener.is_alive():
             return True
-        if isinstance(self._error, Killed) and self._restarts:
-            self._restarts, self._error = self._restarts - 1, None
-            self._child.close()
-            self._start()
-            return True
-        if isinstance(self._error, Killed):
-            raise UserError(f"packing into {self._job.folder}: {self._error}, again and again; is memory short?")
-        if self._error is not None:
+        if self._error is None:
+            return False
+        if not isinstance(self._error, Killed):
             raise self._error
-        return False
+        if not self._restarts:
+            raise UserError(f"packing into {self._job.folder}: {self._error}, again and again; is memory short?")
+        self._restarts -= 1
+        self._child.close()
+        self._start()
+        return True
 
     def close(self) -> None:
         self._restarts = 0
@@ -135,8 +138,8 @@ def pack(job: Job, workers: int) -> Iterator[str]:
 
 def _pack(job: Job, workers: int) -> Iterator[str]:
     began, size = time.perf_counter(), dtype_of(job.tok).itemsize
-    manifest, buffer, place = _taken_up(job)
-    first, stream = manifest["rows"], _Stream(job, workers, *place)
+    manifest, buffer, place = _resumed(job)
+    first, stream = manifest["rows"], _Stream(job, workers, place)
     rows = best_fit(stream.batches(), job.row_len, job.buffer, crop=True, length=operator.itemgetter(0), buffer=buffer)
     try:
         while not manifest["complete"] and (job.goal is None or manifest["rows"] < job.goal):
@@ -163,7 +166,7 @@ def _pack(job: Job, workers: int) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------ what is kept
 
 
-def _add(job: Job, manifest: dict, tokens: np.ndarray, lengths: list[int], buffer: Buffer, place: tuple) -> None:
+def _add(job: Job, manifest: dict, tokens: np.ndarray, lengths: list[int], buffer: Buffer, place: Place) -> None:
     """Writes a shard (none where there are no rows), what it takes to go on after it, and the manifest with it."""
     n = len(manifest["shards"])
     with writing(job.folder):
@@ -175,17 +178,15 @@ def _add(job: Job, manifest: dict, tokens: np.ndarray, lengths: list[int], buffe
                 manifest[name] += shard[name]
         if not manifest["complete"]:
             waiting = buffer.in_order()
-            state = {
-                "lengths": np.array([length for length, _ in waiting], np.int64),
-                "ids": np.frombuffer(b"".join(ids for _, ids in waiting), manifest["dtype"]),
-                "place": np.array(place, np.int64),
-            }
-            write_whole(_resume(job, n + 1), lambda f: np.savez(f, **state))
+            lengths_of = np.array([length for length, _ in waiting], np.int64)
+            ids = np.frombuffer(b"".join(ids for _, ids in waiting), manifest["dtype"])
+            state = partial(np.savez, lengths=lengths_of, ids=ids, place=np.array(place, np.int64))
+            write_whole(_resume(job, n + 1), state)
         atomic_write_json(job.folder / MANIFEST, manifest)
         _resume(job, n).unlink(missing_ok=True)
 
 
-def _taken_up(job: Job) -> tuple[dict, Buffer, tuple[int, int]]:
+def _resumed(job: Job) -> tuple[dict, Buffer[Document], Place]:
     """(manifest, buffer, place) as they were left; from the beginning where nothing was, or it cannot be read."""
     manifest = read_json(job.folder / MANIFEST)
     with writing(job.folder):  # what one that was killed has left
@@ -194,7 +195,7 @@ def _taken_up(job: Job) -> tuple[dict, Buffer, tuple[int, int]]:
             left.unlink(missing_ok=True)
     if manifest:
         try:
-            return manifest, *_read_state(job, len(manifest["shards"]), manifest["dtype"])
+            return manifest, *_read_state(job, len(manifest["shards"]))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # the same rows come out again, so that what others have read of them stays right
     manifest = {"row_len": job.row_len, "dtype": dtype_of(job.tok).name, "masked": False, "tokenizer": job.tok.hash}
@@ -202,15 +203,22 @@ def _taken_up(job: Job) -> tuple[dict, Buffer, tuple[int, int]]:
     return manifest, Buffer(), (0, 0)
 
 
-def _read_state(job: Job, n: int, dtype: str) -> tuple[Buffer, tuple[int, int]]:
+def _read_state(job: Job, n: int) -> tuple[Buffer[Document], Place]:
+    buffer: Buffer[Document] = Buffer()
     with np.load(_resume(job, n)) as state:
-        lengths, ids, place = state["lengths"].tolist(), state["ids"].tobytes(), state["place"].tolist()
-    buffer, at, size = Buffer(), 0, np.dtype(dtype).itemsize
+        for document in _documents(job, state["lengths"].tolist(), state["ids"].tobytes()):
+            buffer.add(document[0], document)
+        piece, taken = state["place"].tolist()
+    return buffer, (piece, taken)
+
+
+def _documents(job: Job, lengths: Iterable[int], ids: bytes) -> Iterator[Document]:
+    """Documents whose ids, of each as many as a row can hold, stand one after the other."""
+    at, size = 0, dtype_of(job.tok).itemsize
     for length in lengths:
         end = at + min(length, job.row_len) * size
-        buffer.add(length, (length, ids[at:end]))
+        yield length, ids[at:end]
         at = end
-    return buffer, tuple(place)
 
 
 def _resume(job: Job, n: int) -> Path:
@@ -221,62 +229,55 @@ def _resume(job: Job, n: int) -> Path:
 
 
 class _Stream:
-    """Tokenized documents from a place on; `place` is (piece, documents taken of it), and moves on."""
+    """Tokenized documents from a place on; `place` advances with them."""
 
-    def __init__(self, job: Job, workers: int, piece: int, taken: int):
-        self._job, self.place = job, (piece, taken)
-        self._children = [Child(_tokenizing, job, worker, workers, piece, taken) for worker in range(workers)]
+    def __init__(self, job: Job, workers: int, place: Place):
+        self._job, self.place = job, place
+        self._children = [Child(_tokenizing, job, worker, workers, *place) for worker in range(workers)]
 
-    def _messages(self) -> Iterator:
-        """What `tokenize` yields of all pieces in order."""
+    def batches(self) -> Iterator[list[Document]]:
+        documents = self._tokenized()
+        return iter(lambda: list(itertools.islice(documents, REFILL)), [])
+
+    def _tokenized(self) -> Iterator[Document]:
+        piece, taken = self.place
+        for message in self._messages():
+            if message is None:
+                piece, taken = piece + 1, 0
+                continue
+            for document in _documents(self._job, *message):
+                taken += 1
+                self.place = piece, taken
+                yield document
+
+    def _messages(self) -> Iterator[Message | None]:
+        """What `tokenize` yields of all pieces, in order."""
         if not self._children:
             yield from tokenize(self._job, 0, 1, *self.place)
             return
         for piece in itertools.count(self.place[0]):
             child = self._children[piece % len(self._children)]
-            while (message := next(child, _END)) is not None:
-                if message is _END:
-                    return
-                yield message
+            try:
+                while (message := next(child)) is not None:
+                    yield message
+            except StopIteration:  # it has no such piece, so nobody has one after it
+                return
             yield None
-
-    def _documents(self) -> Iterator[Document]:
-        (piece, taken), size, row_len = self.place, dtype_of(self._job.tok).itemsize, self._job.row_len
-        for message in self._messages():
-            if message is None:
-                piece, taken = piece + 1, 0
-                continue
-            lengths, ids = message
-            at = 0
-            for length in lengths:
-                end = at + (length if length < row_len else row_len) * size
-                taken += 1
-                self.place = piece, taken
-                yield length, ids[at:end]
-                at = end
-
-    def batches(self) -> Iterator[list[Document]]:
-        documents = self._documents()
-        while batch := list(itertools.islice(documents, REFILL)):
-            yield batch
 
     def close(self) -> None:
         for child in self._children:
             child.close()
 
 
-_END = object()
-
-
-def _tokenizing(received, *args) -> Iterator:
+def _tokenizing(received, *args) -> Iterator[Message | None]:
     return tokenize(*args)
 
 
-def tokenize(job: Job, worker: int, workers: int, first: int, skip: int) -> Iterator[tuple[array, bytes] | None]:
+def tokenize(job: Job, worker: int, workers: int, first: int, skip: int) -> Iterator[Message | None]:
     """Every workers-th piece from `first` on, some documents at a time, and None after each piece.
 
-    (lengths, ids of all of them one after the other): a document's begin with <|bos|>, and end where a row does; its
-    length is that of all. `skip` leaves out the beginning of the first piece.
+    A document's ids begin with <|bos|> and end where a row does; its length counts all of them. `skip` leaves out so
+    many documents of the first piece.
     """
     kind = "H" if dtype_of(job.tok).itemsize == 2 else "I"
     pieces = itertools.islice(job.documents.pieces(job.split), first, None)

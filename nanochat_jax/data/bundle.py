@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import csv
 import shutil
-import stat
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import yaml
 
@@ -105,22 +104,21 @@ def _unpack(archive: Path, folder: Path, source: dict) -> None:
     part = part_of(folder)
     try:
         with zipfile.ZipFile(archive) as zipped:
-            members = {m.filename: m for m in zipped.infolist() if not m.is_dir()}
-            targets = _targets(members, archive)
-            needed, free = sum(members[name].file_size for name in targets), shutil.disk_usage(folder.parent).free
+            needed, free = sum(m.file_size for m in zipped.infolist()), shutil.disk_usage(folder.parent).free
             if needed > free:
                 raise UserError(
                     f"{archive.name} unpacks to {needed / 1e9:.2f} GB, and the disk of {folder.parent} has "
                     f"{free / 1e9:.2f} GB free; {hub.ELSEWHERE}"
                 )
-            for name, target in targets.items():
-                (part / target).parent.mkdir(parents=True, exist_ok=True)
-                with zipped.open(name) as packed, open(part / target, "wb") as out:
-                    shutil.copyfileobj(packed, out)  # compares the CRC at the end
-        atomic_write_json(part / "source.json", source)
+            zipped.extractall(part)  # compares the CRCs, and keeps every member inside of the folder
+        roots = [path.parent for path in part.rglob(FILES[0])]
+        if not roots:
+            raise UserError(f"{archive} holds no {FILES[0]}, so it is no CORE bundle; {ADVICE}")
+        root = min(roots, key=lambda path: len(path.parts))
+        atomic_write_json(root / "source.json", source)
         if folder.is_dir():  # what stood there is no bundle
             shutil.rmtree(folder)
-        part.rename(folder)
+        root.rename(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:  # the last: encrypted, or packed otherwise
         archive.unlink()
         raise UserError(f"{source['url']} came damaged ({e}) and was removed; {ADVICE}") from None
@@ -128,22 +126,3 @@ def _unpack(archive: Path, folder: Path, source: dict) -> None:
         raise UserError(f"cannot unpack {archive.name} into {folder} ({e.strerror or e}); {hub.ELSEWHERE}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _targets(members: dict[str, zipfile.ZipInfo], archive: Path) -> dict[str, PurePosixPath]:
-    """{member: its path below the bundle's folder}, of the files in the folder where core.yaml is.
-
-    UserError where there is none, or where a member would land outside of it or is a link.
-    """
-    roots = [PurePosixPath(name).parent for name in members if PurePosixPath(name).name == FILES[0]]
-    if not roots:
-        raise UserError(f"{archive} holds no {FILES[0]}, so it is no CORE bundle; {ADVICE}")
-    root = min(roots, key=lambda path: len(path.parts))
-    out = {}
-    for name, member in members.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or stat.S_ISLNK(member.external_attr >> 16):
-            raise UserError(f"{archive} has a member {name!r}, which would lie outside of its folder; {ADVICE}")
-        if path.is_relative_to(root):
-            out[name] = path.relative_to(root)
-    return out

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nanochat_jax.data.bundle import core_bundle, find_data, is_bundle, load_tasks
-from nanochat_jax.data.hub import ELSEWHERE, Stopped, is_whole, part_of, task_table
-from nanochat_jax.data.registry import LISTING, HubDocuments, HubFile
+from nanochat_jax.data.hub import ELSEWHERE, is_whole, part_of, task_table
+from nanochat_jax.data.registry import LISTING, HubDocuments
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 
@@ -30,35 +27,15 @@ def download(documents: HubDocuments, workers: int) -> str:
     parts = [part for f in missing if (part := part_of(documents.path(f))).is_file()]
     size, here = sum(f.size or 0 for f in missing), _bytes(parts)
     _check_room(documents.folder, size - here)
-    began, stop = time.perf_counter(), threading.Event()
-    with _bar(disable=not missing) as bar, ThreadPoolExecutor(workers) as pool:
+    began = time.perf_counter()
+    with _bar(disable=not missing) as bar:
         task = bar.add_task(f"{len(missing)} files", total=size or None, completed=here)
-
-        def on_block(n: int) -> None:
-            if stop.is_set():
-                raise Stopped
-            bar.advance(task, n)
-
-        def fetch(file: HubFile) -> None:
-            try:
-                documents.fetch(file, on_block)
-            except BaseException:
-                stop.set()
-                raise
-
-        try:
-            for job in as_completed([pool.submit(fetch, f) for f in files]):
-                with suppress(Stopped):  # the failure for which the others were stopped is raised too
-                    job.result()
-        except BaseException:  # Ctrl-C too: downloads end at their next block
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        paths = list(documents.fetched(files, workers, lambda n: bar.advance(task, n)))
     seconds, came = time.perf_counter() - began, bar.tasks[task].completed - here
     rate = f" at {came / seconds / 1e6:.1f} MB/s" if came else ""
     return (
         f"{documents.repo}: {len(files) - 1} training files and 1 for validation, "
-        f"{_gigabytes([documents.path(f) for f in files])} in {documents.folder}; "
+        f"{_gigabytes(paths)} in {documents.folder}; "
         f"{came / 1e9:.2f} GB of it fetched now{rate}"
     )
 
@@ -113,7 +90,7 @@ def contents(cache_dir: Path) -> list[str]:
             whole = [
                 p.with_suffix("") for p in notes if (read_json(p) or {}).get("size") == _bytes([p.with_suffix("")])
             ]
-            parts = [p for p in files if p.suffix == ".part"]
+            parts = [p for p in files if p.suffix == ".part" and p.stat().st_size]
             half = f", {len(parts)} half here ({_gigabytes(parts)})" if parts else ""
             name = folder.name.replace("--", "/", 1)
             lines.append(f"{name}: {len(whole)} of {len(listed)} files whole ({_gigabytes(whole)}){half}")

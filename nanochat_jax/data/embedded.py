@@ -31,7 +31,7 @@ PACKAGES = ("numpy", "jax", "flax", "optax")
 TOO_SHORT = 200  # characters of a docstring that says little
 TOO_LONG = 400_000  # characters of a source that is a table rather than a text
 SOURCE_CHARS = 20_000  # of a source file taken as a document
-VALIDATION_SHARE = 24  # every so manieth file, by the hash of its name
+VALIDATION_SHARE = 24  # one file in so many, by the hash of its name
 SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "_vendor", "pydoc_data"}
 
 
@@ -60,24 +60,19 @@ class EmbeddedDocuments(Documents):
 
 def collect() -> tuple[list[str], list[str]]:
     """(training texts, validation texts)."""
-    train, val, seen = [], [], set()
+    train: dict[int, str] = {}  # by their hash: aliases share their docstrings
+    val: dict[int, str] = {}
     for name, texts in _files():
-        held_out = _hash(name) % VALIDATION_SHARE == 0
+        split = val if _hash(name) % VALIDATION_SHARE == 0 else train
         for text in texts:
             digest = _hash(text)
-            if digest not in seen:  # aliases share their docstrings
-                seen.add(digest)
-                (val if held_out else train).append(text)
-    return _shuffled(train), _shuffled(val)
+            if digest not in train and digest not in val:
+                split[digest] = text
+    return [train[digest] for digest in sorted(train)], [val[digest] for digest in sorted(val)]
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-
-
-def _shuffled(texts: list[str]) -> list[str]:
-    """An order that depends on the texts alone."""
-    return sorted(texts, key=_hash)
 
 
 def _files() -> Iterator[tuple[str, list[str]]]:
@@ -102,8 +97,7 @@ def _files() -> Iterator[tuple[str, list[str]]]:
 
 
 def _modules(root: Path) -> list[Path]:
-    found = (p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
-    return sorted(found)
+    return sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
 
 
 def _read(path: Path) -> str:
@@ -120,10 +114,6 @@ def docstrings(source: str) -> list[str]:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
         return []
-    out = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node, clean=False)
-            if text and len(text) >= TOO_SHORT:
-                out.append(inspect.cleandoc(text))
-    return out
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = (ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented))
+    return [inspect.cleandoc(text) for text in texts if text and len(text) >= TOO_SHORT]

@@ -8,55 +8,56 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
 
+D = TypeVar("D")  # a document
 _BITS = 40  # of a key that say when its document came
 
 
-class Buffer:
+class Buffer(Generic[D]):
     """Documents by length. Among those of equal length the one that came first is taken first."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._keys: list[int] = []  # sorted; the length, and below it a number that falls with every document
-        self._documents: dict[int, object] = {}
+        self._documents: dict[int, D] = {}
         self._number = 1 << _BITS
 
     def __len__(self) -> int:
         return len(self._keys)
 
-    def add(self, length: int, document) -> None:
+    def add(self, length: int, document: D) -> None:
         self._number -= 1
         key = length << _BITS | self._number
         bisect.insort(self._keys, key)
         self._documents[key] = document
 
-    def pop_largest(self, room: int):
+    def pop_largest(self, room: int) -> D | None:
         """The largest document of at most `room` tokens, or None."""
         i = bisect.bisect_left(self._keys, (room + 1) << _BITS)
         return self._documents.pop(self._keys.pop(i - 1)) if i else None
 
-    def pop_shortest(self):
+    def pop_shortest(self) -> D | None:
         return self.pop_largest(self._keys[0] >> _BITS)
 
-    def in_order(self) -> list:
+    def in_order(self) -> list[D]:
         """The documents in the order in which they came."""
         return [self._documents[key] for key in sorted(self._keys, key=lambda key: -(key & ((1 << _BITS) - 1)))]
 
 
 def best_fit(
-    batches: Iterable[list],
+    batches: Iterable[list[D]],
     row_len: int,
     buffer_size: int,
     *,
     crop: bool,
-    length: Callable = len,
-    buffer: Buffer | None = None,
-) -> Iterator[list[tuple[object, int]]]:
+    length: Callable[[D], int] = len,  # type: ignore[assignment]  # documents are sequences unless told otherwise
+    buffer: Buffer[D] | None = None,
+) -> Iterator[list[tuple[D, int]]]:
     """Rows of (document, tokens taken), from documents that come in batches.
 
-    crop: fill the row's end with the beginning of the shortest document; else leave it. Documents longer than row_len
-    must not come where crop is False. The last rows, for which the buffer runs dry, are made too; with crop a last row
-    that cannot be filled is dropped. A `buffer` that is given may be read between two rows: with it and the batches
-    that were not taken yet, the rest of the rows can be made another time.
+    crop: fill the row's end with the beginning of the shortest document; else leave it, and no document may be longer
+    than row_len. The last rows, for which the buffer runs dry, are made too; with crop, one that cannot be filled is
+    dropped. From a `buffer` read between two rows, and the batches not taken yet, the other rows can be made later.
     """
     batches, dry = iter(batches), False
     buffer = Buffer() if buffer is None else buffer
@@ -70,13 +71,13 @@ def best_fit(
                     buffer.add(length(document), document)
             if not len(buffer):
                 break
-            document = buffer.pop_largest(room)
-            if document is None:
-                if not crop:
-                    break
-                document = buffer.pop_shortest()
-            taken = min(length(document), room)
-            row.append((document, taken))
+            found = buffer.pop_largest(room)
+            if found is None and crop:
+                found = buffer.pop_shortest()
+            if found is None:
+                break
+            taken = min(length(found), room)
+            row.append((found, taken))
             room -= taken
         if not row or (crop and room):
             return

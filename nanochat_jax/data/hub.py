@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TypeVar
 
 from filelock import FileLock
@@ -96,19 +97,6 @@ def _lock(target: Path, on_block: Callable[[int], object]) -> contextlib.Abstrac
         return contextlib.nullcontext()
 
 
-class _Progress:
-    """What huggingface_hub takes for a progress bar."""
-
-    def __init__(self, update: Callable[[int], object]):
-        self.update = update
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exc) -> None:
-        pass
-
-
 def _download(
     url: str, target: Path, size: int | None, sha256: str | None, on_block: Callable[[int], object], advice: str
 ) -> None:
@@ -118,6 +106,7 @@ def _download(
     from huggingface_hub.utils import build_hf_headers
 
     part = part_of(target)
+    progress = contextlib.nullcontext(SimpleNamespace(update=on_block))  # what the client takes for a tqdm bar
     headers = build_hf_headers(token=None if url.startswith(f"{constants.ENDPOINT}/") else False)
     headers["Accept-Encoding"] = "identity"  # compressed bytes cannot be resumed
 
@@ -132,7 +121,7 @@ def _download(
                 resume_size=f.tell(),
                 headers=headers,
                 expected_size=size,
-                tqdm_class=lambda **kwargs: _Progress(on_block),  # type: ignore[arg-type]  # it calls whatever it gets
+                tqdm_class=lambda **kwargs: progress,  # type: ignore[arg-type]  # it calls whatever it gets
             )
             f.flush()
             os.fsync(f.fileno())  # a power cut must not leave the whole name with half its bytes

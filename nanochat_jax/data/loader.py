@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import grain
 import jax
@@ -19,6 +20,7 @@ from nanochat_jax.data.packed import PackedDataset
 LARGEST = 64  # shards of a window
 THREADS = 2  # that make batches
 PREFETCH = 2  # batches that are made ahead
+ENDLESS = 1 << 40  # steps
 KEPT = 3  # permutations that are kept: steps ahead may be in the next window already
 
 
@@ -64,24 +66,11 @@ class Order:
         key = epoch, window, rows
         with self._lock:
             if key not in self._permutations:
-                while len(self._permutations) >= KEPT:
-                    self._permutations.pop(next(iter(self._permutations)))
+                if len(self._permutations) == KEPT:
+                    del self._permutations[next(iter(self._permutations))]
                 rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch, window])))
                 self._permutations[key] = rng.permutation(rows)
             return self._permutations[key]
-
-
-class _Steps:
-    """The batches of all steps, as Grain reads them: by index."""
-
-    def __init__(self, make: Callable[[int], dict]):
-        self._make = make
-
-    def __len__(self) -> int:
-        return 1 << 40
-
-    def __getitem__(self, step: int) -> dict:
-        return self._make(step)
 
 
 class Loader:
@@ -96,14 +85,16 @@ class Loader:
         self._closed = threading.Event()
         dataset.wait_for(1)  # from here on it is known how large a shard is
         self._order = Order(seed, dataset.shard_rows, self._count)
-        self._iterator, self._next = None, 0
+        self._iterator: grain.DatasetIterator | None = None
+        self._next = 0
 
     def at(self, step: int) -> dict[str, jax.Array]:
         """The batch of a step; the steps that follow it are then made ahead. UserError where rows are damaged."""
         if self._iterator is None or step != self._next:
             self._stop_ahead()
             options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=PREFETCH)
-            self._iterator = iter(grain.MapDataset.source(_Steps(self._make))[step:].to_iter_dataset(options))
+            batches = grain.MapDataset.range(step, ENDLESS).map(self._make)
+            self._iterator = iter(batches.to_iter_dataset(options))
         try:
             batch = next(self._iterator)
         except BaseException:
@@ -120,24 +111,21 @@ class Loader:
 
     def _make(self, step: int) -> dict[str, jax.Array]:
         accumulation, rows = self._accumulation, self._rows
+        positions = step * accumulation * rows + np.arange(accumulation * rows).reshape(accumulation, rows)
         parts: dict[tuple, dict[str, np.ndarray]] = {}  # devices that differ in other axes hold the same rows
 
-        def part(name: str):
-            def of(index: tuple[slice, ...]) -> np.ndarray:
-                where = *index[0].indices(accumulation), *index[1].indices(rows)
-                if where not in parts:
-                    grid = np.arange(accumulation)[index[0], None] * rows + np.arange(rows)[index[1]]
-                    parts[where] = self._read(step * accumulation * rows + grid)
-                return parts[where][name][..., index[2]]
-
-            return of
+        def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+            where = *index[0].indices(accumulation), *index[1].indices(rows)
+            if where not in parts:
+                parts[where] = self._read(positions[index[:2]])
+            return parts[where][name][..., index[2]]
 
         shape = accumulation, rows, self._dataset.manifest["row_len"] - 1
-        batch = {
-            name: jax.make_array_from_callback(shape, self._sharding, part(name), dtype=np.int32)
+        batch: dict[str, jax.Array] = {
+            name: jax.make_array_from_callback(shape, self._sharding, partial(part, name), dtype=np.int32)
             for name in ("tokens", "targets")
         }
-        self._touch_ahead((step + 1) * accumulation * rows)
+        self._check_ahead((step + 1) * accumulation * rows)
         return batch
 
     def _read(self, positions: np.ndarray) -> dict[str, np.ndarray]:
@@ -145,13 +133,13 @@ class Loader:
         found = self._dataset.rows(self._order.rows_at(positions.ravel()))
         ids = found["tokens"].reshape(*positions.shape, -1)
         targets = ids[..., 1:].astype(np.int32)
-        if found["mask"] is not None:
+        if "mask" in found:
             targets[~found["mask"].reshape(ids.shape)[..., 1:]] = -1
         return {"tokens": ids[..., :-1].astype(np.int32), "targets": targets}
 
-    def _touch_ahead(self, position: int) -> None:
-        """Reads of the next window's shards as large a share as this window is through, so that none comes as a whole
-        when the next one begins."""
+    def _check_ahead(self, position: int) -> None:
+        """Reads as large a share of the next window's shards as is done of this window, rather than all of them when
+        the next window begins."""
         epoch, _, _, end = self._order.window_of(position - 1)
         if epoch == 0:
             self._dataset.touch(end, position + min(position, LARGEST * self._dataset.shard_rows))

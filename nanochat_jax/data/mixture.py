@@ -13,7 +13,7 @@ class Mixture:
     times > 0 repeats all of a task's conversations; times < 0 takes -times of them, at random.
     """
 
-    def __init__(self, tasks: Sequence[tuple[object, int]], seed: int):
+    def __init__(self, tasks: Sequence[tuple[Sequence[dict], int]], seed: int):
         rng = np.random.default_rng([seed, len(tasks)])
         self._tasks, places = [task for task, _ in tasks], []
         for which, (task, times) in enumerate(tasks):

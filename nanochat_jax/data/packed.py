@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import threading
@@ -31,9 +32,6 @@ POLL = 0.1  # seconds between two looks at a folder that grows
 def dtype_of(tok) -> np.dtype:
     """Of the ids of a tokenizer."""
     return np.dtype(np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32)
-
-
-# ------------------------------------------------------------------------------------------------ reading
 
 
 class PackedDataset:
@@ -75,8 +73,6 @@ class PackedDataset:
                 )
         self.manifest = found
 
-    # -------------------------------------------------------------------------------------------- how many
-
     @property
     def complete(self) -> bool:
         """Whether all of the rows are there."""
@@ -98,31 +94,28 @@ class PackedDataset:
         """
         stop = stop or threading.Event()
         while not stop.is_set() and self.available() < rows and not self.complete:
-            working = self.packer is not None and self.packer.working()
+            working = self.packer is not None and self.packer.working()  # asked first: what it wrote last is then seen
             self.refresh()
-            if self.available() >= rows or self.complete:
-                break
-            if not working:
-                raise UserError(
-                    f"{self.path} holds {self.available():,} rows and was not packed to its end; start again"
-                )
-            stop.wait(POLL)
+            if self.available() < rows and not self.complete:
+                if not working:
+                    found = f"{self.path} holds {self.available():,} rows"
+                    raise UserError(f"{found} and was not packed to its end; start again")
+                stop.wait(POLL)
         return self.available()
 
     def __len__(self) -> int:
         """How many rows there are in all; waits until they are there."""
         return self.wait_for(self.limit or 1 << 62)
 
-    # -------------------------------------------------------------------------------------------- which
-
-    def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray | None]:
-        """{"tokens": (n, T + 1) uint16 or uint32, "mask": (n, T + 1) bool or None}. IndexError beyond the last row."""
+    def rows(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+        """{"tokens": (n, T + 1) uint16 or uint32, "mask": (n, T + 1) bool where the rows have masks}. IndexError beyond
+        the last row."""
         indices = np.asarray(indices, np.int64)
         last = int(indices.max(initial=-1))
         if indices.min(initial=0) < 0 or (last >= self.available() and last >= self.wait_for(last + 1)):
             raise IndexError(f"{self.path} has no such row among {indices}")
         which, within = np.divmod(indices, self.shard_rows)
-        out: dict[str, np.ndarray | None] = {"mask": None}
+        out = {}
         for name, dtype in self._arrays():
             out[name] = np.empty((len(indices), self.manifest["row_len"]), dtype)
             for shard in np.unique(which):
@@ -139,12 +132,11 @@ class PackedDataset:
         return [("tokens", self.manifest["dtype"]), *([("mask", "bool")] if self.manifest["masked"] else [])]
 
     def _shard(self, i: int) -> dict[str, np.ndarray]:
-        """The arrays of a shard, mapped into memory; found whole when it is first asked for."""
-        if i not in self._shards:
-            with self._lock:
-                if i not in self._shards:
-                    self._shards[i] = self._open(i)
-        return self._shards[i]
+        """The arrays of a shard, mapped into memory; checked when it is first asked for."""
+        with self._lock:
+            if i not in self._shards:
+                self._shards[i] = self._open(i)
+            return self._shards[i]
 
     def _open(self, i: int) -> dict[str, np.ndarray]:
         shard, arrays = self.manifest["shards"][i], {}
@@ -161,8 +153,6 @@ class PackedDataset:
             raise UserError(f"shard {i} of {self.path} is damaged; remove the folder to have it packed anew")
         return arrays
 
-    # -------------------------------------------------------------------------------------------- the packer
-
     def close(self) -> None:
         """Stops the packer, if there is one. Another one goes on where it was."""
         if self.packer is not None:
@@ -175,9 +165,6 @@ class PackedDataset:
         self.close()
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
 def _file(name: str, i: int) -> str:
     return f"{name}_{i:05d}.npy"
 
@@ -185,7 +172,7 @@ def _file(name: str, i: int) -> str:
 def _checksum(arrays: Iterable[np.ndarray]) -> int:
     value = 0
     for array in arrays:
-        value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8), value)
+        value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
 
 
@@ -196,13 +183,10 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
-                f"no space is left for packed rows in {folder} ({e.strerror}); free some and start again: packing goes "
-                "on where it was"
-            ) from None
-        raise UserError(
-            f"packed rows cannot be kept in {folder} ({e.strerror}); set data.cache_dir to a folder that can be written"
-        ) from None
+            line = f"no space is left for packed rows in {folder} ({e.strerror}); free some and start again to resume"
+        else:
+            line = f"packed rows cannot be kept in {folder} ({e.strerror}); set data.cache_dir to a writable folder"
+        raise UserError(line) from None
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], None]) -> None:
@@ -240,28 +224,19 @@ def write_packed(
     `counts` is read when the rows are through, so that what makes them can count. The folder appears whole or not at
     all, also where two processes pack the same.
     """
-    part = part_of(path)
-    shards, pending, masked = [], [], False
-
-    def flush():
-        arrays = {"tokens": np.asarray([row[0] for row in pending], dtype).reshape(-1, row_len)}
-        if masked:
-            arrays["mask"] = np.asarray([row[1] for row in pending], bool).reshape(-1, row_len)
-        with writing(path):
-            shards.append(write_shard(part, len(shards), arrays))
-        pending.clear()
-
+    part, rows = part_of(path), iter(rows)
+    shards: list[dict] = []
+    masked = False
     try:
         with writing(path):
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-        for row in rows:
-            masked = len(row) == 2
-            pending.append(row)
-            if len(pending) == SHARD_ROWS:
-                flush()
-        if pending:
-            flush()
+        while chunk := list(itertools.islice(rows, SHARD_ROWS)):
+            masked = len(chunk[0]) == 2
+            columns = zip(("tokens", "mask"), (dtype, bool), zip(*chunk))
+            arrays = {name: np.asarray(values, kind).reshape(-1, row_len) for name, kind, values in columns}
+            with writing(path):
+                shards.append(write_shard(part, len(shards), arrays))
         manifest = {"row_len": row_len, "dtype": np.dtype(dtype).name, "masked": masked, "shard_rows": SHARD_ROWS}
         manifest |= {"rows": sum(s["rows"] for s in shards), "complete": True, "shards": shards, **counts}
         with writing(path):

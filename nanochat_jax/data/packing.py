@@ -24,13 +24,11 @@ from nanochat_jax.data.fit import best_fit
 from nanochat_jax.data.packed import PackedDataset, dtype_of, write_packed
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
+from tokenizer.chat import render
 
 VERSION = 2  # of what is packed: part of the cache's key
 BATCH = 128  # conversations rendered at a time
 WORTH_A_CHILD = 5000  # conversations
-
-
-# ------------------------------------------------------------------------------------------------ documents
 
 
 def pack_documents(
@@ -47,10 +45,10 @@ def pack_documents(
 ) -> PackedDataset:
     """Rows of the documents' `split` (train or val): at once, while another process packs those that are missing.
 
-    goal_rows (None: all) bounds the rows; those that were packed for a smaller one are gone on from. workers tokenize;
-    None is a core each but one, and with 0 everything happens here, before this returns. The dataset is to be closed,
-    which stops the packing. UserError, here or from the dataset, where the split does not fill a row, is not to be had,
-    or the rows cannot be written.
+    goal_rows bounds the rows (None: all); packing resumes from those that are there. workers tokenize: None is one a
+    core but one, and with 0 everything happens here, before this returns. Closing the dataset stops the packing.
+    UserError, here or from the dataset, where the split does not fill a row, cannot be had, or the rows cannot be
+    written.
     """
     key = fingerprint([VERSION, packed.SHARD_ROWS, documents.key, split, tok.hash, seq_len, buffer])
     folder = Path(cache) / f"{split}-{key}"
@@ -86,9 +84,6 @@ def pack_split(
     )
 
 
-# --------------------------------------------------------------------------------------------- conversations
-
-
 def pack_conversations(
     mixture,
     tok,
@@ -105,9 +100,9 @@ def pack_conversations(
     """Rows of a mixture's conversations, with masks of what is a target; packed now if they are not there.
 
     all_targets: every token is a target, not the assistant's alone. `key` (plain data) names the mixture's contents.
-    A conversation longer than a row is cropped to it; one that then has no target is dropped; both are counted. So no
-    conversation can block the buffer and no row is without targets. Conversations are read here and rendered by
-    `workers` children (0: none; None: as many as have cores and enough to do).
+    A conversation longer than a row is cropped to it, and dropped if it then has no target; both are counted. So none
+    can block the buffer, and no row is without targets. Conversations are read here and rendered by `workers` children
+    (0: none; None: as many as have cores and enough to do).
     """
     path = Path(cache) / f"chat-{fingerprint([VERSION, key, tok.hash, seq_len, all_targets, max_rows, buffer])}"
     if manifest := read_json(path / packed.MANIFEST):
@@ -134,8 +129,7 @@ def pack_conversations(
     def rows():
         made = best_fit(rendered(), row_len, buffer, crop=False, length=lambda c: len(c[0]))
         for pieces in itertools.islice(made, max_rows):
-            ids = np.concatenate([c[0] for c, _ in pieces])
-            mask = np.concatenate([c[1] for c, _ in pieces])
+            ids, mask = (np.concatenate(arrays) for arrays in zip(*(conversation for conversation, _ in pieces)))
             counts["conversations"] += len(pieces)
             counts["tokens"] += len(ids)
             counts["targets"] += int(mask[1:].sum())
@@ -166,7 +160,7 @@ def _rendered(mixture, tok, row_len: int, workers: int) -> Iterator[list[Rendere
         return
     with ExitStack() as stack:
         children = [stack.enter_context(Child(render_batches, tok, row_len)) for _ in range(workers)]
-        asked = deque()
+        asked: deque[Child] = deque()
         for child, batch in zip(itertools.cycle(children), batches):
             child.send(batch)
             asked.append(child)
@@ -177,13 +171,11 @@ def _rendered(mixture, tok, row_len: int, workers: int) -> Iterator[list[Rendere
 
 
 def render_batches(batches: Iterable[list[dict]], tok, row_len: int) -> Iterator[list[Rendered]]:
-    from tokenizer.chat import render
-
     dtype = dtype_of(tok)
+
+    def rendered(conversation: dict) -> Rendered:
+        ids, mask = render(tok, conversation)
+        return np.array(ids[:row_len], dtype).tobytes(), np.array(mask[:row_len], bool).tobytes(), len(ids) > row_len
+
     for batch in batches:
-        out = []
-        for conversation in batch:
-            ids, mask = render(tok, conversation)
-            whole = np.asarray(ids[:row_len], dtype).tobytes(), np.asarray(mask[:row_len], bool).tobytes()
-            out.append((*whole, len(ids) > row_len))
-        yield out
+        yield [rendered(conversation) for conversation in batch]

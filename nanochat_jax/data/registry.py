@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -66,26 +66,30 @@ class HubDocuments(Documents):
         return hub.fetch(url, self.path(file), size=file.size, sha256=file.sha256, on_block=on_block)
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        for path in self._fetched(self.train_files if split == "train" else (self.val_file,)):
+        for path in self.fetched(self.train_files if split == "train" else (self.val_file,)):
             yield from pieces_of(path, self.column)
 
-    def _fetched(self, files: tuple[HubFile, ...]) -> Iterator[Path]:
-        """The files in order, the next ones fetched meanwhile. A failure is raised when it is that file's turn."""
+    def fetched(
+        self, files: Iterable[HubFile], prefetch: int = PREFETCH, progress: Callable[[int], object] = lambda n: None
+    ) -> Iterator[Path]:
+        """The files in order, while the `prefetch` next ones are fetched. A failure is raised when it is that file's
+        turn, and ends the other downloads. progress(bytes) is called for what comes of any."""
         stop = threading.Event()
 
         def on_block(n: int) -> None:
             if stop.is_set():
                 raise hub.Stopped
+            progress(n)
 
-        pool, pending = ThreadPoolExecutor(PREFETCH), deque[Future[Path]]()
+        pool, pending = ThreadPoolExecutor(prefetch), deque[Future[Path]]()
         try:
             for file in files:
                 pending.append(pool.submit(self.fetch, file, on_block))
-                if len(pending) > PREFETCH:
+                if len(pending) > prefetch:
                     yield pending.popleft().result()
             for job in pending:
                 yield job.result()
-        finally:  # also where the walk ends early
+        finally:  # also where the walk ends early, and at Ctrl-C: downloads end at their next block
             stop.set()
             pool.shutdown(cancel_futures=True)
 

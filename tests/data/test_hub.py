@@ -392,16 +392,18 @@ def test_download_goes_on_where_it_stopped(run, server, cache, monkeypatch):
 
 
 def test_ctrl_c_leaves_parts_that_the_next_call_takes_up(run, server, cache, monkeypatch):
-    real = downloads.as_completed
+    real, calls = hub.fetch, []
 
-    def interrupted(jobs):
-        next(real(jobs))
-        raise KeyboardInterrupt
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **options)
 
-    monkeypatch.setattr(downloads, "as_completed", interrupted)
+    monkeypatch.setattr(hub, "fetch", interrupted)
     status, out, err = run("download", "--dataset", REPO, "-n", "4", "--workers", "2")
     assert status == 130 and "the same command goes on" in err and out == ""
-    monkeypatch.setattr(downloads, "as_completed", real)
+    monkeypatch.setattr(hub, "fetch", real)
     assert run("download", "--dataset", REPO, "-n", "4")[0] == 0
     assert list(hub_documents(REPO, None, 4, cache).train()) == [str(i) * 1000 for i in range(4)]
 
