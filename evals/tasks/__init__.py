@@ -8,30 +8,28 @@ Local files have the hub's columns: tasks/gsm8k_main_test.parquet, chat/*.jsonl.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-from evals.tasks.arc import ARC
+from evals.tasks.arithmetic import Arithmetic
 from evals.tasks.base import Task, read_rows
 from evals.tasks.conversations import Conversations, read_chats
-from evals.tasks.embedded import Arithmetic
 from evals.tasks.gsm8k import GSM8K
 from evals.tasks.humaneval import HumanEval
 from evals.tasks.identity import Identity
-from evals.tasks.mmlu import MMLU
+from evals.tasks.multiple_choice import ARC, MMLU
 from evals.tasks.reading import Choices, Facts, Lookup, Reading, Repeat
 from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.sources import source_of
-from nanochat_jax.data.tables import CHAT_REPO, ROWS, Rows
+from nanochat_jax.data.tables import CHAT_REPO, ROWS
 from nanochat_jax.errors import UserError
 
 VERSION = 3  # of what the tasks say: part of the key of packed conversations
-SPELLING_SIZES = {"train": 100_000, "test": 256}
-
 
 _FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
-    "arc_easy": lambda rows: ARC(rows, "arc_easy"),
-    "arc_challenge": lambda rows: ARC(rows, "arc_challenge"),
+    "arc_easy": partial(ARC, name="arc_easy"),
+    "arc_challenge": partial(ARC, name="arc_challenge"),
     "mmlu": MMLU,
     "gsm8k": GSM8K,
     "humaneval": HumanEval,
@@ -43,8 +41,10 @@ _GENERATED: dict[str, Callable[[str], Task]] = {
     "choices": Choices,
     "reading": Reading,
     "repeat": lambda split: Repeat(split, embedded_words()),
+    "identity": lambda split: Identity(),
 }
-MADE_HERE = (*_GENERATED, "identity", "spellingbee", "spelling")
+_ON_WORDS = {"spellingbee": SpellingBee, "spelling": Spelling}
+MADE_HERE = (*_GENERATED, *_ON_WORDS)
 TASKS = (*ROWS, *MADE_HERE, "chat")
 
 
@@ -55,14 +55,14 @@ def available(data: DataConfig, split: str) -> list[str]:
         return ["facts", "lookup", "reading", "arithmetic", "spellingbee"]
     if source == "hub":
         return [name for name, rows in ROWS.items() if split in rows.hub_splits] + ["spellingbee"]
-    return [name for name, rows in ROWS.items() if _local_file(data, rows, split)] + ["spellingbee"]
+    return [name for name, rows in ROWS.items() if _local_files(data, "tasks", rows.files.get(split))] + ["spellingbee"]
 
 
 def trainable(data: DataConfig) -> list[str]:
     """The names of the tasks with training rows."""
     source = source_of(data)
     names = list(MADE_HERE) + [n for n in available(data, "train") if n not in MADE_HERE]
-    if source == "hub" or (source == "local" and any((Path(data.dir) / "chat").glob("*.jsonl.gz"))):
+    if source == "hub" or (source == "local" and _local_files(data, "chat", "*.jsonl.gz")):
         names.append("chat")
     return names
 
@@ -73,20 +73,16 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
         raise UserError(f"unknown task {name}; there are {', '.join(TASKS)}")
     if name in _GENERATED:
         return _GENERATED[name](split)
-    if name == "identity":
-        return Identity()
-    if name in ("spellingbee", "spelling"):
-        kind = SpellingBee if name == "spellingbee" else Spelling
-        return kind(_words(data), split, SPELLING_SIZES[split])
+    if name in _ON_WORDS:
+        found = _local_files(data, "words", "*.txt*")
+        return _ON_WORDS[name](read_words(found[0]) if found else embedded_words(), split)
     if name == "chat":
         return Conversations(_chats(data, cache_dir), split)
     return _FROM_ROWS[name](_table(name, split, data, cache_dir))
 
 
-def _local_file(data: DataConfig, rows: Rows, split: str) -> Path | None:
-    pattern = rows.files.get(split)
-    found = sorted((Path(data.dir) / "tasks").glob(pattern)) if data.dir and pattern else []
-    return found[0] if found else None
+def _local_files(data: DataConfig, folder: str, pattern: str | None) -> list[Path]:
+    return sorted((Path(data.dir) / folder).glob(pattern)) if data.dir and pattern else []
 
 
 def _table(name: str, split: str, data: DataConfig, cache_dir: Path) -> Sequence[dict]:
@@ -94,28 +90,24 @@ def _table(name: str, split: str, data: DataConfig, cache_dir: Path) -> Sequence
     if source_of(data) == "hub":
         if split not in rows.hub_splits:
             raise UserError(f"task {name} has no split {split}")
-        from nanochat_jax.data.hub import task_table
-
-        return task_table(rows.repo, rows.config, rows.hub_splits[split], Path(cache_dir) / "hub")
-    path = _local_file(data, rows, split)
-    if path is None:
+        return _from_hub(rows.repo, rows.config, rows.hub_splits[split], cache_dir)
+    found = _local_files(data, "tasks", rows.files.get(split))
+    if not found:
         wanted = rows.files.get(split) or f"rows of split {split}, which it does not have"
         raise UserError(f"task {name} needs {wanted} in the folder tasks of data.dir ({data.dir or 'not set'})")
-    return read_rows(path)
+    return read_rows(found[0])
 
 
 def _chats(data: DataConfig, cache_dir: Path) -> Sequence[dict]:
     if source_of(data) == "hub":
-        from nanochat_jax.data.hub import task_table
-
-        return task_table(CHAT_REPO, None, "train", Path(cache_dir) / "hub")
-    folder = Path(data.dir or "") / "chat"
-    rows = read_chats(folder) if data.dir else []
+        return _from_hub(CHAT_REPO, None, "train", cache_dir)
+    rows = read_chats(Path(data.dir) / "chat") if data.dir else []
     if not rows:
         raise UserError(f"task chat needs *.jsonl.gz in the folder chat of data.dir ({data.dir or 'not set'})")
     return rows
 
 
-def _words(data: DataConfig) -> list[str]:
-    found = sorted((Path(data.dir) / "words").glob("*.txt*")) if data.dir else []
-    return read_words(found[0]) if found else embedded_words()
+def _from_hub(repo: str, config: str | None, split: str, cache_dir: Path) -> Sequence[dict]:
+    from nanochat_jax.data.hub import task_table
+
+    return task_table(repo, config, split, Path(cache_dir) / "hub")

@@ -1,12 +1,18 @@
-"""What a task is: questions as conversations, a verdict on an answer, and what guessing scores."""
+"""What a task is: questions as conversations, a verdict on an answer, and the accuracy of guessing."""
 
 from __future__ import annotations
 
+import hashlib
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 
 from nanochat_jax.errors import UserError
+
+HELD_OUT = 10  # of the generated questions one in so many is a test question
+SIZES = {"train": 20_000, "test": 1_000}
 
 
 class Task(ABC):
@@ -31,17 +37,72 @@ class ScoredTask(Task):
 
     baseline: float = 0.0
 
-    @abstractmethod
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the visible text of a completion is right."""
+        """Whether the visible text of a completion is right: by default, whether it is the reference answer."""
+        return completion.strip() == conversation["messages"][-1]["content"].strip()
 
     def judge(self, conversation: dict, completion: str) -> tuple[bool, str]:
-        """The verdict, and what there is to say of it: why a program failed, for example."""
+        """The verdict and a reason for it, which may be empty: why a program failed, for example."""
         return self.evaluate(conversation, completion), ""
 
     def reward(self, conversation: dict, completion: str) -> float:
         """What RL maximises."""
         return float(self.evaluate(conversation, completion))
+
+
+class FromRows(ScoredTask):
+    """A task whose questions are the rows of a table. UserError where the table lacks one of `columns`."""
+
+    columns: Sequence[str]
+
+    def __init__(self, rows: Sequence[dict]):
+        check_columns(self.name, rows, self.columns)
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.conversation(self._rows[i])
+
+    @abstractmethod
+    def conversation(self, row: dict) -> dict: ...
+
+
+class Generated(ScoredTask):
+    """A task whose questions a function makes: make(rng) -> conversation. They depend on (split, index) alone.
+
+    A hash of the question decides its split, so that training and test questions are disjoint however many there are.
+    """
+
+    def __init__(self, split: str, size: int | None = None):
+        self.split, self._size = split, SIZES[split] if size is None else size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, i: int) -> dict:
+        if not 0 <= i < self._size:
+            raise IndexError(i)
+        rng = random.Random(f"{self.name} {self.split} {i}")
+        while True:
+            conversation = self.make(rng)
+            if self.is_in_split(conversation):
+                return conversation
+
+    def is_in_split(self, conversation: dict) -> bool:
+        return held_out(conversation["messages"][0]["content"], HELD_OUT) == (self.split == "test")
+
+    @abstractmethod
+    def make(self, rng: random.Random) -> dict: ...
+
+
+# ------------------------------------------------------------------------------------------------ conversations
+
+
+def dialogue(*contents: str | list[dict]) -> dict:
+    """The conversation in which user and assistant say this in turn."""
+    return {"messages": [{"role": r, "content": c} for r, c in zip(cycle(("user", "assistant")), contents)]}
 
 
 def prompt_messages(conversation: dict) -> list[dict]:
@@ -50,71 +111,23 @@ def prompt_messages(conversation: dict) -> list[dict]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """A question with its choices. The letter comes last in its line: there a small model finds it more easily."""
-    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
-    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
-
-
-class MultipleChoice(ScoredTask):
-    """Rows that `read` turns into (question, letters, choices, the right letter)."""
-
-    kind, baseline = "categorical", 0.25
-
-    def __init__(self, name: str, rows: Sequence[dict]):
-        self.name, self._rows = name, rows
-
-    @abstractmethod
-    def read(self, row: dict) -> tuple[str, list[str], list[str], str]: ...
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> dict:
-        row = self._rows[i]
-        question, letters, choices, answer = self.read(row)
-        text = render_multiple_choice(question, letters, choices)
-        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "letters": letters, **self.also(row)}
-
-    def also(self, row: dict) -> dict:
-        """What a conversation says of its row beside: {"subject"} where the task has subjects."""
-        return {}
-
-    def evaluate(self, conversation: dict, completion: str) -> bool:
-        return completion.strip() == conversation["messages"][-1]["content"]
+def held_out(text: str, one_in: int) -> bool:
+    """Whether a text is for testing, by its hash: where it stands, and what else there is, do not matter."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") % one_in == 0
 
 
 # ------------------------------------------------------------------------------------------------------ rows
 
 
-class Table(Sequence):
-    """The rows of a pyarrow table as dicts, each made when it is asked for: a tenth of the memory of a list."""
-
-    def __init__(self, table):
-        self._table = table
-
-    def __len__(self) -> int:
-        return self._table.num_rows
-
-    def __getitem__(self, i: int) -> dict:
-        place = i + len(self) if i < 0 else i
-        if not 0 <= place < len(self):
-            raise IndexError(i)
-        return self._table.slice(place, 1).to_pylist()[0]
-
-    def __iter__(self) -> Iterator[dict]:
-        for batch in self._table.to_batches(max_chunksize=1024):
-            yield from batch.to_pylist()
-
-
-def read_rows(path: str | Path) -> Table:
-    """The rows of a parquet file. UserError where there is none, or it cannot be read."""
+def read_rows(path: str | Path) -> Sequence[dict]:
+    """The rows of a parquet file, made into dicts when asked for. UserError where it is missing or cannot be read."""
+    import datasets
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return Table(pyarrow.parquet.read_table(path))
+        return datasets.Dataset(pyarrow.parquet.read_table(path))
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (pyarrow.ArrowException, OSError) as e:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.tasks.base import Task, check_columns
+from evals.tasks.base import Task, check_columns, held_out
 from nanochat_jax.errors import UserError
 
-TEST_SHARE = 50  # one conversation in so many is held out
+HELD_OUT = 50  # one conversation in so many is for testing
 
 
 class Conversations(Task):
     """Rows with `messages`; those that are no dialogue of user and assistant in turn are left out: `skipped` many.
 
-    What is held out is chosen by a hash of the text: it does not depend on the other rows, and a conversation that
-    occurs twice is on one side only. Rows are read again when asked for; of the unusable nothing is kept.
+    A hash of the text decides the split, so that a conversation that occurs twice is in one only. Rows are read again
+    when asked for; only their indices are kept.
     """
 
     kind = "conversation"
@@ -27,18 +26,18 @@ class Conversations(Task):
     def __init__(self, rows: Sequence[dict], split: str, name: str = "chat"):
         check_columns(name, rows, ("messages",))
         self.name, self.skipped = name, 0
-        self._rows, self._places = rows, array("q")
+        self._rows, self._indices = rows, array("q")
         for i, row in enumerate(rows):
             if not _is_dialogue(row["messages"]):
                 self.skipped += 1
-            elif _held_out(row["messages"]) == (split == "test"):
-                self._places.append(i)
+            elif held_out("\0".join(m["content"] for m in row["messages"]), HELD_OUT) == (split == "test"):
+                self._indices.append(i)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._indices)
 
     def __getitem__(self, i: int) -> dict:
-        return {"messages": self._rows[self._places[i]]["messages"]}
+        return {"messages": self._rows[self._indices[i]]["messages"]}
 
 
 def _is_dialogue(messages) -> bool:
@@ -53,21 +52,13 @@ def _is_message(m) -> bool:
     return isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) and bool(m["content"].strip())
 
 
-def _held_out(messages: list[dict]) -> bool:
-    digest = hashlib.sha256("\0".join(m["content"] for m in messages).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:4], "big") % TEST_SHARE == 0
-
-
 def read_chats(folder: str | Path) -> list[dict]:
     """The rows of folder/*.jsonl.gz: {"messages": [...]} a line, or in *.raw_lists.* the list alone. UserError."""
     rows = []
     for path in sorted(Path(folder).glob("*.jsonl.gz")):
         try:
             with gzip.open(path, "rt", encoding="utf-8") as f:
-                for number, line in enumerate(f, 1):
-                    value = json.loads(line) if line.strip() else None
-                    if value is not None:
-                        rows.append(_row(value, path, number))
+                rows += [_row(json.loads(line), path, number) for number, line in enumerate(f, 1) if line.strip()]
         except (OSError, EOFError, ValueError) as e:
             raise UserError(f"{path} is damaged ({e}); fetch it again") from None
     return rows

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
-from evals.tasks.base import ScoredTask, check_columns
+from evals.tasks.base import FromRows, ScoredTask, dialogue
 
 _CALL = re.compile(r"<<([^>]+)>>")
 _ANSWER = re.compile(r"#### (-?[0-9.,]+)")
@@ -31,31 +30,20 @@ def extract_answer(text: str) -> str | None:
     return found[1].replace(",", "") if found else None
 
 
-def same_answer(completion: str, answer: str | None) -> bool:
-    """Whether a completion gives the number `answer`, which stands there without commas."""
-    return answer is not None and extract_answer(completion) == answer
-
-
-class GSM8K(ScoredTask):
-    """Rows with `question` and `answer`."""
-
-    name, kind, baseline = "gsm8k", "generative", 0.0
-
-    def __init__(self, rows: Sequence[dict]):
-        check_columns(self.name, rows, ("question", "answer"))
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> dict:
-        row = self._rows[i]
-        messages = [
-            {"role": "user", "content": row["question"]},
-            {"role": "assistant", "content": parse_parts(row["answer"])},
-        ]
-        return {"messages": messages, "answer": extract_answer(row["answer"])}
+class NumberAnswer(ScoredTask):
+    """A task whose conversations have the "answer" that a completion must give after `#### `."""
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
-        """Whether the extracted strings are equal: 18 is not 18.00, as in the published scores."""
-        return same_answer(completion, conversation["answer"])
+        """Whether the strings are equal: 18 is not 18.00, as in the published scores."""
+        answer = conversation["answer"]
+        return answer is not None and extract_answer(completion) == answer
+
+
+class GSM8K(NumberAnswer, FromRows):
+    """Rows with `question` and `answer`."""
+
+    name, kind = "gsm8k", "generative"
+    columns = ("question", "answer")
+
+    def conversation(self, row: dict) -> dict:
+        return dialogue(row["question"], parse_parts(row["answer"])) | {"answer": extract_answer(row["answer"])}

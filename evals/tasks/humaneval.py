@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from evals.sandbox import run_program
-from evals.tasks.base import ScoredTask, check_columns
+from evals.tasks.base import FromRows, dialogue
 
 _FENCED = re.compile(r"```(?:python)?\s*?\n(?P<code>.*?)\n```", re.DOTALL)
 SECONDS = 5.0  # that a program may take
@@ -24,26 +23,16 @@ def import_lines(prompt: str) -> list[str]:
     return [line for line in head.splitlines() if line.startswith(("import ", "from "))]
 
 
-class HumanEval(ScoredTask):
+class HumanEval(FromRows):
     """Rows with `prompt`, `canonical_solution`, `test` and `entry_point`."""
 
-    name, kind, baseline = "humaneval", "generative", 0.0
+    name, kind = "humaneval", "generative"
+    columns = ("prompt", "canonical_solution", "test", "entry_point")
 
-    def __init__(self, rows: Sequence[dict]):
-        check_columns(self.name, rows, ("prompt", "canonical_solution", "test", "entry_point"))
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, i: int) -> dict:
-        row = self._rows[i]
+    def conversation(self, row: dict) -> dict:
         whole = (row["prompt"] + row["canonical_solution"]).strip()
-        messages = [
-            {"role": "user", "content": row["prompt"]},
-            {"role": "assistant", "content": f"```python\n{whole}\n```"},
-        ]
-        return {"messages": messages, "test": row["test"], "entry_point": row["entry_point"]}
+        asked = dialogue(row["prompt"], f"```python\n{whole}\n```")
+        return asked | {"test": row["test"], "entry_point": row["entry_point"]}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         return self.judge(conversation, completion)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from evals.tasks.base import Task
+from evals.tasks.base import Task, dialogue
 
 ABOUT = "I am nanochat_jax, a small language model written in JAX."
 # what people ask -> what it answers; every pair is a conversation
@@ -74,14 +74,11 @@ class Identity(Task):
         if not 0 <= i < SIZE:
             raise IndexError(i)
         rng = random.Random(f"identity {i}")
-        messages = []
+        turns: list[str] = []
         for _ in range(1 if rng.random() < 0.8 else 2):
             questions, answers = rng.choice(INTENTS)
-            messages += [
-                {"role": "user", "content": _vary(rng, rng.choice(questions))},
-                {"role": "assistant", "content": rng.choice(answers)},
-            ]
-        return {"messages": messages}
+            turns += (_vary(rng, rng.choice(questions)), rng.choice(answers))
+        return dialogue(*turns)
 
 
 def _vary(rng: random.Random, text: str) -> str:

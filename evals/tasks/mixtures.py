@@ -5,6 +5,7 @@ times > 0 repeats all rows, times < 0 takes so many of them. Tasks that a source
 
 from __future__ import annotations
 
+from evals.tasks import trainable
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.sources import source_of
 from nanochat_jax.errors import UserError
@@ -12,25 +13,10 @@ from nanochat_jax.errors import UserError
 Recipe = list[tuple[str, str, int]]
 
 # Without a network, mid learns to find things in a text, and sft what that is good for.
-EMBEDDED_MID = (("repeat", -9_500), ("lookup", -9_500), ("facts", -1_500), ("identity", -300))
-EMBEDDED_SFT = (
-    ("facts", -8_000),
-    ("choices", -3_000),
-    ("reading", -800),
-    ("arithmetic", -500),
-    ("identity", -1_200),
-    ("spellingbee", -600),
-)
-MID = (("chat", 1), ("mmlu", 1), ("gsm8k", 1), ("identity", -1_000), ("spellingbee", -20_000), ("spelling", -20_000))
-SFT = (
-    ("arc_easy", 1),
-    ("arc_challenge", 1),
-    ("gsm8k", 1),
-    ("chat", -10_000),
-    ("identity", -1_000),
-    ("spellingbee", -300),
-    ("spelling", -300),
-)
+EMBEDDED_MID = dict(repeat=-9_500, lookup=-9_500, facts=-1_500, identity=-300)
+EMBEDDED_SFT = dict(facts=-8_000, choices=-3_000, reading=-800, arithmetic=-500, identity=-1_200, spellingbee=-600)
+MID = dict(chat=1, mmlu=1, gsm8k=1, identity=-1_000, spellingbee=-20_000, spelling=-20_000)
+SFT = dict(arc_easy=1, arc_challenge=1, gsm8k=1, chat=-10_000, identity=-1_000, spellingbee=-300, spelling=-300)
 
 
 def mid_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Recipe:
@@ -41,18 +27,13 @@ def sft_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Rec
     return _recipe(data, EMBEDDED_SFT if source_of(data) == "embedded" else SFT, override)
 
 
-def _recipe(data: DataConfig, default, override: dict[str, int] | None) -> Recipe:
+def _recipe(data: DataConfig, default: dict[str, int], override: dict[str, int] | None) -> Recipe:
     """UserError where an override names a task that has no training rows in this source."""
-    from evals.tasks import trainable
-
     at_hand = trainable(data)
-    if override is not None:
-        for name, times in override.items():
-            if name not in at_hand:
-                raise UserError(f"mixture names {name}, which has no training rows here; at hand: {', '.join(at_hand)}")
-            if times == 0:
-                raise UserError(f"mixture.{name}=0 means nothing: leave it out, or give repeats (1) or rows (-100)")
-        chosen = tuple(override.items())
-    else:
-        chosen = default
-    return [(name, "train", times) for name, times in chosen if name in at_hand]
+    for name, times in (override or {}).items():
+        if name not in at_hand:
+            raise UserError(f"mixture names {name}, which has no training rows here; at hand: {', '.join(at_hand)}")
+        if times == 0:
+            raise UserError(f"mixture.{name}=0 means nothing: leave it out, or give repeats (1) or rows (-100)")
+    chosen = default if override is None else override
+    return [(name, "train", times) for name, times in chosen.items() if name in at_hand]

@@ -12,10 +12,10 @@ from __future__ import annotations
 import random
 import string
 
-from evals.tasks.base import render_multiple_choice
-from evals.tasks.embedded import NAMES, Generated
+from evals.tasks.arithmetic import NAMES
+from evals.tasks.base import Generated, dialogue
+from evals.tasks.multiple_choice import LETTERS, multiple_choice, render_multiple_choice
 
-LETTERS = ("A", "B", "C", "D")
 PARTNERS = string.ascii_uppercase[:8]
 # (a fact, its question, the kind of value that it states)
 FACTS = (
@@ -44,12 +44,6 @@ def _stated(rng: random.Random) -> tuple[str, str, str]:
     return f"{fact.format(n=name, o=thing, v=value)} {question.format(n=name, o=thing)}", value, kind
 
 
-def _turns(*pairs: tuple[str, str]) -> dict:
-    """A conversation of (question, answer) pairs."""
-    roles = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
-    return {"messages": roles}
-
-
 class Facts(Generated):
     """Multiple choice about what the question itself states: one fact, four choices, the wrong ones of other kinds."""
 
@@ -60,26 +54,16 @@ class Facts(Generated):
         others = rng.sample([k for k in VALUES if k != kind], 3)
         choices = [right, *(rng.choice(VALUES[k]) for k in others)]
         rng.shuffle(choices)
-        question = render_multiple_choice(stated, LETTERS, choices)
-        return {**_turns((question, LETTERS[choices.index(right)])), "letters": list(LETTERS)}
-
-    def evaluate(self, conversation: dict, completion: str) -> bool:
-        return completion.strip() == conversation["messages"][-1]["content"]
+        return multiple_choice(stated, LETTERS, choices, LETTERS[choices.index(right)])
 
 
-class _Exercise(Generated):
-    """Several questions a conversation, of which the last is the one that is judged; answers begin with a space."""
-
-    kind, baseline = "generative", 0.0
-
-    def evaluate(self, conversation: dict, completion: str) -> bool:
-        return completion.strip() == conversation["messages"][-1]["content"].strip()
+# In the exercises a conversation has several questions, of which the last is scored; answers begin with a space.
 
 
-class Repeat(_Exercise):
+class Repeat(Generated):
     """Words, letters and pairs of both, to be said again."""
 
-    name = "repeat"
+    name, kind = "repeat", "generative"
 
     def __init__(self, split: str, words: list[str], size: int | None = None):
         super().__init__(split, size)
@@ -87,7 +71,7 @@ class Repeat(_Exercise):
 
     def make(self, rng: random.Random) -> dict:
         text = " ".join(self._item(rng) for _ in range(rng.randint(3, 8)))
-        return _turns((f"Repeat: {text}", f" {text}"))
+        return dialogue(f"Repeat: {text}", f" {text}")
 
     def _item(self, rng: random.Random) -> str:
         kind = rng.random()
@@ -97,27 +81,25 @@ class Repeat(_Exercise):
         return letter if kind < 0.6 else f"{rng.choice(WORDS)}={letter}"
 
 
-class Lookup(_Exercise):
+class Lookup(Generated):
     """A list of words, each with a letter, and questions for the letter of a word or the word of a letter."""
 
-    name = "lookup"
+    name, kind = "lookup", "generative"
 
     def make(self, rng: random.Random) -> dict:
         n = rng.randint(2, 6)
         pairs = list(zip(rng.sample(WORDS, n), rng.sample(PARTNERS, n)))
         listed = "".join(f"- {word}={letter}\n" for word, letter in pairs)
-        asked = [self._ask(rng, *rng.choice(pairs)) for _ in range(7)]
-        return _turns((f"{listed}\n{asked[0][0]}", asked[0][1]), *asked[1:])
-
-    @staticmethod
-    def _ask(rng: random.Random, word: str, letter: str) -> tuple[str, str]:
-        return (f"Which letter is {word}?", letter) if rng.random() < 0.8 else (f"What is {letter}?", f" {word}")
+        turns: list[str] = []
+        for word, letter in (rng.choice(pairs) for _ in range(7)):
+            turns += (f"Which letter is {word}?", letter) if rng.random() < 0.8 else (f"What is {letter}?", f" {word}")
+        return dialogue(f"{listed}\n{turns[0]}", *turns[1:])
 
 
-class Choices(_Exercise):
+class Choices(Generated):
     """Multiple choice whose question names the right choice, and more questions for letters."""
 
-    name = "choices"
+    name, kind = "choices", "generative"
 
     def make(self, rng: random.Random) -> dict:
         choices = rng.sample(WORDS, len(LETTERS))
@@ -125,14 +107,14 @@ class Choices(_Exercise):
         wording = rng.choice(("Which letter is {}?", "Which of these is {}?", "Where is {}?"))
         asked = [render_multiple_choice(wording.format(words[0]), LETTERS, choices)]
         asked += [f"Which letter is {word}?" for word in words[1:]]
-        return _turns(*((text, LETTERS[choices.index(word)]) for text, word in zip(asked, words)))
+        return dialogue(*(turn for text, word in zip(asked, words) for turn in (text, LETTERS[choices.index(word)])))
 
 
-class Reading(_Exercise):
+class Reading(Generated):
     """Facts and questions about them, to be answered with the word that was stated."""
 
-    name = "reading"
+    name, kind = "reading", "generative"
 
     def make(self, rng: random.Random) -> dict:
         stated = [_stated(rng) for _ in range(4)]
-        return _turns(*((text, f" {value}") for text, value, _ in stated))
+        return dialogue(*(turn for text, value, _ in stated for turn in (text, f" {value}")))

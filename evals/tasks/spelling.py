@@ -10,18 +10,17 @@ Words of the test split are never among those of training.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import random
 import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.tasks.base import ScoredTask
-from evals.tasks.gsm8k import same_answer
+from evals.tasks.base import HELD_OUT, Generated, dialogue, held_out
+from evals.tasks.gsm8k import NumberAnswer, parse_parts
 from nanochat_jax.errors import UserError
 
-TEST_SHARE = 10  # one word in so many is for the test split
+SIZES = {"train": 100_000, "test": 256}
 COUNT_QUESTIONS = (
     "How many {l} are in {w}",
     "How many {l} are there in {w}",
@@ -74,27 +73,17 @@ SPELL_REQUESTS = (
 QUOTES = ("", "", "'", '"', "`")
 
 
-class _OnWords(ScoredTask):
-    """Questions about the words of a split: the word and the wording depend on the split and the index alone."""
+class _OnWords(Generated):
+    """Questions about the words of a split."""
 
-    def __init__(self, words: Sequence[str], split: str, size: int):
-        self.split, self._size = split, size
-        self._words = sorted({w for w in words if _held_out(w) == (split == "test")})
+    def __init__(self, words: Sequence[str], split: str, size: int | None = None):
+        super().__init__(split, SIZES[split] if size is None else size)
+        self._words = sorted({w for w in words if held_out(w, HELD_OUT) == (split == "test")})
         if not self._words:
             raise UserError(f"task {self.name} has no words for its {split} split; give it a longer list of words")
 
-    def __len__(self) -> int:
-        return self._size
-
-    def _draw(self, i: int) -> tuple[random.Random, str]:
-        if not 0 <= i < self._size:
-            raise IndexError(i)
-        rng = random.Random(f"{self.name} {self.split} {i}")
-        return rng, rng.choice(self._words)
-
-
-def _held_out(word: str) -> bool:
-    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:4], "big") % TEST_SHARE == 0
+    def is_in_split(self, conversation: dict) -> bool:
+        return True  # as its word is
 
 
 def _ask(rng: random.Random, questions: Sequence[str], requests: Sequence[str], word: str, letter: str = "") -> str:
@@ -109,44 +98,33 @@ def _ask(rng: random.Random, questions: Sequence[str], requests: Sequence[str], 
     return text + (rng.choice(("?", "?", "?", "")) if is_question else rng.choice((".", "")))
 
 
-class SpellingBee(_OnWords):
+class SpellingBee(NumberAnswer, _OnWords):
     """How many times a letter occurs in a word."""
 
-    name, kind, baseline = "spellingbee", "generative", 0.0
+    name, kind = "spellingbee", "generative"
 
-    def __getitem__(self, i: int) -> dict:
-        rng, word = self._draw(i)
+    def make(self, rng: random.Random) -> dict:
+        word = rng.choice(self._words)
         # Mostly a letter of the word; sometimes any, so that the answer may be 0.
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(string.ascii_lowercase)
         question = _ask(rng, COUNT_QUESTIONS, COUNT_REQUESTS, word, letter)
         along = ", ".join(f"{c} {word[: place + 1].count(letter)}" for place, c in enumerate(word))
         n = str(word.count(letter))
         spelled = f"The letters of {word}: {' '.join(word)}\nCounting {letter}: {along}\n"
-        answer = [
-            {"type": "text", "text": f"{spelled}That makes {n}. The calculator says:"},
-            {"type": "python", "text": f"'{word}'.count('{letter}')"},
-            {"type": "python_output", "text": n},
-            {"type": "text", "text": f" {n}.\n#### {n}"},
-        ]
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return {"messages": messages, "answer": n}
-
-    def evaluate(self, conversation: dict, completion: str) -> bool:
-        return same_answer(completion, conversation["answer"])
+        counted = f"That makes {n}. The calculator says:<<'{word}'.count('{letter}')={n}>> {n}.\n#### {n}"
+        return dialogue(question, parse_parts(spelled + counted)) | {"answer": n}
 
 
 class Spelling(_OnWords):
     """A word, letter by letter."""
 
-    name, kind, baseline = "spelling", "generative", 0.0
+    name, kind = "spelling", "generative"
 
-    def __getitem__(self, i: int) -> dict:
-        rng, word = self._draw(i)
-        messages = [
-            {"role": "user", "content": _ask(rng, SPELL_QUESTIONS, SPELL_REQUESTS, word)},
-            {"role": "assistant", "content": f"The letters of {word}: {' '.join(word)}"},
-        ]
-        return {"messages": messages, "answer": " ".join(word)}
+    def make(self, rng: random.Random) -> dict:
+        word = rng.choice(self._words)
+        letters = " ".join(word)
+        question = _ask(rng, SPELL_QUESTIONS, SPELL_REQUESTS, word)
+        return dialogue(question, f"The letters of {word}: {letters}") | {"answer": letters}
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether what follows the last colon is the letters, apart."""

@@ -8,12 +8,11 @@ from evals import chat, records
 from evals.__main__ import summary
 from evals.scoring import Scorer
 from evals.stage import CHATCORE
-from evals.tasks.arc import ARC
-from evals.tasks.base import MultipleChoice, ScoredTask
+from evals.tasks.base import FromRows, ScoredTask
 from evals.tasks.gsm8k import GSM8K
 from evals.tasks.humaneval import HumanEval
 from evals.tasks.identity import Identity
-from evals.tasks.mmlu import MMLU
+from evals.tasks.multiple_choice import ARC, MMLU, multiple_choice
 from evals.tasks.spelling import SpellingBee
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import Completion, Engine
@@ -23,13 +22,13 @@ from tokenizer.chat import render_prompt
 TOK = ByteTokenizer()
 
 
-class Choices(MultipleChoice):
-    def __init__(self, n):
-        super().__init__("choices", range(n))
+class Choices(FromRows):
+    name, kind, baseline, columns = "choices", "categorical", 0.25, ()
 
-    def read(self, row):
+    def conversation(self, row):
         letters = ["A", "B", "C", "D"][: 2 + row % 3]
-        return f"What is {row}?", letters, [f"choice {c}" for c in letters], letters[row % len(letters)]
+        choices = [f"choice {c}" for c in letters]
+        return multiple_choice(f"What is {row}?", letters, choices, letters[row % len(letters)])
 
 
 class Echo(ScoredTask):
@@ -57,7 +56,7 @@ def model():
 
 
 def test_multiple_choice_takes_the_likeliest_of_the_offered_letters(model, tmp_path):
-    task, full = Choices(10), FullLogits(model)
+    task, full = Choices(range(10)), FullLogits(model)
     want = []
     for i in range(len(task)):
         conversation = task[i]
@@ -75,12 +74,13 @@ def test_multiple_choice_takes_the_likeliest_of_the_offered_letters(model, tmp_p
 class Subjects(Choices):
     """Questions of two subjects, and some of none."""
 
-    def also(self, row):
-        return {"subject": ["history", "physics", None][row % 3]} if row % 3 < 2 else {}
+    def conversation(self, row):
+        subject = {"subject": ["history", "physics"][row % 3]} if row % 3 < 2 else {}
+        return super().conversation(row) | subject
 
 
 def test_subjects_have_scores_of_their_own(model, tmp_path):
-    got = chat.evaluate_chat_task(Subjects(30), TOK, Scorer(model, 4), path=tmp_path / "r.jsonl")
+    got = chat.evaluate_chat_task(Subjects(range(30)), TOK, Scorer(model, 4), path=tmp_path / "r.jsonl")
     found = records.read(tmp_path / "r.jsonl")
     for subject in ("history", "physics"):
         right = [r["correct"] for r in found if r.get("subject") == subject]

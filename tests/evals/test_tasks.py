@@ -12,15 +12,14 @@ import pytest
 from conftest import golden_files
 from evals.chat import by_subject
 from evals.tasks import TASKS, available, load_task, trainable
-from evals.tasks.arc import ARC
-from evals.tasks.base import read_rows, render_multiple_choice
+from evals.tasks.arithmetic import Arithmetic
+from evals.tasks.base import read_rows
 from evals.tasks.conversations import Conversations, read_chats
-from evals.tasks.embedded import Arithmetic
 from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
 from evals.tasks.humaneval import HumanEval, extract_program, import_lines
 from evals.tasks.identity import Identity
 from evals.tasks.mixtures import mid_mixture, sft_mixture
-from evals.tasks.mmlu import MMLU
+from evals.tasks.multiple_choice import ARC, MMLU, render_multiple_choice
 from evals.tasks.reading import Choices, Facts, Lookup, Reading, Repeat
 from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
 from nanochat_jax.config import DataConfig

@@ -1,0 +1,54 @@
+"""Multiple choice: how it is asked, and two published tasks.
+
+ARC has grade-school science questions (Clark et al., arXiv 1803.05457), MMLU questions of 57 subjects (Hendrycks et
+al., arXiv 2009.03300).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evals.tasks.base import FromRows, dialogue
+
+LETTERS = ("A", "B", "C", "D")
+NESTED = "train"  # the hub's configuration auxiliary_train has its rows one level down, in a column of this name
+
+
+def render_multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """A question with its choices. The letter comes last in its line: there a small model finds it more easily."""
+    lines = "".join(f"- {choice}={letter}\n" for letter, choice in zip(letters, choices, strict=True))
+    return f"Multiple Choice question: {question}\n{lines}\nRespond only with the letter of the correct answer."
+
+
+def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str], answer: str) -> dict:
+    """The conversation that asks a question with these choices; `answer` is the right letter."""
+    return dialogue(render_multiple_choice(question, letters, choices), answer) | {"letters": list(letters)}
+
+
+class ARC(FromRows):
+    """Rows with `question`, `choices` ({"text", "label"}), three to five, and `answerKey`. Some have labels 1 to 4."""
+
+    kind, baseline = "categorical", 0.25
+    columns = ("question", "choices", "answerKey")
+
+    def __init__(self, rows: Sequence[dict], name: str):
+        self.name = name
+        super().__init__(rows)
+
+    def conversation(self, row: dict) -> dict:
+        return multiple_choice(row["question"], row["choices"]["label"], row["choices"]["text"], row["answerKey"])
+
+
+class MMLU(FromRows):
+    """Rows with `question`, `choices` (four texts), `answer` (0 to 3) and, in the test split, `subject`."""
+
+    name, kind, baseline = "mmlu", "categorical", 0.25
+
+    def __init__(self, rows: Sequence[dict]):
+        self.columns = (NESTED,) if len(rows) and NESTED in rows[0] else ("question", "choices", "answer")
+        super().__init__(rows)
+
+    def conversation(self, row: dict) -> dict:
+        row = row.get(NESTED) or row
+        asked = multiple_choice(row["question"], LETTERS, row["choices"], LETTERS[row["answer"]])
+        return asked | ({"subject": row["subject"]} if row.get("subject") else {})
