@@ -9,12 +9,12 @@ from evals.sandbox.pool import Pool
 from nanochat_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = {"walls": (), "seccomp only": ("namespaces",), "neither": ("namespaces", "seccomp")}
+MODES = {"full": (), "seccomp only": ("namespaces",), "neither": ("namespaces", "seccomp")}
 
 
-def open_pool(mode: str = "walls") -> Pool:
-    """A pool with these walls; skips the test where the machine lacks one of them."""
-    if mode == "walls":
+def open_pool(mode: str = "full") -> Pool:
+    """A pool with these layers; skips the test where the machine lacks one of them."""
+    if mode == "full":
         pool = Pool("required")
         try:
             pool.prepare()

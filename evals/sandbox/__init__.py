@@ -3,26 +3,27 @@
     result = run_program(source, timeout=5.0, memory_mb=512)
     result.ok, str(result)            # False, "file refused: FileNotFoundError: ... '/etc/passwd'"
 
-    evaluator ──socket── worker (a warm interpreter behind walls) ── init ── program
+    evaluator ──socket── worker (an isolated interpreter) ── init ── program
 
-The evaluator, which holds JAX's threads and so must not fork, starts workers as fresh interpreters (`pool`, `zygote`),
-at most as many as there are cores. A worker goes behind the walls once (`walls`: user, mount, network, IPC and host-
-name namespaces) and forks for each program (`keeper`) a process namespace and an empty scratch folder, which end with
-it. The program (`program`) has hard limits on memory, CPU, file size, processes and open files, no capabilities, and a
-filter of system calls (`seccomp`) that tells the keeper what was refused. The keeper limits time, output and the
-memory of all its processes together; control groups would do the last, but an evaluator can rarely make one below its
-own.
+The evaluator holds JAX's threads and so must not fork. It starts workers as fresh interpreters (`pool`, `forkserver`),
+at most as many as there are cores. A worker enters user, mount, network, IPC and host-name namespaces once
+(`isolation`). For each program it forks a process namespace and an empty scratch folder, which end with the program
+(`supervisor`). The program has hard limits on memory, CPU, file size, processes and open files, no capabilities
+(`program`), and a filter of system calls that tells the supervisor what was refused (`seccomp`). The supervisor limits
+time, output and the memory of all its processes together; control groups would do the last, but an evaluator can
+rarely make one below its own.
 
-Where the kernel forbids namespaces or the filter (containers often do), what is left is used, with an audit hook
-(`guard`) in the program's own interpreter: that stops accidents and not malice. The log says so once;
+Where the kernel forbids namespaces or the filter (containers often do), what is left is used, with an audit hook in
+the program's own interpreter (`audit`): that stops accidents and not malice. The log says so once;
 `evals.sandbox=required` refuses to run then.
 
 What no sandbox gives: the tests run in the program's own process, and code that knows this package can report that it
-passed. Nor is a kernel's defect a wall.
+passed. And a defect of the kernel is a way out.
 """
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Callable
 
@@ -43,7 +44,7 @@ def run_program(source: str, timeout: float = 5.0, memory_mb: int = 512) -> Resu
 
 
 def prepare(policy: str, log: Callable[[str], None]) -> None:
-    """Starts the first worker. policy: `auto`, or `required`: UserError, now and later, where a wall is missing."""
+    """Starts the first worker. policy: `auto`, or `required`: UserError, now and later, where a layer is missing."""
     pool = _pool()
     pool.policy, pool.log = policy, log
     pool.prepare()
@@ -51,12 +52,10 @@ def prepare(policy: str, log: Callable[[str], None]) -> None:
 
 def _pool():
     global _default
+    from evals.sandbox.pool import Pool  # not at the top: the worker imports this package too, and stays small
+
     with _lock:
         if _default is None:
-            import atexit
-
-            from evals.sandbox.pool import Pool  # not at the top: the worker imports this package too, and stays small
-
             _default = Pool()
             atexit.register(_default.close)
         return _default

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Callable
 
 from nanochat_jax.processes import prctl
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_holding_the_lock = ctypes.PyDLL(None, use_errno=True)  # of the interpreter, which a child then holds too
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)  # a child that is forked by it holds the interpreter's lock too
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x02000000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
@@ -19,29 +20,24 @@ MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 163
 MNT_DETACH = 2
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
-
-_PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 4, 8
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
-_CAPABILITY_VERSION_3 = 0x20080522
-
-# These numbers are the same on every architecture but the oldest.
-_MOUNT_SETATTR = 442
-_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_CAPSET = {"x86_64": 126, "aarch64": 91}
+_MOUNT_SETATTR = 442  # on every architecture but the oldest
 _CLONE = {"x86_64": 56, "aarch64": 220}
 
+_PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 8, 36, 38
+_CAPABILITY_VERSION_3 = 0x20080522
 
-def _check(what: str, result: int) -> int:
+
+def _call(function: str, *args, library: ctypes.CDLL = _libc, name: str = "") -> int:
+    """A function of the C library with integers, bytes or ctypes pointers; `name` stands for it in the error."""
+    result = getattr(library, function)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in args))
     if result < 0:
         number = ctypes.get_errno()
-        raise OSError(number, f"{what}: {os.strerror(number)}")
+        raise OSError(number, f"{name or function}: {os.strerror(number)}")
     return result
 
 
-def syscall(what: str, number: int, *args) -> int:
-    """System call `number` with integers, bytes or ctypes pointers; `what` names it in the error."""
-    wide = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    return _check(what, _libc.syscall(ctypes.c_long(number), *wide))
+def syscall(name: str, number: int, *args) -> int:
+    return _call("syscall", number, *args, name=name)
 
 
 def adopt_orphans() -> None:
@@ -49,13 +45,13 @@ def adopt_orphans() -> None:
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def gain_nothing_from_now_on() -> None:
-    """No setuid bit or file capability has an effect in this process and what it starts."""
+def set_no_new_privileges() -> None:
+    """From now on no setuid bit or file capability has an effect in this process and what it starts."""
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def unshare(flags: int) -> None:
-    _check("unshare", _libc.unshare(flags))
+    _call("unshare", flags)
 
 
 def fork_into(flags: int) -> int:
@@ -64,18 +60,33 @@ def fork_into(flags: int) -> int:
     Python's handlers of fork do not run and the C library does not learn the child's number: it should do little more
     than to fork again. The caller must have one thread. (A process can unshare its children's namespace only once.)
     """
-    args = [ctypes.c_long(a) for a in (_CLONE[os.uname().machine], flags | signal.SIGCHLD, 0, 0, 0, 0)]
-    return _check("clone", _holding_the_lock.syscall(*args))
+    number = _CLONE[os.uname().machine]
+    return _call("syscall", number, flags | signal.SIGCHLD, 0, 0, 0, 0, library=_libc_with_gil, name="clone")
+
+
+def run_in_child(name: str, work: Callable[[], object]) -> Callable[[], None]:
+    """Starts `work` in a forked child. Returns a function that waits for its end and raises the OSError it met."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except OSError as e:
+            code = e.errno or 1
+        finally:
+            os._exit(code)
+
+    def join() -> None:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code:
+            raise OSError(code, f"{name}: {os.strerror(code)}")
+
+    return join
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    args = (source.encode(), os.fsencode(target), kind.encode(), ctypes.c_ulong(flags), data.encode())
-    _check(f"mount {target}", _libc.mount(*args))
-
-
-def bind(source: str, target: str) -> None:
-    args = (os.fsencode(source), os.fsencode(target), None, ctypes.c_ulong(MS_BIND | MS_REC), None)
-    _check(f"mount {target}", _libc.mount(*args))
+    _call("mount", *map(os.fsencode, (source, target, kind)), flags, data.encode(), name=f"mount {target}")
 
 
 def restrict_mount(target: str, attributes: int, recursive: bool) -> None:
@@ -86,14 +97,14 @@ def restrict_mount(target: str, attributes: int, recursive: bool) -> None:
 
 
 def pivot_root(new: str, old: str) -> None:
-    syscall("pivot_root", _PIVOT_ROOT[os.uname().machine], os.fsencode(new), os.fsencode(old))
+    _call("pivot_root", os.fsencode(new), os.fsencode(old))
 
 
 def unmount(target: str) -> None:
-    _check("umount2", _libc.umount2(os.fsencode(target), MNT_DETACH))
+    _call("umount2", os.fsencode(target), MNT_DETACH)
 
 
-def become(uid: int, gid: int) -> None:
+def switch_user(uid: int, gid: int) -> None:
     """Takes the ids and keeps the capabilities that a change from uid 0 would take away."""
     prctl(_PR_SET_KEEPCAPS, 1)
     os.setresgid(gid, gid, gid)
@@ -111,4 +122,4 @@ def _set_capabilities(mask: int) -> None:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     high = mask & ((1 << 9) - 1)  # capabilities 32 to 40
     data = (ctypes.c_uint32 * 6)(mask, mask, 0, high, high, 0)  # effective, permitted, inheritable; low, then high
-    syscall("capset", _CAPSET[os.uname().machine], header, data)
+    _call("capset", header, data)

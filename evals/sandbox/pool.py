@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,13 +13,14 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evals.sandbox import wire
+from evals.sandbox.isolation import SCRATCH
 from evals.sandbox.result import Outcome, Result
-from evals.sandbox.walls import SCRATCH
 from nanochat_jax.errors import UserError
 
 _ROOT = str(Path(__file__).resolve().parents[2])
-_START = f"import sys; sys.path.insert(0, {_ROOT!r}); from evals.sandbox.zygote import main; del sys.path[0]; main()"
+_START = (
+    f"import sys; sys.path.insert(0, {_ROOT!r}); from evals.sandbox.forkserver import main; del sys.path[0]; main()"
+)
 # The program's environment too. Every arena, and every pool of threads, would reserve address space.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": SCRATCH, "TMPDIR": SCRATCH, "LANG": "C.UTF-8"}
 _ENVIRONMENT |= {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -30,8 +30,8 @@ _PATIENCE = 30.0  # seconds beyond a program's own, until a worker that does not
 class Pool:
     """Runs programs, from any thread, which may have to wait. `with Pool() as pool`, or close() at the end.
 
-    policy: `auto` takes what walls the machine allows and says once what is missing; `required` raises UserError where
-    any is. without: walls that are not tried (namespaces, seccomp).
+    policy: `auto` takes the layers that the machine allows and says once what is missing; `required` raises UserError
+    where any is. without: layers that are not tried (namespaces, seccomp).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Pool:
 
     @property
     def missing(self) -> set[str]:
-        """The walls that were not to be had, as far as it is known: after the first program, or prepare()."""
+        """The layers that are not to be had, as far as it is known: after the first program, or prepare()."""
         return set(self._missing)
 
     def prepare(self) -> None:
@@ -91,44 +91,40 @@ class Pool:
     def _take(self, fresh: bool = False) -> _Worker:
         while True:
             with self._lock:
-                self._judge()
+                self._apply_policy()
                 if self._idle and not fresh:
                     return self._idle.pop()
                 without = tuple(self._missing)
             worker = _Worker(without)
-            missing = worker.hello()
-            if missing == {}:
+            if not worker.missing:
                 return worker
             worker.close()
-            if missing is None:
-                raise RuntimeError("the sandbox's worker did not start; its reason is on stderr")
             with self._lock:
-                self._missing |= missing
+                self._missing |= worker.missing
 
     def _give_back(self, worker: _Worker) -> None:
         with self._lock:
             self._idle.append(worker)
 
-    def _judge(self) -> None:
+    def _apply_policy(self) -> None:
         """Says what is missing, or refuses."""
-        if not self._missing:
-            return
         reasons = ", ".join(f"{name} ({why})" for name, why in self._missing.items())
-        if self.policy == "required":
+        if reasons and self.policy == "required":
             raise UserError(
                 f"evals.sandbox=required, but programs that a model wrote would run without {reasons}; run where user "
                 "namespaces and seccomp are allowed, or set evals.sandbox=auto"
             )
-        if not self._said:
+        if reasons and not self._said:
             self._said = True
             self.log(f"programs that a model wrote run without {reasons}: what is left stops accidents, not malice")
 
 
 class _Worker:
-    """A zygote and the socket to it."""
+    """A process of `forkserver`, and the socket to it. missing: {layer: why it is not to be had}, if it was tried."""
 
     def __init__(self, without: Sequence[str]) -> None:
         self._control, theirs = socket.socketpair()
+        self._answers = self._control.makefile("rb")
         options = json.dumps({"temp": tempfile.gettempdir(), "without": without})
         command = [sys.executable, "-I", "-B", "-X", "utf8", "-c", _START, str(theirs.fileno()), options]
         with theirs:
@@ -141,25 +137,30 @@ class _Worker:
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,  # Ctrl-C in the terminal is for the evaluator
             )
-
-    def hello(self) -> dict | None:
-        """{wall: why it is missing}, of those that were tried; None where the worker did not start."""
-        self._control.settimeout(_PATIENCE)
-        message = wire.receive(self._control)
-        return message and message["missing"]
+        started = self._receive(_PATIENCE)
+        if started is None:
+            self.close()
+            raise RuntimeError("the sandbox's worker did not start; its reason is on stderr")
+        self.missing: dict[str, str] = started["missing"]
 
     def ask(self, request: dict) -> dict | None:
-        self._control.settimeout(request["timeout"] + _PATIENCE)
+        """The answer, None where the worker has ended."""
         try:
-            wire.send(self._control, request)
-            return wire.receive(self._control)
-        except (BrokenPipeError, ConnectionResetError):
+            self._control.sendall(json.dumps(request).encode() + b"\n")
+            return self._receive(request["timeout"] + _PATIENCE)
+        except ConnectionError:
             return None
 
+    def _receive(self, seconds: float) -> dict | None:
+        self._control.settimeout(seconds)
+        line = self._answers.readline()
+        return json.loads(line) if line.endswith(b"\n") else None
+
     def close(self) -> None:
+        self._answers.close()
         self._control.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.kill()
             self._process.wait()

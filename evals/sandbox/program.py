@@ -14,30 +14,31 @@ import sys
 import threading
 import traceback
 import types
+from pathlib import Path
 from typing import NoReturn
 
-from evals.sandbox import guard, linux, seccomp
+from evals.sandbox import audit, linux, seccomp
+from evals.sandbox.isolation import Layers
 from evals.sandbox.result import Outcome, could_be_refusal, of_exception
-from evals.sandbox.walls import Walls
 
 FILE_BYTES = 16 * 1024 * 1024  # of any file that the program writes
 OPEN_FILES = 64
 PROCESSES = 64  # and threads
 NAME = "program.py"
+CONFINED = b"C"  # what is sent when all limits are in force, with the listener of the system call filter
 
 
-def become(request: dict, scratch: str, nonce: bytes, report: int, door: socket.socket, has: Walls) -> NoReturn:
+def become(request: dict, scratch: str, nonce: bytes, report: int, events: socket.socket, layers: Layers) -> NoReturn:
     """Runs request["source"] in this process, whose descriptors 0, 1 and 2 are in place.
 
-    report: where `nonce` and a JSON object go at the end. door: takes a byte when all limits are in force, and with it
-    the listener of the system call filter; the program never has it.
+    report: where `nonce` and a JSON object go at the end. events: where CONFINED goes; the program never has it.
     """
     # As they are before the program changes them.
     leave, tell, dump, number, me = os._exit, os.write, json.dumps, os.getpid, os.getpid()
-    _confine(request, scratch, door, has)
+    _confine(request, scratch, events, layers)
     report = os.dup2(report, 3)
     os.closerange(4, 1 << 16)
-    seen = [] if has.namespaces else guard.put_up(scratch)
+    seen = [] if layers.namespaces else audit.install(scratch)
     outcome, detail, could_be = _run(request["source"], scratch)
     if number() == me:  # and not something that it forked
         told = {"outcome": outcome, "detail": detail, "could_be": could_be, "refused": seen}
@@ -46,26 +47,24 @@ def become(request: dict, scratch: str, nonce: bytes, report: int, door: socket.
     leave(0)
 
 
-def _confine(request: dict, scratch: str, door: socket.socket, has: Walls) -> None:
+def _confine(request: dict, scratch: str, events: socket.socket, layers: Layers) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(scratch)
-    if os.environ["HOME"] != scratch:
-        os.environ.update({"HOME": scratch, "TMPDIR": scratch})
-    _forget_ourselves(keep_ctypes=has.namespaces)
-    if has.namespaces:
+    os.environ.update({"HOME": scratch, "TMPDIR": scratch})
+    _forget_own_modules(keep_ctypes=layers.namespaces)
+    if layers.namespaces:
         linux.drop_capabilities()
-    _set_limits(request, PROCESSES + 3 if has.namespaces else _running_tasks() + PROCESSES)
-    linux.gain_nothing_from_now_on()
-    listener = [seccomp.install(alone=None if has.namespaces else os.getpid())] if has.seccomp else []
-    socket.send_fds(door, [b"1"], listener)
-    door.close()
+    _set_limits(request, PROCESSES + 3 if layers.namespaces else _running_tasks() + PROCESSES)
+    linux.set_no_new_privileges()
+    listener = [seccomp.install(alone=None if layers.namespaces else os.getpid())] if layers.seccomp else []
+    socket.send_fds(events, [CONFINED], listener)
+    events.close()
 
 
 def _running_tasks() -> int:
     """All that run on the machine: a limit on processes counts what the user runs already."""
     try:
-        with open("/proc/loadavg") as f:
-            return int(f.read().split()[3].split("/")[1])
+        return int(Path("/proc/loadavg").read_text().split()[3].split("/")[1])
     except OSError:
         return 4096
 
@@ -91,11 +90,11 @@ def _set_limits(request: dict, processes: int) -> None:
                 raise  # elsewhere not every limit exists, or can be set
 
 
-def _forget_ourselves(keep_ctypes: bool) -> None:
+def _forget_own_modules(keep_ctypes: bool) -> None:
     """The program finds a fresh interpreter, but for modules of the standard library that are loaded already."""
+    forgotten = ("evals", "nanochat_jax", *(() if keep_ctypes else ("ctypes", "_ctypes")))
     for name in list(sys.modules):
-        ours = name.split(".")[0] in ("evals", "nanochat_jax")
-        if ours or (not keep_ctypes and name.split(".")[0] in ("ctypes", "_ctypes")):
+        if name.split(".")[0] in forgotten:
             del sys.modules[name]
 
 
@@ -118,7 +117,7 @@ def _run(source: str, scratch: str) -> tuple[Outcome, str, bool]:
         ended = *of_exception(e, scratch), could_be_refusal(e)
     # What an interpreter does at its end.
     with contextlib.suppress(BaseException):
-        threading._shutdown()
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for threads; nothing public does
     with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -30,8 +30,8 @@ class Outcome(StrEnum):
 class Result:
     """detail: the exception's last line, the signal or the like. stdout and stderr are text, cut.
 
-    refused: names of the system calls (without walls: also the audit events) that were tried in vain, also where the
-    program went on after that. left_behind: there were still processes of it when it had ended; they were killed.
+    refused: names of the system calls (without namespaces: also the audit events) that were tried in vain, also where
+    the program went on after that. left_behind: processes of it were still there when it had ended; they were killed.
     """
 
     outcome: Outcome
@@ -75,13 +75,14 @@ def of_exception(e: BaseException, scratch: str) -> tuple[Outcome, str]:
     if isinstance(e, OSError):
         if e.errno in _LIMITS:
             return _LIMITS[e.errno], detail
-        if e.errno in _UNREACHABLE and any(_is_outside(p, scratch) for p in (e.filename, e.filename2)):
+        if e.errno in _UNREACHABLE and any(is_outside(p, scratch) for p in (e.filename, e.filename2)):
             return Outcome.FILE_REFUSED, detail
     return Outcome.FAILED, detail
 
 
-def _is_outside(path: object, scratch: str) -> bool:
-    if not isinstance(path, (str, bytes)):
+def is_outside(path: object, scratch: str) -> bool:
+    """Whether a path leads out of the folder. Descriptors do not: they were judged when they were opened."""
+    if not isinstance(path, (str, bytes, os.PathLike)):
         return False
     path = os.path.realpath(os.fsdecode(path))
     return path != scratch and not path.startswith(scratch + os.sep)

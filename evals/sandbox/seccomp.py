@@ -1,4 +1,4 @@
-"""The system calls that a program is refused, as a seccomp filter that tells the keeper which one was tried.
+"""The system calls that a program is refused, as a seccomp filter that tells the supervisor which one was tried.
 
 A list of what is refused, and not of what is allowed: Python and its libraries may use anything ordinary, while what
 changes the machine, reaches other processes or has been the way into kernels is refused with EPERM. Calls newer than
@@ -29,7 +29,7 @@ _REFUSED = (
     "ptrace 101 117, process_vm_readv 310 270, process_vm_writev 311 271, process_madvise 440 440, "
     "process_mrelease 448 448, kcmp 312 272, pidfd_getfd 438 438, pidfd_send_signal 424 424, tkill 200 130, "
     "rt_sigqueueinfo 129 138, rt_tgsigqueueinfo 297 240, "
-    # walls and mounts
+    # namespaces and mounts
     "unshare 272 97, setns 308 268, chroot 161 51, pivot_root 155 41, mount 165 40, umount2 166 39, "
     "mount_setattr 442 442, open_tree 428 428, move_mount 429 429, fsopen 430 430, fsconfig 431 431, "
     "fsmount 432 432, fspick 433 433, statmount 457 457, listmount 458 458, mknod 133 -, mknodat 259 33, "
@@ -56,29 +56,25 @@ _REFUSED = (
 )
 # Judged by an argument.
 _JUDGED = "clone 56 220, kill 62 129, tgkill 234 131, prlimit64 302 261, "
-_ALONE = "fork 57 -, vfork 58 -, "  # refused to a program without walls
+_ALONE = "fork 57 -, vfork 58 -, "  # refused to a program without namespaces
 _CLONE3, _LAST = 435, 462  # the same everywhere; the newest call that this file knows of
 
 
 class Machine(NamedTuple):
-    """arch: its AUDIT_ARCH_*. own: the number of seccomp. refused, judged, alone: {name: number}."""
+    """arch: its AUDIT_ARCH_*. refused, judged, alone: {name: number}."""
 
     arch: int
-    own: int
     refused: dict[str, int]
     judged: dict[str, int]
     alone: dict[str, int]
 
 
-def _machine(arch: int, own: int, column: int) -> Machine:
-    def numbers(table: str) -> dict[str, int]:
-        rows = [entry.split() for entry in table.split(", ") if entry]
-        return {row[0]: int(row[column]) for row in rows if row[column] != "-"}
-
-    return Machine(arch, own, numbers(_REFUSED), numbers(_JUDGED), numbers(_ALONE))
+def _machine(arch: int, column: int) -> Machine:
+    tables = [[entry.split() for entry in table.split(", ") if entry] for table in (_REFUSED, _JUDGED, _ALONE)]
+    return Machine(arch, *({row[0]: int(row[column]) for row in rows if row[column] != "-"} for rows in tables))
 
 
-MACHINES = {"x86_64": _machine(0xC000003E, 317, 1), "aarch64": _machine(0xC00000B7, 277, 2)}
+MACHINES = {"x86_64": _machine(0xC000003E, 1), "aarch64": _machine(0xC00000B7, 2)}
 
 _NAMESPACES = linux.CLONE_NEWNS | linux.CLONE_NEWCGROUP | linux.CLONE_NEWUTS | linux.CLONE_NEWIPC
 _NAMESPACES |= linux.CLONE_NEWUSER | linux.CLONE_NEWPID | linux.CLONE_NEWNET
@@ -86,7 +82,8 @@ _NAMESPACES |= linux.CLONE_NEWUSER | linux.CLONE_NEWPID | linux.CLONE_NEWNET
 _SET_MODE_FILTER, _NEW_LISTENER = 1, 8
 _KILL, _ERRNO, _NOTIFY, _ALLOW = 0x80000000, 0x00050000, 0x7FC00000, 0x7FFF0000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06  # of classic BPF
-_AT_NUMBER, _AT_ARCH = 0, 4  # in struct seccomp_data
+# Where they stand in struct seccomp_data; of the arguments that is the low half, on a little-endian machine.
+_AT_NUMBER, _AT_ARCH, _AT_ARGUMENT_1, _AT_ARGUMENT_3 = 0, 4, 16, 32
 
 
 def check() -> None:
@@ -97,30 +94,22 @@ def check() -> None:
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in MACHINES:
         raise OSError(f"no list of system calls for {sys.platform} on {machine}")
-    build(machine, None)  # is remembered, and so there in every program
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            linux.gain_nothing_from_now_on()
-            install(None)
-            code = 0
-        except OSError as e:
-            code = e.errno
-        finally:
-            os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code:
-        raise OSError(code, f"seccomp: {os.strerror(code)}")
+    build(machine, None)  # is cached, and so there in every program
+
+    def install_it() -> None:
+        linux.set_no_new_privileges()
+        install(None)
+
+    linux.run_in_child("seccomp", install_it)()
 
 
 @functools.cache
 def build(machine: str, alone: int | None) -> bytes:
     """The filter as an array of struct sock_filter.
 
-    alone: the process id of a program without walls, which then can start no processes and signal itself only.
+    alone: the process id of a program without namespaces, which then can start no processes and signal itself only.
     """
-    arch, _, refused, judged, extra = MACHINES[machine]
+    arch, refused, judged, extra = MACHINES[machine]
     ops: list[tuple[int, int, int, int]] = []  # (code, jump if true, jump if false, constant)
 
     def judge(number: int, tests: list[tuple[int, int, int]], found: int, otherwise: int) -> None:
@@ -134,7 +123,7 @@ def build(machine: str, alone: int | None) -> bytes:
     ops += [(_LOAD, 0, 0, _AT_ARCH), (_EQUAL, 1, 0, arch), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, _AT_NUMBER)]
     # clone3 hides its flags in memory, where a filter cannot look; the C library then takes clone.
     ops += [(_EQUAL, 1, 0, _CLONE3), (_AT_LEAST, 0, 1, _LAST + 1), (_RETURN, 0, 0, _ERRNO | errno.ENOSYS)]
-    first, new_limit = _argument(0), _argument(2)
+    first, new_limit = _AT_ARGUMENT_1, _AT_ARGUMENT_3
     judge(judged["prlimit64"], [(new_limit, _AT_LEAST, 1), (new_limit + 4, _AT_LEAST, 1)], _NOTIFY, _ALLOW)
     if alone is None:
         judge(judged["clone"], [(first, _ANY_BIT, _NAMESPACES)], _NOTIFY, _ALLOW)
@@ -150,11 +139,6 @@ def build(machine: str, alone: int | None) -> bytes:
     return b"".join(struct.pack("HBBI", *op) for op in ops)
 
 
-def _argument(i: int) -> int:
-    """Where the low half of an argument stands in struct seccomp_data, on a little-endian machine."""
-    return 16 + 8 * i
-
-
 def install(alone: int | None) -> int:
     """Puts this process, and what it starts, behind the filter for good. Returns the listener's descriptor."""
     machine = os.uname().machine
@@ -164,7 +148,8 @@ def install(alone: int | None) -> int:
         _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
     program = Program(len(filter_) // 8, filter_)
-    return linux.syscall("seccomp", MACHINES[machine].own, _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(program))
+    number = MACHINES[machine].refused["seccomp"]
+    return linux.syscall("seccomp", number, _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(program))
 
 
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV and _SEND

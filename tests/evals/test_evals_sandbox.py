@@ -1,4 +1,4 @@
-"""run_program: what every program can rely on and none gets past, with all walls, with some and with none."""
+"""run_program: what every program can rely on and none gets past, with all layers of isolation, with some and with none."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ import pytest
 from sandbox_fakes import MODES, open_pool, processes_with
 
 from evals.sandbox import Outcome, Result, pool, run_program
-from evals.sandbox.keeper import OUTPUT_BYTES
+from evals.sandbox.supervisor import OUTPUT_BYTES
 from nanochat_jax.errors import UserError
 
 WITHOUT_NAMESPACES = ["seccomp only", "neither"]
@@ -17,7 +17,7 @@ WITHOUT_NAMESPACES = ["seccomp only", "neither"]
 
 @pytest.fixture(scope="module", params=MODES)
 def run(request):
-    """A Pool's run with this mode's walls."""
+    """A Pool's run with this mode's layers."""
     with open_pool(request.param) as opened:
         yield lambda source, timeout=20.0, memory_mb=512: opened.run(source, timeout, memory_mb)
 
@@ -108,7 +108,7 @@ print(os.getcwd())
     assert not os.path.exists(got.stdout.strip())  # the scratch folder is gone
 
 
-def test_processes_within_limits_are_allowed_behind_walls():
+def test_processes_within_limits_are_allowed_in_a_namespace():
     source = """
 import multiprocessing as m
 def square(x): return x * x
@@ -236,7 +236,7 @@ def test_what_is_missing_is_said_once():
 
 
 @pytest.mark.parametrize("mode", WITHOUT_NAMESPACES)
-def test_required_refuses_to_run_without_walls(mode):
+def test_required_refuses_to_run_without_isolation(mode):
     with pool.Pool("required", without=MODES[mode]) as opened:
         for attempt in (opened.prepare, lambda: opened.run("print(1)", 5.0, 512)):
             with pytest.raises(UserError, match="evals.sandbox=required.*namespaces.*evals.sandbox=auto") as e:

@@ -1,4 +1,4 @@
-"""The walls themselves: what a program finds inside, what ends with what, and machines that have none."""
+"""Isolation: what a program finds inside, what ends with what, and machines that have none."""
 
 import ctypes
 import ctypes.util
@@ -21,7 +21,7 @@ from sandbox_fakes import ROOT, open_pool, processes_with
 
 import run_speedrun
 from evals import sandbox
-from evals.sandbox import Outcome, seccomp, walls
+from evals.sandbox import Outcome, isolation, seccomp
 from evals.sandbox.pool import Pool
 from evals.tasks.base import read_rows
 from evals.tasks.humaneval import HumanEval
@@ -59,7 +59,7 @@ def test_a_program_sees_python_and_an_empty_folder(pool):
     assert set(names["/"]) <= {"dev", "etc", "lib", "lib64", "scratch", "usr"} | of_python
     assert names["/dev"] == ["full", "null", "random", "shm", "urandom", "zero"] and names["."] == []
     assert writable == ["/dev/shm", "/scratch"]  # the one is a link to the other
-    assert (pid, uid, host) == (2, walls.UID, "sandbox") and 0 not in groups
+    assert (pid, uid, host) == (2, isolation.UID, "sandbox") and 0 not in groups
 
 
 def test_a_program_has_no_capabilities_and_no_descriptors(pool):
@@ -144,12 +144,12 @@ pool.run(fork, 60.0, 512)
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("mode", ["walls", "neither"])
+@pytest.mark.parametrize("mode", ["full", "neither"])
 def test_nothing_outlives_the_evaluator(mode, ended_by, tmp_path):
-    without = () if mode == "walls" else ("namespaces", "seccomp")
-    if mode == "walls":
+    without = () if mode == "full" else ("namespaces", "seccomp")
+    if mode == "full":
         open_pool().close()  # or skip
-    source = _EVALUATOR.format(root=str(ROOT), temp=str(tmp_path), without=without, fork=mode == "walls")
+    source = _EVALUATOR.format(root=str(ROOT), temp=str(tmp_path), without=without, fork=mode == "full")
     evaluator = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
         assert evaluator.stdout.readline() == b"ready\n"
@@ -212,7 +212,7 @@ except UserError as e:
     assert refused.startswith("evals.sandbox=required, but programs that a model wrote would run without namespaces")
 
 
-def test_a_run_that_requires_walls_is_refused_at_its_start(monkeypatch, tmp_path, capsys):
+def test_a_run_that_requires_isolation_is_refused_at_its_start(monkeypatch, tmp_path, capsys):
     with Pool(without=("namespaces",)) as without:
         monkeypatch.setattr(sandbox, "_default", without)
         settings = ["--config", str(ROOT / "configs" / "demo.yaml"), "--run-dir", str(tmp_path / "run")]
@@ -242,7 +242,7 @@ def decide(program: bytes, number: int, *args: int, arch: int) -> int:
 @pytest.mark.parametrize("machine", seccomp.MACHINES)
 @pytest.mark.parametrize("alone", [None, 77])
 def test_the_filter_answers_as_its_lists_say(machine, alone):
-    arch, _, refused, judged, extra = seccomp.MACHINES[machine]
+    arch, refused, judged, extra = seccomp.MACHINES[machine]
     program, notify, allow = seccomp.build(machine, alone), 0x7FC00000, 0x7FFF0000
     assert len(program) // 8 < 4096  # instructions, of which the kernel takes no more
 
@@ -274,9 +274,9 @@ def test_the_numbers_of_system_calls_are_those_of_libseccomp(machine):
     path = ctypes.util.find_library("seccomp")
     if not path:
         pytest.skip("needs libseccomp, which knows all numbers")
-    arch, own, refused, judged, extra = seccomp.MACHINES[machine]
+    arch, refused, judged, extra = seccomp.MACHINES[machine]
     resolve = ctypes.CDLL(path).seccomp_syscall_resolve_name_arch
-    ours = refused | judged | extra | {"seccomp": own}
+    ours = refused | judged | extra
     theirs = {name: resolve(arch, name.encode()) for name in ours}
     assert {name: n for name, n in theirs.items() if n not in (ours[name], -1)} == {}  # -1: newer than the library
     assert sum(n == -1 for n in theirs.values()) < 6

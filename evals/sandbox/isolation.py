@@ -1,8 +1,8 @@
-"""The walls: Linux namespaces that a worker goes into once, and the room in them that each program gets anew.
+"""Linux namespaces: those that a worker enters once, and those in them that each program gets anew.
 
 Inside there is a file system of the interpreter's libraries (read-only), five devices and an empty scratch folder; a
-network without interfaces; one unprivileged user. There is no /proc, no shell and no program at all. A program's room
-adds processes of its own (it sees nobody else's) and a scratch folder in memory, and both end with it.
+network without interfaces; one unprivileged user. There is no /proc, no shell and no program at all. Each program has
+a process namespace (it sees nobody else's) and a scratch folder in memory, and both end with it.
 
 Works for any user where the kernel (5.14 or newer) allows user namespaces. Root maps programs to `nobody`, so that what
 only root may read stays unread and the limit on processes, which does not hold for root, holds.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -28,8 +29,8 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 _OLD = "/old"
 
 
-class Walls(NamedTuple):
-    """Which of them stand around a program."""
+class Layers(NamedTuple):
+    """Which of the kernel's means isolate a program."""
 
     namespaces: bool
     seccomp: bool
@@ -43,13 +44,12 @@ def enter() -> int:
     if sys.platform != "linux":
         raise OSError("only Linux has them")
     release = os.uname().release
-    if tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2]) < _KERNEL:
+    if tuple(map(int, re.findall(r"\d+", release)[:2])) < _KERNEL:
         raise OSError(f"Linux {release} is older than {'.'.join(map(str, _KERNEL))}")
     visible = _visible()
     with _mapping_users():
-        linux.unshare(
-            linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
-        )
+        new = linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
+        linux.unshare(new)
     socket.sethostname("sandbox")
     linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=1m")
@@ -57,23 +57,22 @@ def enter() -> int:
     linux.pivot_root("/tmp", "/tmp" + _OLD)
     os.chdir("/")
     proc = os.open(_OLD + "/proc", os.O_RDONLY | os.O_DIRECTORY)
-    _furnish(visible)
+    _make_root(visible)
     linux.unmount(_OLD)
     os.rmdir(_OLD)
-    read_only = linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOSUID
-    linux.restrict_mount("/", read_only, recursive=False)
+    linux.restrict_mount("/", linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOSUID, recursive=False)
     if os.geteuid() == 0:
         os.setgroups([])
-        linux.become(UID, UID)
+        linux.switch_user(UID, UID)
     return proc
 
 
-def fork_into_room() -> int:
+def fork_init() -> int:
     """fork() whose child is process 1 of a process namespace of its own, with a copy of the mounts."""
     return linux.fork_into(linux.CLONE_NEWPID | linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
 
 
-def furnish_room() -> None:
+def mount_scratch() -> None:
     """The child's part: an empty scratch folder, in memory, that ends with the namespace."""
     size = f"size={SCRATCH_MB}m,nr_inodes={SCRATCH_FILES},mode=700,uid={UID},gid={UID}"
     linux.mount("tmpfs", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, size)
@@ -86,37 +85,30 @@ def furnish_room() -> None:
 def _mapping_users():
     """Around an unshare(CLONE_NEWUSER): a process outside then says which users there are inside.
 
-    Root may map several: itself, which builds the walls and can read where it is installed, and nobody. Others can map
-    themselves alone.
+    Root may map several: itself, which mounts and can read where it is installed, and nobody. Others can map themselves
+    alone.
     """
-    uid, gid = os.geteuid(), os.getegid()
-    lines = "0 0 1\n{inside} {nobody} 1\n" if uid == 0 else "{inside} {own} 1\n"
-    maps = {} if uid == 0 else {"setgroups": "deny"}
-    maps["uid_map"] = lines.format(inside=UID, nobody=_NOBODY, own=uid)
-    maps["gid_map"] = lines.format(inside=UID, nobody=_NOBODY, own=gid)
-    wait, go = os.pipe()
-    helper = os.fork()
-    if helper == 0:
-        code = 1
-        try:
-            os.close(go)
-            if os.read(wait, 1):
-                for name, text in maps.items():
-                    Path(f"/proc/{os.getppid()}/{name}").write_text(text)
-            code = 0
-        except OSError as e:
-            code = e.errno
-        finally:
-            os._exit(code)
-    os.close(wait)
+    if os.geteuid() == 0:
+        ids = f"0 0 1\n{UID} {_NOBODY} 1\n"
+        maps = {"uid_map": ids, "gid_map": ids}
+    else:
+        maps = {"setgroups": "deny", "uid_map": f"{UID} {os.geteuid()} 1\n", "gid_map": f"{UID} {os.getegid()} 1\n"}
+    process, (wait, go) = Path(f"/proc/{os.getpid()}"), os.pipe()
+
+    def write_maps() -> None:
+        os.close(go)
+        if os.read(wait, 1):
+            for name, text in maps.items():
+                (process / name).write_text(text)
+
+    join = linux.run_in_child("uid_map", write_maps)
     try:
         yield
         os.write(go, b"1")
     finally:
         os.close(go)
-        code = os.waitstatus_to_exitcode(os.waitpid(helper, 0)[1])
-    if code:
-        raise OSError(code, f"uid_map: {os.strerror(code)}")
+        os.close(wait)
+        join()
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -130,27 +122,27 @@ def _visible() -> dict[str, str]:
     return {os.path.normpath(p): os.path.realpath(p) for p in wanted if os.path.exists(p)}
 
 
-def _furnish(visible: dict[str, str]) -> None:
+def _make_root(visible: dict[str, str]) -> None:
     """Makes the new root's files, while the old root is still there below _OLD."""
-    shown: list[str] = []
+    mounted: list[str] = []
     for path in sorted(visible):
-        if any(path == s or path.startswith(s + "/") for s in shown):
+        if any(Path(path).is_relative_to(folder) for folder in mounted):
             continue
-        shown.append(path)
+        mounted.append(path)
         if os.path.dirname(path) == "/" and os.path.islink(_OLD + path):  # /lib -> usr/lib
             os.symlink(os.readlink(_OLD + path), path)
         else:
-            _show(_OLD + visible[path], path)
+            _bind(_OLD + visible[path], path)
             attributes = linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOSUID | linux.MOUNT_ATTR_NODEV
             linux.restrict_mount(path, attributes, recursive=True)
     for name in _DEVICES:
-        _show(f"{_OLD}/dev/{name}", f"/dev/{name}")
+        _bind(f"{_OLD}/dev/{name}", f"/dev/{name}")
     os.mkdir(SCRATCH)
     os.symlink(SCRATCH, "/dev/shm")  # where the C library keeps multiprocessing's semaphores
 
 
-def _show(source: str, target: str) -> None:
+def _bind(source: str, target: str) -> None:
     os.makedirs(target if os.path.isdir(source) else os.path.dirname(target), exist_ok=True)
     if not os.path.isdir(source):
         open(target, "x").close()
-    linux.bind(source, target)
+    linux.mount(source, target, "", linux.MS_BIND | linux.MS_REC)
