@@ -1,4 +1,4 @@
-"""run_program: what every program can rely on and none gets past, with all layers of isolation, with some and with none."""
+"""run_program: what every program can rely on and none gets past, with full isolation, with some and with none."""
 
 import os
 import tempfile
