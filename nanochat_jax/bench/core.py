@@ -153,8 +153,9 @@ def run(args: argparse.Namespace) -> dict:
                 order = {"label": label, "examples": args.examples, "file": str(path.resolve())}
                 order["task"] = {**meta, "continuation_delimiter": task.delimiter}
                 found[label] = one = measure(sides, order, args.rounds)
-                beside = {f"theirs {k}": v for k, v in one.get("reference", {}).items()}
-                table.row(label, {**one["ours"], **beside, **{k: one[k] for k in ("ratio", "agree") if k in one}})
+                beside = {k: one[k] for k in ("ratio", "agree") if k in one}
+                beside |= {"theirs/s": one["reference"]["examples_per_second"]} if args.reference else {}
+                table.row(label, one["ours"] | beside)
     shape = frame.shown(args, ("depth", "vocab", "seq", "dtype", "examples", "rounds", "run_dir"))
     print(json.dumps(summary(found), indent=1))
     return {"shape": shape, "all": summary(found), "tasks": found}

@@ -196,4 +196,4 @@ class Table:
 def _cell(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or "n/a"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"

@@ -129,9 +129,8 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
     rotate = partial(fused.rotate_and_norm, rope=rope, gain=cfg.qk_gain, eps=cfg.norm_eps)
     yield Part("elementwise RoPE and norm", total(rotate), (q,), 0.0, 2 * q.nbytes)
     y = normal(8, x.shape, dtype)
-    yield Part(
-        "elementwise residual, norm", total(partial(fused.add_and_norm, eps=cfg.norm_eps)), (x, y), 0.0, 8 * x.nbytes
-    )
+    add = partial(fused.add_and_norm, eps=cfg.norm_eps)
+    yield Part("elementwise residual, norm", total(add), (x, y), 0.0, 8 * x.nbytes)
     up = normal(4, (M, 4 * D), dtype)
     yield Part("elementwise relu squared", total(fused.relu_squared), (up,), 0.0, 2 * up.nbytes)
     head, ids = normal(5, (V, D), dtype), jax.random.randint(jax.random.key(6), (M,), 0, cfg.vocab_size)
@@ -141,22 +140,18 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
     table = normal(7, (V, D), dtype)
     lookup = jax.grad(lambda t, up: jnp.sum(look_up(t, ids) * up).astype(jnp.float32))
     yield Part("embedding and its gradient", lookup, (table, x), 0.0, x.nbytes + table.nbytes)
-    yield from optimizer_parts(cfg, dtype)
-
-
-def optimizer_parts(cfg: GPTConfig, dtype) -> Iterator[Part]:
-    """Muon over the MLP's matrices and AdamW over one table, each with its moments."""
-    D, L, V = cfg.n_embd, cfg.n_layer, cfg.padded_vocab
+    # Muon over the MLP's matrices and AdamW over one table, each with its moments
+    L = cfg.n_layer
     schedules = optim.make_schedules(OptimConfig(), 1000, 0.1, "modern")
     matrices = [normal(i, (4 * D, D), jnp.float32) for i in range(L)]
     muon = optim.muon(0.02, schedules, dtype, "modern")
     each = 5 * (2 * 2 * 4 * D * D * D + 2 * D**3)  # X^T X and X P of (4 D, D), and the square of the gram matrix
     flops, moved = float(L * each), 5 * sum(m.nbytes for m in matrices)
     yield Part("optimizer Muon of the MLP", muon.update, (matrices, muon.init(matrices), matrices), flops, moved)
-    table = {"wte": normal(0, (V, D), jnp.float32)}
+    tables = {"wte": normal(0, (V, D), jnp.float32)}
     adam = optim.adamw(0.3, (0.8, 0.995), 0.001, schedules.lr)
-    moved = 7 * table["wte"].nbytes
-    yield Part("optimizer AdamW of a table", adam.update, (table, adam.init(table), table), 0.0, moved)
+    moved = 7 * tables["wte"].nbytes
+    yield Part("optimizer AdamW of a table", adam.update, (tables, adam.init(tables), tables), 0.0, moved)
 
 
 def run(args: argparse.Namespace) -> dict:

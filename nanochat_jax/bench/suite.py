@@ -77,13 +77,8 @@ class Started:
             env |= {frame.TURN: str(turn), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read in `finish`)
         # a session of its own, so that it ends with all of its workers
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "nanochat_jax.bench", *words],
-            stdout=self._said,
-            stderr=subprocess.STDOUT,
-            env=env,
-            start_new_session=True,
-        )
+        how: dict = {"stdout": self._said, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+        self._process = subprocess.Popen([sys.executable, "-m", "nanochat_jax.bench", *words], **how)
 
     @property
     def compiled(self) -> bool:
@@ -118,18 +113,6 @@ def waves(entries: Sequence[Entry], gpu: bool, reference: bool) -> list[list[Ent
     return [[e for e in entries if e not in by_itself], *([e] for e in by_itself)]
 
 
-def that_fit(wave: Sequence[Entry], end: float) -> list[Entry]:
-    """The entries that end in time, one after the other; the others are named."""
-    fit: list[Entry] = []
-    for entry in wave:
-        left = end - time.monotonic() - sum(e.seconds for e in fit)
-        if left >= entry.seconds:
-            fit.append(entry)
-        else:
-            print(f"{entry.name}: left out, {left:.0f} s are left and it may take {entry.seconds:.0f}", flush=True)
-    return fit
-
-
 def wait_for_compiled(started: Sequence[Started], end: float) -> None:
     """Returns when all have compiled beside each other, or half of the time to `end` is over."""
     began = time.monotonic()
@@ -157,7 +140,15 @@ def run(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "results.jsonl", "a", encoding="utf-8") as results, tempfile.TemporaryDirectory() as turns:
         for wave in waves(entries, gpu, bool(args.reference)):
-            started = [Started(e, args, Path(turns, e.name) if gpu else None) for e in that_fit(wave, end)]
+            started, taken = [], 0.0
+            for entry in wave:
+                left = end - time.monotonic() - taken
+                if left < entry.seconds:
+                    missing = f"{left:.0f} s are left and it may take {entry.seconds:.0f}"
+                    print(f"{entry.name}: left out, {missing}", flush=True)
+                    continue
+                started.append(Started(entry, args, Path(turns, entry.name) if gpu else None))
+                taken += entry.seconds
             if gpu:
                 wait_for_compiled(started, end)
             for one in started:

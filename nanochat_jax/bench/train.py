@@ -21,7 +21,7 @@ import numpy as np
 from nanochat_jax import devices
 from nanochat_jax.bench import frame, parts
 from nanochat_jax.bench.step import RecipeStep
-from nanochat_jax.cli import count, positive
+from nanochat_jax.cli import positive
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.packed import PackedDataset, write_packed
@@ -40,7 +40,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--packed", help="a folder of packed rows of seq + 1 tokens; default: random ones")
     p.add_argument("--rounds", type=positive, default=5)
     p.add_argument("--steps", type=positive, default=3, help="of a round")
-    p.add_argument("--warmup", type=count, default=2, help="steps before the first round")
+    p.add_argument("--warmup", type=positive, default=2, help="steps before the first round")
     p.add_argument("--startup", action="store_true", help="time the start, cold and warm")
     p.add_argument("--profile", metavar="DIR", help="trace a round's steps into this folder, after the rounds")
     frame.add_reference(p)
