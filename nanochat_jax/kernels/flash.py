@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+from nanochat_jax.kernels.launch import launch
 
 _MASKED = -1e30  # finite: a row that a tile hides whole is wiped out by the next one that it sees
 
@@ -47,19 +48,16 @@ CUTS = {
 }
 
 
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, *, cut: Cut | None = None, interpret=False
-) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, cut: Cut | None = None) -> jax.Array:
     """Softmax attention of scale 1/sqrt(N): position t sees itself and the `window` positions before it (None: all).
 
     q (B, T, H, N), k and v (B, T, K, N), H a multiple of K -> (B, T, H, N) in q's dtype. N is one of CUTS, or a power
-    of two with a `cut`; interpret runs on any machine, slowly. A T that the tiles do not divide is padded: what comes
-    after the last position is seen by none before it.
+    of two with a `cut`. A T that the tiles do not divide is padded: no position sees what comes after the last one.
     """
     T, cut = q.shape[1], cut or CUTS[q.shape[-1]]
     pad = -T % math.lcm(*(n for tiles in cut for n in (tiles.rows, tiles.step)))
     q, k, v = (jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))) if pad else x for x in (q, k, v))
-    return _attention(q, k, v, T + pad if window is None else min(window, T + pad), cut, interpret)[:, :T]
+    return _attention(q, k, v, T + pad if window is None else min(window, T + pad), cut)[:, :T]
 
 
 def tiles_of_keys(i, T: int, window: int, tiles: Tiles):
@@ -185,46 +183,37 @@ def _specs(shape, group: int, of_keys: bool):
     return own, shared, pl.BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
 
 
-def _call(kernel, tiles: Tiles, window: int, heads: int, interpret: bool, in_specs, outs, args):
-    """The kernel over (T / rows, heads, B) programs; outs: (spec, ShapeDtypeStruct) of each result."""
+def _call(kernel, tiles: Tiles, window: int, heads: int, args, in_specs, outputs):
+    """The kernel over (T / rows, heads, B) programs; outputs: (spec, an array that the result is like)."""
     B, T, _, N = args[0].shape
-    scale = math.log2(math.e) / math.sqrt(N)
+    kernel = functools.partial(kernel, T=T, window=window, scale=math.log2(math.e) / math.sqrt(N), tiles=tiles)
+    inputs, outputs = zip(args, in_specs), [(spec, like.shape, like.dtype) for spec, like in outputs]
     with jax.named_scope(f"flash_window_{window}"):  # `bench kernels` reads it in the compiled program
-        return pl.pallas_call(
-            functools.partial(kernel, T=T, window=window, scale=scale, tiles=tiles),
-            grid=(T // tiles.rows, heads, B),
-            in_specs=in_specs,
-            out_specs=[spec for spec, _ in outs],
-            out_shape=[shape for _, shape in outs],
-            compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-            interpret=interpret,
-        )(*args)
+        return launch(kernel, (T // tiles.rows, heads, B), inputs, outputs, warps=tiles.warps, stages=tiles.stages)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _attention(q, k, v, window: int, cut: Cut, interpret: bool):
-    return _forward(q, k, v, window, cut, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(q, k, v, window: int, cut: Cut):
+    return _forward(q, k, v, window, cut)[0]
 
 
-def _forward(q, k, v, window, cut, interpret):
+def _forward(q, k, v, window, cut):
     B, T, H, _ = q.shape
     own, shared, row = _specs(q.shape, H // k.shape[2], of_keys=False)
-    outs = [(own, jax.ShapeDtypeStruct(q.shape, q.dtype)), (row, jax.ShapeDtypeStruct((B, H, T), jnp.float32))]
-    o, lse = _call(flash_forward, cut.forward, window, H, interpret, [own, shared, shared], outs, (q, k, v))
+    outs = [(own, q), (row, jax.ShapeDtypeStruct((B, H, T), jnp.float32))]
+    o, lse = _call(flash_forward, cut.forward, window, H, (q, k, v), [own, shared, shared], outs)
     return o, (q, k, v, o, lse)
 
 
-def _backward(window, cut, interpret, kept, do):
+def _backward(window, cut, kept, do):
     q, k, v, o, lse = kept
     H, K = q.shape[2], k.shape[2]
     delta = jnp.einsum("bthn,bthn->bht", o, do, preferred_element_type=jnp.float32)
     args = (q, k, v, do, lse, delta)
     own, shared, row = _specs(q.shape, H // K, of_keys=False)
-    outs = [(own, jax.ShapeDtypeStruct(q.shape, q.dtype))]
-    (dq,) = _call(flash_dq, cut.dq, window, H, interpret, [own, shared, shared, own, row, row], outs, args)
+    (dq,) = _call(flash_dq, cut.dq, window, H, args, [own, shared, shared, own, row, row], [(own, q)])
     group, own, row = _specs(q.shape, H // K, of_keys=True)
-    outs = [(own, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in (k, v)]
-    dk, dv = _call(flash_dkv, cut.dkv, window, K, interpret, [group, own, own, group, row, row], outs, args)
+    dk, dv = _call(flash_dkv, cut.dkv, window, K, args, [group, own, own, group, row, row], [(own, k), (own, v)])
     return dq, dk, dv
 
 

@@ -14,11 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from nanochat_jax import devices
+from nanochat_jax.kernels.launch import ROWS, by_kernels, launch
 
-ROWS = 4  # of a program of the norm's kernels
 TIMES = 16  # positions of a program of the rotation's; its loop runs over heads, which share their angles
 
 
@@ -52,7 +50,7 @@ def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float
     rope: cos and sin (T, 1, N/2), or (B, T, 1, N/2). A rotation keeps the norm, which is therefore taken of x itself.
     """
     if rope[0].ndim == 3 and by_kernels(x) and x.shape[1] % TIMES == 0:
-        return _rotate(x, *(t[:, 0] for t in rope), gain, eps, False)
+        return _rotate(x, *(t[:, 0] for t in rope), gain, eps)
     x32 = x.astype(jnp.float32)
     x32 = x32 * (gain * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps))
     halves = x32.reshape(*x.shape[:-1], 2, -1)  # exchanged and not cut out: XLA makes one kernel of it
@@ -64,7 +62,7 @@ def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float
 def add_and_norm(x: jax.Array, change: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """y = x + change (..., D), and its RMS norm."""
     if by_kernels(x):
-        return _add(x, change, eps, False)
+        return _add(x, change, eps)
     y = x + change
     return y, rms_norm(y, eps)
 
@@ -75,7 +73,7 @@ def mix_and_norm(x, change, x0, r, s, eps: float) -> tuple[jax.Array, jax.Array,
     x0 is handed from layer to layer so that its gradient is added up where it is made.
     """
     if change is not None and by_kernels(x):
-        return _mix(x, change, x0, r, s, eps, False)
+        return _mix(x, change, x0, r, s, eps)
     r, s = r.astype(x.dtype), s.astype(x.dtype)
     y = r * (x if change is None else x + change) + s * x0
     return y, rms_norm(y, eps), x0
@@ -84,14 +82,7 @@ def mix_and_norm(x, change, x0, r, s, eps: float) -> tuple[jax.Array, jax.Array,
 # ------------------------------------------------------------------------------------------------ the kernels
 
 
-def by_kernels(x: jax.Array) -> bool:
-    """Whether x is a GPU's own, of a size that the kernels take: not where XLA's partitioner would have to cut them."""
-    own = not jax.sharding.get_abstract_mesh().empty and not devices.partitioned()
-    rows = x.size // x.shape[-1]
-    return devices.platform() == "gpu" and own and rows % ROWS == 0 and x.shape[-1] % 64 == 0
-
-
-def _pieces(width: int) -> list[slice]:
+def _pieces(width: int):
     """Slices of powers of two, which Triton wants, that make up the width."""
     out, start = [], 0
     for bit in reversed(range(width.bit_length())):
@@ -111,108 +102,99 @@ def _write(ref, pieces) -> None:
         ref[:, piece] = x.astype(ref.dtype)
 
 
-def _rounded(pieces, ref) -> list[jax.Array]:
-    """As they will be read again."""
-    return [x.astype(ref.dtype).astype(jnp.float32) for x in pieces]
-
-
-def _dot(a, b) -> jax.Array:
-    """Row by row, (ROWS, 1)."""
+def _dot(a, b):
+    """The dot product of each row, (ROWS, 1)."""
     return sum(jnp.sum(x * y, axis=1, keepdims=True) for x, y in zip(a, b))
 
 
-def _inverse_rms(y, width: int, eps: float) -> jax.Array:
-    return jax.lax.rsqrt(_dot(y, y) / width + eps)
+def _inverse_rms(y, eps: float) -> jax.Array:
+    return jax.lax.rsqrt(_dot(y, y) / sum(piece.shape[-1] for piece in y) + eps)
 
 
-def _add_forward(x_ref, change_ref, y_ref, n_ref, *, eps):
-    y = _rounded([a + b for a, b in zip(_read(x_ref), _read(change_ref))], y_ref)
-    scale = _inverse_rms(y, x_ref.shape[-1], eps)
+def _write_with_norm(y_ref, n_ref, pieces, eps: float) -> None:
+    """y and its RMS norm, which is that of y as rounded to y_ref's type."""
+    y = [x.astype(y_ref.dtype).astype(jnp.float32) for x in pieces]
+    scale = _inverse_rms(y, eps)
     _write(y_ref, y)
     _write(n_ref, [a * scale for a in y])
 
 
-def _gradient_of_norm(y, dy, dn, width: int, eps: float) -> list[jax.Array]:
-    """Of y, whose own gradient is dy and that of its norm dn."""
-    scale = _inverse_rms(y, width, eps)
-    along = _dot(dn, y) / width * scale * scale
+def _gradient_of_norm(y, dy, dn, eps: float) -> list[jax.Array]:
+    """The gradient of y, from dy, its own, and dn, that of its norm."""
+    scale = _inverse_rms(y, eps)
+    along = _dot(dn, y) / sum(piece.shape[-1] for piece in y) * scale * scale
     return [g + scale * (d - a * along) for a, g, d in zip(y, dy, dn)]
 
 
+def _add_forward(x_ref, change_ref, y_ref, n_ref, *, eps):
+    _write_with_norm(y_ref, n_ref, [a + b for a, b in zip(_read(x_ref), _read(change_ref))], eps)
+
+
 def _add_backward(y_ref, dy_ref, dn_ref, dx_ref, *, eps):
-    _write(dx_ref, _gradient_of_norm(_read(y_ref), _read(dy_ref), _read(dn_ref), y_ref.shape[-1], eps))
+    _write(dx_ref, _gradient_of_norm(_read(y_ref), _read(dy_ref), _read(dn_ref), eps))
 
 
 def _mix_forward(x_ref, change_ref, x0_ref, r_ref, s_ref, y_ref, n_ref, *, eps):
     r, s = r_ref[0], s_ref[0]
     mixed = [r * (a + b) + s * c for a, b, c in zip(_read(x_ref), _read(change_ref), _read(x0_ref))]
-    y = _rounded(mixed, y_ref)
-    scale = _inverse_rms(y, x_ref.shape[-1], eps)
-    _write(y_ref, y)
-    _write(n_ref, [a * scale for a in y])
+    _write_with_norm(y_ref, n_ref, mixed, eps)
 
 
 def _mix_backward(y_ref, x0_ref, dy_ref, dn_ref, later_ref, r_ref, s_ref, dx_ref, dx0_ref, gy_ref, gx0_ref, *, eps):
     """later: x0's gradient from the layers above; gy and gx0: row by row the gradient times y and times x0."""
     r, s, y, x0 = r_ref[0], s_ref[0], _read(y_ref), _read(x0_ref)
-    g = _gradient_of_norm(y, _read(dy_ref), _read(dn_ref), y_ref.shape[-1], eps)
+    g = _gradient_of_norm(y, _read(dy_ref), _read(dn_ref), eps)
     _write(dx_ref, [r * a for a in g])
     _write(dx0_ref, [a + s * b for a, b in zip(_read(later_ref), g)])
     gy_ref[...] = jnp.sum(_dot(g, y), axis=1)
     gx0_ref[...] = jnp.sum(_dot(g, x0), axis=1)
 
 
-def _over_rows(kernel, eps, arrays, scalars, outs: int, sums: int, interpret: bool):
+def _over_rows(kernel, eps, arrays, scalars=(), outs: int = 2, sums: int = 0):
     """The kernel over programs of ROWS rows: arrays (..., D) in and `outs` like them out, and `sums` of (rows,)."""
     like = arrays[0]
     flat = [a.reshape(-1, a.shape[-1]) for a in arrays]
     rows, width = flat[0].shape
-    block = pl.BlockSpec((ROWS, width), lambda i: (i, 0))
-    found = pl.pallas_call(
-        functools.partial(kernel, eps=eps),
-        grid=(rows // ROWS,),
-        in_specs=[block] * len(flat) + [pl.BlockSpec((1,), lambda i: (0,))] * len(scalars),
-        out_specs=[block] * outs + [pl.BlockSpec((ROWS,), lambda i: (i,))] * sums,
-        out_shape=[jax.ShapeDtypeStruct((rows, width), like.dtype)] * outs
-        + [jax.ShapeDtypeStruct((rows,), jnp.float32)] * sums,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-    )(*flat, *(jnp.asarray(s, jnp.float32).reshape(1) for s in scalars))
+    block, each = pl.BlockSpec((ROWS, width), lambda i: (i, 0)), pl.BlockSpec((ROWS,), lambda i: (i,))
+    inputs = [(a, block) for a in flat]
+    inputs += [(jnp.asarray(s, jnp.float32).reshape(1), pl.BlockSpec((1,), lambda i: (0,))) for s in scalars]
+    outputs = [(block, (rows, width), like.dtype)] * outs + [(each, (rows,), jnp.float32)] * sums
+    found = launch(functools.partial(kernel, eps=eps), (rows // ROWS,), inputs, outputs, warps=4)
     return [a.reshape(like.shape) for a in found[:outs]] + list(found[outs:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _add(x, change, eps: float, interpret: bool):
-    return tuple(_over_rows(_add_forward, eps, (x, change), (), 2, 0, interpret))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add(x, change, eps: float):
+    return tuple(_over_rows(_add_forward, eps, (x, change)))
 
 
-def _add_fwd(x, change, eps, interpret):
-    y, n = _add(x, change, eps, interpret)
+def _add_fwd(x, change, eps):
+    y, n = _add(x, change, eps)
     return (y, n), y
 
 
-def _add_bwd(eps, interpret, y, given):
-    (dx,) = _over_rows(_add_backward, eps, (y, *given), (), 1, 0, interpret)
+def _add_bwd(eps, y, given):
+    (dx,) = _over_rows(_add_backward, eps, (y, *given), outs=1)
     return dx, dx
 
 
 _add.defvjp(_add_fwd, _add_bwd)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _mix(x, change, x0, r, s, eps: float, interpret: bool):
-    return *_over_rows(_mix_forward, eps, (x, change, x0), (r, s), 2, 0, interpret), x0
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _mix(x, change, x0, r, s, eps: float):
+    return *_over_rows(_mix_forward, eps, (x, change, x0), (r, s)), x0
 
 
-def _mix_fwd(x, change, x0, r, s, eps, interpret):
-    y, n, x0 = _mix(x, change, x0, r, s, eps, interpret)
+def _mix_fwd(x, change, x0, r, s, eps):
+    y, n, x0 = _mix(x, change, x0, r, s, eps)
     return (y, n, x0), (y, x0, r, s)
 
 
-def _mix_bwd(eps, interpret, kept, given):
+def _mix_bwd(eps, kept, given):
     """What y was mixed of is not kept: x + change = (y - s x0) / r, and r stays near one."""
     y, x0, r, s = kept
-    dx, dx0, gy, gx0 = _over_rows(_mix_backward, eps, (y, x0, *given), (r, s), 2, 2, interpret)
+    dx, dx0, gy, gx0 = _over_rows(_mix_backward, eps, (y, x0, *given), (r, s), sums=2)
     ds = gx0.sum()
     dr = (gy.sum() - s.astype(jnp.float32) * ds) / r.astype(jnp.float32)
     return dx, dx, dx0, dr.astype(r.dtype), ds.astype(s.dtype)
@@ -238,7 +220,7 @@ def _rotate_forward(x_ref, cos_ref, sin_ref, y_ref, *, gain, eps):
 
     def one(head, _):
         a, b = _halves(x_ref, head)
-        scale = gain * _inverse_rms((a, b), x_ref.shape[-1], eps)
+        scale = gain * _inverse_rms((a, b), eps)
         a, b = a * scale, b * scale
         _put_halves(y_ref, head, a * cos + b * sin, b * cos - a * sin)
 
@@ -253,38 +235,33 @@ def _rotate_backward(x_ref, dy_ref, cos_ref, sin_ref, dx_ref, *, gain, eps):
         c, d = _halves(dy_ref, head)
         c, d = gain * (c * cos - d * sin), gain * (c * sin + d * cos)
         zeros = jnp.zeros_like(a)
-        _put_halves(dx_ref, head, *_gradient_of_norm((a, b), (zeros, zeros), (c, d), x_ref.shape[-1], eps))
+        _put_halves(dx_ref, head, *_gradient_of_norm((a, b), (zeros, zeros), (c, d), eps))
 
     jax.lax.fori_loop(0, x_ref.shape[1], one, None)
 
 
-def _over_times(kernel, gain, eps, arrays, cos, sin, interpret: bool) -> jax.Array:
-    B, T, H, N = arrays[0].shape
+def _over_times(kernel, gain, eps, arrays, cos, sin) -> jax.Array:
+    """The kernel over programs of TIMES positions: arrays (B, T, H, N) in and one like them out."""
+    (B, T, H, N), dtype = arrays[0].shape, arrays[0].dtype
     block = pl.BlockSpec((None, TIMES, H, N), lambda i, b: (b, i, 0, 0))
     angles = pl.BlockSpec((TIMES, N // 2), lambda i, b: (i, 0))
-    return pl.pallas_call(
-        functools.partial(kernel, gain=gain, eps=eps),
-        grid=(T // TIMES, B),
-        in_specs=[block] * len(arrays) + [angles] * 2,
-        out_specs=block,
-        out_shape=jax.ShapeDtypeStruct(arrays[0].shape, arrays[0].dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-    )(*arrays, cos, sin)
+    inputs = [*((a, block) for a in arrays), (cos, angles), (sin, angles)]
+    kernel = functools.partial(kernel, gain=gain, eps=eps)
+    return launch(kernel, (T // TIMES, B), inputs, [(block, (B, T, H, N), dtype)], warps=4)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _rotate(x, cos, sin, gain: float, eps: float, interpret: bool):
-    return _over_times(_rotate_forward, gain, eps, (x,), cos, sin, interpret)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _rotate(x, cos, sin, gain: float, eps: float):
+    return _over_times(_rotate_forward, gain, eps, (x,), cos, sin)
 
 
-def _rotate_fwd(x, cos, sin, gain, eps, interpret):
-    return _rotate(x, cos, sin, gain, eps, interpret), (x, cos, sin)
+def _rotate_fwd(x, cos, sin, gain, eps):
+    return _rotate(x, cos, sin, gain, eps), (x, cos, sin)
 
 
-def _rotate_bwd(gain, eps, interpret, kept, dy):
+def _rotate_bwd(gain, eps, kept, dy):
     x, cos, sin = kept
-    return _over_times(_rotate_backward, gain, eps, (x, dy), cos, sin, interpret), None, None
+    return _over_times(_rotate_backward, gain, eps, (x, dy), cos, sin), None, None
 
 
 _rotate.defvjp(_rotate_fwd, _rotate_bwd)

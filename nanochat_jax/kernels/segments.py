@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from nanochat_jax.kernels.fused import by_kernels
+from nanochat_jax.kernels.launch import by_kernels, launch
 
 TOGETHER = 8  # rows that a program reads at once
 WIDEST = 512  # columns of a program
@@ -34,7 +34,7 @@ def _look_up_bwd(kept, dy):
     ids, like = kept
     rows, ids = dy.reshape(-1, dy.shape[-1]).astype(like.dtype), ids.reshape(-1)
     if _by_a_kernel(rows):
-        return _add_rows(None, rows, ids, None, False, of=len(like)), None
+        return _add_rows(None, rows, ids, None, of=len(like)), None
     return add_rows(jnp.zeros((len(like), rows.shape[1]), like.dtype), rows, ids), None
 
 
@@ -44,7 +44,7 @@ look_up.defvjp(_look_up_fwd, _look_up_bwd)
 def add_rows(total: jax.Array, rows: jax.Array, ids: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """total (V, D) with every row of rows (M, D), times its weight (M,), added to the row that its id (M,) names."""
     if _by_a_kernel(rows):
-        return _add_rows(total, rows, ids, weights, False)
+        return _add_rows(total, rows, ids, weights)
     rows = rows.astype(total.dtype) if weights is None else (weights[:, None] * rows).astype(total.dtype)
     return total.at[ids].add(rows, mode="clip")
 
@@ -53,9 +53,8 @@ def _by_a_kernel(rows) -> bool:
     return by_kernels(rows) and len(rows) % TOGETHER == 0
 
 
-def add_rows_of_an_id(bounds_ref, order_ref, rows_ref, *rest, weighted: bool, begun: bool):
-    rest = list(rest)
-    weights_ref, total_ref, out_ref = rest.pop(0) if weighted else None, rest.pop(0) if begun else None, *rest
+def add_rows_of_an_id(bounds_ref, order_ref, rows_ref, *refs, weighted, begun):
+    *given, out_ref = refs  # given: weights, if weighted, and the total so far, if begun
     begin, end = bounds_ref[0], bounds_ref[1]
     columns, lanes = jnp.arange(out_ref.shape[0])[None, :], jnp.arange(TOGETHER)
 
@@ -67,16 +66,16 @@ def add_rows_of_an_id(bounds_ref, order_ref, rows_ref, *rest, weighted: bool, be
         tile = rows_ref.at[jnp.broadcast_to(where[:, None], shape), jnp.broadcast_to(columns, shape)]
         x = triton.load(tile, mask=jnp.broadcast_to(meant[:, None], shape), other=0).astype(jnp.float32)
         if weighted:
-            x = x * triton.load(weights_ref.at[where])[:, None]
+            x = x * triton.load(given[0].at[where])[:, None]
         return acc + x.sum(axis=0)
 
     steps = jax.lax.div(end - begin + TOGETHER - 1, TOGETHER)
-    acc = total_ref[...].astype(jnp.float32) if begun else jnp.zeros(out_ref.shape, jnp.float32)
+    acc = given[-1][...].astype(jnp.float32) if begun else jnp.zeros(out_ref.shape, jnp.float32)
     out_ref[...] = jax.lax.fori_loop(0, steps, add, acc).astype(out_ref.dtype)
 
 
-def _add_rows(total, rows, ids, weights, interpret: bool, of: int = 0):
-    """total None: `of` rows of zeros, of the rows' type."""
+def _add_rows(total, rows, ids, weights, of: int = 0):
+    """total None: `of` rows of zeros, in the type of `rows`."""
     (M, D), V = rows.shape, of or len(total)
     ids = jnp.clip(ids, 0, V - 1)
     order = jnp.argsort(ids)
@@ -85,19 +84,14 @@ def _add_rows(total, rows, ids, weights, interpret: bool, of: int = 0):
     columns = min(WIDEST, D & -D)  # the largest power of two that divides D
     row = pl.BlockSpec((None, columns), lambda v, c: (v, c))
     whole = pl.BlockSpec((M,), lambda v, c: (0,))
-    specs, args = [pl.BlockSpec((None, 2), lambda v, c: (v, 0)), whole], [bounds, order]
-    specs, args = [*specs, pl.BlockSpec((M, columns), lambda v, c: (0, c))], [*args, rows]
-    if weights is not None:
-        specs, args = [*specs, whole], [*args, weights]
-    if total is not None:
-        specs, args = [*specs, row], [*args, total]
-    return pl.pallas_call(
+    inputs = [(bounds, pl.BlockSpec((None, 2), lambda v, c: (v, 0))), (order, whole)]
+    inputs += [(rows, pl.BlockSpec((M, columns), lambda v, c: (0, c)))]
+    inputs += [(x, spec) for x, spec in ((weights, whole), (total, row)) if x is not None]
+    return launch(
         functools.partial(add_rows_of_an_id, weighted=weights is not None, begun=total is not None),
-        grid=(V, D // columns),
-        in_specs=specs,
-        out_specs=row,
-        out_shape=jax.ShapeDtypeStruct((V, D), rows.dtype if total is None else total.dtype),
-        input_output_aliases={} if total is None else {len(args) - 1: 0},
-        compiler_params=triton.CompilerParams(num_warps=2 if columns <= 256 else 4, num_stages=1),
-        interpret=interpret,
-    )(*args)
+        (V, D // columns),
+        inputs,
+        [(row, (V, D), rows.dtype if total is None else total.dtype)],
+        warps=2 if columns <= 256 else 4,
+        input_output_aliases={} if total is None else {len(inputs) - 1: 0},
+    )[0]

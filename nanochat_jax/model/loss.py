@@ -165,8 +165,8 @@ def _eight_bits(head, vocab, softcap):
 def _eight_bit_kernels(head, vocab, softcap):
     """The same on a GPU: a kernel for the sums, which the gradient's scale needs, and one that rounds the gradient."""
     head8 = fp8.quantize(head)
-    # transposed once and not in every chunk, as a barrier sees to
-    turned_head8 = head8._replace(values=jax.lax.optimization_barrier(head8.values.T))
+    # a barrier, so that it is transposed once and not in every chunk
+    head8_T = head8._replace(values=jax.lax.optimization_barrier(head8.values.T))
 
     def body(carry, xs):
         total, d_head = carry
@@ -177,10 +177,9 @@ def _eight_bit_kernels(head, vocab, softcap):
         rows = head[y]
         nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
         scale = fp8.scale_of((most * jnp.abs(w_s)).max(), fp8.E5M2)
-        g, turned = cross_entropy.rounded(z, y, w_s / scale, vocab, softcap, fp8.E5M2)
-        g8 = fp8.Quantized(g, scale, turned)
-        dx = fp8.dot(g8, turned_head8, (1, 1), jnp.float32) + d_y[:, None] * rows
-        d_head = d_head + fp8.dot(g8.turned, x8, (1, 0), jnp.float32)
+        g, g_T = cross_entropy.rounded(z, y, w_s / scale, vocab, softcap, fp8.E5M2)
+        dx = fp8.dot(fp8.Quantized(g, scale), head8_T, (1, 1), jnp.float32) + d_y[:, None] * rows
+        d_head = d_head + fp8.dot(fp8.Quantized(g_T, scale), x8, (1, 0), jnp.float32)
         return (total + nll, d_head), (dx.astype(x.dtype), d_y)
 
     return jnp.zeros(head.shape, jnp.float32), body, lambda d_head: d_head

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import relative_error
-from nanochat_jax.kernels import fused
+from nanochat_jax.kernels import fused, launch
 from nanochat_jax.model.gpt import rotary_tables
 
 EPS = 1e-5
@@ -29,12 +29,12 @@ def compare(kernel, plain, *args, tolerance=1e-5) -> None:
 @pytest.mark.parametrize("width", [64, 192])  # 128 + 64: in pieces
 def test_add_and_norm(width):
     x, change = normal(0, 2, 8, width), normal(1, 2, 8, width)
-    compare(lambda *a: fused._add(*a, EPS, True), lambda *a: fused.add_and_norm(*a, EPS), x, change)
+    compare(lambda *a: fused._add(*a, EPS), lambda *a: fused.add_and_norm(*a, EPS), x, change)
 
 
 def test_mix_and_norm_hands_on_the_gradient_of_the_first_layer():
     args = *(normal(i, 2, 8, 192) for i in range(3)), jnp.float32(1.1), jnp.float32(0.2)
-    compare(lambda *a: fused._mix(*a, EPS, True), lambda *a: fused.mix_and_norm(*a, EPS), *args)
+    compare(lambda *a: fused._mix(*a, EPS), lambda *a: fused.mix_and_norm(*a, EPS), *args)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -42,7 +42,7 @@ def test_rotate_and_norm(dtype):
     x = normal(0, 2, 32, 3, 64).astype(dtype)
     cos, sin = rotary_tables(jnp.arange(32), 64, 1e4)
     compare(
-        lambda x: fused._rotate(x, cos[:, 0], sin[:, 0], 1.2, EPS, True),
+        lambda x: fused._rotate(x, cos[:, 0], sin[:, 0], 1.2, EPS),
         lambda x: fused.rotate_and_norm(x, (cos, sin), 1.2, EPS),
         x,
         tolerance=1e-5 if dtype == "float32" else 8e-3,
@@ -56,14 +56,14 @@ def test_relu_squared_knows_its_argument_by_its_result():
 
 def test_kernels_are_for_a_gpu_and_for_what_no_partitioner_cuts(monkeypatch):
     x, seen = jnp.ones((4, 64)), []
-    monkeypatch.setattr(fused.devices, "platform", lambda: "gpu")
+    monkeypatch.setattr(launch.devices, "platform", lambda: "gpu")
 
     def asked(manual):
         mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
         spec = jax.P(None)
 
         def look(x):
-            seen.append(fused.by_kernels(x))
+            seen.append(launch.by_kernels(x))
             return x
 
         shape = {"mesh": mesh, "in_specs": spec, "out_specs": spec, "axis_names": manual, "check_vma": False}
@@ -71,4 +71,4 @@ def test_kernels_are_for_a_gpu_and_for_what_no_partitioner_cuts(monkeypatch):
 
     asked({"data", "tensor"})
     asked({"data"})
-    assert seen == [True, False] and not fused.by_kernels(x)
+    assert seen == [True, False] and not launch.by_kernels(x)

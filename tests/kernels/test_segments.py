@@ -17,9 +17,9 @@ def test_the_kernel_adds_what_atomics_would(weighted, width):
     rows = jnp.asarray(rng.normal(size=(96, width)), jnp.float32)
     ids = jnp.asarray(np.where(rng.random(96) < 0.5, 7, rng.integers(0, 40, 96)), jnp.int32)  # one is frequent
     weights = jnp.asarray(rng.normal(size=96), jnp.float32) if weighted else None
-    got = jax.jit(lambda *a: segments._add_rows(*a, True))(total, rows, ids, weights)
+    got = jax.jit(segments._add_rows)(total, rows, ids, weights)
     assert relative_error(got, segments.add_rows(total, rows, ids, weights)) < 1e-6
-    alone = segments._add_rows(None, rows, ids, weights, True, of=40)
+    alone = segments._add_rows(None, rows, ids, weights, of=40)
     assert relative_error(alone, segments.add_rows(jnp.zeros_like(total), rows, ids, weights)) < 1e-6
 
 

@@ -23,7 +23,7 @@ from nanochat_jax.planning import targets
 
 LIBRARIES = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
 SMALL = flash.Cut(flash.Tiles(32, 16, 4, 2), flash.Tiles(16, 32, 4, 2), flash.Tiles(32, 16, 4, 2))
-interpreted = functools.partial(flash.attention, cut=SMALL, interpret=True)
+interpreted = functools.partial(flash.attention, cut=SMALL)
 
 
 def plain(q, k, v, window):

@@ -27,8 +27,7 @@ def example(tokens, size, vocab, dtype, scale=1.0):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """A context in which the loss takes the GPU's path, its kernels interpreted."""
-    for name in ("terms", "sums", "rounded"):
-        monkeypatch.setattr(cross_entropy, name, functools.partial(getattr(cross_entropy, name), interpret=True))
+    monkeypatch.setattr(cross_entropy, "launch", functools.partial(cross_entropy.launch, interpret=True))
     return functools.partial(devices.tracing_for, "gpu")
 
 
@@ -79,12 +78,12 @@ def test_a_gpu_finds_the_same_in_8_bits(as_on_a_gpu, tokens, chunk, size, vocab,
 def test_both_layouts_of_what_is_rounded():
     z = 6 * jax.random.normal(jax.random.key(0), (96, 384))
     targets = jnp.arange(96)
-    u, want_sums = cross_entropy.terms(z, targets, 380, SOFTCAP, interpret=True)
-    sums, most = cross_entropy.sums(z, targets, 380, SOFTCAP, interpret=True)
+    u, want_sums = cross_entropy.terms(z, targets, 380, SOFTCAP)
+    sums, most = cross_entropy.sums(z, targets, 380, SOFTCAP)
     np.testing.assert_allclose(sums, want_sums, rtol=1e-6)
     np.testing.assert_allclose(most, u.max(axis=1), rtol=1e-6)
     factors = jnp.linspace(-1.0, 1.0, 96) * 57344 * 1.004 / u.max()  # as much above as a scale in bfloat16 can be
-    g, turned = cross_entropy.rounded(z, targets, factors, 380, SOFTCAP, jnp.float8_e5m2, interpret=True)
+    g, turned = cross_entropy.rounded(z, targets, factors, 380, SOFTCAP, jnp.float8_e5m2)
     np.testing.assert_array_equal(g.astype(jnp.float32).T, turned.astype(jnp.float32))
     want = jnp.clip(u * factors[:, None], -57344, 57344).astype(jnp.float8_e5m2)
     assert np.mean(np.asarray(g.astype(jnp.float32) != want.astype(jnp.float32))) < 1e-3  # on the border of two
@@ -94,7 +93,7 @@ def test_both_layouts_of_what_is_rounded():
 def test_the_terms_of_logits_of_any_size(scale):
     z = scale * jax.random.normal(jax.random.key(0), (12, 1280))
     targets = np.arange(12) * 100
-    u, sums = cross_entropy.terms(z, jnp.asarray(targets), 1200, SOFTCAP, interpret=True)
+    u, sums = cross_entropy.terms(z, jnp.asarray(targets), 1200, SOFTCAP)
     x = np.asarray(z, np.float64) / SOFTCAP
     e = np.exp(SOFTCAP * np.tanh(x))
     e[np.arange(12), targets] = e[:, 1200:] = 0
