@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -84,9 +85,7 @@ class Tokenizer:
         for name in SPECIAL_TOKENS:
             id = self._sp.piece_to_id(name)
             if not self._sp.is_control(id):
-                raise UserError(
-                    f"this SentencePiece model has no control symbol {name}; train one: python -m tokenizer train"
-                )
+                raise UserError(f"this SentencePiece model has no control symbol {name}: python -m tokenizer train")
             setattr(self, name[2:-2], id)
         self._bytes = [self._bytes_of(id) for id in range(self.vocab_size)]
         self._space_mark_ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in SPACE_MARK.encode()]
@@ -109,7 +108,7 @@ class Tokenizer:
         path = Path(dir) / MODEL_FILE
         if not path.is_file():
             raise UserError(
-                f"no tokenizer in {dir} (it would hold {MODEL_FILE}); train one: python -m tokenizer train --out {dir}"
+                f"no tokenizer in {dir} (no {MODEL_FILE}); train one: python -m tokenizer train --out {dir}"
             )
         return cls(path.read_bytes(), read_json(Path(dir) / META_FILE))
 
@@ -153,10 +152,8 @@ class Tokenizer:
         for of_text in parts:
             ids: list[int] = []
             for i, of_part in enumerate(of_text):
-                if i:
-                    ids += self._space_mark_ids
-                for _ in of_part:
-                    ids += next(encoded)
+                ids += self._space_mark_ids if i else []
+                ids += itertools.chain.from_iterable(itertools.islice(encoded, len(of_part)))
             out.append(ids)
         return out
 
@@ -175,10 +172,8 @@ class Tokenizer:
         out = []
         for id in ids:
             if not 0 <= id < self.vocab_size:
-                size = self.vocab_size
-                raise UserError(
-                    f"token id {id} is outside of this vocabulary of {size}; is this the model's tokenizer?"
-                )
+                outside = f"token id {id} is outside of this vocabulary of {self.vocab_size}"
+                raise UserError(f"{outside}; is this the model's tokenizer?")
             out.append(self._bytes[id])
         return b"".join(out)
 

@@ -36,7 +36,7 @@ def spare_cores() -> int:
     return min(max(cores - 1, 1), MOST)
 
 
-class Child:
+class Child(contextlib.AbstractContextManager):
     """`function(received, *args)`, a generator, in a process of its own. `received` iterates over what `send` sends.
 
     What goes either way is pickled. Iterating gives what it yields; UserError is raised as itself, another exception
@@ -77,9 +77,6 @@ class Child:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
-
-    def __enter__(self) -> Child:
-        return self
 
     def __exit__(self, *exc) -> None:
         self.close()

@@ -9,6 +9,7 @@ file is used without a request, and read again only where its time of change is 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -93,8 +94,10 @@ def _lock(target: Path, on_block: Callable[[int], object]) -> contextlib.Abstrac
     try:
         lock = FileLock(target.with_name(f".{target.name}.lock"))
         return lock.acquire(poll_interval=0.1, cancel_check=lambda: bool(on_block(0)))
-    except NotImplementedError:  # a file system without locks
-        return contextlib.nullcontext()
+    except (NotImplementedError, OSError) as e:
+        if isinstance(e, OSError) and e.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return contextlib.nullcontext()  # a file system without locks
 
 
 def _download(

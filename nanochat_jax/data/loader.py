@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 
 import grain
@@ -73,7 +74,7 @@ class Order:
             return self._permutations[key]
 
 
-class Loader:
+class Loader(AbstractContextManager):
     """{"tokens", "targets"} of each step, (accumulation, rows, T) int32 as `sharding` spreads them over the devices.
 
     A target that the rows' mask leaves out is -1. Every process reads only rows that its own devices hold. The next
@@ -152,9 +153,6 @@ class Loader:
     def close(self) -> None:
         self._closed.set()
         self._stop_ahead()
-
-    def __enter__(self) -> Loader:
-        return self
 
     def __exit__(self, *exc) -> None:
         self.close()

@@ -34,7 +34,7 @@ def dtype_of(tok) -> np.dtype:
     return np.dtype(np.uint16 if tok.vocab_size <= 1 << 16 else np.uint32)
 
 
-class PackedDataset:
+class PackedDataset(contextlib.AbstractContextManager):
     """Rows by index. With `packer`, which fills the folder meanwhile, rows that are not there yet are waited for.
 
     limit: rows of which the rest of the folder is not part. tokenizer_hash, row_len: what the rows must have been made
@@ -139,27 +139,22 @@ class PackedDataset:
             return self._shards[i]
 
     def _open(self, i: int) -> dict[str, np.ndarray]:
-        shard, arrays = self.manifest["shards"][i], {}
-        for name, dtype in self._arrays():
-            path = self.path / _file(name, i)
-            try:
-                array = np.load(path, mmap_mode="r")
-            except (OSError, ValueError, EOFError):
-                raise UserError(f"{path} is missing or damaged; remove {self.path} to have it packed anew") from None
-            if array.shape != (shard["rows"], self.manifest["row_len"]) or array.dtype != dtype:
-                raise UserError(f"{path} is not what was written; remove {self.path} to have it packed anew")
-            arrays[name] = array
-        if _checksum(arrays.values()) != shard["checksum"]:
-            raise UserError(f"shard {i} of {self.path} is damaged; remove the folder to have it packed anew")
+        shard = self.manifest["shards"][i]
+        try:
+            arrays = {name: np.load(self.path / _file(name, i), mmap_mode="r") for name, _ in self._arrays()}
+        except (OSError, ValueError, EOFError):
+            arrays = {}
+        shape = shard["rows"], self.manifest["row_len"]
+        written = [(shape, np.dtype(dtype)) for _, dtype in self._arrays()]
+        found = [(array.shape, array.dtype) for array in arrays.values()]
+        if found != written or _checksum(arrays.values()) != shard["checksum"]:
+            raise UserError(f"shard {i} of {self.path} is damaged or missing; remove the folder to have it packed anew")
         return arrays
 
     def close(self) -> None:
-        """Stops the packer, if there is one. Another one goes on where it was."""
+        """Stops the packer, if there is one. Another one resumes there."""
         if self.packer is not None:
             self.packer.close()
-
-    def __enter__(self) -> PackedDataset:
-        return self
 
     def __exit__(self, *exc) -> None:
         self.close()

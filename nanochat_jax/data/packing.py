@@ -28,7 +28,7 @@ from tokenizer.chat import render
 
 VERSION = 2  # of what is packed: part of the cache's key
 BATCH = 128  # conversations rendered at a time
-WORTH_A_CHILD = 5000  # conversations
+WORTH_A_CHILD = 5000  # conversations for which one more process is started
 
 
 def pack_documents(
@@ -116,15 +116,10 @@ def pack_conversations(
 
     def rendered():
         for batch in _rendered(mixture, tok, row_len, workers):
-            out = []
-            for ids, mask, cropped in batch:
-                counts["cropped"] += cropped
-                mask = np.frombuffer(mask, bool)
-                if mask[1:].any():
-                    out.append((np.frombuffer(ids, dtype), np.ones_like(mask) if all_targets else mask))
-                else:
-                    counts["dropped"] += 1
-            yield out
+            kept = [(ids, np.ones_like(mask) if all_targets else mask) for ids, mask, _ in batch if mask[1:].any()]
+            counts["cropped"] += sum(cropped for *_, cropped in batch)
+            counts["dropped"] += len(batch) - len(kept)
+            yield kept
 
     def rows():
         made = best_fit(rendered(), row_len, buffer, crop=False, length=lambda c: len(c[0]))
@@ -148,13 +143,13 @@ def pack_conversations(
     return PackedDataset(path, tokenizer_hash=tok.hash, row_len=row_len)
 
 
-Rendered = tuple[bytes, bytes, bool]  # ids and mask, as far as a row can hold them, and whether there are more
+Rendered = tuple[np.ndarray, np.ndarray, bool]  # ids and mask, as far as a row holds them, and whether that is cropped
 
 
 def _rendered(mixture, tok, row_len: int, workers: int) -> Iterator[list[Rendered]]:
     """The mixture's conversations in order, rendered, some at a time."""
-    items = iter(mixture)
-    batches = iter(lambda: list(itertools.islice(items, BATCH)), [])
+    conversations = iter(mixture)
+    batches = iter(lambda: list(itertools.islice(conversations, BATCH)), [])
     if not workers:
         yield from render_batches(batches, tok, row_len)
         return
@@ -172,10 +167,6 @@ def _rendered(mixture, tok, row_len: int, workers: int) -> Iterator[list[Rendere
 
 def render_batches(batches: Iterable[list[dict]], tok, row_len: int) -> Iterator[list[Rendered]]:
     dtype = dtype_of(tok)
-
-    def rendered(conversation: dict) -> Rendered:
-        ids, mask = render(tok, conversation)
-        return np.array(ids[:row_len], dtype).tobytes(), np.array(mask[:row_len], bool).tobytes(), len(ids) > row_len
-
     for batch in batches:
-        yield [rendered(conversation) for conversation in batch]
+        rendered = [render(tok, conversation) for conversation in batch]
+        yield [(np.array(i[:row_len], dtype), np.array(m[:row_len], bool), len(i) > row_len) for i, m in rendered]
