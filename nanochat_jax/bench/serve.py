@@ -110,9 +110,8 @@ def over_http(url: str) -> Callable[[int, float], Tally]:
             "seed": rng.randrange(2**31),
         }
         began, first, tokens, reason = time.perf_counter(), None, 0, None
-        with contextlib.closing(
-            http.client.HTTPConnection(place.hostname or "", place.port, timeout=120)
-        ) as connection:
+        server = http.client.HTTPConnection(place.hostname or "", place.port, timeout=120)
+        with contextlib.closing(server) as connection:
             connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
             response = connection.getresponse()
             if response.status != 200:
