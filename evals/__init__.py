@@ -6,10 +6,3 @@
 runs what a stage needs and writes evals/<stage>.json and `records`, which `browse` shows and `compare` sets against
 others' (`significance`); `report` turns a run directory into report.md. Tasks are in `tasks`.
 """
-
-
-def evaluate_stage(*args, **kwargs) -> dict:
-    """`evals.stage.evaluate_stage`, imported when called: `evals.tasks` is read by code that needs no model."""
-    from evals.stage import evaluate_stage
-
-    return evaluate_stage(*args, **kwargs)

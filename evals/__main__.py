@@ -24,58 +24,43 @@ from nanochat_jax.cli import command, positive
 EPILOG = "python -m evals show|compare|report --help: what was answered, what differs, and the page about a run."
 
 
-def summary(result: dict) -> dict:
-    """{name: score} of what an evals/<stage>.json holds."""
-    out = {}
-    for section, key, name in (("bpb", "bpb", "bpb"), ("core", "core_metric", "core")):
-        if result.get(section) and result[section][key] is not None:
-            out[name] = round(result[section][key], 4)
-    out |= {name: round(task["accuracy"], 4) for name, task in result["chat"].items()}
-    if result.get("chatcore") and result["chatcore"]["score"] is not None:
-        out["chatcore"] = round(result["chatcore"]["score"], 4)
-    return out
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    name, *rest = argv or [""]
-    if name in ("show", "compare", "report"):
-        module = importlib.import_module("evals.browse" if name == "show" else f"evals.{name}")
-        return module.main(rest)
+    if argv and argv[0] in ("show", "compare", "report"):
+        module = importlib.import_module("evals.browse" if argv[0] == "show" else f"evals.{argv[0]}")
+        return module.main(argv[1:])
     return evaluate(argv)
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """The command without a name: evaluates."""
     parser = argparse.ArgumentParser(prog="python -m evals", description=__doc__.split("\n\n")[0], epilog=EPILOG)
-    parser.add_argument("--run-dir", required=True, help="the run directory")
-    parser.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
-    parser.add_argument("--tasks", help="a comma-separated choice of chat tasks, bpb, core, samples; default: all")
-    parser.add_argument(
-        "--max-per-task", type=positive, metavar="N", help="questions per task; default: the run's setting"
-    )
-    parser.add_argument("--samples", type=positive, metavar="N", help="answers drawn to every question, for pass@k")
-    parser.add_argument("--temperature", type=float, metavar="T", help="of these; default: the run's setting")
-    parser.add_argument("--int8", action="store_true", help="weights rounded to int8; results go into <stage>-int8")
+    option = parser.add_argument
+    option("--run-dir", required=True, help="the run directory")
+    option("--stage", help="base, mid, sft or rl; default: the latest that has ended")
+    option("--tasks", help="a comma-separated choice of chat tasks, bpb, core, samples; default: all")
+    option("--max-per-task", type=positive, metavar="N", help="questions per task; default: the run's setting")
+    option("--samples", type=positive, metavar="N", help="answers drawn to every question, for pass@k")
+    option("--temperature", type=float, metavar="T", help="of these; default: the run's setting")
+    option("--int8", action="store_true", help="weights rounded to int8; results go into <stage>-int8")
     args = parser.parse_args(argv)
-    from evals import evaluate_stage
+    from evals.stage import evaluate_stage
     from nanochat_jax.devices import prepare
 
     prepare()
     tasks = [t.strip() for t in args.tasks.split(",") if t.strip()] if args.tasks else None
-    result = evaluate_stage(
-        args.run_dir,
-        args.stage,
-        tasks=tasks,
-        max_per_task=args.max_per_task,
-        samples=args.samples,
-        temperature=args.temperature,
-        int8=args.int8,
-        log=lambda text: print(text, file=sys.stderr),
-    )
+    result = evaluate_stage(**vars(args) | {"tasks": tasks}, log=lambda text: print(text, file=sys.stderr))
     print(json.dumps({"run_dir": args.run_dir, "stage": result["stage"], "scores": summary(result)}))
     return 0
+
+
+def summary(result: dict) -> dict:
+    """{name: score} of what an evals/<stage>.json holds."""
+    scores = {name: (result.get(name) or {}).get(key) for name, key in (("bpb", "bpb"), ("core", "core_metric"))}
+    scores |= {name: task["accuracy"] for name, task in result["chat"].items()}
+    scores["chatcore"] = (result.get("chatcore") or {}).get("score")
+    return {name: round(score, 4) for name, score in scores.items() if score is not None}
 
 
 if __name__ == "__main__":

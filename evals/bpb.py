@@ -53,16 +53,8 @@ def evaluate_bpb(scorer: Scorer, dataset, tokenizer, max_tokens: int | None = No
         records.write(path, costs)
     n_bytes, n_tokens = int(counts @ table), int(counts.sum())
     if not n_bytes:
-        return {
-            "bpb": None,
-            "stderr": None,
-            "byte_unigram": None,
-            "below_unigram": None,
-            "loss": None,
-            "tokens": 0,
-            "bytes": 0,
-            "rows": 0,
-        }
+        unknown = ("bpb", "stderr", "byte_unigram", "below_unigram", "loss")
+        return dict.fromkeys(unknown) | dict.fromkeys(("tokens", "bytes", "rows"), 0)
     bpb = nats / (math.log(2) * n_bytes)
     unigram = byte_entropy(byte_histogram(tokenizer, counts))
     return {

@@ -1,33 +1,101 @@
-"""Tasks put to a chat model: multiple choice by the letters' logits, the rest by what it writes. And ChatCORE.
+"""Scores of a chat model: accuracy on tasks, pass@k, and ChatCORE.
 
-Multiple choice is not sampled: among the letters that a question offers, the likeliest right after the prompt is the
-answer, which also a model that would rather chat can give. Generative tasks are answered greedily through the engine,
-with its calculator, all questions in flight together; where pass@k is wanted, several more answers to each are drawn.
-ChatCORE is the mean of accuracies centred at what guessing scores, 0 at chance and 1 at best.
+Multiple choice is not sampled: the answer is the letter with the largest logit right after the prompt, among those that
+the question offers. Other tasks are answered greedily by the engine, with its calculator, all questions in one batch;
+for pass@k more answers to each are sampled. ChatCORE is the mean of accuracies centred at what guessing scores: 0 is
+chance, 1 is all right.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from evals import passk, records
 from evals.scoring import Scorer
-from evals.significance import standard_error
-from evals.tasks.base import ScoredTask, prompt_messages
+from evals.significance import mean_of, standard_error
+from evals.tasks.base import ScoredTask, Task, prompt_messages
+from nanochat_jax.engine.engine import Request
 from nanochat_jax.errors import UserError
 from tokenizer.chat import parse_completion, render_prompt
 
 SUBSET_SEED = 1337  # of the choice of max_per_task questions
-CATEGORICAL_BLOCK = 1024  # questions rendered and scored at a time
+SCORED_AT_A_TIME = 1024  # multiple-choice questions
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Answers that are sampled beside the greedy one to every question of a generative task, for pass@k."""
+
+    samples: int
+    temperature: float
+    seed: int = 0
+
+    def seed_of(self, task: str, index: int, sample: int) -> int:
+        """32 bits that depend on the run's seed, the task, the question and the sample, and on nothing else."""
+        text = f"{self.seed} {task} {index} {sample}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def evaluate_chat_task(
+    task: Task,
+    tokenizer,
+    scorer: Scorer,
+    engine=None,
+    *,
+    max_per_task: int | None = None,
+    max_new_tokens: int = 512,
+    draws: Draws | None = None,
+    path: Path | None = None,
+) -> dict:
+    """Accuracy of the model on a task, with its standard error; every question and verdict goes to the file `path`.
+
+    The engine is needed for generative tasks only.
+    Returns accuracy, stderr, n, of (questions that the task has), baseline, centered, kind; for tasks with subjects
+    `subjects` ({name: {accuracy, stderr, n}}) and `macro` (the mean of their accuracies, with its stderr); for
+    generative tasks `unfinished`, the share of answers that met the token limit, and with draws `samples`,
+    `temperature` and `pass_at_k`. Accuracy is always that of the greedy answers.
+    """
+    if not isinstance(task, ScoredTask):
+        raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
+    asked = pick(len(task), max_per_task)
+    if not asked:
+        raise ValueError(f"the task {task.name} has no questions")
+    conversations = [task[i] for i in asked]
+    prompts = [render_prompt(tokenizer, prompt_messages(c)) for c in conversations]
+
+    if task.kind == "categorical":
+        letters = answer_categorical(scorer, tokenizer, prompts, [c["letters"] for c in conversations])
+        answers = [[{"completion": letter}] for letter in letters]
+    else:
+        generate = partial(answer_generative, engine, tokenizer, prompts, max_new_tokens)
+        answers = generate()
+        if draws is not None:
+            seeds = [[draws.seed_of(task.name, i, s) for s in range(draws.samples)] for i in asked]
+            answers = [greedy + more for greedy, more in zip(answers, generate(draws.temperature, seeds))]
+
+    right = _judge(task, conversations, answers)  # (questions, 1 + samples)
+    score = _accuracy(right[:, 0])
+    centered = (score["accuracy"] - task.baseline) / (1 - task.baseline)
+    out = score | {"of": len(task), "baseline": task.baseline, "centered": centered, "kind": task.kind}
+    out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
+    if task.kind != "categorical":
+        out["unfinished"] = sum(greedy["finish_reason"] != "stop" for greedy, *_ in answers) / len(answers)
+        if draws is not None:
+            out |= {"samples": draws.samples, "temperature": draws.temperature}
+            out["pass_at_k"] = passk.estimates(right[:, 1:])
+    if path is not None:
+        found = zip(asked, conversations, answers)
+        records.write(path, (records.of_question(i, c, first, more) for i, c, (first, *more) in found))
+    return out
 
 
 def pick(n_questions: int, max_per_task: int | None) -> list[int]:
@@ -43,181 +111,91 @@ def pick(n_questions: int, max_per_task: int | None) -> list[int]:
 # --------------------------------------------------------------------------------------------------- answers
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Further answers to every question of a generative task, for pass@k."""
-
-    samples: int
-    temperature: float
-    seed: int = 0
-
-    def seed_of(self, task: str, index: int, sample: int) -> int:
-        """32 bits that depend on the run's seed, the task, the question and the sample, and on nothing else."""
-        text = f"{self.seed} {task} {index} {sample}"
-        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-
-
-def answer_categorical(scorer: Scorer, tokenizer, conversations: Sequence[dict]) -> list[str]:
-    """The letter that the model finds likeliest, for each conversation with its "letters"."""
-    letter_ids: dict[str, int] = {}
-    for letter in {letter for c in conversations for letter in c["letters"]}:
-        ids = tokenizer.encode(letter)
-        if len(ids) != 1:
-            raise ValueError(f"the letter {letter!r} is {len(ids)} tokens in this vocabulary; it must be one")
-        letter_ids[letter] = ids[0]
-    out = []
-    for at in range(0, len(conversations), CATEGORICAL_BLOCK):
-        block = conversations[at : at + CATEGORICAL_BLOCK]
-        prompts = [render_prompt(tokenizer, prompt_messages(c)) for c in block]
-        logits = scorer.last_logits(prompts, [[letter_ids[x] for x in c["letters"]] for c in block])
-        out += [c["letters"][int(z.argmax())] for c, z in zip(block, logits)]
+def answer_categorical(
+    scorer: Scorer, tokenizer, prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[str]]
+) -> list[str]:
+    """The letter that the model finds likeliest after each prompt (ids), of those offered with it."""
+    ids = {letter: tokenizer.encode(letter) for letter in {x for offered in letters for x in offered}}
+    if several := [letter for letter in ids if len(ids[letter]) != 1]:
+        raise ValueError(f"the letters {several} are not one token each in this vocabulary")
+    out: list[str] = []
+    for at in range(0, len(prompts), SCORED_AT_A_TIME):
+        offered = letters[at : at + SCORED_AT_A_TIME]
+        candidates = [[ids[letter][0] for letter in one] for one in offered]
+        logits = scorer.last_logits(prompts[at : at + SCORED_AT_A_TIME], candidates)
+        out += [one[int(z.argmax())] for one, z in zip(offered, logits)]
     return out
 
 
 def answer_generative(
     engine,
-    max_len: int,
     tokenizer,
-    conversations: Sequence[dict],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 0.0,
     seeds: Sequence[Sequence[int]] | None = None,
 ) -> list[list[dict]]:
-    """{"completion", "finish_reason", "tokens"} and, with tool calls, "parts", for each seed of each conversation.
+    """{"completion", "finish_reason", "tokens"} and, with tool calls, "parts", for each seed of each prompt (ids).
 
-    Without seeds it is one answer to each; "" where the prompt does not fit.
+    Without seeds there is one answer to each prompt. A prompt that leaves no room for an answer gets an empty one.
     """
-    from nanochat_jax.engine.engine import Request
-
     stop = (tokenizer.assistant_end, tokenizer.bos)
-    seeds = seeds or [(0,)] * len(conversations)
-    out: list[list[dict]] = []
-    requests, places = [], []
-    for conversation, mine in zip(conversations, seeds, strict=True):
-        ids = render_prompt(tokenizer, prompt_messages(conversation))
-        out.append([{"completion": "", "finish_reason": "prompt too long", "tokens": 0} for _ in mine])
-        if len(ids) < max_len:
-            requests += [Request(ids, max_new_tokens, temperature, seed=seed, stop_ids=stop) for seed in mine]
-            places += [(len(out) - 1, n) for n in range(len(mine))]
-    for (question, n), done in zip(places, engine.generate(requests)):
-        text, parts = parse_completion(tokenizer, done.ids)
-        out[question][n] = {"completion": text, "finish_reason": done.finish_reason, "tokens": len(done.ids)}
-        if any(part["type"] != "text" for part in parts):
-            out[question][n]["parts"] = parts
-    return out
+    asked = list(zip(prompts, seeds or [(0,)] * len(prompts), strict=True))
+    fit = [(ids, seed) for ids, mine in asked for seed in mine if len(ids) < engine.max_len]
+    done = iter(engine.generate([Request(p, max_new_tokens, temperature, seed=s, stop_ids=stop) for p, s in fit]))
+
+    def answer(ids: Sequence[int]) -> dict:
+        if len(ids) >= engine.max_len:
+            return {"completion": "", "finish_reason": "prompt too long", "tokens": 0}
+        completion = next(done)
+        text, parts = parse_completion(tokenizer, completion.ids)
+        tools = {"parts": parts} if any(part["type"] != "text" for part in parts) else {}
+        return {"completion": text, "finish_reason": completion.finish_reason, "tokens": len(completion.ids), **tools}
+
+    return [[answer(ids) for _ in mine] for ids, mine in asked]
 
 
 # ---------------------------------------------------------------------------------------------------- scores
 
 
-def evaluate_chat_task(
-    task,
-    tokenizer,
-    scorer: Scorer,
-    engine=None,
-    *,
-    max_len: int | None = None,
-    max_per_task: int | None = None,
-    max_new_tokens: int = 512,
-    draws: Draws | None = None,
-    path: Path | None = None,
-) -> dict:
-    """Accuracy of the model on a task, and its standard error; every question and verdict goes to the file `path`.
+def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[list[dict]]) -> np.ndarray:
+    """(questions, answers to each) bool; adds `correct`, and `reason` where there is one, to every answer."""
 
-    The engine, of max_len tokens a row, is needed for generative tasks only.
-    Returns accuracy, stderr, n, of (questions that the task has), baseline, centered, kind; for tasks with subjects
-    `subjects` ({name: {accuracy, stderr, n}}) and `macro` (the mean of their accuracies, with its stderr); for
-    generative tasks `unfinished`, the share of answers that met the token limit, and with draws `samples`,
-    `temperature` and `pass_at_k`. Accuracy is of the greedy answers in any case.
-    """
-    asked = pick(len(task), max_per_task)
-    if not asked:
-        raise ValueError(f"the task {task.name} has no questions")
-    conversations = [task[i] for i in asked]
-    if not isinstance(task, ScoredTask):
-        raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
-    if task.kind == "categorical":
-        answers = [[{"completion": a}] for a in answer_categorical(scorer, tokenizer, conversations)]
-    else:
-        room = engine, max_len or scorer.cfg.sequence_len, tokenizer, conversations, max_new_tokens
-        answers = answer_generative(*room)
-        if draws is not None:
-            seeds = [[draws.seed_of(task.name, i, s) for s in range(draws.samples)] for i in asked]
-            more = answer_generative(*room, draws.temperature, seeds)
-            answers = [[*first, *others] for first, others in zip(answers, more)]
-    _judge(task, conversations, answers)
-    right = np.array([[a["correct"] for a in group] for group in answers])  # (Q, 1 + samples)
-    accuracy, n = float(right[:, 0].mean()), len(right)
-    out = {
-        "accuracy": accuracy,
-        "stderr": standard_error(accuracy, n),
-        "n": n,
-        "of": len(task),
-        "baseline": task.baseline,
-        "centered": (accuracy - task.baseline) / (1 - task.baseline),
-        "kind": task.kind,
-    }
-    out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
-    if task.kind != "categorical":
-        out["unfinished"] = sum(first["finish_reason"] != "stop" for first, *_ in answers) / n
-        if draws is not None:
-            out |= {"samples": draws.samples, "temperature": draws.temperature}
-            out["pass_at_k"] = passk.estimates(right[:, 1:])
-    if path is not None:
-        groups = zip(asked, conversations, answers)
-        records.write(path, (_record(i, c, first, others) for i, c, (first, *others) in groups))
-    return out
-
-
-def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[list[dict]]) -> None:
-    """Adds `correct`, and `reason` where there is one, to every answer."""
-
-    def one(pair: tuple[dict, dict]) -> None:
+    def verdict(pair: tuple[dict, dict]) -> None:
         conversation, answer = pair
         correct, reason = task.judge(conversation, answer["completion"])
-        answer["correct"] = bool(correct)
-        if reason:
-            answer["reason"] = reason
+        answer |= {"correct": bool(correct)} | ({"reason": reason} if reason else {})
 
-    # Threads: HumanEval's verdicts wait for processes; others take no time.
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        list(pool.map(one, ((c, a) for c, group in zip(conversations, answers) for a in group)))
+    # Threads, because HumanEval's verdicts wait for processes.
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(verdict, ((c, a) for c, group in zip(conversations, answers) for a in group)))
+    return np.array([[a["correct"] for a in group] for group in answers])
 
 
-def _record(index: int, conversation: dict, first: dict, others: list[dict]) -> dict:
-    out = {"index": index, **records.asked(conversation), **first}
-    return out | {"samples": others} if others else out
+def _accuracy(right: np.ndarray) -> dict:
+    accuracy, n = float(right.mean()), len(right)
+    return {"accuracy": accuracy, "stderr": standard_error(accuracy, n), "n": n}
 
 
 def by_subject(subjects: Sequence[str | None], right: np.ndarray) -> dict:
-    """{"subjects", "macro"} of the verdicts on questions of these subjects; {} where none has one."""
-    found = {}
-    for subject in sorted({s for s in subjects if s}):
-        mine = right[[s == subject for s in subjects]]
-        accuracy, n = float(mine.mean()), len(mine)
-        found[subject] = {"accuracy": accuracy, "stderr": standard_error(accuracy, n), "n": n}
+    """{"subjects", "macro"} of verdicts (Q,) on questions of these subjects; {} where none has one."""
+    found = {name: _accuracy(right[[s == name for s in subjects]]) for name in sorted({s for s in subjects if s})}
     if not found:
         return {}
-    accuracy = sum(s["accuracy"] for s in found.values()) / len(found)
-    stderr = math.sqrt(sum(s["stderr"] ** 2 for s in found.values())) / len(found)
+    accuracy, stderr = mean_of([s["accuracy"] for s in found.values()], [s["stderr"] for s in found.values()])
     return {"subjects": found, "macro": {"accuracy": accuracy, "stderr": stderr}}
 
 
 def chatcore(results: dict[str, dict], members: Sequence[str]) -> dict:
     """{"score", "stderr", "tasks", "missing", "partial"}: the mean of the centred accuracies of `members`.
 
-    Where a member was not evaluated it is the mean over all tasks that were, and partial: a score to follow, not one
-    to compare.
+    Where a member was not evaluated, it is the mean over all tasks that were, and partial: it can be followed over time
+    but not compared with other runs.
     """
     missing = [name for name in members if name not in results]
     tasks = list(results if missing else members)
-    if not tasks:
-        return {"score": None, "stderr": None, "tasks": [], "missing": missing, "partial": True}
-    variance = sum((results[t]["stderr"] / (1 - results[t]["baseline"])) ** 2 for t in tasks)
-    return {
-        "score": sum(results[t]["centered"] for t in tasks) / len(tasks),
-        "stderr": math.sqrt(variance) / len(tasks),
-        "tasks": tasks,
-        "missing": missing,
-        "partial": bool(missing),
-    }
+    score = stderr = None
+    if tasks:
+        errors = [results[t]["stderr"] / (1 - results[t]["baseline"]) for t in tasks]
+        score, stderr = mean_of([results[t]["centered"] for t in tasks], errors)
+    return {"score": score, "stderr": stderr, "tasks": tasks, "missing": missing, "partial": bool(missing) or not tasks}

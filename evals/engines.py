@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from nanochat_jax.engine.engine import Completion, Engine, Request
+from nanochat_jax.engine.engine import Completion, Engine, Request, Ticket
 
 MOST = 8  # engines on a CPU, as each reads all weights for its own rows
 ROWS = 8  # of each there: what they hold of a small model stays near its core; 16 were a tenth slower
@@ -30,7 +30,7 @@ class Engines:
     """At most `slots` rows of max_len tokens: on a CPU in `count` engines (None: one a core), elsewhere over `mesh`."""
 
     def __init__(self, model, *, slots: int, max_len: int, tool=None, count: int | None = None, mesh=None):
-        how = {"max_len": max_len, "tool": tool}
+        self.max_len, how = max_len, {"max_len": max_len, "tool": tool}
         if jax.default_backend() == "cpu":
             count = min(count or min(cores(), MOST), slots)
             how |= {"slots": min(-(-slots // count), ROWS), "one_core": count > 1}
@@ -46,12 +46,11 @@ class Engines:
         Those with long prompts begin, so that rows beside each other are of like lengths: a call looks at as much of
         the cache for all as the longest needs.
         """
-        out: list[Completion | None] = [None] * len(requests)
+        tickets: dict[int, Ticket] = {}
         waiting = deque(sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)))
         lock, stopped = threading.Lock(), threading.Event()
 
         def work(engine: Engine) -> None:
-            tickets = {}
             while not stopped.is_set():
                 with lock:
                     while waiting and engine.active + engine.queued < engine.slots:
@@ -60,8 +59,6 @@ class Engines:
                 if not engine.busy:
                     break
                 engine.step()
-            for i, ticket in tickets.items():
-                out[i] = ticket.completion
 
         with ThreadPoolExecutor(max_workers=len(self._engines)) as pool:
             try:
@@ -69,4 +66,4 @@ class Engines:
             except BaseException:  # Ctrl-C too: the threads would go on to the last request
                 stopped.set()
                 raise
-        return out
+        return [tickets[i].completion for i in range(len(requests))]

@@ -17,10 +17,8 @@ def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
     n, c = right.shape[1], right.sum(axis=1)
     if not 1 <= k <= n:
         raise ValueError(f"pass@{k} cannot be told from {n} answers to a question")
-    missed = np.ones(len(c))
-    for i in range(k):  # C(n - c, k) / C(n, k) = prod_i (n - c - i) / (n - i)
-        missed *= np.maximum(n - c - i, 0) / (n - i)
-    return 1.0 - missed
+    i = np.arange(k)[:, None]
+    return 1.0 - np.prod(np.maximum(n - c - i, 0) / (n - i), axis=0)  # C(n - c, k) / C(n, k), factor by factor
 
 
 def sizes(n: int) -> list[int]:

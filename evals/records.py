@@ -45,6 +45,12 @@ def said(answer: dict) -> str:
     return "".join(marks[p["type"]].format(p["text"]) for p in parts)
 
 
+def of_question(index: int, conversation: dict, greedy: dict, samples: Sequence[dict]) -> dict:
+    """The record of a question and the answers to it."""
+    record = {"index": index, **asked(conversation), **greedy}
+    return record | ({"samples": samples} if samples else {})
+
+
 def asked(conversation: dict) -> dict:
     """What a record says of a question: id, prompt, expected, and subject where it has one."""
     shown, answer = prompt_messages(conversation), conversation["messages"][-1]
@@ -82,18 +88,16 @@ def write(path: Path, records: Iterable[dict]) -> None:
     atomic_write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
 
 
-def read(path: Path) -> list[dict] | None:
-    """The records of a file, None where there is none. UserError where a line is not a record."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    out, lines = [], text.removesuffix("\n").split("\n")  # splitlines would split at more than line ends
-    for number, line in enumerate(lines, 1):
-        try:
-            out.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}, line {number} is not a record; evaluate that task anew") from None
+def read(path: Path) -> list[dict]:
+    """The records of a file, [] where there is none. UserError where a line is not a record."""
+    out: list[dict] = []
+    if path.is_file():
+        with open(path, encoding="utf-8", newline="\n") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    out.append(json.loads(line))
+                except ValueError:
+                    raise UserError(f"{path}, line {number} is not a record; evaluate that task anew") from None
     return out
 
 

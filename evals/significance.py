@@ -13,6 +13,12 @@ def standard_error(accuracy: float, n: int) -> float:
     return math.sqrt(accuracy * (1 - accuracy) / n)
 
 
+def mean_of(values: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error) of independent figures with these standard errors."""
+    n = len(values)
+    return sum(values) / n, math.sqrt(sum(e**2 for e in errors)) / n
+
+
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p that both are right equally often, of the questions that only one has right (McNemar 1947)."""
     from scipy.stats import binomtest

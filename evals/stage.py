@@ -9,15 +9,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from evals import records, sandbox
 from evals.bpb import evaluate_bpb
-from evals.chat import Draws, chatcore, evaluate_chat_task
+from evals.chat import Draws, answer_generative, chatcore, evaluate_chat_task
 from evals.core import evaluate_core, find_bundle
+from evals.engines import Engines
 from evals.scoring import Scorer
-from nanochat_jax.checkpoint import load_model
+from evals.tasks import TASKS, available, load_task
+from evals.tasks.base import Task
+from nanochat_jax.checkpoint import Loaded, load_model
 from nanochat_jax.config import MeshConfig, RunConfig, check_evals
+from nanochat_jax.data.packing import pack_split
+from nanochat_jax.data.sources import open_documents
+from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 from nanochat_jax.mesh import sharding
@@ -44,6 +52,7 @@ CHAT_PROMPTS = (
     "Why is the sky blue?",
 )
 BASE_SAMPLE_TOKENS, CHAT_SAMPLE_TOKENS = 24, 128
+MEASURES = ("bpb", "core", "samples")  # beside the chat tasks; each is a method of _Evaluation
 
 
 def evaluate_stage(
@@ -71,21 +80,24 @@ def evaluate_stage(
     run_dir = Path(run_dir)
     loaded = load_model(run_dir, stage)
     stage, config = loaded.stage, config or loaded.config
-    chosen = {"max_per_task": max_per_task, "samples": samples, "temperature": temperature}
-    evals = replace(config.evals, **{name: value for name, value in chosen.items() if value is not None})
+    settings: dict[str, Any] = {"max_per_task": max_per_task, "samples": samples, "temperature": temperature}
+    evals = replace(config.evals, **{name: value for name, value in settings.items() if value is not None})
     check_evals(evals)
     config = replace(config, evals=evals)
     name = f"{stage}-int8" if int8 else stage
     model = rounded(loaded.model) if int8 else loaded.model
-    bench = _Bench(run_dir, name, model, loaded, config, log)
-    chosen = bench.default_tasks() if tasks is None else bench.check(tasks)
-    out = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
+    evaluation = _Evaluation(run_dir, name, model, loaded, config, log)
+    chosen = evaluation.default_tasks() if tasks is None else _known(tasks)
+    out: dict[str, Any] = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
     if tasks is not None:
         out |= read_json(run_dir / "evals" / f"{name}.json") or {}
     if "humaneval" in chosen:
         sandbox.prepare(config.evals.sandbox, log)
     for task in chosen:
-        bench.run(task, out)
+        if task in MEASURES:
+            out[task] = getattr(evaluation, task)()
+        else:
+            out["chat"][task] = evaluation.chat(task)
     if stage != "base" and out["chat"]:
         out["chatcore"] = chatcore(out["chat"], CHATCORE)
     out["seconds"] = time.perf_counter() - began
@@ -94,88 +106,55 @@ def evaluate_stage(
     return out
 
 
-class _Bench:
+def _known(tasks: Sequence[str]) -> Sequence[str]:
+    """The tasks. UserError where there is one that does not exist."""
+    known = [*MEASURES, *TASKS]
+    for name in tasks:
+        if name not in known:
+            raise UserError(f"unknown task {name}; there are {', '.join(known)}")
+    return tasks
+
+
+class _Evaluation:
     """One loaded model, with what measures it: the scorer at once, the engine when first needed."""
 
-    def __init__(self, run_dir: Path, name: str, model, loaded, config: RunConfig, log):
+    def __init__(self, run_dir: Path, name: str, model, loaded: Loaded, config: RunConfig, log: Callable[[str], None]):
         self.run_dir, self.name, self.stage, self.config, self.log = run_dir, name, loaded.stage, config, log
-        self.model, self.tok, self.max_per_task = model, loaded.tokenizer, config.evals.max_per_task
+        self.model, self.tok = model, loaded.tokenizer
         self.cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else run_dir.parent / "cache"
         self.mesh = sharding.make_mesh(MeshConfig())
-        self.scorer = Scorer(self.model, config.evals.batch, self.mesh)
-        self._engine = None
+        self.scorer = Scorer(model, config.evals.batch, self.mesh)
 
-    @property
-    def engine(self):
-        if self._engine is None:
-            from evals.engines import Engines
-            from nanochat_jax.engine.calculator import CalculatorTool
+    @cached_property
+    def engine(self) -> Engines:
+        slots, max_len = self.config.evals.batch, self.model.cfg.sequence_len
+        return Engines(self.model, slots=slots, max_len=max_len, tool=CalculatorTool(self.tok), mesh=self.mesh)
 
-            slots, max_len = self.config.evals.batch, self.model.cfg.sequence_len
-            self._engine = Engines(
-                self.model, slots=slots, max_len=max_len, tool=CalculatorTool(self.tok), mesh=self.mesh
-            )
-        return self._engine
-
-    # ---------------------------------------------------------------------------------------------- what to run
-
-    def chat_tasks(self) -> list[str]:
-        """The chat tasks whose questions the data source has; config.evals.chat_tasks where set."""
-        from evals.tasks import available
-
-        return list(self.config.evals.chat_tasks or available(self.config.data, "test"))
+    def load(self, name: str) -> Task:
+        return load_task(name, split="test", data=self.config.data, cache_dir=self.cache_dir)
 
     def default_tasks(self) -> list[str]:
-        chat = self.chat_tasks()
+        """All that the stage and the data allow; of the chat tasks those of config.evals.chat_tasks where set."""
+        chat = list(self.config.evals.chat_tasks or available(self.config.data, "test"))
         if self.stage != "base":
             return ["bpb", *chat, "samples"]
         core = ["core"] if self.config.evals.core and find_bundle(self.config, self.cache_dir) else []
         return ["bpb", *core, *(name for name in chat if self.load(name).kind == "categorical"), "samples"]
 
-    def check(self, tasks: Sequence[str]) -> list[str]:
-        from evals.tasks import TASKS
-
-        known = ["bpb", "core", "samples", *TASKS]
-        for name in tasks:
-            if name not in known:
-                raise UserError(f"unknown task {name}; there are {', '.join(known)}")
-        return list(tasks)
-
-    # ---------------------------------------------------------------------------------------------- runs
-
-    def load(self, name: str):
-        from evals.tasks import load_task
-
-        return load_task(name, split="test", data=self.config.data, cache_dir=self.cache_dir)
-
-    def run(self, name: str, out: dict) -> None:
-        """Measures one task and puts its result where it belongs in `out`."""
-        if name == "bpb":
-            out["bpb"] = self.bpb()
-        elif name == "core":
-            out["core"] = self.core()
-        elif name == "samples":
-            out["samples"] = self.samples()
-        else:
-            out["chat"][name] = self.chat(name)
+    # ---------------------------------------------------------------------------------------------- measures
 
     def bpb(self) -> dict:
-        with self.validation_rows() as rows:
-            out = evaluate_bpb(self.scorer, rows, self.tok, path=records.path_of(self.run_dir, self.name, "bpb"))
+        """Bits per byte on the pinned validation text, packed in the same rows as in training."""
+        documents = open_documents(self.config.data, self.cache_dir)
+        path = records.path_of(self.run_dir, self.name, "bpb")
+        with pack_split(self.config, documents, self.tok, self.cache_dir, "val", log=self.log) as rows:
+            out = evaluate_bpb(self.scorer, rows, self.tok, path=path)
         if out["bpb"] is not None:
             self.log(
                 f"{self.name} bpb: {out['bpb']:.4f}, {100 * out['below_unigram']:.1f} % below the bytes' own entropy "
                 f"({out['byte_unigram']:.4f}), {out['bytes']:,} bytes"
             )
         return out
-
-    def validation_rows(self):
-        """The packed rows of the pinned validation text, the same as in training."""
-        from nanochat_jax.data.packing import pack_split
-        from nanochat_jax.data.sources import open_documents
-
-        documents = open_documents(self.config.data, self.cache_dir)
-        return pack_split(self.config, documents, self.tok, self.cache_dir, "val", log=self.log)
 
     def core(self) -> dict:
         bundle = find_bundle(self.config, self.cache_dir)
@@ -184,14 +163,13 @@ class _Bench:
                 "no CORE bundle: python -m nanochat_jax.data download --dataset core fetches it; or set evals.core_dir "
                 "to its folder, or data.dir to one that holds core/"
             )
-        out = evaluate_core(self.scorer, self.tok, bundle, self.max_per_task, self.log)
+        out = evaluate_core(self.scorer, self.tok, bundle, self.config.evals.max_per_task, self.log)
         if out["core_metric"] is not None:
             self.log(f"{self.name} CORE: {out['core_metric']:.4f} over {out['n_tasks']} of {out['total_tasks']} tasks")
         return out
 
     def chat(self, name: str) -> dict:
-        task, began = self.load(name), time.perf_counter()
-        evals = self.config.evals
+        task, began, evals = self.load(name), time.perf_counter(), self.config.evals
         limit = evals.max_per_task
         if self.stage == "base":
             limit = min(limit or BASE_QUESTIONS, BASE_QUESTIONS)
@@ -217,23 +195,12 @@ class _Bench:
 
     def samples(self) -> list[dict]:
         """Greedy answers to a few fixed prompts."""
-        from nanochat_jax.engine.engine import Request
-        from tokenizer.chat import parse_completion
-
-        stop = (self.tok.assistant_end, self.tok.bos)
         if self.stage == "base":
             prompts, budget = BASE_PROMPTS, BASE_SAMPLE_TOKENS
             ids = [[self.tok.bos, *self.tok.encode(p)] for p in prompts]
         else:
             prompts, budget = CHAT_PROMPTS, CHAT_SAMPLE_TOKENS
             ids = [render_prompt(self.tok, [{"role": "user", "content": p}]) for p in prompts]
-        fit = [(p, i) for p, i in zip(prompts, ids) if len(i) < self.model.cfg.sequence_len]
-        done = self.engine.generate([Request(i, budget, temperature=0.0, stop_ids=stop) for _, i in fit])
-        out = []
-        for (prompt, _), completion in zip(fit, done):
-            text, parts = parse_completion(self.tok, completion.ids)
-            record = {"prompt": prompt, "completion": text, "finish_reason": completion.finish_reason}
-            if any(part["type"] != "text" for part in parts):
-                record["parts"] = parts
-            out.append(record)
-        return out
+        answers = [answer for [answer] in answer_generative(self.engine, self.tok, ids, budget)]
+        fit = [(p, a) for p, a in zip(prompts, answers) if a["finish_reason"] != "prompt too long"]
+        return [{"prompt": p} | {name: value for name, value in a.items() if name != "tokens"} for p, a in fit]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from evals import evaluate_stage
+from evals.stage import evaluate_stage
 from nanochat_jax.checkpoint import read_done, write_done
 from nanochat_jax.stages.common import Run
 

@@ -8,7 +8,7 @@ from evals import chat, records
 from evals.__main__ import summary
 from evals.scoring import Scorer
 from evals.stage import CHATCORE
-from evals.tasks.base import FromRows, ScoredTask
+from evals.tasks.base import FromRows, ScoredTask, prompt_messages
 from evals.tasks.gsm8k import GSM8K
 from evals.tasks.humaneval import HumanEval
 from evals.tasks.identity import Identity
@@ -48,6 +48,10 @@ class Echo(ScoredTask):
 
     def evaluate(self, conversation, completion):
         return completion == conversation["answer"]
+
+
+def prompts_of(conversations):
+    return [render_prompt(TOK, prompt_messages(c)) for c in conversations]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +99,7 @@ def test_subjects_have_scores_of_their_own(model, tmp_path):
 def test_generative_answers_are_greedy_and_too_long_prompts_are_wrong(model):
     engine = Engine(model, slots=4, max_len=192, tool=CalculatorTool(TOK))
     conversations = [*(Echo(["?"] * 5)[i] for i in range(5)), {"messages": [{"role": "user", "content": "y" * 500}]}]
-    answers = [one for [one] in chat.answer_generative(engine, 192, TOK, conversations, 12)]
+    answers = [one for [one] in chat.answer_generative(engine, TOK, prompts_of(conversations), 12)]
     assert [a["finish_reason"] for a in answers[:5]] == ["length"] * 5 and answers[0]["tokens"] == 12
     assert answers[-1] == {"completion": "", "finish_reason": "prompt too long", "tokens": 0}
     said = [a["completion"] for a in answers[:3]]
@@ -119,7 +123,8 @@ def test_samples_beside_greedy_answers_give_pass_at_k(model, tmp_path):
     how = {"max_new_tokens": 6, "draws": draws}
     got = chat.evaluate_chat_task(task, TOK, Scorer(model, 4), engine, **how, path=tmp_path / "r")
     found = records.read(tmp_path / "r")
-    greedy = [one["completion"] for [one] in chat.answer_generative(engine, 192, TOK, [task[i] for i in range(3)], 6)]
+    prompts = prompts_of(task[i] for i in range(3))
+    greedy = [one["completion"] for [one] in chat.answer_generative(engine, TOK, prompts, 6)]
     assert [r["completion"] for r in found] == greedy and got["accuracy"] == np.mean([r["correct"] for r in found])
     right = np.array([[s["correct"] for s in r["samples"]] for r in found])
     assert right.shape == (3, 4) and got["samples"] == 4 and got["temperature"] == 1.0
@@ -128,7 +133,7 @@ def test_samples_beside_greedy_answers_give_pass_at_k(model, tmp_path):
     answers = [a for r in found for a in (r, *r["samples"])]
     assert all(a.get("reason", "") == ("" if a["correct"] else "odd") for a in answers)
     # a sample is a function of the seed, the task, the question and its number alone
-    alone = chat.answer_generative(engine, 192, TOK, [task[2]], 6, 1.0, [[draws.seed_of("echo", 2, 3)]])
+    alone = chat.answer_generative(engine, TOK, prompts[2:], 6, 1.0, [[draws.seed_of("echo", 2, 3)]])
     assert alone[0][0]["completion"] == found[2]["samples"][3]["completion"]
     assert len({s["completion"] for r in found for s in r["samples"]}) > 6
     other = chat.evaluate_chat_task(task, TOK, Scorer(model, 4), engine, **how | {"draws": chat.Draws(4, 1.0, seed=8)})
@@ -139,12 +144,14 @@ def test_records_keep_tool_calls_and_earlier_turns():
     ids = [*b"It is ", TOK.python_start, *b"1+1", TOK.python_end, TOK.output_start, *b"2", TOK.output_end, *b"2."]
 
     class Fixed:
+        max_len = 192
+
         def generate(self, requests):
             return [Completion(ids, [1] * len(ids), "stop") for _ in requests]
 
     turns = [{"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Yes?"), ("user", "1+1?"))]
     conversation = {"messages": [*turns, {"role": "assistant", "content": "2"}]}
-    [[answer]] = chat.answer_generative(Fixed(), 192, TOK, [conversation], 50)
+    [[answer]] = chat.answer_generative(Fixed(), TOK, prompts_of([conversation]), 50)
     assert answer["completion"] == "It is 2." and records.said(answer) == "It is <<1+1=2>>2."
     asked = records.asked(conversation)
     assert asked["prompt"] == "user: Hi\n\nassistant: Yes?\n\nuser: 1+1?" and asked["expected"] == "2"
@@ -154,7 +161,7 @@ def test_records_keep_tool_calls_and_earlier_turns():
 def test_records_are_read_as_they_were_written(tmp_path):
     written = [{"index": 0, "completion": "a\u2028b\x85c\nd"}, {"index": 1}]  # line ends of other kinds too
     records.write(tmp_path / "r.jsonl", written)
-    assert records.read(tmp_path / "r.jsonl") == written and records.read(tmp_path / "none.jsonl") is None
+    assert records.read(tmp_path / "r.jsonl") == written and records.read(tmp_path / "none.jsonl") == []
     with open(tmp_path / "r.jsonl", "a") as f:
         f.write('{"index": ')
     with pytest.raises(UserError, match="r.jsonl, line 3 is not a record"):
