@@ -46,7 +46,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     for name, value, least in (("--slots", args.slots, 1), ("--max-waiting", args.max_waiting, 0)):
         if value < least:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from nanochat_jax.engine import engine
 from server.choice import Choice, Shown
@@ -20,10 +20,9 @@ def engine_requests(tok, ids: list[int], body: Sampling) -> list[engine.Request]
     """n requests for one prompt, with seeds that count up from the one that was given."""
     seed = random.randrange(2**31) if body.seed is None else body.seed
     stops = (tok.assistant_end, tok.bos)
-    first = engine.Request(
-        ids, body.limit, body.temperature, body.top_k, body.top_p, seed, stops, logprobs=body.wanted_logprobs
-    )
-    return [dataclasses.replace(first, seed=seed + i) for i in range(body.n)]
+    how = body.model_dump(include={"temperature", "top_k", "top_p"})
+    first = engine.Request(ids, body.limit, seed=seed, stop_ids=stops, logprobs=body.wanted_logprobs, **how)
+    return [dataclasses.replace(first, seed=seed + i) for i in range(body.n or 1)]
 
 
 class Answer:
@@ -36,7 +35,8 @@ class Answer:
         self.choices = [Choice(tok, stops) for _ in requests]
         self._scheduler, self._metrics, self._began = scheduler, metrics, time.perf_counter()
         self._n_prompt, self._first = len(requests[0].ids), True
-        loop, self._updates = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
 
         def deliver(index: int, update: Update) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
@@ -44,7 +44,7 @@ class Answer:
 
         self._jobs = scheduler.submit(requests, deliver)
 
-    async def shown(self) -> AsyncIterator[tuple[int, list[Shown]]]:
+    async def shown(self) -> AsyncGenerator[tuple[int, list[Shown]]]:
         """(index of a choice, what may be shown of it now) as it is made; the last of a choice has its `reason` set.
 
         Raises Stopped where the engine fails.

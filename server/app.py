@@ -57,8 +57,13 @@ def create_app(
     errors.install(app)
     app.add_middleware(Edge, metrics=metrics, key=api_key)
     if cors_origins:  # outside of the key: a browser asks for permission without one
-        any_ = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["Retry-After"]}
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, **any_)
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
     _add_watching(app, scheduler, metrics, info)
     _add_api(app, scheduler, metrics, tok, f"{info['run']}/{info['stage']}")
     _add_page(app)
@@ -114,7 +119,7 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
         answer = Answer(scheduler, tok, engine_requests(tok, fitted.ids, body), body.stops, metrics)
         context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
         extra = {"context": context} if fitted.dropped or fitted.truncated else {}
-        return await reply(answer, ChatShape(tok, body.logprobs), request, body, model, extra)
+        return await reply(answer, ChatShape(tok, bool(body.logprobs)), request, body, model, extra)
 
     @app.post("/v1/completions", responses=_documented(*posted, model=schemas.TextCompletion, content=streams))
     async def completions(body: CompletionRequest, request: Request):

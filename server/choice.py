@@ -38,7 +38,9 @@ class Choice:
 
     def __init__(self, tok, stops: Sequence[str] = ()):
         self.reason: str | None = None
-        self.text, self.calls, self.tokens = "", [], []
+        self.text = ""
+        self.calls: list[dict[str, str]] = []
+        self.tokens: list[Token] = []
         self.n_ids = 0  # how many were taken
         self._tok, self._reader, self._stops = tok, Reader(tok), stops
         self._waiting: deque[Shown] = deque()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,11 +27,13 @@ class Refused(Exception):
 def detail(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
     """The object; what a client sent may be named in it, and need not be valid Unicode."""
     kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    message, param = (s and s.encode(errors="replace").decode() for s in (message, param))
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    message, blamed = (s and s.encode(errors="replace").decode() for s in (message, param or ""))
+    return {"error": {"message": message, "type": kind, "param": blamed or None, "code": code}}
 
 
-def response(status: int, message: str, param=None, code=None, headers: dict | None = None) -> JSONResponse:
+def response(
+    status: int, message: str, param=None, code=None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     return JSONResponse(detail(status, message, param, code), status, headers)
 
 

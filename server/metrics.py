@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -17,7 +18,7 @@ class Metrics:
 
     def __init__(self, scheduler: Scheduler):
         self._scheduler, self._registry = scheduler, CollectorRegistry()
-        where = {"registry": self._registry, "namespace": "nanochat"}
+        where: dict[str, Any] = {"registry": self._registry, "namespace": "nanochat"}
         self.requests = Counter("requests", "HTTP requests that have ended", ["route", "status"], **where)
         self.in_flight = Gauge("requests_in_flight", "HTTP requests that have not ended", **where)
         self.latency = Histogram(

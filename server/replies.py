@@ -40,9 +40,7 @@ class ChatShape:
         return {**self._chunk(index, {}), "finish_reason": reason}
 
     def whole(self, index: int, choice: Choice) -> dict:
-        message = {"role": "assistant", "content": choice.text}
-        if choice.calls:
-            message["tool"] = choice.calls
+        message = {"role": "assistant", "content": choice.text, **({"tool": choice.calls} if choice.calls else {})}
         out = {"index": index, "message": message, "finish_reason": choice.reason}
         return out | self._told(choice.tokens)
 

@@ -57,9 +57,11 @@ class Scheduler:
     """
 
     def __init__(self, engine: Engine, max_waiting: int = 64, likely: Request | None = None):
-        self.engine, self.failure = engine, None
+        self.engine = engine
+        self.failure: Exception | None = None
         self._to_compile = None if likely is None else engine.warm_up(likely)
-        self._max_waiting, self._inbox = max_waiting, queue.Queue()
+        self._max_waiting = max_waiting
+        self._inbox: queue.Queue[Job | None] = queue.Queue()  # None: stop
         self._jobs: dict[Ticket, Job] = {}  # only the engine thread touches it
         self._lock, self._stopping = threading.Lock(), False
         self._unended: set[Job] = set()  # under the lock

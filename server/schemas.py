@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
 MAX_LOGPROBS = 20
+NEW_TOKENS = 256  # where a request does not say
 UNSUPPORTED = {
     "tools": "tools are not supported: the model has a calculator of its own, and no others",
     "tool_choice": "tools are not supported: the model has a calculator of its own, and no others",
@@ -91,7 +92,7 @@ class Sampling(Strict):
     n: int | None = Field(1, ge=1, le=8)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(256, ge=1, le=1_000_000)
+    max_tokens: int | None = Field(NEW_TOKENS, ge=1, le=1_000_000)
     temperature: float | None = Field(0.6, ge=0, le=2)  # 0: greedy
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(50, ge=0, le=1_000_000)  # 0: all; not OpenAI's
@@ -133,6 +134,16 @@ class Sampling(Strict):
         """The length of the text to answer."""
 
     @property
+    def limit(self) -> int:
+        """New tokens at most."""
+        return self.max_tokens or NEW_TOKENS
+
+    @property
+    @abstractmethod
+    def wanted_logprobs(self) -> int:
+        """Of how many likely tokens beside the chosen one; -1: none at all."""
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -161,13 +172,11 @@ class ChatRequest(Sampling):
 
     @property
     def limit(self) -> int:
-        """New tokens at most."""
-        return self.max_completion_tokens or self.max_tokens
+        return self.max_completion_tokens or super().limit
 
     @property
     def wanted_logprobs(self) -> int:
-        """Of how many likely tokens beside the chosen one; -1: none at all."""
-        return self.top_logprobs if self.logprobs else -1
+        return (self.top_logprobs or 0) if self.logprobs else -1
 
     def conversation(self) -> list[dict]:
         """The messages as the renderer takes them: a developer is a system, and only an assistant has parts."""
@@ -187,13 +196,7 @@ class CompletionRequest(Sampling):
         return len(self.prompt)
 
     @property
-    def limit(self) -> int:
-        """New tokens at most."""
-        return self.max_tokens
-
-    @property
     def wanted_logprobs(self) -> int:
-        """Of how many likely tokens beside the chosen one; -1: none at all."""
         return -1 if self.logprobs is None else self.logprobs
 
 
