@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import mmap
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,12 +62,16 @@ def pieces_of(path: Path, column: str) -> Iterator[Piece]:
         yield make(0, None)
         return
     with _opened(path, None) as file:
-        mark = b"\n" if kind == "lines" else _mark(file.read(HEAD))
-        size, start = file.seek(0, os.SEEK_END), 0
-        while start < size:
-            end = min(_behind(file, mark, start + PIECE), size)
-            yield make(start, end)
-            start = end
+        size, start = os.fstat(file.fileno()).st_size, 0
+        if not size:
+            return  # which mmap refuses
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            mark = b"\n" if kind == "lines" else _mark(data[:HEAD])
+            while start < size:
+                found = data.find(mark, start + PIECE)
+                end = found + len(mark) if found >= 0 else size
+                yield make(start, end)
+                start = end
 
 
 @dataclass(frozen=True)
@@ -240,16 +245,3 @@ def _opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
                 yield io.BufferedReader(stream, 1 << 20)
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or str(e).splitlines()[0]}); fetch it again") from None
-
-
-def _behind(file: BinaryIO, mark: bytes, place: int) -> int:
-    """The place behind the first mark that begins at `place` or later, or the file's end."""
-    file.seek(place)
-    seen = b""
-    while block := file.read(1 << 16):
-        seen += block
-        if (found := seen.find(mark)) >= 0:
-            return place + found + len(mark)
-        done = max(0, len(seen) - len(mark) + 1)  # the rest may be the beginning of a mark
-        place, seen = place + done, seen[done:]
-    return file.seek(0, os.SEEK_END)

@@ -119,8 +119,8 @@ def _packing(received, job: Job, workers: int) -> Iterator[str]:
 def pack(job: Job, workers: int) -> Iterator[str]:
     """Packs until the goal is reached, here, with `workers` children (0: none) that tokenize. Yields lines to log.
 
-    Waits while another process packs the same. UserError where the documents fill no row, are not to be had, or the
-    rows cannot be written.
+    Waits while another process packs the same. UserError where the documents fill no row or cannot be had, or the rows
+    cannot be written.
     """
     while not job.at_hand():
         with writing(job.folder):
@@ -163,11 +163,8 @@ def _pack(job: Job, workers: int) -> Iterator[str]:
     )
 
 
-# ------------------------------------------------------------------------------------------------ what is kept
-
-
 def _add(job: Job, manifest: dict, tokens: np.ndarray, lengths: list[int], buffer: Buffer, place: Place) -> None:
-    """Writes a shard (none where there are no rows), what it takes to go on after it, and the manifest with it."""
+    """Writes a shard (none where there are no rows), what it takes to resume after it, and the manifest with it."""
     n = len(manifest["shards"])
     with writing(job.folder):
         if len(tokens):
@@ -189,7 +186,7 @@ def _add(job: Job, manifest: dict, tokens: np.ndarray, lengths: list[int], buffe
 def _resumed(job: Job) -> tuple[dict, Buffer[Document], Place]:
     """(manifest, buffer, place) as they were left; from the beginning where nothing was, or it cannot be read."""
     manifest = read_json(job.folder / MANIFEST)
-    with writing(job.folder):  # what one that was killed has left
+    with writing(job.folder):  # removes what a killed packer left
         states = set(job.folder.glob("resume_*")) - {_resume(job, len(manifest["shards"]) if manifest else 0)}
         for left in states.union(job.folder.glob(".*.part")):
             left.unlink(missing_ok=True)
@@ -223,9 +220,6 @@ def _documents(job: Job, lengths: Iterable[int], ids: bytes) -> Iterator[Documen
 
 def _resume(job: Job, n: int) -> Path:
     return job.folder / f"resume_{n:05d}.npz"
-
-
-# ------------------------------------------------------------------------------------------------ tokenizing
 
 
 class _Stream:
