@@ -192,7 +192,7 @@ def product_flops(i: Instruction, left: tuple[int, ...], out: tuple[int, ...]) -
 
 def attention_flops(i: Instruction, types: dict[str, str]) -> float:
     """Of causal attention with its window, of pairs that are seen alone: 2 products forward, 5 backward by cuDNN; by
-    flash.py 3 for dq and 4 for dk and dv, as both make the scores and their gradient anew."""
+    flash.py 3 for dq and 4 for dk and dv, as both recompute the scores and their gradient."""
     batch, time, heads, n = arrays(types[i.operands[0]])[0][1]  # (B, T, H, N)
     before = i.find(r"flash_window_(\d+)")
     window = int(before) + 1 if before else int(i.find(r'sliding_window_length"?:\s*"?(\d+)') or 0)

@@ -1,6 +1,6 @@
 """Everything that is measured on a machine, one after the other, within a few minutes; results as they come.
 
-Each entry is a command of its own, so that what one breaks the others do not feel. On a GPU they compile beside each
+Each entry is a command of its own, so that one that fails does not stop the others. On a GPU they compile beside each
 other first, as most of their time is that, and then have the device in turns; races, and all on a CPU, come one by one.
 An entry that would not end in time is left out and named. results.jsonl in --out has a line for each: the command, how
 it ended, its last line of JSON.
