@@ -1,4 +1,4 @@
-"""The one door of every command: what ends a program and is no defect becomes one line and an exit status.
+"""What every command does with errors: those that a person can mend become one line and an exit status.
 
     @command
     def main(argv: Sequence[str] | None = None) -> int: ...
@@ -12,20 +12,26 @@ import argparse
 import errno
 import functools
 import os
+import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from nanochat_jax.errors import START_AGAIN, Interrupted, UserError
 
 MISTAKE, DEFECT, CTRL_C, NO_READER = 2, 1, 130, 141  # exit statuses; the last two are 128 + SIGINT and SIGPIPE
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+WRONG_PATH = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+WRONG_IF_GIVEN = (errno.ENOENT, errno.EEXIST)  # of any other path than a person gave, these are defects
 NO_DEVICE = "Unable to initialize backend"  # how jax begins to say that a device does not start
 
 
 def command(main: Callable[..., int | None] | None = None, *, resumes: str = "") -> Callable:
     """`main`, which then returns an exit status and never raises what a person can mend: UserError, Interrupted, a full
-    or read-only disk, a device that jax cannot start, a closed pipe, Ctrl-C. 0 where `main` returns None.
+    or read-only disk, a path that cannot be, a device that jax cannot start, a closed pipe, Ctrl-C. 0 where `main`
+    returns None.
 
     resumes: for Ctrl-C, from where the same command goes on.
     """
@@ -33,42 +39,82 @@ def command(main: Callable[..., int | None] | None = None, *, resumes: str = "")
         return functools.partial(command, resumes=resumes)
 
     @functools.wraps(main)
-    def guarded(*args, **kwargs) -> int:
+    def guarded(argv: Sequence[str] | None = None) -> int:
         try:
-            status = main(*args, **kwargs)
+            status = main(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()  # here, where a closed pipe can still be caught
             return status or 0
         except BrokenPipeError:  # nobody reads on, as with `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+            _flush_or_drop()
             return NO_READER
         except KeyboardInterrupt:
             return _say(f"interrupted; the same command goes on {resumes}" if resumes else "interrupted", CTRL_C)
         except Interrupted as e:
             return _say(f"interrupted: {e}", START_AGAIN)
         except Exception as e:
-            if (line := explained(e)) is None:
+            if (line := explained(e, sys.argv[1:] if argv is None else argv)) is None:
                 raise
+            _flush_or_drop()
             return _say(f"error: {line}", DEFECT if isinstance(e, FloatingPointError) else MISTAKE)
 
     return guarded
 
 
-def explained(e: BaseException) -> str | None:
-    """What a person should do about an exception, in one line; None where it is a defect."""
+def explained(e: BaseException, argv: Sequence[str] = ()) -> str | None:
+    """What a person who gave the arguments `argv` should do about an exception, in one line; None for a defect."""
     if isinstance(e, (UserError, FloatingPointError)):  # the latter: a loss that is not finite; it says where
         return " ".join(str(e).split())
-    text = str(e)
-    number = e.errno if isinstance(e, OSError) else None
-    name = f" {e.filename}" if isinstance(e, OSError) and e.filename else ""
-    if number in FULL or any(os.strerror(n) in text for n in FULL):  # libraries keep the words and lose the number
+    if why := _no_device(e):
+        asked = os.environ.get("JAX_PLATFORMS")
+        mend = f"JAX_PLATFORMS={asked} asks for it: leave that out" if asked else "set JAX_PLATFORMS=cpu to do without"
+        return f"jax cannot start a device ({why}); {mend}, or install its libraries (--extra gpu)"
+    number, path = _system_error(e)
+    name = f" {path}" if path else ""
+    if number in FULL:
         return f"cannot write{name}: the disk is full; make room and give the same command again"
     if number in REFUSED:
         return f"cannot open or write{name} ({os.strerror(number)}); take another folder, or change its permissions"
-    if isinstance(e, RuntimeError) and NO_DEVICE in text:
-        asked = os.environ.get("JAX_PLATFORMS")
-        mend = f"JAX_PLATFORMS={asked} asks for it: leave that out" if asked else "set JAX_PLATFORMS=cpu to do without"
-        return f"jax cannot start a device ({text.splitlines()[0]}); {mend}, or install its libraries (--extra gpu)"
+    if number in WRONG_PATH or number in WRONG_IF_GIVEN and path and _is_given(path, argv):
+        return f"cannot open or write{name} ({os.strerror(number)}); take another path"
     return None
+
+
+def _no_device(e: BaseException) -> str:
+    """Why jax cannot start a device; "" where that is not the error."""
+    if isinstance(e, RuntimeError) and NO_DEVICE in str(e):
+        return str(e).splitlines()[0]
+    frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+    if isinstance(e, AssertionError) and frames and frames[-1].f_code.co_filename.endswith("xla_bridge.py"):
+        return "no NVIDIA GPU is visible"  # JAX_PLATFORMS=cuda then fails in an assertion without words
+    return ""
+
+
+def _system_error(e: BaseException) -> tuple[int, str]:
+    """(errno, path) of what the system refused, 0 and "" where unknown. Libraries, and child processes whose traceback
+    arrives as text, keep the words and lose the number."""
+    if isinstance(e, OSError) and e.errno:
+        return e.errno, os.fsdecode(e.filename) if isinstance(e.filename, (str, bytes)) else ""
+    text = str(e)
+    if found := re.findall(r"\[Errno (\d+)\] [^:\n]*(?:: '([^'\n]*)')?", text):
+        return int(found[-1][0]), found[-1][1]
+    return next((number for number in (*FULL, errno.EROFS) if os.strerror(number) in text), 0), ""
+
+
+def _is_given(path: str, argv: Sequence[str]) -> bool:
+    """Whether a path is an argument, or the value of one (key=value), or above it, or a temporary file beside it."""
+    tried = Path(path).absolute()
+    for given in (Path(argument.partition("=")[2] or argument).absolute() for argument in argv):
+        if tried in (given, *given.parents) or (tried.parent == given.parent and given.name in tried.name):
+            return True
+    return False
+
+
+def _flush_or_drop() -> None:
+    """What stdout cannot take is dropped: Python would flush it once more when it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(line: str, status: int) -> int:
