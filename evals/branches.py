@@ -1,10 +1,10 @@
-"""Texts that begin alike: the beginning is computed once, and what follows it in each text branches off.
+"""Texts with a common prefix: its keys and values are computed once, and what follows in each text branches off.
 
-Of the beginning, the prefix, only keys and values are wanted. Behind it stands a row of the tokens that tell something:
-the stem, which is the last token that all texts share, and then the branches, one after the other. A token sees the
-prefix, the stem and what stands before it in its own branch. Positions go on from the prefix in every branch, so that
-windows and rotary angles are those of the text by itself, and the smear gets the token before it in its text. The last
-token of a text is a target only and is not computed.
+A row holds, behind the prefix, only the tokens whose predictions are asked for: the stem, which is the last token that
+all texts share, and then the branches, one after the other. A token attends to the prefix, the stem and what stands
+before it in its own branch. Positions continue from the prefix in every branch, so that windows and rotary angles are
+those of the text by itself, and the smear gets the token before it in its text. The last token of a text is a target
+only and is not computed.
 
 Shapes: R rows, P tokens of a prefix, S of stem and branches, M targets, D width, H heads, K key/value heads, N head
 size.
@@ -13,6 +13,7 @@ size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from nanochat_jax.model.attention import causal_attention
 
-STEM, NOTHING = 0, -1  # in place of a branch's number: what all see, and what fills a row up
+STEM, NOTHING = 0, -1  # in place of a branch's number: what all attend to, and padding
 
 Answer = tuple[Sequence[int], int, int]  # ids of a text and the span [start, end) of its targets, start >= 1
 Kept = list[tuple[jax.Array, jax.Array]]  # per layer the keys and values of the prefixes, (R, P, K, N)
@@ -34,18 +35,15 @@ class Tree(NamedTuple):
     before: list[int]  # (S,) the token before each in its text, -1 for none
     positions: list[int]  # (S,)
     branch: list[int]  # (S,) STEM, or 1, 2, ...
-    index: list[int]  # (M,) which of the S predicts each target
+    sources: list[int]  # (M,) which of the S predicts each target
     targets: list[int]  # (M,)
     spans: list[slice]  # per answer, where its targets are among the M; answers that are equal share them
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many leading ids all sequences share."""
-    first, shortest = sequences[0], min(map(len, sequences))
-    for i in range(shortest):
-        if any(s[i] != first[i] for s in sequences):
-            return i
-    return shortest
+    alike = takewhile(lambda ids: all(i == ids[0] for i in ids), zip(*sequences))
+    return sum(1 for _ in alike)
 
 
 def grow(answers: Sequence[Answer]) -> Tree:
@@ -70,8 +68,8 @@ def grow(answers: Sequence[Answer]) -> Tree:
         for position in range(shared, end - 1):
             add(ids, position, branch)
         places = [0 if t == shared else at + t - 1 for t in range(start, end)]
-        spans[ids, start, end] = slice(len(tree.index), len(tree.index) + len(places))
-        tree.index.extend(places)
+        spans[ids, start, end] = slice(len(tree.sources), len(tree.sources) + len(places))
+        tree.sources.extend(places)
         tree.targets.extend(ids[start:end])
     tree.spans.extend(spans[key] for key in keys)
     return tree
@@ -81,7 +79,7 @@ def grow(answers: Sequence[Answer]) -> Tree:
 
 
 def prefix_states(model, tokens: jax.Array, width: int) -> Kept:
-    """Keys and values of prefixes (R, P) at width >= P places. What the last layer makes of them is never computed."""
+    """Keys and values of prefixes (R, P), padded to `width` places. What the last layer does with them is dropped."""
     windows, kept = model.cfg.windows, []
     room = ((0, 0), (0, width - tokens.shape[1]), (0, 0), (0, 0))
 
@@ -110,12 +108,14 @@ def branch_hidden(model, kept: Kept, lengths, tokens, before, positions, branch)
 
 
 def _attend(q, keys, values, seen) -> jax.Array:
-    """Queries (R, S, H, N) over two parts, (R, P, K, N) and (R, S, K, N), of which `seen` (R, S, P + S) is seen."""
+    """Attention of queries (R, S, H, N) to two parts, (R, P, K, N) and (R, S, K, N), where `seen` (R, S, P + S)."""
     R, S, H, N = q.shape
     K, P = keys[0].shape[2], keys[0].shape[1]
     q = (q * N**-0.5).reshape(R, S, K, H // K, N)
-    scores = [jnp.einsum("rskgn,rpkn->rkgsp", q, k, preferred_element_type=jnp.float32) for k in keys]
-    scores = jnp.where(seen[:, None, None], jnp.concatenate(scores, axis=-1), -1e30)
+    parts = [jnp.einsum("rskgn,rpkn->rkgsp", q, k, preferred_element_type=jnp.float32) for k in keys]
+    scores = jnp.where(seen[:, None, None], jnp.concatenate(parts, axis=-1), -1e30)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    parts = zip((probs[..., :P], probs[..., P:]), values)
-    return sum(jnp.einsum("rkgsp,rpkn->rskgn", p, v) for p, v in parts).reshape(R, S, H, N)
+    of_prefix, of_row = (
+        jnp.einsum("rkgsp,rpkn->rskgn", p, v) for p, v in zip((probs[..., :P], probs[..., P:]), values)
+    )
+    return (of_prefix + of_row).reshape(R, S, H, N)

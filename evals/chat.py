@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evals import passk, records
+from evals import records
 from evals.scoring import Scorer
-from evals.significance import mean_of, standard_error
+from evals.significance import mean_of, pass_estimates, standard_error
 from evals.tasks.base import ScoredTask, Task, prompt_messages
 from nanochat_jax.engine.engine import Request
 from nanochat_jax.errors import UserError
@@ -91,7 +91,7 @@ def evaluate_chat_task(
         out["unfinished"] = sum(greedy["finish_reason"] != "stop" for greedy, *_ in answers) / len(answers)
         if draws is not None:
             out |= {"samples": draws.samples, "temperature": draws.temperature}
-            out["pass_at_k"] = passk.estimates(right[:, 1:])
+            out["pass_at_k"] = pass_estimates(right[:, 1:])
     if path is not None:
         found = zip(asked, conversations, answers)
         records.write(path, (records.of_question(i, c, first, more) for i, c, (first, *more) in found))

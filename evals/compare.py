@@ -3,7 +3,7 @@
     python -m evals compare runs/a runs/b --stage sft
     python -m evals compare runs/demo:sft runs/demo:rl --tasks gsm8k,bpb
 
-Where both answered the same questions each is compared with itself: McNemar's exact test for verdicts, on the questions
+Where both answered the same questions, the test is a paired one: McNemar's exact test for verdicts, on the questions
 that only one of them has right, and a paired t-test for bits per byte and pass@k. Elsewhere a figure is compared by its
 standard error, which needs larger differences to be sure. With many comparisons some look sure by chance: p-values are
 corrected by Holm's method, over the headline figures (bpb, CORE, ChatCORE) and over the tasks.
@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -25,13 +26,12 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from evals import records
-from evals.passk import pass_at_k
-from evals.significance import by_error, holm, mcnemar, paired, two_proportions
+from evals.significance import by_error, holm, mcnemar, paired, pass_at_k, two_proportions
 from nanochat_jax.errors import UserError
 
 ALPHA = 0.05
+HEADLINES = {"bpb": "rows", "core": "tasks", "chatcore": "tasks"}  # figure -> what its n counts
 TABLE_WIDTH = 104
-STYLES = {"a": "bold red", "b": "bold green"}
 IN_COMMON = 0.5  # of the smaller one's questions: from there on the comparison is of these, question by question
 
 
@@ -46,10 +46,13 @@ class Side:
     def __str__(self):
         return f"{self.run}:{self.stage}"
 
+    def section(self, name: str) -> dict:
+        """bpb, core or chatcore of the result; {} where it was not measured."""
+        return self.result.get(name) or {}
+
     def records(self, task: str) -> dict[tuple, dict]:
         """{(index, id of what was shown): record} of a task; {} where there is none."""
-        found = records.read(records.path_of(self.run, self.stage, task)) or []
-        return {(r["index"], r.get("id")): r for r in found}
+        return {(r["index"], r.get("id")): r for r in records.read(records.path_of(self.run, self.stage, task))}
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,16 @@ class Difference:
     stderr: float
     p: float
     only: tuple[int, int] | None = None
-    headline: bool = False
-    less_is_better: bool = False
     p_holm: float = math.nan
+
+    @property
+    def headline(self) -> bool:
+        return self.name in HEADLINES
+
+    @property
+    def task(self) -> str:
+        """gsm8k of "gsm8k pass@1"."""
+        return self.name.split()[0]
 
     @property
     def difference(self) -> float:
@@ -79,7 +89,7 @@ class Difference:
         """a or b, where that is sure."""
         if self.p_holm >= alpha or not self.difference:
             return None
-        return "b" if (self.difference > 0) != self.less_is_better else "a"
+        return "b" if (self.difference > 0) != (self.name == "bpb") else "a"  # less of bpb is better
 
 
 # ------------------------------------------------------------------------------------------------- comparisons
@@ -88,135 +98,113 @@ class Difference:
 def compare(a: Side, b: Side, tasks: Sequence[str] | None = None) -> list[Difference]:
     """All figures that both have, headlines first, with corrected p. UserError where there are none, or not all."""
     chat = {name: verdicts(name, a, b) for name in a.result["chat"] if name in b.result["chat"]}
-    answers = [d for name in chat for d in pass_differences(name, a, b)]
-    core = core_tasks(a, b)
-    figures = [*chat.values(), *answers, *core.values()]
-    heads = [d for d in (bpb(a, b), core_metric(a, b), chatcore(a, b, chat)) if d]
+    found = [*bpb(a, b), *core_metric(a, b), *chatcore(a, b, chat), *chat.values()]
+    found += [d for name in chat for d in pass_differences(name, a, b)] + core_tasks(a, b)
     if tasks is not None:
-        known = {*(d.name for d in (*heads, *figures)), *(["core"] if core else [])}
-        unknown = [t for t in tasks if t not in known]
-        if unknown:
-            there = ", ".join(dict.fromkeys(d.name.split()[0] for d in (*heads, *figures))) or "nothing"
+        if unknown := [t for t in tasks if t not in {name for d in found for name in (d.name, d.task)}]:
+            there = ", ".join(dict.fromkeys(d.task for d in found)) or "nothing"
             raise UserError(f"{a} and {b} do not both have {', '.join(unknown)}; they share {there}")
-        heads, figures = (
-            [d for d in group if d.name.split()[0] in tasks or d.name in tasks] for group in (heads, figures)
-        )
-    if not heads and not figures:
+        found = [d for d in found if d.task in tasks or d.name in tasks]
+    if not found:
         raise UserError(f"{a} and {b} have no figure in common; evaluate both on the same tasks with python -m evals")
-    return [replace(d, p_holm=p) for group in (heads, figures) for d, p in zip(group, holm([d.p for d in group]))]
+    groups = ([d for d in found if d.headline], [d for d in found if not d.headline])
+    return [replace(d, p_holm=p) for group in groups for d, p in zip(group, holm([d.p for d in group]))]
 
 
-def _paired(a: Side, b: Side, task: str) -> list[tuple[dict, dict]]:
-    """The records of questions that both were asked; [] where these are too few of all."""
-    of_a, of_b = a.records(task), b.records(task)
-    both = [key for key in of_a if key in of_b]
-    enough = both and len(both) >= IN_COMMON * min(len(of_a), len(of_b))
-    return [(of_a[key], of_b[key]) for key in both] if enough else []
+def _paired(task: str, a: Side, b: Side, value: Callable[[dict], Any]) -> list[np.ndarray]:
+    """Each side's values on the questions that both were asked, in one order; [] where these are too few of all."""
+    found = [side.records(task) for side in (a, b)]
+    both = [key for key in found[0] if key in found[1]]
+    if not both or len(both) < IN_COMMON * min(map(len, found)):
+        return []
+    return [np.array([value(side[key]) for key in both]) for side in found]
 
 
-def verdicts(task: str, a: Side, b: Side) -> Difference:
-    """The accuracy of a chat task."""
-    pairs = _paired(a, b, task)
-    if not pairs:
-        one, other = a.result["chat"][task], b.result["chat"][task]
-        return _apart(task, (one["accuracy"], one["n"]), (other["accuracy"], other["n"]))
-    return _by_verdicts(task, [(x["correct"], y["correct"]) for x, y in pairs])
+def _by_pairs(name: str, a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> Difference:
+    """The means of two figures of the same questions (n,), or their sums over the sum of weights."""
+    stderr, p = paired(a, b, weights)
+    whole = len(a) if weights is None else weights.sum()
+    return Difference(name, "paired t", len(a), float(a.sum() / whole), float(b.sum() / whole), stderr, p)
 
 
-def _apart(name: str, a: tuple[float, int], b: tuple[float, int]) -> Difference:
-    """Of two shares (accuracy, n) of questions that are not the same."""
+def _by_errors(name: str, n, a: tuple[float, float], b: tuple[float, float]) -> Difference:
+    """Two figures (value, standard error) of different questions."""
+    stderr = math.hypot(a[1], b[1])
+    return Difference(name, "standard errors", n, a[0], b[0], stderr, by_error(b[0] - a[0], stderr))
+
+
+def _by_shares(name: str, a: tuple[float, int], b: tuple[float, int]) -> Difference:
+    """Two accuracies (accuracy, n) on different questions."""
     stderr, p = two_proportions(*a, *b)
     return Difference(name, "two proportions", (a[1], b[1]), a[0], b[0], stderr, p)
 
 
-def _by_verdicts(name: str, pairs: Sequence[tuple[bool, bool]]) -> Difference:
-    n = len(pairs)
-    only_a, only_b = sum(x and not y for x, y in pairs), sum(y and not x for x, y in pairs)
+def verdicts(task: str, a: Side, b: Side) -> Difference:
+    """The accuracy of a chat task."""
+    if not (right := _paired(task, a, b, lambda r: r["correct"])):
+        one, other = (side.result["chat"][task] for side in (a, b))
+        return _by_shares(task, (one["accuracy"], one["n"]), (other["accuracy"], other["n"]))
+    n, (right_a, right_b) = len(right[0]), right
+    only_a, only_b = only = int((right_a & ~right_b).sum()), int((right_b & ~right_a).sum())
     stderr = math.sqrt(only_a + only_b - (only_b - only_a) ** 2 / n) / n
-    right_a, right_b = (sum(side) / n for side in zip(*pairs))
-    return Difference(name, "McNemar", n, right_a, right_b, stderr, mcnemar(only_a, only_b), (only_a, only_b))
+    return Difference(task, "McNemar", n, float(right_a.mean()), float(right_b.mean()), stderr, mcnemar(*only), only)
 
 
 def pass_differences(task: str, a: Side, b: Side) -> list[Difference]:
     """pass@1 and pass@k, for the largest k that both have samples for."""
-    one, other = (side.result["chat"][task].get("pass_at_k", {}) for side in (a, b))
+    results = [side.result["chat"][task] for side in (a, b)]
+    one, other = (result.get("pass_at_k", {}) for result in results)
     ks = sorted(int(name.split("@")[1]) for name in one if name in other)
-    pairs = _paired(a, b, task) if ks else []
+    right = _paired(task, a, b, lambda r: [s["correct"] for s in r["samples"]]) if ks else []
     out = []
-    for k in dict.fromkeys((ks[0], ks[-1]) if ks else ()):
-        name = f"{task} pass@{k}"
-        if pairs:
-            chances = [pass_at_k(_right(side), k) for side in zip(*pairs)]
-            out.append(_by_pairs(name, *chances))
+    for k in dict.fromkeys(ks[:1] + ks[-1:]):
+        if right:
+            out.append(_by_pairs(f"{task} pass@{k}", *(pass_at_k(side, k) for side in right)))
         else:
-            x, y = one[f"pass@{k}"], other[f"pass@{k}"]
-            n = a.result["chat"][task]["n"], b.result["chat"][task]["n"]
-            out.append(_by_errors(name, n, (x["value"], x["stderr"]), (y["value"], y["stderr"])))
+            x, y = ((found[f"pass@{k}"]["value"], found[f"pass@{k}"]["stderr"]) for found in (one, other))
+            out.append(_by_errors(f"{task} pass@{k}", tuple(result["n"] for result in results), x, y))
     return out
 
 
-def _right(found: Sequence[dict]) -> np.ndarray:
-    """(Q, samples) verdicts on the samples of records."""
-    return np.array([[s["correct"] for s in r["samples"]] for r in found])
-
-
-def _by_pairs(name: str, a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None, **more) -> Difference:
-    """The means of two figures of the same questions (n,), or their sums over the sum of weights."""
-    stderr, p = paired(a, b, weights)
-    whole = len(a) if weights is None else weights.sum()
-    return Difference(name, "paired t", len(a), float(a.sum() / whole), float(b.sum() / whole), stderr, p, **more)
-
-
-def _by_errors(name: str, n, a: tuple[float, float], b: tuple[float, float], **more) -> Difference:
-    """Two figures (value, standard error) that have nothing in common."""
-    stderr = math.hypot(a[1], b[1])
-    return Difference(name, "standard errors", n, a[0], b[0], stderr, by_error(b[0] - a[0], stderr), **more)
-
-
-def bpb(a: Side, b: Side) -> Difference | None:
+def bpb(a: Side, b: Side) -> list[Difference]:
     """Bits per byte: of the same rows where the tokenizers and the text are the same."""
-    one, other = a.result.get("bpb"), b.result.get("bpb")
-    if not one or not other or one.get("stderr") is None or other.get("stderr") is None:
-        return None
-    how = {"headline": True, "less_is_better": True}
-    pairs = _paired(a, b, "bpb")
-    if len(pairs) < 2:
-        n = one["rows"], other["rows"]
-        return _by_errors("bpb", n, (one["bpb"], one["stderr"]), (other["bpb"], other["stderr"]), **how)
-    bits_a, bits_b = (np.array([r["bits"] for r in side]) for side in zip(*pairs))
-    return _by_pairs("bpb", bits_a, bits_b, np.array([r["bytes"] for r, _ in pairs]), **how)
+    one, other = a.section("bpb"), b.section("bpb")
+    if one.get("stderr") is None or other.get("stderr") is None:
+        return []
+    rows = _paired("bpb", a, b, lambda r: (r["bits"], r["bytes"]))
+    if rows and len(rows[0]) > 1:
+        return [_by_pairs("bpb", rows[0][:, 0], rows[1][:, 0], rows[0][:, 1])]
+    x, y = ((found["bpb"], found["stderr"]) for found in (one, other))
+    return [_by_errors("bpb", (one["rows"], other["rows"]), x, y)]
 
 
-def core_tasks(a: Side, b: Side) -> dict[str, Difference]:
+def core_tasks(a: Side, b: Side) -> list[Difference]:
     """The tasks of CORE that both have with the same data."""
-    one, other = a.result.get("core") or {}, b.result.get("core") or {}
-    out = {}
-    for name in one.get("results", {}):
-        if name in other.get("results", {}) and one["substitutes"].get(name) == other["substitutes"].get(name):
-            shares = ((core["results"][name], core["n"][name]) for core in (one, other))
-            out[name] = _apart(f"core {name}", *shares)
-    return out
+    one, other = a.section("core"), b.section("core")
+    both = [name for name in one.get("results", {}) if name in other.get("results", {})]
+    same = [name for name in both if one["substitutes"].get(name) == other["substitutes"].get(name)]
+    return [_by_shares(f"core {x}", *((core["results"][x], core["n"][x]) for core in (one, other))) for x in same]
 
 
-def core_metric(a: Side, b: Side) -> Difference | None:
+def core_metric(a: Side, b: Side) -> list[Difference]:
     """CORE, where both are of the same tasks."""
-    one, other = a.result.get("core") or {}, b.result.get("core") or {}
-    same = ("results", "substitutes")
-    if not one.get("results") or not other or any(set(one[k]) != set(other.get(k, ())) for k in same):
-        return None
-    figures = ((core["core_metric"], core["core_stderr"]) for core in (one, other))
-    return _by_errors("core", one["n_tasks"], *figures, headline=True)
+    one, other = a.section("core"), b.section("core")
+    if not one.get("results") or any(set(one[k]) != set(other.get(k, ())) for k in ("results", "substitutes")):
+        return []
+    x, y = ((core["core_metric"], core["core_stderr"]) for core in (one, other))
+    return [_by_errors("core", one["n_tasks"], x, y)]
 
 
-def chatcore(a: Side, b: Side, chat: dict[str, Difference]) -> Difference | None:
+def chatcore(a: Side, b: Side, chat: dict[str, Difference]) -> list[Difference]:
     """ChatCORE, where both are of the same tasks; its error is made of those of the tasks' differences."""
-    one, other = a.result.get("chatcore"), b.result.get("chatcore")
-    if not one or not other or one["score"] is None or sorted(one["tasks"]) != sorted(other["tasks"]):
-        return None
-    scale = {task: 1 - a.result["chat"][task]["baseline"] for task in one["tasks"]}
-    stderr = math.sqrt(sum((chat[task].stderr / scale[task]) ** 2 for task in scale)) / len(scale)
-    p = by_error(other["score"] - one["score"], stderr)
-    return Difference("chatcore", "standard errors", len(scale), one["score"], other["score"], stderr, p, headline=True)
+    one, other = a.section("chatcore"), b.section("chatcore")
+    if one.get("score") is None or sorted(one["tasks"]) != sorted(other.get("tasks", ())):
+        return []
+    tasks, score_a, score_b = one["tasks"], one["score"], other["score"]
+    errors = (chat[task].stderr / (1 - a.result["chat"][task]["baseline"]) for task in tasks)
+    stderr = math.hypot(*errors) / len(tasks)
+    p = by_error(score_b - score_a, stderr)
+    return [Difference("chatcore", "standard errors", len(tasks), score_a, score_b, stderr, p)]
 
 
 # ------------------------------------------------------------------------------------------------------ the command
@@ -244,20 +232,16 @@ def open_sides(specs: Sequence[str], stage: str | None) -> tuple[Side, Side]:
 def table(found: Sequence[Difference], alpha: float) -> Table:
     numbers = [Column(h, justify="right", no_wrap=True) for h in ("A", "B", "B - A", "n", "only A, B", "Holm's p")]
     out = Table(Column("", no_wrap=True), *numbers, Column("", no_wrap=True), box=SIMPLE_HEAD, pad_edge=False)
+    verdicts = {"a": "[bold red]A better", "b": "[bold green]B better", None: "[dim]noise"}
     for d in found:
-        better, digits = d.better(alpha), 4 if d.headline else 3
-        only = f"{d.only[0]:,}, {d.only[1]:,}" if d.only else ""
+        digits = 4 if d.headline else 3
         figures = [f"{d.a:.{digits}f}", f"{d.b:.{digits}f}", f"{d.difference:+.{digits}f} ± {d.stderr:.{digits}f}"]
-        verdict = Text(f"{better.upper()} better", STYLES[better]) if better else Text("noise", "dim")
+        n = "/".join(f"{n:,}" for n in (d.n if isinstance(d.n, tuple) else (d.n,)))
+        n += f" {HEADLINES[d.name]}" if d.headline else ""
+        only = f"{d.only[0]:,}, {d.only[1]:,}" if d.only else ""
         p = "< 0.001" if d.p_holm < 0.001 else f"{d.p_holm:.3f}"
-        out.add_row(d.name, *figures, _count(d), only, p, verdict)
+        out.add_row(d.name, *figures, n, only, p, verdicts[d.better(alpha)])
     return out
-
-
-def _count(d: Difference) -> str:
-    """What stands in the column n."""
-    unit = {"bpb": " rows", "core": " tasks", "chatcore": " tasks"}.get(d.name, "")
-    return "/".join(f"{n:,}" for n in (d.n if isinstance(d.n, tuple) else (d.n,))) + unit
 
 
 def legend(found: Sequence[Difference], alpha: float) -> str:
@@ -287,13 +271,13 @@ def main(argv: Sequence[str]) -> int:
     console.print(Text.assemble(("A", "bold"), f" {a}\n", ("B", "bold"), f" {b}"))
     console.print(table(found, args.alpha))
     console.print(Text(legend(found, args.alpha), "dim"))
-    print(
-        json.dumps({"a": str(a), "b": str(b), "alpha": args.alpha, "figures": [_as_json(d, args.alpha) for d in found]})
-    )
+    figures = [_as_json(d, args.alpha) for d in found]
+    print(json.dumps({"a": str(a), "b": str(b), "alpha": args.alpha, "figures": figures}))
     return 0
 
 
 def _as_json(d: Difference, alpha: float) -> dict:
-    plain = {k: v for k, v in asdict(d).items() if v is not None and k not in ("headline", "less_is_better")}
-    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in plain.items()}
-    return rounded | {"difference": float(f"{d.difference:.6g}"), "better": d.better(alpha)}
+    figures = {k: v for k, v in asdict(d).items() if v is not None} | {"difference": d.difference}
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()} | {
+        "better": d.better(alpha)
+    }

@@ -51,11 +51,6 @@ def branch_bucket(size: int, steps: int) -> int:
     return power_of_four(size) if steps == 1 or size <= SHORTEST else power_of_two(size)
 
 
-def width_of(longest: int) -> int:
-    """Places for the keys and values of prefixes, from the length of the longest."""
-    return power_of_four(max(longest, SHORTEST))
-
-
 def stack(lists: list[Sequence[int]], shape: tuple[int, int], fill: int) -> np.ndarray:
     """int32 of a shape, each list at the left of its row."""
     out = np.full(shape, fill, np.int32)

@@ -1,4 +1,4 @@
-"""Standard errors, and tests of whether two scores differ by more than chance."""
+"""Standard errors, tests of whether two scores differ by more than chance, and pass@k."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+
+PUBLISHED_K = (10, 100)  # what papers report, beside the powers of two
 
 
 def standard_error(accuracy: float, n: int) -> float:
@@ -15,8 +17,14 @@ def standard_error(accuracy: float, n: int) -> float:
 
 def mean_of(values: Sequence[float], errors: Sequence[float]) -> tuple[float, float]:
     """(mean, its standard error) of independent figures with these standard errors."""
-    n = len(values)
-    return sum(values) / n, math.sqrt(sum(e**2 for e in errors)) / n
+    return sum(values) / len(values), math.sqrt(sum(e**2 for e in errors)) / len(values)
+
+
+def ratio_error(part: np.ndarray, whole: np.ndarray) -> float:
+    """Standard error of sum(part) / sum(whole) over independent pairs (n,); 0 where there is but one."""
+    n = len(part)
+    residuals = part - whole * (part.sum() / whole.sum())
+    return float(np.sqrt((residuals**2).sum() * n / max(1, n - 1)) / whole.sum())
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -26,14 +34,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def by_error(difference: float, stderr: float, degrees: int | None = None) -> float:
-    """Two-sided p of a difference that is 0 but for an error of this size; Student's t where degrees are given."""
-    from scipy.stats import norm, t
+def by_error(difference: float, stderr: float, degrees: float = math.inf) -> float:
+    """Two-sided p of a difference that is 0 but for an error of this size: Student's t, normal without `degrees`."""
+    from scipy.stats import t
 
     if not stderr:
         return 1.0 if not difference else 0.0
-    z = abs(difference) / stderr
-    return float(2 * (norm.sf(z) if degrees is None else t.sf(z, degrees)))
+    return float(2 * t.sf(abs(difference) / stderr, degrees))
 
 
 def two_proportions(a: float, n_a: int, b: float, n_b: int) -> tuple[float, float]:
@@ -48,20 +55,11 @@ def paired(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> t
 
     With weights it is the error of a ratio, by the residuals from it.
     """
-    n, apart = len(a), b - a
-    weights = np.ones(n) if weights is None else weights
-    difference = apart.sum() / weights.sum()
-    if n < 2:
+    weights = np.ones(len(a)) if weights is None else weights
+    if len(a) < 2:
         return 0.0, 1.0
-    stderr = ratio_error(apart, weights)
-    return stderr, by_error(float(difference), stderr, n - 1)
-
-
-def ratio_error(part: np.ndarray, whole: np.ndarray) -> float:
-    """Standard error of sum(part) / sum(whole) over independent pairs (n,); 0 where there is but one."""
-    n = len(part)
-    residuals = part - whole * (part.sum() / whole.sum())
-    return float(np.sqrt((residuals**2).sum() * n / max(1, n - 1)) / whole.sum())
+    stderr = ratio_error(b - a, weights)
+    return stderr, by_error(float((b - a).sum() / weights.sum()), stderr, len(a) - 1)
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -71,3 +69,29 @@ def holm(p: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
         out[i] = largest
     return out
+
+
+# ----------------------------------------------------------------------------------------------------- pass@k
+
+
+def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
+    """(Q,) float64, the chance that one of k answers is right: 1 - C(n - c, k) / C(n, k) for each question of right
+    (Q, n) bool, c of whose n answers are right. Chen et al., arXiv 2107.03374.
+
+    Its mean over drawings of the n answers is the chance itself, where 1 - (1 - c / n)^k would be too small.
+    """
+    n, c, i = right.shape[1], right.sum(axis=1), np.arange(k)[:, None]
+    if not 1 <= k <= n:
+        raise ValueError(f"pass@{k} cannot be told from {n} answers to a question")
+    return 1.0 - np.prod(np.maximum(n - c - i, 0) / (n - i), axis=0)
+
+
+def pass_estimates(right: np.ndarray) -> dict[str, dict[str, float]]:
+    """{"pass@1": {"value", "stderr"}, ...} of right (Q, n) bool, for k of 1, 2, 4, ..., 10 and 100 up to n.
+
+    The standard error is that over questions.
+    """
+    n = right.shape[1]
+    ks = sorted({2**i for i in range(n.bit_length())} | {k for k in PUBLISHED_K if k <= n})
+    chances, ones = {k: pass_at_k(right, k) for k in ks}, np.ones(len(right))
+    return {f"pass@{k}": {"value": float(c.mean()), "stderr": ratio_error(c, ones)} for k, c in chances.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.passk import estimates
+from evals.significance import pass_estimates
 from evals.tasks.base import ScoredTask
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import Completion, Engine, Request
@@ -171,5 +171,5 @@ def minibatches(batch: dict, count: int) -> list[dict]:
 
 
 def pass_at_k(rewards: np.ndarray) -> dict[str, float]:
-    """pass@k, as evals/passk.py estimates it, of rewards (Q, S) of which 1 and more is right."""
-    return {name: found["value"] for name, found in estimates(rewards >= 1.0).items()}
+    """pass@k, as evals/significance.py estimates it, of rewards (Q, S) of which 1 and more is right."""
+    return {name: found["value"] for name, found in pass_estimates(rewards >= 1.0).items()}

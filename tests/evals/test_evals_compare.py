@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from evals import passk, records
+from evals import records
 from evals.__main__ import main
 from evals.compare import Side, compare, open_sides
+from evals.significance import pass_estimates
 from nanochat_jax.errors import UserError
 
 
@@ -26,7 +27,7 @@ def write_run(run, stage, right, *, index=None, ids=None, samples=None, **more):
             for i, v in zip(places, verdicts)
         ]
         if samples is not None:
-            chat[task]["pass_at_k"] = passk.estimates(samples)
+            chat[task]["pass_at_k"] = pass_estimates(samples)
             found = [{**r, "samples": [{"correct": bool(v)} for v in row]} for r, row in zip(found, samples)]
         records.write(records.path_of(run, stage, task), found)
     result = {"stage": stage, "bpb": None, "core": None, "chat": chat, "chatcore": None, **more}

@@ -132,7 +132,7 @@ def test_buckets():
     some = (1, 2, 4, 5, 16, 17, 64, 65, 1025)
     assert [shapes.branch_bucket(n, 1) for n in some] == [1, 4, 4, 16, 16, 64, 64, 256, 4096]
     assert [shapes.branch_bucket(n, 4) for n in some] == [1, 4, 4, 16, 16, 32, 64, 128, 2048]
-    assert [shapes.width_of(n) for n in (0, 16, 17, 65)] == [16, 16, 64, 256]
+    assert [shapes.power_of_four(n) for n in (1, 16, 17, 65)] == [1, 16, 64, 256]
 
 
 # ------------------------------------------------------------------------------------- texts that begin alike
@@ -143,11 +143,11 @@ def test_a_tree_by_hand():
     assert tree.prefix == (9, 8)  # of the shared beginning all but the last, which predicts
     assert tree.tokens == [7, 1] and tree.before == [8, 7] and tree.positions == [2, 3]
     assert tree.branch == [branches.STEM, 1]  # what is a target only is not computed; equal texts are one
-    assert tree.index == [0, 1, 0] and tree.targets == [1, 2, 3]
+    assert tree.sources == [0, 1, 0] and tree.targets == [1, 2, 3]
     assert tree.spans == [slice(0, 2), slice(2, 3), slice(0, 2)]
     tree = branches.grow([([5, 1, 2], 2, 3), ([6, 1, 2], 1, 3)])  # they share nothing
     assert tree.prefix == () and tree.tokens == [5, 1, 6, 1] and tree.before == [-1, 5, -1, 6]
-    assert tree.branch == [1, 1, 2, 2] and tree.index == [1, 2, 3] and tree.targets == [2, 1, 2]
+    assert tree.branch == [1, 1, 2, 2] and tree.sources == [1, 2, 3] and tree.targets == [2, 1, 2]
 
 
 def question(rng, shared, ends, first=0):

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from evals import passk, significance
+from evals import significance
 
 
 def test_mcnemar_is_the_binomial_test_of_the_questions_that_only_one_has_right():
@@ -59,21 +59,22 @@ def test_pass_at_k_is_the_share_of_choices_of_k_answers_with_a_right_one(n):
     for c, k in itertools.product(range(n + 1), range(1, n + 1)):
         right = np.arange(n)[None] < c
         chosen = list(itertools.combinations(right[0], k))
-        assert passk.pass_at_k(right, k)[0] == pytest.approx(sum(map(any, chosen)) / len(chosen))
+        assert significance.pass_at_k(right, k)[0] == pytest.approx(sum(map(any, chosen)) / len(chosen))
     with pytest.raises(ValueError, match="cannot be told"):
-        passk.pass_at_k(np.ones((1, n), bool), n + 1)
+        significance.pass_at_k(np.ones((1, n), bool), n + 1)
 
 
 def test_estimates_are_unbiased_and_their_error_is_that_over_questions():
     rng = np.random.default_rng(3)
     chance = rng.random(500)
-    found = [passk.estimates(rng.random((500, 12)) < chance[:, None]) for _ in range(100)]
+    found = [significance.pass_estimates(rng.random((500, 12)) < chance[:, None]) for _ in range(100)]
     assert list(found[0]) == ["pass@1", "pass@2", "pass@4", "pass@8", "pass@10"]
     for k in (1, 4, 10):
         values = [f[f"pass@{k}"]["value"] for f in found]
         assert np.mean(values) == pytest.approx((1 - (1 - chance) ** k).mean(), abs=0.002)
     # one draw of the questions here: the error is that of other questions too, and so larger than the values' spread
-    per_question = passk.pass_at_k(np.array([[1, 0], [0, 0], [1, 1]], bool), 1)
-    one = passk.estimates(np.array([[1, 0], [0, 0], [1, 1]], bool))["pass@1"]
+    per_question = significance.pass_at_k(np.array([[1, 0], [0, 0], [1, 1]], bool), 1)
+    one = significance.pass_estimates(np.array([[1, 0], [0, 0], [1, 1]], bool))["pass@1"]
     assert one == {"value": 0.5, "stderr": pytest.approx(per_question.std(ddof=1) / math.sqrt(3))}
-    assert passk.sizes(100) == [1, 2, 4, 8, 10, 16, 32, 64, 100]
+    many = significance.pass_estimates(np.ones((2, 100), bool))
+    assert list(many) == [f"pass@{k}" for k in (1, 2, 4, 8, 10, 16, 32, 64, 100)]
