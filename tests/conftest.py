@@ -17,7 +17,8 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Eight simulated devices; LLVM's optimizations would take longer than what they make faster here.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiled programs are shared by workers, child processes and later runs.
 os.environ.setdefault(
