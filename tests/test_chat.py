@@ -82,7 +82,8 @@ def test_answer_with_the_engine_equals_generate():
     request = Request([1, 2, 3], 20, temperature=0.0)
     ids = engine.generate([request])[0].ids
     text = "".join(t for kind, t in dialogue.answer(engine, TOK, request))
-    assert text == "".join(t for _, t in (lambda p: p.push(ids) + p.flush())(dialogue.Pieces(TOK)))
+    reader = dialogue.Reader(TOK)
+    assert text == "".join(p.text for p in [*map(reader.push, ids), reader.flush()])
 
 
 def test_errors_are_one_line(tmp_path, capsys):

@@ -8,13 +8,15 @@ an engine feeds with tokens: when a call closes, it answers with the tokens that
 from __future__ import annotations
 
 import ast
+import math
 import operator
 import warnings
+from collections.abc import Callable
 
 MAX_CHARS = 256  # of an expression
 MAX_DIGITS = 100  # of any number on the way: nothing can be made to grow without end
 _ARITHMETIC = frozenset("0123456789*+-/.() ")
-_OPERATORS = {
+_OPERATORS: dict[type, Callable] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -50,7 +52,7 @@ def use_calculator(expression: str) -> str | None:
 
 def _value(node: ast.AST) -> int | float:
     """The number that an expression of numbers and + - * / // stands for."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return _bounded(node.value)
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         return _bounded(_OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
@@ -60,39 +62,29 @@ def _value(node: ast.AST) -> int | float:
 
 
 def _bounded(value: int | float) -> int | float:
-    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS:
-        raise _Refused
-    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+    if isinstance(value, int) and abs(value) >= 10**MAX_DIGITS or not math.isfinite(value):
         raise _Refused
     return value
 
 
 def _count(call: ast.Call) -> int:
     """'text'.count('x')."""
-    f = call.func
-    if not (isinstance(f, ast.Attribute) and f.attr == "count" and len(call.args) == 1 and not call.keywords):
-        raise _Refused
-    text, part = f.value, call.args[0]
-    if not all(isinstance(n, ast.Constant) and isinstance(n.value, str) for n in (text, part)):
-        raise _Refused
-    return text.value.count(part.value)
+    match call:
+        case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(part))], []):
+            return text.count(part)
+    raise _Refused
 
 
 class CalculatorTool:
-    """Makes a state machine for each sequence that an engine decodes."""
-
-    def __init__(self, tok):
-        self.tok = tok
-
-    def start(self) -> CalculatorState:
-        return CalculatorState(self.tok)
-
-
-class CalculatorState:
     """Where a sequence stands: outside of a call, or inside of one, whose tokens are collected."""
 
     def __init__(self, tok):
-        self._tok, self._call = tok, None
+        self._tok = tok
+        self._call: list[int] | None = None
+
+    def start(self) -> CalculatorTool:
+        """A state machine for another sequence."""
+        return CalculatorTool(self._tok)
 
     def push(self, id: int) -> list[int]:
         """Takes the next token; returns the tokens that must follow it, mostly none."""

@@ -159,29 +159,15 @@ def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps,
     part = pl.cdiv(pl.cdiv(seen, parts), PART) * PART
     parts = pl.cdiv(seen, part) + 1
     tokens, *table = value_embed or (position,)
-    kernel = functools.partial(
-        _attend,
-        H=H,
-        K=K,
-        N=N,
-        ring=R,
-        window=window,
-        part=part,
-        gain=gain,
-        eps=eps,
-        with_value=value_embed is not None,
-    )
+    sizes = {"H": H, "K": K, "N": N, "ring": R, "window": window, "part": part}
+    kernel = functools.partial(_attend, **sizes, gain=gain, eps=eps, with_value=value_embed is not None)
     args = (position, slot, tokens, *rope, qkv, *table, keys, values)
+    outs = [jax.ShapeDtypeStruct((parts, M, H, N), jnp.float32), jax.ShapeDtypeStruct((parts, M, H), jnp.float32)]
     with jax.named_scope(f"decode_window_{window}"):
         out, lse, keys, values = pl.pallas_call(
             kernel,
             grid=(parts, K, M),
-            out_shape=[
-                jax.ShapeDtypeStruct((parts, M, H, N), jnp.float32),
-                jax.ShapeDtypeStruct((parts, M, H), jnp.float32),
-                jax.ShapeDtypeStruct(keys.shape, keys.dtype),
-                jax.ShapeDtypeStruct(values.shape, values.dtype),
-            ],
+            out_shape=[*outs, keys, values],
             input_output_aliases={len(args) - 2: 2, len(args) - 1: 3},
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
@@ -260,29 +246,17 @@ def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix
     whole = pl.BlockSpec((None, D), lambda i: (0, 0))
     rows = pl.BlockSpec((tile, D), lambda i: (i, 0))
     own = pl.BlockSpec((None, tile), lambda i: (0, i))
-    args, specs = [x, weight], [whole, rows]
-    if scale is not None:
-        args.append(scale.reshape(1, O))
-        specs.append(own)
-    if residual is not None:
-        args.append(residual)
-        specs.append(own)
-    if mix is not None:
-        args += mix
-        specs += [own, pl.no_block_spec]
+    x0, factors = mix or (None, None)
+    scale = None if scale is None else scale.reshape(1, O)
+    extra = [(scale, own), (residual, own), (x0, own), (factors, pl.no_block_spec)]
+    args, specs = zip((x, whole), (weight, rows), *((a, spec) for a, spec in extra if a is not None))
     shape = jax.ShapeDtypeStruct((1, O), x.dtype)
-    kernel = functools.partial(
-        _matvec,
-        norm=norm,
-        square=square,
-        scaled=scale is not None,
-        added=residual is not None,
-        mixed=mix is not None,
-    )
+    given = {"scaled": scale is not None, "added": residual is not None, "mixed": mix is not None}
+    kernel = functools.partial(_matvec, norm=norm, square=square, **given)
     out = pl.pallas_call(
         kernel,
         grid=(O // tile,),
-        in_specs=specs,
+        in_specs=list(specs),
         out_specs=[own] * (1 + (mix is not None)),
         out_shape=[shape] * (1 + (mix is not None)),
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
@@ -447,19 +421,10 @@ def step(model: GPT, params: dict, cache: list, slots, rope, token, position, be
         attn, mlp = block["attn"], block["mlp"]
         qkv = dense(x, attn["qkv"]["weight"], norm=eps)
         table = params["value_embeds"][str(i)]["embedding"] if cfg.has_value_embed(i) else None
-        seen, *cache[i] = attend(
-            qkv,
-            *cache[i],
-            position,
-            slots,
-            rope,
-            heads=cfg.n_head,
-            window=cfg.windows[i],
-            gain=cfg.qk_gain,
-            eps=eps,
-            value_embed=None if table is None else (token, table),
-        )
-        cache[i] = tuple(cache[i])
+        how = {"heads": cfg.n_head, "window": cfg.windows[i], "gain": cfg.qk_gain, "eps": eps}
+        value = None if table is None else (token, table)
+        seen, *written = attend(qkv, *cache[i], position, slots, rope, **how, value_embed=value)
+        cache[i] = tuple(written)
         x = dense(seen, attn["proj"]["weight"], residual=x)
         wide = dense(x, mlp["fc"]["weight"], norm=eps, square=True)
         mix = (x0, params["factors"][i + 1]) if cfg.residual_scalars and i + 1 < len(blocks) else None

@@ -1,8 +1,9 @@
-"""Between people and the engine: messages that fit the context, and tokens as text that may be shown as it comes."""
+"""Between text and the engine: conversations cut to fit the context, and ids turned into text as they are made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 from nanochat_jax.engine.engine import Engine, Request
@@ -46,7 +47,8 @@ def fit(tok: Tokenizer, messages: Sequence[dict], limit: int) -> Fitted:
 
 def _newest(tok: Tokenizer, turns: Sequence[dict], room: int) -> tuple[list[int], int]:
     """(ids, messages) of the newest exchanges that have at most `room` ids together."""
-    ids, kept = [], 0
+    ids: list[int] = []
+    kept = 0
     for at in range(len(turns) - 2, -1, -2):
         pair = render(tok, {"messages": turns[at : at + 2]})[0][1:]
         if len(ids) + len(pair) > room:
@@ -80,12 +82,8 @@ class Reader:
     """Ids of a completion, one at a time, as pieces; never half a character."""
 
     def __init__(self, tok: Tokenizer):
-        self._kinds = {
-            tok.python_start: "python",
-            tok.output_start: "python_output",
-            tok.python_end: "text",
-            tok.output_end: "text",
-        }
+        self._kinds = {tok.python_start: "python", tok.output_start: "python_output"}
+        self._kinds |= {tok.python_end: "text", tok.output_end: "text"}
         self._kind, self._call, self._answered, self._decoder = "text", -1, True, tok.stream()
 
     def push(self, id: int) -> Piece:
@@ -103,41 +101,22 @@ class Reader:
         return Piece(self._kind, self._decoder.flush(), self._call)
 
 
-class Pieces:
-    """Ids of a completion as (kind, text) pieces, for showing them."""
-
-    def __init__(self, tok: Tokenizer):
-        self._reader = Reader(tok)
-
-    def push(self, ids: Sequence[int]) -> list[tuple[str, str]]:
-        """What is complete now; pieces of one kind in a row are joined."""
-        return self._joined([self._reader.push(id) for id in ids])
-
-    def flush(self) -> list[tuple[str, str]]:
-        """What is left at the end."""
-        return self._joined([self._reader.flush()])
-
-    @staticmethod
-    def _joined(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-        out: list[tuple[str, str]] = []
-        for kind, text, _ in pieces:
-            if text and out and out[-1][0] == kind:
-                out[-1] = (kind, out[-1][1] + text)
-            elif text:
-                out.append((kind, text))
-        return out
+def joined(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
+    """(kind, text) of pieces that say something; those of one kind in a row are one."""
+    groups = itertools.groupby((p for p in pieces if p.text), key=lambda p: p.kind)
+    return [(kind, "".join(p.text for p in group)) for kind, group in groups]
 
 
-def answer(engine: Engine, tok: Tokenizer, request: Request) -> Iterator[tuple[str, str]]:
-    """Pieces of one request's completion as they are made. Closing the iterator cancels the request."""
-    ticket, pieces, ended = engine.submit(request), Pieces(tok), False
+def answer(engine: Engine, tok: Tokenizer, request: Request) -> Generator[tuple[str, str], None, None]:
+    """(kind, text) of one request's completion as it is made. Closing the generator cancels the request."""
+    ticket, reader, ended = engine.submit(request), Reader(tok), False
     try:
         while not ended:
             for event in engine.step():
                 if event.ticket is ticket:
-                    yield from pieces.push(event.ids)
+                    yield from joined(map(reader.push, event.ids))
                     ended = event.completion is not None
-        yield from pieces.flush()
+        yield from joined([reader.flush()])
     finally:
         if not ended:
             engine.cancel(ticket)

@@ -6,9 +6,12 @@ they say what the plain formulas say on this device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +26,41 @@ from nanochat_jax.model.gpt import GPT, cast_matrices, merge
 from nanochat_jax.model.quantize import dequantize, quantize
 
 TOLERANCE = {2: 0.02, 4: 0.001}  # bytes of a number: by what share of an array's norm kernels may be off
+
+
+class Shapes(NamedTuple):
+    """What calls are compiled for: few shapes where a compilation takes long, many where it takes a second."""
+
+    chunks: tuple[int, ...]  # tokens of a prompt that one call prefills
+    spans: tuple[int, ...]  # positions that a call looks at: one of these times a power of `factor`
+    factor: int  # between widths as well
+    slots: int  # of a device: rows of a call, at most
+    max_len: int
+
+    @classmethod
+    def of(cls, platform: str, slots: int, max_len: int) -> Shapes:
+        if platform == "gpu":
+            return cls((32, kv.SLACK), (512,), 4, slots, max_len)
+        return cls((16, 64, kv.SLACK), (128, 192), 2, slots, max_len)
+
+    def chunk(self, n: int, patient: bool) -> int:
+        """The smallest that holds n. Patient: or half, as two short ones are less work than a long one half empty."""
+        return next((c for c in self.chunks if (2 if patient else 1) * c >= n), self.chunks[-1])
+
+    def span(self, n: int) -> int:
+        """How many positions a call looks at that needs n."""
+        return min(_grown(n, smallest, self.max_len, self.factor) for smallest in self.spans)
+
+    def width(self, n: int, patient: bool = False) -> int:
+        """Rows of each device in a call for n. Patient: in larger steps, as compiling costs more than spare rows."""
+        return _grown(n, 1, self.slots, 4 if patient else self.factor)
+
+
+def _grown(n: int, size: int, largest: int, factor: int) -> int:
+    """n rounded up to `size` times a power of factor, at most largest."""
+    while size < n:
+        size *= factor
+    return min(size, largest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +158,7 @@ def prepared(params: dict, dtype, fused: bool, int8: bool) -> dict:
     return quantize(params) if int8 else params
 
 
-@functools.cache
-def program_of(*fields) -> Program:
-    return Program(*fields)
+program_of = functools.cache(Program)  # the same object for the same fields
 
 
 def _prefill(program: Program, span, params, cache, slots, tokens, before, start, count):
@@ -175,34 +211,36 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
 
 
 class Compiled:
-    """The device's two functions, jitted; all engines of a kind share their programs.
+    """A function of the device, jitted: `static` arguments, then params, cache (donated), slots and other arrays.
 
     Threads that need the same program for the first time wait for the one that compiles it: JAX would have all do it.
     """
 
-    def __init__(self, **options):
-        self._made, self._lock = set(), threading.Lock()
-        self._prefill = jax.jit(_prefill, static_argnums=(0, 1), donate_argnums=3, **options)
-        self._decode = jax.jit(_decode, static_argnums=(0, 1, 2), donate_argnums=4, **options)
+    def __init__(self, function: Callable, static: int, **options):
+        self.jitted = jax.jit(function, static_argnums=range(static), donate_argnums=static + 1, **options)
+        self._static, self._made, self._lock = static, set[tuple](), threading.Lock()
 
-    def prefill(self, program, span, params, cache, slots, tokens, *rest):
-        key = program, span, slots is None, tokens.shape
-        return self._once(key, self._prefill, program, span, params, cache, slots, tokens, *rest)
-
-    def decode(self, program, span, how, params, cache, slots, last, *rest):
-        key = program, span, slots is None, last.shape, how
-        return self._once(key, self._decode, program, span, how, params, cache, slots, last, *rest)
-
-    def _once(self, key, function, *args):
-        if key in self._made:
-            return function(*args)
-        with self._lock:
-            out = function(*args)
+    def __call__(self, *args):
+        how, (params, cache, slots, *rest) = args[: self._static], args[self._static :]
+        if slots.shape[1] == cache[0][0].shape[1]:
+            slots = None  # all of them, in their order
+        key = *how, slots is None, rest[0].shape
+        with contextlib.nullcontext() if key in self._made else self._lock:
+            out = self.jitted(*how, params, cache, slots, *rest)
         self._made.add(key)
         return out
 
 
+class Functions(NamedTuple):
+    prefill: Compiled
+    decode: Compiled
+
+
 @functools.cache
-def compiled(one_core: bool) -> Compiled:
-    """one_core: of a CPU, for engines beside each other, which would else wait for the same threads."""
-    return Compiled(compiler_options={"xla_cpu_multi_thread_eigen": False}) if one_core else Compiled()
+def compiled(one_core: bool) -> Functions:
+    """The device's two functions; all engines of a kind share their programs.
+
+    one_core: of a CPU, for engines beside each other, which would else wait for the same threads.
+    """
+    options = {"compiler_options": {"xla_cpu_multi_thread_eigen": False}} if one_core else {}
+    return Functions(Compiled(_prefill, 2, **options), Compiled(_decode, 3, **options))

@@ -7,7 +7,9 @@ batch, nor on how the batch is compiled.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +23,41 @@ COMPARISONS = 2**24  # what `_by_rank` may do
 TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
 
-class Settings(NamedTuple):
-    """Arrays (S,), one entry per row."""
+@dataclass(frozen=True)
+class Request:
+    """What to continue, and how. top_k 0 is all of them; temperature 0 is greedy.
 
-    temperature: jax.Array  # float32; 0: the likeliest token
-    top_k: jax.Array  # int32; 0: all
-    top_p: jax.Array  # float32 in (0, 1]; nucleus sampling, arXiv 1904.09751
-    seed: jax.Array  # uint32
+    logprobs: -1 for none, n for those of the chosen tokens and of the n likeliest at each place, at most TOP_LOGPROBS.
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    logprobs: int = -1
+
+    @property
+    def drawn(self) -> bool:
+        return self.temperature >= COLDEST
+
+
+class TokenLogprob(NamedTuple):
+    """Natural logarithms of the model's probabilities, before temperature and filters."""
+
+    logprob: float  # of the token that was taken
+    top: tuple[tuple[int, float], ...]  # (id, logprob) of the likeliest, in falling order
+
+
+class Settings(NamedTuple):
+    """Arrays (S,) of numpy or jax, one entry per row."""
+
+    temperature: Any  # float32; 0: the likeliest token
+    top_k: Any  # int32; 0: all
+    top_p: Any  # float32 in (0, 1]; nucleus sampling, arXiv 1904.09751
+    seed: Any  # uint32
 
     @classmethod
     def blank(cls, rows: int) -> Settings:
@@ -35,16 +65,10 @@ class Settings(NamedTuple):
         kinds = ((0, np.float32), (0, np.int32), (1, np.float32), (0, np.uint32))
         return cls(*(np.full(rows, value, dtype) for value, dtype in kinds))
 
-    def fill(self, row: int, request) -> None:
+    def fill(self, row: int, request: Request) -> None:
         """Sets a row to what a request says."""
-        values = (
-            request.temperature if _is_drawn(request) else 0.0,
-            request.top_k,
-            request.top_p,
-            request.seed % 2**32,
-        )
-        for array, value in zip(self, values):
-            array[row] = value
+        self.temperature[row] = request.temperature if request.drawn else 0.0
+        self.top_k[row], self.top_p[row], self.seed[row] = request.top_k, request.top_p, request.seed % 2**32
 
 
 class Mode(NamedTuple):
@@ -57,23 +81,14 @@ class Mode(NamedTuple):
     logprobs: bool  # a row wants logprobs
 
 
-def _is_drawn(request) -> bool:
-    return request.temperature >= COLDEST
-
-
-def mode(requests, vocab: int) -> Mode:
+def mode(requests: Sequence[Request], vocab: int) -> Mode:
     """The mode of requests."""
-    drawn = [r for r in requests if _is_drawn(r)]
+    drawn = [r for r in requests if r.drawn]
     filtered = [r for r in drawn if r.top_k or r.top_p < 1]
     need = max((r.top_k or vocab for r in filtered), default=0)
     candidates = next((c for c in CANDIDATES if need <= c < vocab), vocab)
-    return Mode(
-        len(drawn) < len(requests),
-        bool(drawn),
-        len(filtered) < len(drawn),
-        candidates,
-        any(r.logprobs >= 0 for r in requests),
-    )
+    logprobs = any(r.logprobs >= 0 for r in requests)
+    return Mode(len(drawn) < len(requests), bool(drawn), len(filtered) < len(drawn), candidates, logprobs)
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode) -> jax.Array:

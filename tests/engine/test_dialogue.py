@@ -69,15 +69,17 @@ def test_fit_reads_each_message_once_or_twice(monkeypatch):
 
 
 def test_pieces_join_what_is_of_one_kind_and_wait_for_whole_characters():
-    pieces = dialogue.Pieces(TOK)
+    reader = dialogue.Reader(TOK)
+
+    def said(ids):
+        return dialogue.joined(map(reader.push, ids))
+
     snow = "雪".encode()
-    assert pieces.push([*b"a", snow[0]]) == [("text", "a")]
-    assert pieces.push([*snow[1:], TOK.python_start, *b"1+1"]) == [("text", "雪"), ("python", "1+1")]
-    assert pieces.push([TOK.python_end, TOK.output_start, *b"2", TOK.output_end, *b"!", snow[0]]) == [
-        ("python_output", "2"),
-        ("text", "!"),
-    ]
-    assert pieces.flush() == [("text", "\ufffd")]
+    assert said([*b"a", snow[0]]) == [("text", "a")]
+    assert said([*snow[1:], TOK.python_start, *b"1+1"]) == [("text", "雪"), ("python", "1+1")]
+    last = [TOK.python_end, TOK.output_start, *b"2", TOK.output_end, *b"!", snow[0]]
+    assert said(last) == [("python_output", "2"), ("text", "!")]
+    assert dialogue.joined([reader.flush()]) == [("text", "\ufffd")]
 
 
 def test_reader_counts_calls_also_where_a_model_opens_and_closes_at_will():
