@@ -156,7 +156,7 @@ def test_nothing_outlives_the_evaluator(mode, ended_by, tmp_path):
         _wait(lambda: len(processes_with(str(tmp_path))) >= 6)  # two workers, each with init and the program
     finally:
         evaluator.send_signal(ended_by)
-        evaluator.wait(20)
+        evaluator.wait(60)
     _wait(lambda: not processes_with(str(tmp_path)))
     assert os.listdir(tmp_path) == []
 
