@@ -137,17 +137,11 @@ def use_compilation_cache(folder: Path) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _chip(kind: str):
-    return next((c for c in _CHIPS if c[0] in kind.lower()), None)
-
-
 def peak_flops(kind: str) -> float | None:
     """Dense bf16 FLOP/s of one device of this kind, or None."""
-    chip = _chip(kind)
-    return chip[1] if chip else None
+    return next((flops for name, flops, _ in _CHIPS if name in kind.lower()), None)
 
 
 def bandwidth(kind: str) -> float | None:
     """Bytes/s of one device's memory, or None."""
-    chip = _chip(kind)
-    return chip[2] if chip else None
+    return next((bandwidth for name, _, bandwidth in _CHIPS if name in kind.lower()), None)

@@ -12,18 +12,8 @@ import numpy as np
 from evals.report import plots
 from nanochat_jax.config import SweepConfig
 from nanochat_jax.files import atomic_write_json, atomic_write_text
-from nanochat_jax.planning.fit import (
-    LEVEL,
-    SIZES,
-    Cost,
-    Interval,
-    LawFit,
-    NoFit,
-    Optimum,
-    Parabolas,
-    fit_law,
-    fit_parabolas,
-)
+from nanochat_jax.planning import fit
+from nanochat_jax.planning.fit import LEVEL, Cost, Interval, LawFit, NoFit, Optimum, Parabolas
 from nanochat_jax.words import DASH, count, listed, table
 
 PLOT = "isoflop.png"
@@ -69,17 +59,17 @@ class Found:
         return (located[-1], "a parabola") if located else None
 
 
-def fit(sweep: SweepConfig, found: list[Result]) -> Found:
+def fitted(sweep: SweepConfig, found: list[Result]) -> Found:
     params = [r.params for r in found]
-    if len(set(params)) < SIZES:
-        why = f"a fit needs {SIZES} sizes of model, here are {len(set(params))}"
+    if len(set(params)) < fit.SIZES:
+        why = f"a fit needs {fit.SIZES} sizes of model, here are {len(set(params))}"
         return Found(None, why, why)
     cost, losses = Cost.of(params, [r.flops_per_token for r in found]), [r.val_loss for r in found]
     parabolas: Parabolas | str = "only budgets of FLOPs (sweep.flops) give iso-FLOP curves"
     if sweep.flops:
-        parabolas = _or_why(fit_parabolas, params, losses, [r.budget for r in found], cost)
+        parabolas = _or_why(fit.fit_parabolas, params, losses, [r.budget for r in found], cost)
     budgets = sorted({r.budget for r in found}) if sweep.flops else [max(r.flops for r in found)]
-    return Found(cost, parabolas, _or_why(fit_law, params, [r.tokens for r in found], losses, cost, budgets))
+    return Found(cost, parabolas, _or_why(fit.fit_law, params, [r.tokens for r in found], losses, cost, budgets))
 
 
 def _or_why(fitting, *args):
@@ -92,7 +82,7 @@ def _or_why(fitting, *args):
 
 def write(out: Path, sweep: SweepConfig, found: list[Result], failed: list[str]) -> dict:
     """Writes sweep.md, sweep.json and the plot; returns what is said of the sweep in one line."""
-    fits = fit(sweep, found)
+    fits = fitted(sweep, found)
 
     def plain(of):
         return {"why_not": of} if isinstance(of, str) else of and dataclasses.asdict(of)
