@@ -1,4 +1,4 @@
-"""Words of the page: Markdown's parts, numbers as people read them, and text from outside made harmless."""
+"""Markdown's parts, numbers as people read them, and text from outside made harmless."""
 
 from __future__ import annotations
 
@@ -29,11 +29,8 @@ def fence(text: str, language: str = "text") -> str:
 
 def printable(text: str) -> str:
     """Without what moves cursors, reverses lines or cannot be seen."""
-    return "".join(c if _seen(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _seen(c: str) -> bool:
-    return c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"  # other spaces than ASCII's
+    shown = (c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs" for c in text)  # Zs: other spaces
+    return "".join(c if is_shown else "\N{REPLACEMENT CHARACTER}" for c, is_shown in zip(text, shown))
 
 
 def plain(text: str) -> str:

@@ -21,7 +21,7 @@ def write_report(run_dir: str | Path, html: bool = False) -> Path:
 
     UserError where `run_dir` is not a run directory.
     """
-    from evals.report import cost, curves, limits, machine, samples, scores, tasks
+    from evals.report import curves, limits, machine, samples, scores, tasks
     from evals.report.facts import Facts
     from evals.report.html import to_html
 
@@ -36,7 +36,7 @@ def write_report(run_dir: str | Path, html: bool = False) -> Path:
         tasks.chat(facts),
         samples.section(facts),
         samples.answers(facts),
-        cost.section(facts),
+        machine.cost(facts),
         limits.section(facts),
         machine.section(facts),
     ]

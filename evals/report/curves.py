@@ -39,14 +39,17 @@ def rates(facts: Facts, stage: str) -> tuple[list[int], list[float]]:
     return [r["step"] for r in found], [r["tokens_per_second"] * sampled_share(facts, stage, r) for r in found]
 
 
+def median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
 def mfu(facts: Facts, stage: str) -> float | None:
     """The median share of the devices' peak. None where the peak is unknown, and of RL, which samples as well."""
-    found = [r["mfu"] for r in facts.metrics[stage] if r.get("mfu") is not None][1:]
-    return statistics.median(found) if found and stage != "rl" else None
+    return None if stage == "rl" else median(points(facts.metrics[stage], "mfu")[1][1:])
 
 
 def section(facts: Facts) -> str:
-    images = []
+    images, rl = [], facts.metrics["rl"]
 
     def add(name: str, title: str, panels: list[Panel], **how) -> None:
         panels = [p for p in panels if any(len(s.x) > 1 for s in p.series)]
@@ -54,32 +57,30 @@ def section(facts: Facts) -> str:
             draw(facts.dir / "report" / f"{name}.png", panels, **how)
             images.append(f"![{title}](report/{name}.png)")
 
-    def of_stages(stages: Sequence[str], title: str, unit: str, key: str, smooth: bool = False) -> list[Panel]:
-        return [
-            Panel(
-                f"{s}: {title}",
-                unit,
-                [Series("", *points(facts.metrics[s], key), smooth, not smooth)],
-                STAGE_COLOURS[s],
-            )
-            for s in stages
-        ]
+    def of(stage: str, title: str, unit: str, key: str, smooth: bool = False, **how) -> Panel:
+        return _one_line(stage, title, unit, points(facts.metrics[stage], key), smooth, **how)
 
     learned = ("base", "mid", "sft")
-    add("loss", "Training loss", of_stages(learned, "training loss", "nats per token", "loss", smooth=True))
-    add("bpb", "Validation", of_stages(learned, "validation", "bits per byte", "val_bpb"), shared=True)
-    add("core", "CORE while training", of_stages(["base"], "CORE while training", "mean centred accuracy", "core"))
-    add("reward", "Reward of RL", _reward(facts.metrics["rl"]))
-    add("policy", "What RL does to the answers", _policy(facts.metrics["rl"]))
+    add("loss", "Training loss", [of(s, "training loss", "nats per token", "loss", smooth=True) for s in learned])
+    add("bpb", "Validation", [of(s, "validation", "bits per byte", "val_bpb") for s in learned], shared=True)
+    add("core", "CORE while training", [of("base", "CORE while training", "mean centred accuracy", "core")])
+    add("reward", "Reward of RL", _reward(rl))
+    policy = [of("rl", title, unit, key, smooth=True, from_zero=True) for key, title, unit in POLICY]
+    add("policy", "What RL does to the answers", policy)
     add("throughput", "Throughput", [_throughput(facts, s) for s in STAGES])
     return "\n\n".join(["## Curves", *images]) if images else ""
 
 
+def _one_line(stage: str, title: str, unit: str, xy: tuple, smooth: bool, **how) -> Panel:
+    x, y = xy
+    return Panel(f"{stage}: {title}", unit, [Series("", x, y, smooth, not smooth)], STAGE_COLOURS[stage], **how)
+
+
 def _reward(rl: list[dict]) -> list[Panel]:
-    names = dict.fromkeys(k for r in rl for k in r)
-    rewards = [Series("all" if k == "reward" else k.split("/")[0], *points(rl, k), True)
-               for k in names if k == "reward" or k.endswith("/reward")]  # fmt: skip
-    passed = [Series(k, *points(rl, k), marks=True) for k in names if k.startswith("pass@")]
+    keys = dict.fromkeys(k for r in rl for k in r)
+    rewarded = [k for k in keys if k == "reward" or k.endswith("/reward")]
+    rewards = [Series("all" if k == "reward" else k.split("/")[0], *points(rl, k), smooth=True) for k in rewarded]
+    passed = [Series(k, *points(rl, k), marks=True) for k in keys if k.startswith("pass@")]
     passed.sort(key=lambda s: int(s.label[5:]))
     passed = passed[:1] + passed[1:][-1:]  # the first and the last are enough to see
     return [
@@ -88,17 +89,9 @@ def _reward(rl: list[dict]) -> list[Panel]:
     ]
 
 
-def _policy(rl: list[dict]) -> list[Panel]:
-    return [
-        Panel(f"rl: {title}", unit, [Series("", *points(rl, key), True)], STAGE_COLOURS["rl"], from_zero=True)
-        for key, title, unit in POLICY
-    ]
-
-
 def _throughput(facts: Facts, stage: str) -> Panel:
-    x, y = rates(facts, stage)
+    steps, rate = rates(facts, stage)
     share = mfu(facts, stage)
-    right = (100 * share / statistics.median(y), "MFU, %") if share and y else None
+    right = (100 * share / statistics.median(rate), "MFU, %") if share and rate else None
     title, unit = ("sampled tokens", "tokens/s sampled") if stage == "rl" else ("throughput", "tokens/s")
-    series = [Series("", x, y, smooth=True)]
-    return Panel(f"{stage}: {title}", unit, series, STAGE_COLOURS[stage], from_zero=True, right=right)
+    return _one_line(stage, title, unit, (steps, rate), smooth=True, from_zero=True, right=right)

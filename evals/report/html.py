@@ -40,32 +40,24 @@ PAGE = """<!doctype html>
 def to_html(markdown: str, run_dir: Path, title: str) -> str:
     """The whole file; images are read from run_dir."""
     md = MarkdownIt("commonmark").enable("table").disable(["link", "autolink", "reference"])
-    tokens = md.parse(markdown)
-    contents = _name_sections(tokens)
-    rules = md.renderer.rules
-    rules["html_block"] = rules["html_inline"] = lambda tokens, i, *_: _few_tags(tokens[i].content)
-    rules["image"] = lambda tokens, i, *_: _image(run_dir, tokens[i])
-    rules["table_open"] = lambda *_: '<div class="wide" tabindex="0"><table>\n'
-    rules["table_close"] = lambda *_: "</table></div>\n"
-    links = " ".join(f'<a href="#{name}">{html.escape(text)}</a>' for name, text in contents)
-    return PAGE.format(
-        policy=html.escape(POLICY),
-        title=html.escape(title),
-        style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
-        contents=links,
-        body=md.renderer.render(tokens, md.options, {}),
-    )
-
-
-def _name_sections(tokens: list) -> list[tuple[str, str]]:
-    """Gives the sections ids; returns (id, title) of each."""
-    out = []
+    for rule in ("html_block", "html_inline"):
+        md.add_render_rule(rule, lambda _, tokens, i, *rest: _few_tags(tokens[i].content))
+    md.add_render_rule("image", lambda _, tokens, i, *rest: _image(run_dir, tokens[i]))
+    md.add_render_rule("table_open", lambda *_: '<div class="wide" tabindex="0"><table>\n')
+    md.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    tokens, links = md.parse(markdown), []
     for opening, inside in zip(tokens, tokens[1:]):
         if opening.type == "heading_open" and opening.tag == "h2":
             name = re.sub(r"\W+", "-", inside.content.lower())
             opening.attrSet("id", name)
-            out.append((name, inside.content))
-    return out
+            links.append(f'<a href="#{name}">{html.escape(inside.content)}</a>')
+    return PAGE.format(
+        policy=html.escape(POLICY),
+        title=html.escape(title),
+        style=Path(__file__).with_name("page.css").read_text(encoding="utf-8"),
+        contents=" ".join(links),
+        body=md.renderer.render(tokens, md.options, {}),
+    )
 
 
 def _few_tags(text: str) -> str:

@@ -6,10 +6,13 @@ any colour vision (Okabe and Ito 2008, the purple darkened) and keep their meani
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from nanochat_jax.words import count
 
@@ -17,10 +20,23 @@ STAGE_COLOURS = {"base": "#0072B2", "mid": "#D55E00", "sft": "#009E73", "rl": "#
 COLOURS = tuple(STAGE_COLOURS.values())
 INK, QUIET, GRID = "#1f2933", "#52606d", "#e4e7eb"
 WIDTH, ROW, DPI = 9.0, 2.9, 180  # inches, inches, pixels of an inch: twice what a page shows
+_TICKS = {"color": QUIET, "labelsize": 9, "major.size": 0, "minor.size": 0}
+STYLE = {
+    "axes": {
+        **{"titlelocation": "left", "titlesize": 11, "titlecolor": INK, "titleweight": "bold"},
+        **{"labelsize": 9.5, "labelcolor": QUIET, "edgecolor": GRID, "axisbelow": True, "grid": True},
+        **{"spines.top": False, "spines.right": False, "spines.left": False},
+    },
+    "grid": {"color": GRID, "linewidth": 0.8},
+    "xtick": _TICKS,
+    "ytick": _TICKS,
+    "legend": {"frameon": False, "fontsize": 9, "labelcolor": INK},
+}
+_OVER_LINES = {"frameon": True, "facecolor": "white", "edgecolor": "none", "framealpha": 1}  # a legend
+_DASHED = (0, (4, 3))
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """One line. `smooth` draws the points faintly and a moving average over them; `marks` dots the points."""
 
     label: str
@@ -30,8 +46,7 @@ class Series:
     marks: bool = False
 
 
-@dataclass(frozen=True)
-class Panel:
+class Panel(NamedTuple):
     """One pair of axes. share: from 0 to 1; from_zero: the scale begins there.
 
     right: (factor, label) of a second scale, `factor` times the first.
@@ -46,8 +61,7 @@ class Panel:
     right: tuple[float, str] | None = None
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """`other` is marked beside the bar."""
 
     name: str
@@ -58,58 +72,43 @@ class Bar:
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
     """Each value's mean with up to `window` - 1 values before it."""
-    out, total = [], 0.0
-    for i, v in enumerate(values):
-        total += v - (values[i - window] if i >= window else 0.0)
-        out.append(total / min(i + 1, window))
-    return out
+    total = np.cumsum(values, dtype=float)
+    total[window:] = total[window:] - total[:-window]
+    return (total / np.minimum(np.arange(1, len(total) + 1), window)).tolist()
 
 
-def _figure(height: float):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+@contextlib.contextmanager
+def _drawing(path: Path, height: float) -> Iterator:
+    """A figure, which is written at the end."""
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def _dress(axes, title: str, grid: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
-    axes.grid(axis=grid, color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines[["bottom"]].set_color(GRID)
-    axes.tick_params(colors=QUIET, length=0, labelsize=9)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(color=QUIET, fontsize=9.5)
+    style: dict = {f"{group}.{name}": value for group, of in STYLE.items() for name, value in of.items()}
+    with rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
 
 # ---------------------------------------------------------------------------------------------------- over steps
 
 
-def draw(path: Path, panels: Sequence[Panel], *, x_label: str = "step", shared: bool = False) -> None:
+def draw(path: Path, panels: Sequence[Panel], shared: bool = False) -> None:
     """Writes panels side by side, in two rows where they are more than three; `shared`: with one vertical scale."""
     across = len(panels) if len(panels) <= 3 else -(-len(panels) // 2)
     down = -(-len(panels) // across)
-    figure = _figure(ROW * down if across > 1 else 3.4)
-    grid = figure.subplots(down, across, squeeze=False, sharey=shared).ravel()
-    for axes, panel in zip(grid, panels):
-        _panel(axes, panel, x_label)
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    if shared:
-        for axes in grid[1:]:
+    with _drawing(path, ROW * down if across > 1 else 3.4) as figure:
+        grid = figure.subplots(down, across, squeeze=False, sharey=shared).ravel()
+        for axes, panel in zip(grid, panels):
+            _panel(axes, panel)
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[1:] if shared else ():
             axes.set_ylabel("")
-    _save(figure, path)
 
 
-def _panel(axes, panel: Panel, x_label: str) -> None:
+def _panel(axes, panel: Panel) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     colours = (panel.colour,) if panel.colour else COLOURS
@@ -126,21 +125,17 @@ def _panel(axes, panel: Panel, x_label: str) -> None:
         _frame(axes, panel.series, panel.from_zero)
     elif panel.from_zero:
         axes.set_ylim(bottom=0)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(panel.y_label)
-    _dress(axes, panel.title, "both")
+    axes.set(title=panel.title, xlabel="step", ylabel=panel.y_label)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
-    if axes.get_ylim()[1] >= 1000:
-        axes.yaxis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
+    for axis in (axes.xaxis, axes.yaxis) if axes.get_ylim()[1] >= 1000 else (axes.xaxis,):
+        axis.set_major_formatter(EngFormatter(sep="\N{NARROW NO-BREAK SPACE}"))
     if panel.right:
         factor, label = panel.right
         second = axes.secondary_yaxis("right", functions=(lambda y: y * factor, lambda y: y / factor))
-        second.set_ylabel(label, color=QUIET, fontsize=9.5)
-        second.tick_params(colors=QUIET, length=0, labelsize=9)
+        second.set_ylabel(label)
         second.spines[["right"]].set_visible(False)
     if len(panel.series) > 1:
-        axes.legend(frameon=False, fontsize=9, labelcolor=INK)
+        axes.legend()
 
 
 def _frame(axes, series: Sequence[Series], from_zero: bool) -> None:
@@ -162,46 +157,39 @@ def bars(
     x_label: str,
     found: Sequence[Bar],
     *,
+    mean: tuple[float, str],
     zero: tuple[float, str] = (0.0, "chance"),
-    mean: tuple[float, str] | None = None,
     other: str = "",
 ) -> None:
     """Writes bars with their standard errors, the last one on top, from a line at `zero`; another line at `mean`.
 
     other: what the marks beside the bars are.
     """
-    figure = _figure(1.1 + 0.23 * len(found))
-    axes, (origin, origin_name) = figure.add_subplot(), zero
-    places = range(len(found))
-    widths = [b.value - origin for b in found]
-    error = {"ecolor": INK, "elinewidth": 1, "capsize": 2.5}
-    errors = [b.error or math.nan for b in found]  # none is drawn where it says nothing
-    axes.barh(places, widths, left=origin, height=0.66, color=COLOURS[0], alpha=0.85, xerr=errors, error_kw=error)
-    axes.axvline(origin, color=INK, linewidth=1.2)
-    marked = [(b.other, i) for i, b in zip(places, found) if b.other is not None]
-    if marked:
-        style = {"marker": "D", "s": 30, "facecolor": "white", "edgecolor": COLOURS[1], "linewidth": 1.6, "zorder": 4}
-        axes.scatter(*zip(*marked), label=other, **style)
-    if mean:
-        value, name = mean
-        axes.axvline(value, color=COLOURS[1], linewidth=1.4, linestyle=(0, (4, 3)), label=f"{name}: {value:.3f}")
-    axes.set_yticks(places, [b.name for b in found])
-    axes.set_ylim(-0.7, len(found) - 0.3)
-    axes.margins(x=0.04)
-    axes.set_xlabel(f"{x_label} (solid line: {origin_name})")
-    _dress(axes, title, "x")
-    axes.tick_params(axis="y", colors=INK)
-    if mean or marked:
-        over = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line
-        axes.legend(fontsize=9, labelcolor=INK, loc="lower right", **over)
-    _save(figure, path)
+    with _drawing(path, 1.1 + 0.23 * len(found)) as figure:
+        axes, (origin, origin_name), (value, name) = figure.add_subplot(), zero, mean
+        places = range(len(found))
+        widths = [b.value - origin for b in found]
+        error = {"ecolor": INK, "elinewidth": 1, "capsize": 2.5}
+        errors = [b.error or math.nan for b in found]  # none is drawn where it says nothing
+        axes.barh(places, widths, left=origin, height=0.66, color=COLOURS[0], alpha=0.85, xerr=errors, error_kw=error)
+        axes.axvline(origin, color=INK, linewidth=1.2)
+        if marked := [(b.other, i) for i, b in enumerate(found) if b.other is not None]:
+            edge = {"facecolor": "white", "edgecolor": COLOURS[1], "linewidth": 1.6}
+            axes.scatter(*zip(*marked), label=other, marker="D", s=30, zorder=4, **edge)
+        axes.axvline(value, color=COLOURS[1], linewidth=1.4, linestyle=_DASHED, label=f"{name}: {value:.3f}")
+        axes.set_yticks(places, [b.name for b in found])
+        axes.set_ylim(-0.7, len(found) - 0.3)
+        axes.margins(x=0.04)
+        axes.set(title=title, xlabel=f"{x_label} (solid line: {origin_name})")
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", colors=INK)
+        axes.legend(loc="lower right", **_OVER_LINES)
 
 
 # ---------------------------------------------------------------------------------------------------- over sizes
 
 
-@dataclass(frozen=True)
-class IsoFlop:
+class IsoFlop(NamedTuple):
     """The models of one budget. x: of both panels; lines: name -> (x of the left, x of the right, y), a curve each."""
 
     label: str
@@ -224,31 +212,26 @@ def isoflops(
     from matplotlib import colormaps
     from matplotlib.ticker import LogLocator, NullLocator
 
-    figure, dashes = _figure(3.6), {"the law": "-", "parabolas": (0, (4, 3))}
-    left, right = figure.subplots(1, 2, sharey=True)
-    for n, curve in enumerate(curves):
-        colour = colormaps["viridis_r"](0.2 + 0.8 * n / max(len(curves) - 1, 1))
-        for side, axes in enumerate((left, right)):
-            axes.plot(curve.x[side], curve.y, "o", color=colour, markersize=5, label=curve.label)
-            for name, line in curve.lines.items():
-                axes.plot(line[side], line[2], color=colour, linestyle=dashes[name], linewidth=1.5)
-    if band:
-        said = f"best: {band[1]:.3g} ({band[0]:.3g} to {band[2]:.3g})"
-        right.axvspan(band[0], band[2], color=GRID, zorder=0, label=said)
-        right.axvline(band[1], color=QUIET, linewidth=1.2)
-    for name in dict.fromkeys(name for curve in curves for name in curve.lines):
-        left.plot([], [], color=QUIET, linestyle=dashes[name], linewidth=1.5, label=name)
-    for axes, label in zip((left, right), x_labels):
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
-        _dress(axes, f"Loss by {label}", "both")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if 1e-3 < x < 1e3 else count(x))
-        axes.xaxis.set_minor_locator(NullLocator())
-    left.set_ylabel(y_label)
-    left.legend(frameon=False, fontsize=9, labelcolor=INK)
-    if band:
-        handles, labels = right.get_legend_handles_labels()
-        over = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line
-        right.legend(handles[-1:], labels[-1:], fontsize=9, labelcolor=INK, **over)
-    _save(figure, path)
+    dashes = {"the law": "-", "parabolas": _DASHED}
+    with _drawing(path, 3.6) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for n, curve in enumerate(curves):
+            colour = colormaps["viridis_r"](0.2 + 0.8 * n / max(len(curves) - 1, 1))
+            for side, axes in enumerate((left, right)):
+                axes.plot(curve.x[side], curve.y, "o", color=colour, markersize=5, label=curve.label)
+                for name, line in curve.lines.items():
+                    axes.plot(line[side], line[2], color=colour, linestyle=dashes[name], linewidth=1.5)
+        if band:
+            low, value, high = band
+            shown = right.axvspan(low, high, color=GRID, zorder=0, label=f"best: {value:.3g} ({low:.3g} to {high:.3g})")
+            right.axvline(value, color=QUIET, linewidth=1.2)
+            right.legend(handles=[shown], **_OVER_LINES)
+        for name in dict.fromkeys(name for curve in curves for name in curve.lines):
+            left.plot([], [], color=QUIET, linestyle=dashes[name], linewidth=1.5, label=name)
+        for axes, label in zip((left, right), x_labels):
+            axes.set(title=f"Loss by {label}", xlabel=label, xscale="log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if 1e-3 < x < 1e3 else count(x))
+            axes.xaxis.set_minor_locator(NullLocator())
+        left.set_ylabel(y_label)
+        left.legend()

@@ -12,13 +12,14 @@ EACH = 2  # right and wrong answers to a task
 
 def section(facts: Facts) -> str:
     """Of all stages, the latest first and open."""
-    stages = [s for s in STAGES if facts.evals.get(s, {}).get("samples")]
-    blocks = []
-    for stage in reversed(stages):
-        texts = [_sample(stage, sample) for sample in facts.evals[stage]["samples"]]
-        block = fence("\n\n".join(texts))
-        blocks.append(fold(stage.upper(), block) if blocks else f"**{stage.upper()}**\n\n{block}")
-    return "\n\n".join(["## Samples\n\nGreedy.", *blocks]) if blocks else ""
+    found = {s: facts.evals[s].get("samples") for s in reversed(STAGES)}
+    blocks = {s.upper(): fence("\n\n".join(_sample(s, x) for x in samples)) for s, samples in found.items() if samples}
+    return "\n\n".join(["## Samples\n\nGreedy.", *_first_open(blocks)]) if blocks else ""
+
+
+def _first_open(blocks: dict[str, str]) -> list[str]:
+    """{title: text} as parts of the page, of which all but the first are folded."""
+    return [fold(*b) if i else "**{}**\n\n{}".format(*b) for i, b in enumerate(blocks.items())]
 
 
 def _sample(stage: str, sample: dict) -> str:
@@ -29,38 +30,33 @@ def _sample(stage: str, sample: dict) -> str:
 
 def answers(facts: Facts) -> str:
     """Of the latest stage that has some: the first right and wrong answers to each generative task."""
-    stage = next((s for s in reversed(STAGES) if _generative(facts, s)), None)
-    if stage is None:
-        return ""
-    blocks = []
-    for task in _generative(facts, stage):
-        found = facts.answers(stage, task)
-        right = sum(r["correct"] for r in found)
-        chosen = [r for verdict in (False, True) for r in [x for x in found if x["correct"] is verdict][:EACH]]
-        body = "\n\n".join(_answer(r) for r in chosen)
-        title = f"{titled(task)}: {right:,} of {len(found):,} right"
-        blocks.append(fold(title, body) if blocks else f"**{title}**\n\n{body}")
-    more = f"`python -m evals show RUN:{stage} --task NAME --wrong` shows all."
-    return "\n\n".join([f"## Answers, wrong and right\n\nThe first of each, of {stage}. {more}", *blocks])
-
-
-def _generative(facts: Facts, stage: str) -> list[str]:
-    asked = facts.chat(stage)
-    return [t for t in facts.tasks() if asked.get(t, {}).get("kind") == "generative" and facts.answers(stage, t)]
+    for stage in reversed(STAGES):
+        asked = [task for task in facts.tasks if facts.chat[stage].get(task, {}).get("kind") == "generative"]
+        blocks = {}
+        for task in asked:
+            if found := facts.answers(stage, task):
+                right, wrong = ([r for r in found if r["correct"] is verdict] for verdict in (True, False))
+                title = f"{titled(task)}: {len(right):,} of {len(found):,} right"
+                blocks[title] = "\n\n".join(map(_answer, wrong[:EACH] + right[:EACH]))
+        if blocks:
+            more = f"`python -m evals show RUN:{stage} --task NAME --wrong` shows all."
+            head = f"## Answers, wrong and right\n\nThe first of each, of {stage}. {more}"
+            return "\n\n".join([head, *_first_open(blocks)])
+    return ""
 
 
 def _answer(record: dict) -> str:
     """A question with its answer, the verdict and what there is to say of that."""
-    verdict = "right" if record["correct"] else "wrong"
-    said = [f"{n:,} token{'s' * (n != 1)}"] if (n := record.get("tokens")) is not None else []
-    if record.get("finish_reason", "stop") != "stop":
-        said.append({"length": "cut off at the limit"}.get(record["finish_reason"], plain(record["finish_reason"])))
+    said = ["**right**" if record["correct"] else "**wrong**"]
+    if (n := record.get("tokens")) is not None:
+        said.append(f"{n:,} token{'s' * (n != 1)}")
+    if (reason := record.get("finish_reason", "stop")) != "stop":
+        said.append("cut off at the limit" if reason == "length" else plain(reason))
     if record.get("reason"):
         said.append(plain(cut(record["reason"], 200, 3)))
-    title = f"Question {record['index']:,}: **{verdict}**" + (f", {', '.join(said)}" if said else "")
     lines = ["> " + cut(record["prompt"].strip(), CHARS, LINES).replace("\n", "\n> ")]
     lines.append(cut(records.said(record).strip(), CHARS, LINES) or "(nothing)")
     if not record["correct"] and record.get("expected"):
-        expected = record["expected"].rpartition(record["prompt"])[2]  # code is asked to be gone on with
+        expected = record["expected"].rpartition(record["prompt"])[2]  # of code the prompt is the beginning
         lines.append("expected:\n" + cut(expected.strip("\n"), CHARS // 2, LINES // 2))
-    return title + "\n\n" + fence("\n\n".join(lines))
+    return f"Question {record['index']:,}: {', '.join(said)}\n\n" + fence("\n\n".join(lines))

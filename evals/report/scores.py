@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
-from evals.report.facts import STAGES, Facts, stand_ins, titled
-from nanochat_jax.words import DASH, duration, listed, percent, plain, plus_minus, table
+from evals.report.facts import Facts, names, stand_ins, titled
+from nanochat_jax.words import DASH, duration, listed, percent, plus_minus, table
 
 LEGEND = (
     "± is one standard error, left out where all answers were right, or none: its formula says nothing there. Bold is "
@@ -21,125 +21,110 @@ class Cell(NamedTuple):
     notes: tuple[str, ...] = ()
     over: tuple[str, ...] = ()  # of what it is the mean: means over different tasks cannot be compared
 
-
-class Notes:
-    """Numbered remarks; the same text gets the same number."""
-
-    def __init__(self):
-        self.texts: list[str] = []
-
-    def mark(self, texts: Sequence[str]) -> str:
-        self.texts += [text for text in texts if text not in self.texts]
-        numbers = ", ".join(str(self.texts.index(text) + 1) for text in texts)
-        return f" <sup>{numbers}</sup>" if numbers else ""
-
-    def __str__(self):
-        return "\n".join(f"{i}. {text}" for i, text in enumerate(self.texts, 1))
+    @property
+    def printed(self) -> str:
+        """The value without its error."""
+        return self.text.split(" ± ")[0]
 
 
 def section(facts: Facts) -> str:
-    if not facts.evals:
+    if not facts.evaluated:
         return "## Scores\n\nNo stage has been evaluated."
-    stages, notes, rows = [s for s in STAGES if s in facts.evals], Notes(), []
+    notes: dict[str, int] = {}  # remarks and their numbers
+    rows = []
 
-    def row(title: str, chance: str, cell: Callable[[str], Cell | None], best=max) -> None:
-        cells = {s: c for s in stages if (c := cell(s))}
-        if cells:
-            rows.append([title, chance, *_texts(stages, cells, best, notes)])
+    def row(title: str, chance: str, cells: list[Cell | None], best=max) -> None:
+        if any(cells):
+            rows.append([title, chance, *_texts(cells, best, notes)])
 
-    row("bits per byte (↓)", DASH, lambda s: _bpb(facts.evals[s].get("bpb")), best=min)
-    row("below byte frequencies", "0 %", lambda s: _below_unigram(facts.evals[s].get("bpb")))
-    row("CORE", "0", lambda s: _core(facts.core(s)))
-    row("CORE by the right answers", "0", lambda s: _core_corrected(facts.core(s)))
-    in_part = f"Not all questions were asked of {facts.asked_in_part()}."
-    for task in facts.tasks():
-        chance = next(facts.chat(s)[task]["baseline"] for s in stages if task in facts.chat(s))
-        row(titled(task), f"{chance:.2f}", lambda s, task=task: _task(facts.chat(s).get(task), in_part))
-    row("ChatCORE", "0", lambda s: _chatcore(facts.evals[s], in_part))
-    head = ["", "chance", *(s.upper() for s in stages)]
-    return "\n\n".join(filter(None, ["## Scores", table(head, rows), str(notes), _took(facts), LEGEND]))
-
-
-def _took(facts: Facts) -> str:
-    if not facts.seconds:
-        return ""
-    price = facts.config.price_per_hour
-    cost = "" if price is None else f", ${price * facts.seconds / 3600:,.2f}"
-    return f"**Total wall-clock: {duration(facts.seconds)}{cost}**, for training and evaluation."
+    evals, in_part = [facts.evals[s] for s in facts.evaluated], facts.asked_in_part()
+    bpb, core = [e.get("bpb") or {} for e in evals], [facts.core.get(s, {}) for s in facts.evaluated]
+    row("bits per byte (↓)", DASH, [*map(_bpb, bpb)], best=min)
+    row("below byte frequencies", "0 %", [*map(_below_unigram, bpb)])
+    row("CORE", "0", [*map(_core, core)])
+    row("CORE by the right answers", "0", [*map(_core_corrected, core)])
+    for task in facts.tasks:
+        asked = [facts.chat[s].get(task, {}) for s in facts.evaluated]
+        chance = next(found["baseline"] for found in asked if found)
+        row(titled(task), f"{chance:.2f}", [_task(found, in_part) for found in asked])
+    row("ChatCORE", "0", [_chatcore(e, in_part) for e in evals])
+    head = ["", "chance", *map(str.upper, facts.evaluated)]
+    remarks = "\n".join(f"{number}. {text}" for text, number in notes.items())
+    price, took = facts.config.price_per_hour, ""
+    if facts.seconds:
+        cost = "" if price is None else f", ${price * facts.seconds / 3600:,.2f}"
+        took = f"**Total wall-clock: {duration(facts.seconds)}{cost}**, for training and evaluation."
+    return "\n\n".join(filter(None, ["## Scores", table(head, rows), remarks, took, LEGEND]))
 
 
-def _texts(stages: list[str], cells: dict[str, Cell], best, notes: Notes) -> list[str]:
-    """A row; bold where it is the best as it is printed, if they can be compared and not all are alike."""
-    bare = {s: c.text.split(" ± ")[0] for s, c in cells.items()}
-    top = bare[best(cells, key=lambda s: cells[s].value)]
-    comparable = len({c.over for c in cells.values()}) == 1 < len(set(bare.values()))
+def _texts(row: list[Cell | None], best: Callable, notes: dict[str, int]) -> list[str]:
+    """Bold where it is the best as it is printed, if the cells can be compared and not all are alike."""
+    cells = [cell for cell in row if cell]
+    top = best(cells, key=lambda cell: cell.value).printed
+    comparable = len({cell.over for cell in cells}) == 1 < len({cell.printed for cell in cells})
     out = []
-    for stage in stages:
-        cell = cells.get(stage)
-        if cell is None:
-            out.append(DASH)
-            continue
-        is_best = comparable and bare[stage] == top
-        out.append((f"**{cell.text}**" if is_best else cell.text) + notes.mark(cell.notes))
+    for cell in row:
+        text, remarks = (cell.text, cell.notes) if cell else (DASH, ())
+        numbers = ", ".join(str(notes.setdefault(remark, len(notes) + 1)) for remark in remarks)
+        text = f"**{text}**" if cell and comparable and cell.printed == top else text
+        out.append(f"{text} <sup>{numbers}</sup>" if numbers else text)
     return out
 
 
-def _bpb(bpb: dict | None) -> Cell | None:
-    if not bpb or bpb["bpb"] is None:
-        return None
-    return Cell(bpb["bpb"], plus_minus(bpb["bpb"], bpb.get("stderr"), 4))
+def _bpb(bpb: dict) -> Cell | None:
+    value = bpb.get("bpb")
+    return None if value is None else Cell(value, plus_minus(value, bpb.get("stderr"), 4))
 
 
-def _below_unigram(bpb: dict | None) -> Cell | None:
-    if not bpb or bpb.get("below_unigram") is None:
+def _below_unigram(bpb: dict) -> Cell | None:
+    value = bpb.get("below_unigram")
+    if value is None:
         return None
     note = f"Less than the {bpb['byte_unigram']:.2f} bits that the frequencies of the text's bytes alone allow."
-    return Cell(bpb["below_unigram"], percent(bpb["below_unigram"]), (note,))
+    return Cell(value, percent(value), (note,))
 
 
-def _core(core: dict | None) -> Cell | None:
-    if not core or core["core_metric"] is None:
+def _core(core: dict) -> Cell | None:
+    value = core.get("core_metric")
+    if value is None:
         return None
     said = []
     if core["missing"]:
-        said.append(f"without {listed([plain(n) for n in core['missing']])}, whose data are missing")
+        said.append(f"without {names(core['missing'])}, whose data are missing")
     if found := stand_ins(core):
-        said.append(f"stand-ins for data: {', '.join(found)}")
+        said.append(f"stand-ins for data: {found}")
     if core.get("max_per_task"):
         said.append(f"at most {core['max_per_task']:,} examples a task")
-    notes = []
-    if said:
-        kind = "Partial CORE" if core["partial"] else "CORE"
-        over = f"{core['n_tasks']} of {core['total_tasks']} tasks and {sum(core.get('n', {}).values()):,} examples"
-        notes.append(f"{kind}: over {over}; {'; '.join(said)}.")
-    text = plus_minus(core["core_metric"], core.get("core_stderr"), 4)
-    return Cell(core["core_metric"], text, tuple(notes), tuple(sorted(core["results"])))
+    kind = "Partial CORE" if core["partial"] else "CORE"
+    over = f"{core['n_tasks']} of {core['total_tasks']} tasks and {sum(core.get('n', {}).values()):,} examples"
+    notes = (f"{kind}: over {over}; {'; '.join(said)}.",) if said else ()
+    return Cell(value, plus_minus(value, core.get("core_stderr"), 4), notes, tuple(sorted(core["results"])))
 
 
-def _core_corrected(core: dict | None) -> Cell | None:
-    value = core and core.get("core_metric_corrected")
+def _core_corrected(core: dict) -> Cell | None:
+    value = core.get("core_metric_corrected")
     if value is None:
         return None
-    tasks = listed([plain(n) for n in core["corrected"]])
-    note = f"The bundle states wrong answers in {tasks}; here they are put right."
+    note = f"The bundle states wrong answers in {names(core['corrected'])}; here they are put right."
     return Cell(value, f"{value:.4f}", (note,), tuple(sorted(core["results"])))
 
 
-def _task(task: dict | None, in_part: str) -> Cell | None:
+def _in_part(task: dict) -> bool:
+    return task["n"] < task.get("of", task["n"])
+
+
+def _task(task: dict, in_part: str) -> Cell | None:
     """in_part: the remark on tasks of which not all questions were asked."""
     if not task:
         return None
-    notes = (in_part,) if task["n"] < task.get("of", task["n"]) else ()
-    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), notes)
+    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), (in_part,) * _in_part(task))
 
 
 def _chatcore(found: dict, in_part: str) -> Cell | None:
     score = found.get("chatcore")
     if not score or score["score"] is None:
         return None
-    asked, notes = (found["chat"][task] for task in score["tasks"]), []
-    if any(task["n"] < task.get("of", task["n"]) for task in asked):
-        notes.append(in_part)
+    notes = [in_part] if any(_in_part(found["chat"][task]) for task in score["tasks"]) else []
     if score["partial"]:
         over, missing = (listed([titled(n) for n in score[k]]) for k in ("tasks", "missing"))
         notes.append(f"Partial ChatCORE: over {over}, without {missing}; not to be compared with a whole one.")

@@ -10,22 +10,18 @@ from nanochat_jax.words import DASH, fold, plain, plus_minus, table
 def core(facts: Facts) -> str:
     """A chart and a table for each stage that has CORE."""
     blocks = []
-    for stage in STAGES:
-        found = facts.core(stage)
-        if not found:
-            continue
-        name = f"core_{stage}"
-        chart = [_core_bar(found, task) for task in sorted(found["results"], key=found["centered"].get)]
-        marks = "the right answers, where the bundle states wrong ones" if found.get("corrected") else ""
+    for stage, found in facts.core.items():
         bars(
-            facts.dir / "report" / f"{name}.png",
+            facts.dir / "report" / f"core_{stage}.png",
             f"CORE of {stage}, task by task" + (" (* stand-in data)" if found.get("substitutes") else ""),
             "accuracy centred at chance",
-            chart,
-            other=marks,
+            [_core_bar(found, task) for task in sorted(found["results"], key=found["centered"].get)],
+            other="the right answers, where the bundle states wrong ones" if found.get("corrected") else "",
             mean=(found["core_metric"], "CORE"),
         )
-        blocks.append(f"![CORE of {stage} by task](report/{name}.png)\n\n{fold('As a table', _core_table(found))}")
+        blocks.append(
+            f"![CORE of {stage} by task](report/core_{stage}.png)\n\n{fold('As a table', _core_table(found))}"
+        )
     return "\n\n".join(["## CORE by task", *blocks]) if blocks else ""
 
 
@@ -34,81 +30,71 @@ def _core_bar(core: dict, task: str) -> Bar:
     # centred = (accuracy - chance) / (1 - chance), so that this is 1 / (1 - chance)
     scale = (1 - centered) / (1 - accuracy) if accuracy < 1 else 1.0
     right = core.get("corrected", {}).get(task)
-    return Bar(
-        task + ("*" if task in core.get("substitutes", {}) else ""),
-        centered,
-        scale * core.get("stderr", {}).get(task, 0.0),
-        None if right is None else centered + scale * (right - accuracy),
-    )
+    name = task + ("*" if task in core.get("substitutes", {}) else "")
+    other = None if right is None else centered + scale * (right - accuracy)
+    return Bar(name, centered, scale * core.get("stderr", {}).get(task, 0.0), other)
 
 
 def _core_table(core: dict) -> str:
+    corrected = core.get("corrected", {})
     rows = []
     for task, accuracy in core["results"].items():
         name, stand_in = plain(task), core.get("substitutes", {}).get(task)
-        right = core.get("corrected", {}).get(task)
-        rows.append(
-            [
-                f"{name}\\* (from {plain(stand_in)})" if stand_in else name,
-                f"{core['n'][task]:,}" if "n" in core else DASH,
-                plus_minus(accuracy, core.get("stderr", {}).get(task)),
-                DASH if right is None else f"{right:.3f}",
-                f"{core['centered'][task]:.3f}",
-            ]
-        )
-    rows += [[f"{plain(task)}: no data", *[DASH] * 4] for task in core["missing"]]
-    head = ["task", "examples", "accuracy", "by the right answers", "centred"]
-    if not core.get("corrected"):
-        head.pop(3)
-        rows = [r[:3] + r[4:] for r in rows]
+        row = [f"{name}\\* (from {plain(stand_in)})" if stand_in else name]
+        row.append(f"{core['n'][task]:,}" if "n" in core else DASH)
+        row.append(plus_minus(accuracy, core.get("stderr", {}).get(task)))
+        if corrected:
+            row.append(f"{corrected[task]:.3f}" if task in corrected else DASH)
+        rows.append([*row, f"{core['centered'][task]:.3f}"])
+    head = ["task", "examples", "accuracy", *(["by the right answers"] if corrected else []), "centred"]
+    rows += [[f"{plain(task)}: no data", *[DASH] * (len(head) - 1)] for task in core["missing"]]
     return table(head, rows)
 
 
 def chat(facts: Facts) -> str:
     """Subjects of the tasks that have some, and pass@k."""
-    blocks = [_subjects(facts, task) for task in facts.tasks()]
-    blocks = list(filter(None, [_pass_at_k(facts), *blocks]))
+    blocks = [text for text in (_pass_at_k(facts), *(_subjects(facts, task) for task in facts.tasks)) if text]
     return "\n\n".join(["## More of the chat tasks", *blocks]) if blocks else ""
 
 
 def _subjects(facts: Facts, task: str) -> str:
-    stages = [s for s in STAGES if facts.chat(s).get(task, {}).get("subjects")]
-    if not stages:
+    by_stage = {s: found for s in STAGES if (found := facts.chat[s].get(task, {})).get("subjects")}
+    if not by_stage:
         return ""
-    by_stage = {s: facts.chat(s)[task]["subjects"] for s in stages}
-    last, latest = stages[-1], by_stage[stages[-1]]
-    path = facts.dir / "report" / f"{task}_subjects.png"
-    chart = [
-        Bar(n.replace("_", " "), latest[n]["accuracy"], latest[n]["stderr"])
-        for n in sorted(latest, key=lambda n: latest[n]["accuracy"])
-    ]
-    chance, title = facts.chat(last)[task]["baseline"], titled(task)
-    whole = (facts.chat(last)[task]["accuracy"], "all questions")
-    bars(path, f"{title} of {last}, by subject", "accuracy", chart, zero=(chance, "chance"), mean=whole)
-    names = sorted({n for found in by_stage.values() for n in found})
+    last, latest = list(by_stage.items())[-1]
+    title, path = titled(task), facts.dir / "report" / f"{task}_subjects.png"
+    subjects = sorted(latest["subjects"].items(), key=lambda item: item[1]["accuracy"])
+    bars(
+        path,
+        f"{title} of {last}, by subject",
+        "accuracy",
+        [Bar(name.replace("_", " "), found["accuracy"], found["stderr"]) for name, found in subjects],
+        zero=(latest["baseline"], "chance"),
+        mean=(latest["accuracy"], "all questions"),
+    )
     rows = []
-    for name in names:
-        cells = [found.get(name) for found in by_stage.values()]
+    for name in sorted({n for found in by_stage.values() for n in found["subjects"]}):
+        cells = [found["subjects"].get(name) for found in by_stage.values()]
         asked = max(c["n"] for c in cells if c)
-        shown = [plus_minus(c["accuracy"], c["stderr"]) if c else DASH for c in cells]
-        rows.append([plain(name.replace("_", " ")), f"{asked:,}", *shown])
-    macro = [facts.chat(s)[task]["macro"] for s in stages]
-    rows.append(["**mean of the subjects**", "", *(plus_minus(m["accuracy"], m["stderr"]) for m in macro)])
-    body = f"![{title} by subject](report/{path.name})\n\n" + table(["", "questions", *map(str.upper, stages)], rows)
-    return fold(f"{title} by subject", body)
+        rows.append([plain(name.replace("_", " ")), f"{asked:,}", *map(_cell, cells)])
+    rows.append(["**mean of the subjects**", "", *(_cell(found["macro"]) for found in by_stage.values())])
+    shown = table(["", "questions", *map(str.upper, by_stage)], rows)
+    return fold(f"{title} by subject", f"![{title} by subject](report/{path.name})\n\n{shown}")
+
+
+def _cell(found: dict | None, value: str = "accuracy") -> str:
+    return plus_minus(found[value], found["stderr"]) if found else DASH
 
 
 def _pass_at_k(facts: Facts) -> str:
-    stages = [s for s in STAGES if any("pass_at_k" in t for t in facts.chat(s).values())]
+    stages = [s for s in STAGES if any("pass_at_k" in t for t in facts.chat[s].values())]
     rows, drawn = [], set()
-    for task in facts.tasks():
-        found = {s: facts.chat(s).get(task, {}) for s in stages}
-        names = dict.fromkeys(k for t in found.values() for k in t.get("pass_at_k", {}))
-        drawn |= {(t["samples"], t["temperature"]) for t in found.values() if "pass_at_k" in t}
-        for name in sorted(names, key=lambda k: int(k.split("@")[1])):
-            cells = [found[s].get("pass_at_k", {}).get(name) for s in stages]
-            shown = [plus_minus(c["value"], c["stderr"]) if c else DASH for c in cells]
-            rows.append([f"{titled(task)} {name}", *shown])
+    for task in facts.tasks:
+        asked = [facts.chat[s].get(task, {}) for s in stages]
+        drawn |= {(t["samples"], t["temperature"]) for t in asked if "pass_at_k" in t}
+        found = [t.get("pass_at_k", {}) for t in asked]
+        for name in sorted({k for f in found for k in f}, key=lambda k: int(k.split("@")[1])):
+            rows.append([f"{titled(task)} {name}", *(_cell(f.get(name), "value") for f in found)])
     if not rows:
         return ""
     how = "; ".join(f"{n} answers to a question, at temperature {t:g}" for n, t in sorted(drawn))
