@@ -13,11 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 
 from nanochat_jax.checkpoint import store
 from nanochat_jax.checkpoint.manager import newest_readable, saved_steps, warn
-from nanochat_jax.config import RunConfig, fingerprint, from_dict
+from nanochat_jax.config import RunConfig, fingerprint, read_run_config
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 
@@ -91,9 +90,8 @@ def load_model(
     from tokenizer import load_tokenizer
 
     run_dir = Path(run_dir)
+    config = read_run_config(run_dir)
     stage = _choose_stage(run_dir, stage)
-    # not load_config: a run can be used where its data folder is not at hand
-    config = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
     tokenizer = load_tokenizer(run_dir / "tokenizer")
     cfg = scaling.gpt_config(config.model, tokenizer.vocab_size)
     adapters = adapters_of(run_dir / stage)
@@ -125,8 +123,6 @@ def load_model(
 
 def _choose_stage(run_dir: Path, stage: str | None) -> str:
     """`stage` if it holds a checkpoint, or the latest finished stage. UserError."""
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
     trained = [s for s in STAGES if saved_steps(run_dir / s / "checkpoints")]
     ended = [s for s in trained if read_done(run_dir / s)]
     if stage is None and ended:
