@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -39,17 +40,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 COMMANDS = {
-    "/temperature": "X   how freely it draws; 0 always takes the likeliest token",
-    "/topk": "N          of the likeliest tokens; 0: all",
-    "/topp": "P          of the fewest tokens whose probability reaches P",
+    "/temperature": "X   of sampling; 0 always takes the likeliest token",
+    "/topk": "N          samples from the N likeliest tokens; 0: all",
+    "/topp": "P          samples from the fewest tokens whose probability reaches P",
     "/length": "N        tokens of an answer at most",
-    "/system": "TEXT     what stands before the conversation; alone: nothing",
-    "/again": "          answers the last question anew",
-    "/clear": "          starts again",
+    "/system": "TEXT     starts again with this system message; alone: with none",
+    "/again": "          answers the last question again",
+    "/clear": "          starts a new conversation",
     "/help": "           this",
     "/exit": "           leaves",
 }
+# command -> (attribute of the arguments, type, what is allowed, in words)
+SETTINGS: dict[str, tuple[str, type, Callable[[float], bool], str]] = {
+    "/temperature": ("temperature", float, lambda x: 0 <= x < 100, "a number of 0 or more"),
+    "/topk": ("top_k", int, lambda x: x >= 0, "a whole number of 0 or more"),
+    "/topp": ("top_p", float, lambda x: 0 < x <= 1, "a number above 0, at most 1"),
+    "/length": ("max_tokens", int, lambda x: x >= 1, "a whole number of 1 or more"),
+}
 HISTORY = Path("~/.nanochat_jax_history")  # of what was typed, for the arrow keys
+
+
+def say(out: Console, text: str, style: str | None = "dim", end: str = "\n") -> None:
+    """Prints text as it is: what is like rich's markup or the name of an emoji stays."""
+    out.out(text, style=style, end=end, highlight=False)
 
 
 class Chat:
@@ -57,7 +70,8 @@ class Chat:
 
     def __init__(self, engine, tok, args: argparse.Namespace):
         self.engine, self.tok, self.args = engine, tok, args
-        self.system, self.messages = "", []
+        self.system: list[dict] = []  # one message or none
+        self.messages: list[dict] = []
         self.seed = random.randrange(2**31) if args.seed is None else args.seed
 
     def ask(self, text: str, out: Console) -> str:
@@ -67,44 +81,41 @@ class Chat:
 
         a, stop = self.args, (self.tok.assistant_end, self.tok.bos)
         asked = [*self.messages, {"role": "user", "content": text}]
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        prompt = fit(self.tok, [*system, *asked], prompt_limit(self.engine, a.max_tokens))
+        prompt = fit(self.tok, [*self.system, *asked], prompt_limit(self.engine, a.max_tokens))
         if prompt.dropped or prompt.truncated:
-            out.print("[the conversation is longer than the context; a part is left out] ", style="dim", markup=False)
+            say(out, "[the conversation is longer than the context; a part is left out]")
         request = Request(prompt.ids, a.max_tokens, a.temperature, a.top_k, a.top_p, self.seed, stop)
-        parts, pieces = [], answer(self.engine, self.tok, request)
+        said: list[tuple[str, str]] = []  # (kind, text)
+        pieces = answer(self.engine, self.tok, request)
         try:
             for kind, piece in pieces:
-                if parts and parts[-1]["type"] == kind:
-                    parts[-1]["text"] += piece
-                else:
-                    parts.append({"type": kind, "text": piece})
+                said.append((kind, piece))
                 if kind == "text":
-                    out.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+                    say(out, piece, style=None, end="")
                 elif out.is_terminal:  # the call in grey, its result after an equals sign
-                    shown = piece if kind == "python" else f"={piece} "
-                    out.print(shown, end="", style="dim", markup=False, highlight=False, soft_wrap=True)
+                    say(out, piece if kind == "python" else f"={piece} ", end="")
         except KeyboardInterrupt:
             pieces.close()
-            out.print(" [stopped]", style="dim", end="", markup=False)
+            say(out, " [stopped]", end="")
         out.print()
         self.seed += 1
-        said = "".join(part["text"] for part in parts if part["type"] == "text")
-        # with its calls, so that the next prompt begins with what the engine has in its cache
-        tools = any(part["type"] != "text" for part in parts)
-        self.messages = [*asked, {"role": "assistant", "content": parts if tools else said}]
-        return said
+        # with its tool calls, so that the next prompt begins with what the engine has in its cache
+        kinds = itertools.groupby(said, key=lambda piece: piece[0])
+        parts = [{"type": kind, "text": "".join(text for _, text in group)} for kind, group in kinds]
+        visible = "".join(text for kind, text in said if kind == "text")
+        has_calls = any(kind != "text" for kind, _ in said)
+        self.messages = [*asked, {"role": "assistant", "content": parts if has_calls else visible}]
+        return visible
 
     def command(self, line: str, out: Console) -> bool:
-        """Does what a line that begins with a slash says; False where that is to leave."""
-        name, _, value = line.partition(" ")
-        value = value.strip()
+        """Runs a line that begins with a slash; False where it is to leave."""
+        name, _, value = (part.strip() for part in line.partition(" "))
         if name == "/exit":
             return False
         if name == "/clear":
             self.messages = []
         elif name == "/system":
-            self.system, self.messages = value, []
+            self.system, self.messages = [{"role": "system", "content": value}] if value else [], []
         elif name == "/again":
             if self.messages:
                 question, self.messages = self.messages[-2]["content"], self.messages[:-2]
@@ -113,36 +124,23 @@ class Chat:
             self._set(name, value, out)
         else:
             if name != "/help":
-                out.print(f"there is no command {name}", style="dim", markup=False)
-            for known, meaning in COMMANDS.items():
-                out.print(f"{known} {meaning}", style="dim", markup=False, highlight=False)
+                say(out, f"there is no command {name}")
+            say(out, "\n".join(f"{known} {meaning}" for known, meaning in COMMANDS.items()))
         return True
 
     def _set(self, name: str, value: str, out: Console) -> None:
         attribute, kind, allowed, rule = SETTINGS[name]
-        try:
+        with contextlib.suppress(ValueError):
             number = kind(value) if value else getattr(self.args, attribute)
-            if not allowed(number):
-                raise ValueError
-        except ValueError:
-            out.print(f"{name} needs {rule}, not {value}", style="dim", markup=False)
-            return
-        setattr(self.args, attribute, number)
-        out.print(f"{name[1:]} is {number}", style="dim", markup=False)
-
-
-# command -> (attribute of the arguments, type, what is allowed, in words)
-SETTINGS = {
-    "/temperature": ("temperature", float, lambda x: 0 <= x < 100, "a number of 0 or more"),
-    "/topk": ("top_k", int, lambda x: x >= 0, "a whole number of 0 or more"),
-    "/topp": ("top_p", float, lambda x: 0 < x <= 1, "a number above 0, at most 1"),
-    "/length": ("max_tokens", int, lambda x: x >= 1, "a whole number of 1 or more"),
-}
+            if allowed(number):
+                setattr(self.args, attribute, number)
+                return say(out, f"{name[1:]} is {number}")
+        say(out, f"{name} needs {rule}, not {value}")
 
 
 def loop(chat: Chat, title: str, out: Console) -> None:
     """Reads questions until the end of input."""
-    out.print(f"{title}. /help lists the commands, Ctrl-C stops an answer.", style="dim", markup=False)
+    say(out, f"{title}. /help lists the commands, Ctrl-C stops an answer.")
     while True:
         try:
             text = input("\nyou: ").strip()
@@ -159,25 +157,24 @@ def loop(chat: Chat, title: str, out: Console) -> None:
 
 @contextlib.contextmanager
 def line_history() -> Iterator[None]:
-    """Lets input() be edited and remember what was typed, here and in the next session."""
-    try:
+    """Lets the lines of input() be edited, and recalled here and in the next session."""
+    file, may_fail = HISTORY.expanduser(), contextlib.suppress(ImportError, OSError)  # no readline, or no such file
+    with may_fail:
         import readline
-    except ImportError:
-        yield
-        return
-    file = HISTORY.expanduser()
-    with contextlib.suppress(OSError):
+
+        readline.set_history_length(1000)
         readline.read_history_file(file)
-    readline.set_history_length(1000)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
+        with may_fail:
+            import readline
+
             readline.write_history_file(file)
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.devices import prepare, use_compilation_cache
@@ -187,14 +184,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Console(highlight=False)
     loaded = load_model(args.run_dir, args.stage)
     use_compilation_cache(Path(args.run_dir).absolute().parent / "cache" / "compiled")
-    length = loaded.model.cfg.sequence_len
-    engine = Engine(loaded.model, slots=1, max_len=length, tool=CalculatorTool(loaded.tokenizer))
-    chat = Chat(engine, loaded.tokenizer, args)
+    model, tok = loaded.model, loaded.tokenizer
+    chat = Chat(Engine(model, slots=1, max_len=model.cfg.sequence_len, tool=CalculatorTool(tok)), tok, args)
     if args.prompt is not None:
         chat.ask(args.prompt, out)
-    else:
-        with line_history():
-            loop(chat, f"{Path(args.run_dir).name}, stage {loaded.stage}", out)
+        return
+    with line_history():
+        loop(chat, f"{Path(args.run_dir).name}, stage {loaded.stage}", out)
 
 
 if __name__ == "__main__":
