@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import random
 import time
 from collections.abc import AsyncGenerator
@@ -19,10 +18,9 @@ from server.schemas import Sampling
 def engine_requests(tok, ids: list[int], body: Sampling) -> list[engine.Request]:
     """n requests for one prompt, with seeds that count up from the one that was given."""
     seed = random.randrange(2**31) if body.seed is None else body.seed
+    how = body.model_dump(include={"temperature", "top_k", "top_p"}) | {"logprobs": body.wanted_logprobs}
     stops = (tok.assistant_end, tok.bos)
-    how = body.model_dump(include={"temperature", "top_k", "top_p"})
-    first = engine.Request(ids, body.limit, seed=seed, stop_ids=stops, logprobs=body.wanted_logprobs, **how)
-    return [dataclasses.replace(first, seed=seed + i) for i in range(body.n or 1)]
+    return [engine.Request(ids, body.limit, seed=seed + i, stop_ids=stops, **how) for i in range(body.n or 1)]
 
 
 class Answer:
@@ -44,18 +42,22 @@ class Answer:
 
         self._jobs = scheduler.submit(requests, deliver)
 
+    @property
+    def ended(self) -> bool:
+        return all(choice.reason is not None for choice in self.choices)
+
     async def shown(self) -> AsyncGenerator[tuple[int, list[Shown]]]:
         """(index of a choice, what may be shown of it now) as it is made; the last of a choice has its `reason` set.
 
-        Raises Stopped where the engine fails.
+        Raises Stopped where the engine fails, and what `fail` was given.
         """
-        while any(c.reason is None for c in self.choices):
+        while not self.ended:
             index, update = await self._updates.get()
             choice = self.choices[index]
-            if choice.reason is not None:
-                continue
             if update.error is not None:
                 raise update.error
+            if choice.reason is not None:
+                continue
             if self._first and update.ids:
                 self._first = False
                 self._metrics.first_token.observe(time.perf_counter() - self._began)
@@ -67,6 +69,10 @@ class Answer:
             if parts or choice.reason is not None:
                 yield index, parts
 
+    def fail(self, error: Exception) -> None:
+        """Has `shown` raise an error."""
+        self._updates.put_nowait((0, Update(error=error)))
+
     def close(self) -> None:
         """Cancels what has not ended."""
         for choice, job in zip(self.choices, self._jobs):
@@ -75,8 +81,4 @@ class Answer:
 
     def usage(self) -> dict:
         made = sum(c.n_ids for c in self.choices)
-        return {
-            "prompt_tokens": self._n_prompt,
-            "completion_tokens": made,
-            "total_tokens": self._n_prompt + made,
-        }
+        return {"prompt_tokens": self._n_prompt, "completion_tokens": made, "total_tokens": self._n_prompt + made}

@@ -12,17 +12,19 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
 from nanochat_jax.engine import dialogue
 from server import errors, schemas
 from server.answer import Answer, engine_requests
 from server.edge import Edge
-from server.errors import Refused
+from server.errors import ApiError
 from server.metrics import Metrics
 from server.replies import ChatShape, TextShape, reply
 from server.scheduler import Scheduler
 from server.schemas import ChatRequest, CompletionRequest
 
+EXPOSED = ["Retry-After"]  # to pages of other origins
 SHORT_TEXT = 4000  # characters that are tokenized in about a millisecond
 STATIC = Path(__file__).with_name("static")
 PAGE_HEADERS = {
@@ -58,11 +60,7 @@ def create_app(
     app.add_middleware(Edge, metrics=metrics, key=api_key)
     if cors_origins:  # outside of the key: a browser asks for permission without one
         app.add_middleware(
-            CORSMiddleware,
-            allow_origins=cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After"],
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
         )
     _add_watching(app, scheduler, metrics, info)
     _add_api(app, scheduler, metrics, tok, f"{info['run']}/{info['stage']}")
@@ -72,8 +70,7 @@ def create_app(
 
 def _documented(*statuses: int, **ok) -> dict:
     """OpenAPI's `responses`: a 200 as given, and errors."""
-    out = {s: {"description": ERRORS[s], "model": schemas.Error} for s in statuses}
-    return ({200: ok} if ok else {}) | out
+    return {200: ok} | {s: {"description": ERRORS[s], "model": schemas.Error} for s in statuses}
 
 
 def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: dict) -> None:
@@ -89,11 +86,11 @@ def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: di
         """Requests are taken and worked on."""
         if scheduler.ready:
             return JSONResponse({"status": "ready"})
-        return errors.response(503, "the engine does not take requests")
+        raise ApiError(503, "the engine does not take requests")
 
     @app.get("/metrics", response_class=Response, responses=_documented(401, content={"text/plain": {}}))
     async def prometheus():
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: str) -> None:
@@ -109,7 +106,7 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     @app.get("/v1/models/{id:path}", responses=_documented(401, 404, model=schemas.Model))
     async def one_model(id: str):
         if id != model:
-            return errors.response(404, f"there is no model {id!r}, only {model!r}", "id", "model_not_found")
+            raise ApiError(404, f"there is no model {id!r}, only {model!r}", "id", "model_not_found")
         return JSONResponse(entry)
 
     @app.post("/v1/chat/completions", responses=_documented(*posted, model=schemas.ChatCompletion, content=streams))
@@ -118,17 +115,17 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
         fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
         answer = Answer(scheduler, tok, engine_requests(tok, fitted.ids, body), body.stops, metrics)
         context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
-        extra = {"context": context} if fitted.dropped or fitted.truncated else {}
-        return await reply(answer, ChatShape(tok, bool(body.logprobs)), request, body, model, extra)
+        extra = {"context": context} if any(context.values()) else {}
+        return await reply(answer, ChatShape(tok, bool(body.logprobs)), request, body, model, **extra)
 
     @app.post("/v1/completions", responses=_documented(*posted, model=schemas.TextCompletion, content=streams))
     async def completions(body: CompletionRequest, request: Request):
         ids = [tok.bos, *await _aside(body, tok.encode, body.prompt)]
         if len(ids) >= (room := scheduler.engine.max_len):
             message = f"the prompt is {len(ids)} tokens long, and the context of {room} has to hold an answer too"
-            raise Refused(message, "prompt", "context_length_exceeded")
+            raise ApiError(400, message, "prompt", "context_length_exceeded")
         answer = Answer(scheduler, tok, engine_requests(tok, ids, body), body.stops, metrics)
-        return await reply(answer, TextShape(tok, body.logprobs is not None), request, body, model, {})
+        return await reply(answer, TextShape(tok, body.logprobs is not None), request, body, model)
 
 
 async def _aside(body: schemas.Sampling, do, *args):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from nanochat_jax.engine.dialogue import Piece, Reader
@@ -74,58 +74,42 @@ class Choice:
             self._waiting.append(Shown(piece.kind, piece.text, piece.call, tokens))
         if piece.kind == "text":
             self._held += piece.text
-        at, keep = self._stop()
-        self._show(out, len(self._held) - keep if at is None else at)
+        at, begins = self._stop()
+        self._show(out, begins if at is None else at)
         if at is not None:
             self._waiting.clear()
             self.reason = "stop"
 
     def _stop(self) -> tuple[int | None, int]:
-        """(where in the held text the first stop string begins, or None; how many last characters may begin one)."""
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        longest = max(map(len, self._stops), default=1) - 1
-        may_begin = (
-            n
-            for n in range(min(longest, len(self._held)), 0, -1)
-            if any(stop.startswith(self._held[-n:]) for stop in self._stops)
-        )
-        return min(found, default=None), next(may_begin, 0)
+        """Where in the held text a stop string begins, or None; and from where on its end may begin one."""
+        held, longest = self._held, max(map(len, self._stops), default=1)
+        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
+        ends = range(max(0, len(held) - longest + 1), len(held))
+        begins = (at for at in ends if any(stop.startswith(held[at:]) for stop in self._stops))
+        return min(found, default=None), next(begins, len(held))
 
     def _show(self, out: list[Shown], chars: int) -> None:
         """Moves what waits to `out`, up to `chars` characters of visible text."""
         while self._waiting:
-            first = self._waiting[0]
-            if first.kind == "text" and len(first.text) > chars:
+            part = self._waiting[0]
+            if part.kind == "text" and len(part.text) > chars:
                 if chars == 0:
                     return
-                first, rest = _split(first, chars)
-                self._waiting[0] = rest
+                self._waiting[0] = replace(part, text=part.text[chars:], tokens=[])
+                part.text = part.text[:chars]  # with all its tokens, as they begin here
             else:
                 self._waiting.popleft()
-            if first.kind == "text":
-                chars -= len(first.text)
-                self.text += first.text
-                self._held = self._held[len(first.text) :]
-                self.tokens += first.tokens
+            if part.kind == "text":
+                chars -= len(part.text)
+                self.text += part.text
+                self._held = self._held[len(part.text) :]
+                self.tokens += part.tokens
             else:
-                self._note(first)
-            _append(out, first)
-
-    def _note(self, part: Shown) -> None:
-        while len(self.calls) <= part.call:
-            self.calls.append({"name": "calculator", "input": "", "output": ""})
-        self.calls[part.call]["input" if part.kind == "python" else "output"] += part.text
-
-
-def _split(part: Shown, at: int) -> tuple[Shown, Shown]:
-    """A text in two; its tokens go with the first, where they begin."""
-    return Shown(part.kind, part.text[:at], part.call, part.tokens), Shown(part.kind, part.text[at:], part.call, [])
-
-
-def _append(out: list[Shown], part: Shown) -> None:
-    """Adds a part, to the last one where it goes on with it."""
-    if out and (out[-1].kind, out[-1].call) == (part.kind, part.call):
-        out[-1].text += part.text
-        out[-1].tokens += part.tokens
-    else:
-        out.append(part)
+                while len(self.calls) <= part.call:
+                    self.calls.append({"name": "calculator", "input": "", "output": ""})
+                self.calls[part.call]["input" if part.kind == "python" else "output"] += part.text
+            if out and (out[-1].kind, out[-1].call) == (part.kind, part.call):
+                out[-1].text += part.text
+                out[-1].tokens += part.tokens
+            else:
+                out.append(part)

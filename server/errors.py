@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http
-from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -11,80 +10,80 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nanochat_jax.errors import UserError
-from server.scheduler import Busy, Stopped
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
 
-class Refused(Exception):
-    """A request that cannot be answered: status 400, and which parameter is to blame."""
+class ApiError(HTTPException):
+    """What is answered with an error. param: the parameter that is to blame."""
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers=None):
+        super().__init__(status, message, headers)
         self.param, self.code = param, code
 
+    def body(self) -> dict:
+        """What a client sent may be named in it, and need not be valid Unicode."""
+        kind = TYPES.get(self.status_code, "server_error" if self.status_code >= 500 else "invalid_request_error")
+        message, param = (s and s.encode(errors="replace").decode() for s in (self.detail, self.param))
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
-def detail(status: int, message: str, param: str | None = None, code: str | None = None) -> dict:
-    """The object; what a client sent may be named in it, and need not be valid Unicode."""
-    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
-    message, blamed = (s and s.encode(errors="replace").decode() for s in (message, param or ""))
-    return {"error": {"message": message, "type": kind, "param": blamed or None, "code": code}}
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status_code, self.headers)
 
 
-def response(
-    status: int, message: str, param=None, code=None, headers: Mapping[str, str] | None = None
-) -> JSONResponse:
-    return JSONResponse(detail(status, message, param, code), status, headers)
+class Busy(ApiError):
+    """More requests wait than may. retry_after: seconds until there should be room."""
+
+    def __init__(self, retry_after: int):
+        message = f"too many requests are waiting; try again in {retry_after} s"
+        super().__init__(429, message, None, "rate_limit_exceeded", {"Retry-After": str(retry_after)})
+
+
+class Stopped(ApiError):
+    """The engine thread has ended, of itself or by a failure."""
+
+    def __init__(self, why: object):
+        super().__init__(500, f"the engine is down: {why}", code="engine_down")
 
 
 def install(app: FastAPI) -> None:
     """Gives the application a handler for each kind of error."""
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, e: RequestValidationError):
-        # Where a union fails, a member of the right type says more than that others are of another.
-        return response(400, *_described(min(e.errors(), key=lambda error: error["type"].endswith("_type"))))
-
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, e: HTTPException):
+        if isinstance(e, ApiError):
+            return e.response()
         message = e.detail
         if e.status_code in (404, 405):
             message = f"{http.HTTPStatus(e.status_code).phrase}: {request.method} {request.url.path}"
-        return response(e.status_code, message, headers=e.headers)
+        return ApiError(e.status_code, message, headers=e.headers).response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, e: RequestValidationError):
+        # Where a union fails, a member of the right type says more than that others are of another.
+        return _described(min(e.errors(), key=lambda error: error["type"].endswith("_type"))).response()
 
     @app.exception_handler(UserError)
     async def no_conversation(request: Request, e: UserError):
-        return response(400, str(e), "messages")
-
-    @app.exception_handler(Refused)
-    async def refused(request: Request, e: Refused):
-        return response(400, str(e), e.param, e.code)
-
-    @app.exception_handler(Busy)
-    async def busy(request: Request, e: Busy):
-        message = f"too many requests are waiting; try again in {e.retry_after} s"
-        return response(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(e.retry_after)})
-
-    @app.exception_handler(Stopped)
-    async def stopped(request: Request, e: Stopped):
-        return response(500, f"the engine is down: {e}", code="engine_down")
+        return ApiError(400, str(e), "messages").response()
 
     @app.exception_handler(Exception)
     async def failed(request: Request, e: Exception):
-        return response(500, "the server failed; its log says why")
+        return ApiError(500, "the server failed; its log says why").response()
 
 
-def _described(error: dict) -> tuple[str, str | None]:
-    """(message, parameter) of one of pydantic's errors."""
+def _described(error: dict) -> ApiError:
+    """One of pydantic's errors."""
     first, *rest = error["loc"][1:] or ("the body",)
     place = ".".join(str(part) for part in (first, *rest) if part == first or not _is_tag(part))
+    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "json_invalid":
-        return f"the body is not valid JSON: {error['ctx']['error']}", None
+        return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']}")
     if error["type"] == "extra_forbidden":
-        return f"unknown field {place}", place
+        return ApiError(400, f"unknown field {place}", place)
     if error["type"] == "value_error" and len(error["loc"]) == 1:
-        return error["msg"].removeprefix("Value error, "), None
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}", place if first != "the body" else None
+        return ApiError(400, message)
+    return ApiError(400, f"{place}: {message}", place if first != "the body" else None)
 
 
 def _is_tag(part: str | int) -> bool:

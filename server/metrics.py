@@ -21,12 +21,10 @@ class Metrics:
         where: dict[str, Any] = {"registry": self._registry, "namespace": "nanochat"}
         self.requests = Counter("requests", "HTTP requests that have ended", ["route", "status"], **where)
         self.in_flight = Gauge("requests_in_flight", "HTTP requests that have not ended", **where)
-        self.latency = Histogram(
-            "request_seconds", "From a request to the end of its response", ["route"], buckets=SECONDS, **where
-        )
-        self.first_token = Histogram(
-            "time_to_first_token_seconds", "From a request to its first token, or tokens", buckets=SECONDS, **where
-        )
+        timed: Any = {"buckets": SECONDS, **where}
+        self.latency = Histogram("request_seconds", "From a request to the end of its response", ["route"], **timed)
+        about = "From a request to its first token, or tokens"
+        self.first_token = Histogram("time_to_first_token_seconds", about, **timed)
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 import uuid
@@ -12,10 +11,10 @@ from collections.abc import AsyncIterator, Sequence
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from server import errors
 from server.answer import Answer
 from server.choice import Choice, Shown, Token
-from server.scheduler import Stopped
+from server.errors import ApiError, Stopped
+from server.schemas import Sampling
 
 
 class ChatShape:
@@ -40,21 +39,18 @@ class ChatShape:
         return {**self._chunk(index, {}), "finish_reason": reason}
 
     def whole(self, index: int, choice: Choice) -> dict:
-        message = {"role": "assistant", "content": choice.text, **({"tool": choice.calls} if choice.calls else {})}
-        out = {"index": index, "message": message, "finish_reason": choice.reason}
-        return out | self._told(choice.tokens)
+        tool = {"tool": choice.calls} if choice.calls else {}
+        message = {"role": "assistant", "content": choice.text, **tool}
+        return {"index": index, "message": message, "finish_reason": choice.reason, **self._told(choice.tokens)}
 
     def _chunk(self, index: int, delta: dict, tokens: Sequence[Token] = ()) -> dict:
-        return {"index": index, "delta": delta, "finish_reason": None} | (self._told(tokens) if tokens else {})
+        return {"index": index, "delta": delta, "finish_reason": None, **(self._told(tokens) if tokens else {})}
 
     def _told(self, tokens: Sequence[Token]) -> dict:
-        if not self._logprobs:
-            return {}
-        content = [
-            {**self._one(t.id, t.logprob), "top_logprobs": [self._one(id, logprob) for id, logprob in t.top]}
-            for t in tokens
-        ]
-        return {"logprobs": {"content": content}}
+        def one(token: Token) -> dict:
+            return {**self._one(token.id, token.logprob), "top_logprobs": [self._one(*likely) for likely in token.top]}
+
+        return {"logprobs": {"content": [one(t) for t in tokens]}} if self._logprobs else {}
 
     def _one(self, id: int, logprob: float) -> dict:
         return {"token": self._tok.decode([id]), "logprob": logprob, "bytes": list(self._tok.decode_bytes([id]))}
@@ -92,7 +88,7 @@ class TextShape:
         return out
 
 
-async def reply(answer: Answer, shape: ChatShape | TextShape, request: Request, body, model: str, extra: dict):
+async def reply(answer: Answer, shape: ChatShape | TextShape, request: Request, body: Sampling, model: str, **extra):
     """The response to a request: `extra` is said beside the choices, once."""
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     if body.stream:
@@ -129,11 +125,11 @@ async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra:
             ready += [event([chunk]) for p in parts if (chunk := shape.part(index, p))]
             if reason := answer.choices[index].reason:
                 ready.append(event([shape.closing(index, reason)]))
-            if any(choice.reason is None for choice in answer.choices):
+            if not answer.ended:
                 yield "".join(ready)
                 ready = []
     except Stopped as e:
-        ready.append(_data(errors.detail(500, f"the engine is down: {e}", code="engine_down")))
+        ready.append(_data(e.body()))
     else:
         if include_usage:
             ready.append(event([], usage=answer.usage()))
@@ -146,27 +142,18 @@ def _data(value: dict) -> str:
 
 async def _whole(answer: Answer, shape, request: Request, head: dict) -> JSONResponse:
     """The answer in one object; given up as soon as the client has gone."""
-    making = asyncio.ensure_future(_finished(answer))
-    gone = asyncio.ensure_future(_gone(request))
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        answer.fail(ApiError(499, "the client has gone"))
+
+    watching = asyncio.create_task(watch())
     try:
-        await asyncio.wait([making, gone], return_when=asyncio.FIRST_COMPLETED)
-        if not making.done():
-            return errors.response(499, "the client has gone")
-        making.result()
+        async for _ in answer.shown():
+            pass
     finally:
-        making.cancel()
-        gone.cancel()
+        watching.cancel()
         answer.close()
     choices = [shape.whole(i, choice) for i, choice in enumerate(answer.choices)]
     return JSONResponse({**head, "choices": choices, "usage": answer.usage()})
-
-
-async def _finished(answer: Answer) -> None:
-    async with contextlib.aclosing(answer.shown()) as shown:
-        async for _ in shown:
-            pass
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

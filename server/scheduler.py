@@ -12,18 +12,7 @@ from dataclasses import dataclass
 
 from nanochat_jax.engine.engine import Completion, Engine, Request, Ticket
 from nanochat_jax.errors import UserError
-
-
-class Busy(Exception):
-    """More requests wait than may. `retry_after`: seconds until there should be room."""
-
-    def __init__(self, retry_after: int):
-        super().__init__(retry_after)
-        self.retry_after = retry_after
-
-
-class Stopped(Exception):
-    """The engine thread has ended, of itself or by a failure, which the message names."""
+from server.errors import Busy, Stopped
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class Job:
 
 
 class Scheduler:
-    """Runs requests until `stop`. `submit` and `cancel` may be called from any thread.
+    """Runs requests until `stop`, in a thread of its own. `submit` and `cancel` may be called from any thread.
 
     likely: a request such as most will be; what such requests can need is compiled while there is nothing else to do.
     """
@@ -98,7 +87,7 @@ class Scheduler:
         jobs = [Job(request, i, deliver) for i, request in enumerate(requests)]
         with self._lock:
             if not self.alive:
-                raise Stopped(str(self.failure or "the server is stopping"))
+                raise self._stopped()
             if len(self._unended) + len(jobs) > self.engine.slots + self._max_waiting:
                 raise Busy(self._retry_after(len(jobs)))
             self._unended.update(jobs)
@@ -123,23 +112,20 @@ class Scheduler:
             while not self._stopping:
                 self._read_inbox()
                 if self.engine.busy:
-                    self._step()
+                    for event in self.engine.step():
+                        job = self._jobs[event.ticket] if event.completion is None else self._jobs.pop(event.ticket)
+                        self._deliver(job, Update(event.ids, event.logprobs, event.completion))
                 elif self._to_compile is not None and next(self._to_compile, self) is self:
                     self._to_compile = None
         except Exception as e:
             self.failure = e
         with self._lock:
             self._stopping = True
-        error = Stopped(str(self.failure or "the server is stopping"))
         for job in list(self._unended):
-            self._deliver(job, Update(error=error))
+            self._deliver(job, Update(error=self._stopped()))
 
-    def _step(self) -> None:
-        for event in self.engine.step():
-            job = self._jobs[event.ticket]
-            if event.completion is not None:
-                del self._jobs[event.ticket]
-            self._deliver(job, Update(event.ids, event.logprobs, event.completion))
+    def _stopped(self) -> Stopped:
+        return Stopped(self.failure or "the server is stopping")
 
     def _read_inbox(self) -> None:
         """Takes everything that has come; waits for something where there is nothing to do."""
@@ -155,14 +141,11 @@ class Scheduler:
             elif job.cancelled:
                 self._deliver(job, Update(completion=Completion(finish_reason="cancelled")))
             else:
-                self._begin(job)
-
-    def _begin(self, job: Job) -> None:
-        try:
-            job.ticket = self.engine.submit(job.request)
-        except ValueError as e:  # this request's fault, and no other's
-            return self._deliver(job, Update(error=UserError(str(e))))
-        self._jobs[job.ticket] = job
+                try:
+                    job.ticket = self.engine.submit(job.request)
+                    self._jobs[job.ticket] = job
+                except ValueError as e:  # this request's fault, and no other's
+                    self._deliver(job, Update(error=UserError(str(e))))
 
     def _deliver(self, job: Job, update: Update) -> None:
         now = time.perf_counter()

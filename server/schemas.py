@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from types import GenericAlias
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
 MAX_LOGPROBS = 20
 NEW_TOKENS = 256  # where a request does not say
+CALCULATOR = "are not supported: the model has a calculator of its own, and no others"
 UNSUPPORTED = {
-    "tools": "tools are not supported: the model has a calculator of its own, and no others",
-    "tool_choice": "tools are not supported: the model has a calculator of its own, and no others",
-    "functions": "functions are not supported: the model has a calculator of its own, and no others",
+    "tools": f"tools {CALCULATOR}",
+    "tool_choice": f"tools {CALCULATOR}",
+    "functions": f"functions {CALCULATOR}",
     "logit_bias": "logit_bias is not supported",
     "best_of": "best_of is not supported; ask for several with n",
     "echo": "echo is not supported: the answer is what follows the prompt",
@@ -56,13 +58,8 @@ class ToolCall(Strict):
     output: str
 
 
-class SystemMessage(Strict):
-    role: Literal["system", "developer"]
-    content: Text | list[TextPart]
-
-
-class UserMessage(Strict):
-    role: Literal["user"]
+class TextMessage(Strict):
+    role: Literal["system", "developer", "user"]
     content: Text | list[TextPart]
 
 
@@ -74,7 +71,7 @@ class AssistantMessage(Strict):
     tool: list[ToolCall] | None = None
 
 
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+Message = Annotated[TextMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(Strict):
@@ -124,8 +121,7 @@ class Sampling(Strict):
             raise ValueError("stream_options is for streams: set stream")
         if self.store:
             raise ValueError("store is not supported: nothing is kept")
-        chars = self.chars()
-        if chars > MAX_CHARS:
+        if (chars := self.chars()) > MAX_CHARS:
             raise ValueError(f"the text is {chars} characters long; {MAX_CHARS} is the limit")
         return self
 
@@ -204,113 +200,60 @@ def _text(content) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-# ------------------------------------------------------------------- what is given, for the document of the API
+# ---------------------------------------------------- what is given: for the document of the API, nothing is checked
 
 
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+def _given(name: str, **fields) -> Any:
+    """A model whose fields are (type, default), or a type where they are always there."""
+    known: dict[str, Any] = {n: field if isinstance(field, tuple) else (field, ...) for n, field in fields.items()}
+    return create_model(name, **known)
 
 
-class Context(BaseModel):
-    """Only where the conversation was longer than the context."""
-
-    dropped_messages: int
-    truncated: bool
+def _list(model) -> Any:
+    return GenericAlias(list, model)
 
 
-class ChatLogprob(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
+Ends = Literal["stop", "length"]
+Usage = _given("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+Context = _given("Context", dropped_messages=int, truncated=bool)  # where the conversation exceeded the context
 
+ChatLogprob = _given("ChatLogprob", token=str, logprob=float, bytes=list[int])
+ChatTop = _given("ChatTopLogprob", token=str, logprob=float, bytes=list[int], top_logprobs=_list(ChatLogprob))
+ChatLogprobs = _given("ChatLogprobs", content=_list(ChatTop))
+Reply = _given("Reply", role=Literal["assistant"], content=str, tool=(list[ToolCall], []))
+ChatChoice = _given("ChatChoice", index=int, message=Reply, finish_reason=Ends, logprobs=(ChatLogprobs | None, None))
+ChatCompletion = _given(
+    "ChatCompletion",
+    id=str,
+    object=Literal["chat.completion"],
+    created=int,
+    model=str,
+    choices=_list(ChatChoice),
+    usage=Usage,
+    context=(Context | None, None),
+)
 
-class ChatTopLogprob(ChatLogprob):
-    top_logprobs: list[ChatLogprob]
+TextLogprobs = _given(
+    "TextLogprobs",
+    tokens=list[str],
+    token_logprobs=list[float],
+    top_logprobs=list[dict[str, float]],
+    text_offset=list[int],
+)
+TextChoice = _given("TextChoice", index=int, text=str, finish_reason=Ends, logprobs=(TextLogprobs | None, None))
+TextCompletion = _given(
+    "TextCompletion",
+    id=str,
+    object=Literal["text_completion"],
+    created=int,
+    model=str,
+    choices=_list(TextChoice),
+    usage=Usage,
+)
 
-
-class ChatLogprobs(BaseModel):
-    content: list[ChatTopLogprob]
-
-
-class Reply(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    tool: list[ToolCall] = []
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: Reply
-    finish_reason: Literal["stop", "length"]
-    logprobs: ChatLogprobs | None = None
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-    context: Context | None = None
-
-
-class TextLogprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class TextChoice(BaseModel):
-    index: int
-    text: str
-    finish_reason: Literal["stop", "length"]
-    logprobs: TextLogprobs | None = None
-
-
-class TextCompletion(BaseModel):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[TextChoice]
-    usage: Usage
-
-
-class Model(BaseModel):
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-
-
-class ModelList(BaseModel):
-    object: Literal["list"]
-    data: list[Model]
-
-
-class Health(BaseModel):
-    status: Literal["ok", "failed"]
-    run: str
-    stage: str
-    slots: int
-    active: int
-    queued: int
-
-
-class Ready(BaseModel):
-    status: Literal["ready"]
-
-
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class Error(BaseModel):
-    error: ErrorDetail
+Model = _given("Model", id=str, object=Literal["model"], created=int, owned_by=str)
+ModelList = _given("ModelList", object=Literal["list"], data=_list(Model))
+Health = _given("Health", status=Literal["ok", "failed"], run=str, stage=str, slots=int, active=int, queued=int)
+Ready = _given("Ready", status=Literal["ready"])
+ErrorDetail = _given("ErrorDetail", message=str, type=str, param=str | None, code=str | None)
+Error = _given("Error", error=ErrorDetail)
