@@ -32,7 +32,7 @@ class ApiError(HTTPException):
 
 
 class Busy(ApiError):
-    """More requests wait than may. retry_after: seconds until there should be room."""
+    """More requests wait than may. retry_after: seconds until there should be a free slot."""
 
     def __init__(self, retry_after: int):
         message = f"too many requests are waiting; try again in {retry_after} s"
@@ -40,7 +40,7 @@ class Busy(ApiError):
 
 
 class Stopped(ApiError):
-    """The engine thread has ended, of itself or by a failure."""
+    """The engine thread has ended: the server stops, or the engine failed."""
 
     def __init__(self, why: object):
         super().__init__(500, f"the engine is down: {why}", code="engine_down")
