@@ -23,7 +23,7 @@ def open_pool(mode: str = "full") -> Pool:
         return pool
     pool = Pool(without=MODES[mode], log=lambda line: None)
     pool.prepare()
-    if pool.missing != set(MODES[mode]):
+    if set(pool.missing) != set(MODES[mode]):
         pool.close()
         pytest.skip(f"this machine lacks more: {pool.missing}")
     return pool

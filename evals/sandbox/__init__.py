@@ -51,9 +51,9 @@ def prepare(policy: str, log: Callable[[str], None]) -> None:
 
 
 def _pool():
-    global _default
     from evals.sandbox.pool import Pool  # not at the top: the worker imports this package too, and stays small
 
+    global _default
     with _lock:
         if _default is None:
             _default = Pool()

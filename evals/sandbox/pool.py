@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -27,7 +28,7 @@ _ENVIRONMENT |= {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_
 _PATIENCE = 30.0  # seconds beyond a program's own, until a worker that does not answer is given up
 
 
-class Pool:
+class Pool(contextlib.AbstractContextManager):
     """Runs programs, from any thread, which may have to wait. `with Pool() as pool`, or close() at the end.
 
     policy: `auto` takes the layers that the machine allows and says once what is missing; `required` raises UserError
@@ -38,55 +39,40 @@ class Pool:
         self, policy: str = "auto", log: Callable[[str], None] | None = None, without: Sequence[str] = ()
     ) -> None:
         self.policy, self.log = policy, log or logging.getLogger(__name__).warning
-        self._missing = dict.fromkeys(without, "not tried")
+        self.missing = dict.fromkeys(without, "not tried")  # {layer: why}, complete after prepare() or a program
         self._said = False
         self._idle: list[_Worker] = []
         self._lock = threading.Lock()
         self._cores = threading.BoundedSemaphore(os.cpu_count() or 1)  # more at once would only run out of time
 
-    def __enter__(self) -> Pool:
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
-    @property
-    def missing(self) -> set[str]:
-        """The layers that are not to be had, as far as it is known: after the first program, or prepare()."""
-        return set(self._missing)
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
 
     def prepare(self) -> None:
         """Starts a worker, so that what is missing is known before the first program. UserError as the policy says."""
-        self._give_back(self._take())
+        self._idle.append(self._take())
 
     def run(self, source: str, timeout: float, memory_mb: int) -> Result:
         """As `evals.sandbox.run_program`. RuntimeError where the sandbox itself fails."""
         request = {"source": source, "timeout": timeout, "memory_mb": memory_mb}
         with self._cores:
-            answer = self._ask(request) or self._ask(request, fresh=True)  # somebody may have killed a worker
-        if answer is None:
-            raise RuntimeError("the sandbox's worker ended without an answer, twice; its reason is on stderr")
-        refused = tuple(answer.pop("refused"))
-        return Result(**answer | {"outcome": Outcome(answer["outcome"]), "refused": refused})
-
-    def close(self) -> None:
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for worker in idle:
-            worker.close()
-
-    def _ask(self, request: dict, fresh: bool = False) -> dict | None:
-        worker = self._take(fresh)
-        try:
-            answer = worker.ask(request)
-        except BaseException:  # such as Ctrl-C: the program must not run on
-            worker.close()
-            raise
-        if answer is None:
-            worker.close()
-        else:
-            self._give_back(worker)
-        return answer
+            for fresh in (False, True):  # somebody may have killed a worker
+                worker = self._take(fresh)
+                try:
+                    answer = worker.ask(request)
+                except BaseException:  # such as Ctrl-C: the program must not run on
+                    worker.close()
+                    raise
+                if answer is not None:
+                    self._idle.append(worker)
+                    answer |= {"outcome": Outcome(answer["outcome"]), "refused": tuple(answer["refused"])}
+                    return Result(**answer)
+                worker.close()
+        raise RuntimeError("the sandbox's worker ended without an answer, twice; its reason is on stderr")
 
     def _take(self, fresh: bool = False) -> _Worker:
         while True:
@@ -94,21 +80,17 @@ class Pool:
                 self._apply_policy()
                 if self._idle and not fresh:
                     return self._idle.pop()
-                without = tuple(self._missing)
+                without = tuple(self.missing)
             worker = _Worker(without)
             if not worker.missing:
                 return worker
             worker.close()
             with self._lock:
-                self._missing |= worker.missing
-
-    def _give_back(self, worker: _Worker) -> None:
-        with self._lock:
-            self._idle.append(worker)
+                self.missing |= worker.missing
 
     def _apply_policy(self) -> None:
         """Says what is missing, or refuses."""
-        reasons = ", ".join(f"{name} ({why})" for name, why in self._missing.items())
+        reasons = ", ".join(f"{name} ({why})" for name, why in self.missing.items())
         if reasons and self.policy == "required":
             raise UserError(
                 f"evals.sandbox=required, but programs that a model wrote would run without {reasons}; run where user "

@@ -70,8 +70,8 @@ class _Supervisor:
         if self.init == 0:
             _be_init(self, {name: write for name, (_, write) in pipes.items()}, theirs)
         theirs.close()
-        for fd, name in ((self.events.fileno(), "events"), (self.control.fileno(), "control")):
-            self._listen(fd, name)
+        self._listen(self.events.fileno(), "events")
+        self._listen(self.control.fileno(), "control")
         for name, (read, write) in pipes.items():
             os.close(write)
             os.set_blocking(read, False)
@@ -113,7 +113,9 @@ class _Supervisor:
                     if not self._take_event():
                         raise RuntimeError("the sandbox could not start init, or it was killed")
                 elif name == "listener" and event & select.POLLIN:
-                    self._refuse(fd)
+                    call = seccomp.refuse_next(fd)
+                    if call and call not in self.refused and len(self.refused) < 16:
+                        self.refused.append(call)
                 elif name == "listener" or not self._read(fd, name):
                     self.poller.unregister(fd)  # nobody is at the other end any more
             if self.ended is None and self.read_bytes > FLOOD_BYTES:
@@ -130,11 +132,6 @@ class _Supervisor:
         elif kind == _ENDED:
             self.ended = _STATUS.unpack(self.events.recv(_STATUS.size))
         return bool(kind)
-
-    def _refuse(self, listener: int) -> None:
-        name = seccomp.refuse_next(listener)
-        if name and name not in self.refused and len(self.refused) < 16:
-            self.refused.append(name)
 
     def _read(self, fd: int, name: str) -> bool:
         """Takes what a pipe holds; False at its end, or where there is nothing."""
@@ -179,11 +176,10 @@ class _Supervisor:
 
     def _result(self, outcome: Outcome | None) -> Result:
         stdout, stderr = (self.kept[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
-        status, left_behind = self.ended or (0, False)
-        detail = ""
+        (status, left_behind), detail = self.ended or (0, False), ""
+        if outcome is None and not self.confined:
+            raise RuntimeError(f"the sandbox could not start a program: {stderr}")
         if outcome is None:
-            if not self.confined:
-                raise RuntimeError(f"the sandbox could not start a program: {stderr}")
             outcome, detail = self._from_report(os.waitstatus_to_exitcode(status))
         return Result(outcome, detail, stdout, stderr, tuple(self.refused), left_behind)
 
@@ -191,9 +187,8 @@ class _Supervisor:
         """Of a program that ended by itself: by its exit code (negative: a signal), and what was reported before."""
         if code == -signal.SIGXCPU:
             return Outcome.TIMED_OUT, "of CPU"
-        if code < 0:
-            known = -code in set(signal.Signals)  # not all real-time signals have names
-            return Outcome.KILLED, signal.Signals(-code).name if known else f"signal {-code}"
+        if code < 0:  # not all real-time signals have names
+            return Outcome.KILLED, {int(s): s.name for s in signal.Signals}.get(-code, f"signal {-code}")
         report = bytes(self.kept["report"])
         if not report:
             return Outcome.LEFT_EARLY, f"exit status {code}"
