@@ -18,7 +18,7 @@ from itertools import product
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.special import logsumexp, ndtri, softmax, stdtrit
+from scipy.special import ndtri, stdtrit
 
 LEVEL = 0.9  # of the intervals
 DRAWS = 400
@@ -136,7 +136,7 @@ def fit_law(
     best = min((_descend(start, x, y, log_losses) for start in _starts(float(np.mean(losses)))), key=lambda r: r.fun)
     if _degenerate(best.x):
         raise NoFit("the losses do not fall with parameters and with tokens as the law wants it")
-    fitted = logsumexp(_terms(best.x, x, y), axis=0)
+    fitted = np.logaddexp.reduce(_terms(best.x, x, y))
     residual, noise = _noise(log_losses - fitted, len(n) - len(best.x))
     rng, draws = np.random.default_rng(0), []
     for _ in range(DRAWS):
@@ -190,9 +190,10 @@ def _descend(start: np.ndarray, x: np.ndarray, y: np.ndarray, log_losses: np.nda
 
     def objective(c):
         terms = _terms(c, x, y)
-        r = (logsumexp(terms, axis=0) - log_losses) / HUBER
+        predicted = np.logaddexp.reduce(terms)
+        r = (predicted - log_losses) / HUBER
         near = np.clip(r, -1, 1)
-        slope = near / HUBER * softmax(terms, axis=0)
+        slope = near / HUBER * np.exp(terms - predicted)
         value = (near * (r - 0.5 * near)).sum()
         return value, np.array([*slope.sum(axis=1), -(slope[0] * x).sum(), -(slope[1] * y).sum()])
 

@@ -22,6 +22,7 @@ import statistics
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Column, Table
@@ -92,15 +93,12 @@ def machine(gpu: str | None, number: int | None, price: float | None, config: Ru
     if gpu and gpu not in targets.GPUS:
         raise UserError(f"--gpu {gpu} is not one of {', '.join(targets.GPUS)}")
     if not gpu:
-        import jax
-
         if number not in (None, jax.device_count()):
             raise UserError(f"--count {number} needs --gpu; this machine has {jax.device_count()} devices")
         number = jax.device_count()
     number = number or 1
-    if price is None:
-        return Machine(gpu, number, math.nan if config.price_per_hour is None else config.price_per_hour)
-    return Machine(gpu, number, price * number)
+    whole = config.price_per_hour if price is None else price * number
+    return Machine(gpu, number, math.nan if whole is None else whole)
 
 
 def measured(run_dir: Path) -> dict[str, Speed]:
@@ -170,12 +168,6 @@ class Plan(Job):
             seconds += often * CORE_IN_TRAINING * float(np.nan_to_num(self._as_published(EVAL_BASE)))
         disk = 2 * (plan.tokens + cfg.eval_tokens) + self._checkpoints()  # 16 bits an id
         return Stage("base", plan.steps, plan.batch_tokens, flops, seconds, disk=disk)
-
-    def passes(self) -> float | None:
-        """How often base goes over its text; None where that is not known before it is packed."""
-        if self.source != "hub":
-            return None
-        return self.base.tokens / (self.config.data.hub_shards * SHARD_CHARS / CHARS_A_TOKEN * KEPT)
 
     def _finetune(self, name: str) -> Stage:
         """mid or sft: as many rows as its conversations fill, estimated by their usual lengths."""
@@ -317,11 +309,10 @@ def _remarks(plan: Plan, stages: list[Stage]) -> list[str]:
         if "base" in unknown:
             out.append("--measured alone times some steps of base here")
     if plan.speed("rl").source and math.isnan(plan.as_measured("rl")):
-        out.append(
-            "rough: rl decodes at a third of the bandwidth, eval goes as in a $100 run, the tokenizer on two cores"
-        )
-    if (passes := plan.passes()) is not None:
+        out.append("rough: rl decodes at a third of the bandwidth, eval goes as in a $100 run, tokenizer on two cores")
+    if plan.source == "hub":  # of other text it is not known before it is packed
         files = plan.config.data.hub_shards
+        passes = plan.base.tokens / (files * SHARD_CHARS / CHARS_A_TOKEN * KEPT)
         out.append(f"base goes {passes:.2f} times over its {files} files" + (", take more" if passes > 1 else ""))
     return out
 

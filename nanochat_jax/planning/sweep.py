@@ -22,17 +22,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.cli import MISTAKE, command
-from nanochat_jax.config import (
-    RunConfig,
-    SweepConfig,
-    check,
-    check_same,
-    dump_yaml,
-    from_dict,
-    read_settings,
-)
+from nanochat_jax.config import RunConfig, SweepConfig, check, check_same, dump_yaml, from_dict, read_settings
 from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.files import atomic_write_text, claim, whole_folder
 from nanochat_jax.mesh.preemption import Stop
@@ -162,19 +156,16 @@ def show_plan(points: list[Point], args: argparse.Namespace) -> None:
     """Prints what would be trained and for how long, at the speed of published runs or of one that was measured."""
     if args.measured == "":
         raise UserError("--measured of a sweep needs a run directory whose speed it takes")
-    stages = []
-    print(f"{'run':16} {'parameters':>10} {'tokens':>8} {'steps':>8} {'batch':>8} {'FLOPs':>9} {'time':>12}")
+    stages, table = [], plan.table_of("run", "parameters", "tokens", "steps", "batch", "FLOPs", "time")
     for point in points:
         on = plan.machine(args.gpu, args.count, args.price, point.config)
         made, _ = plan.make(point.config, on, args.measured, exact=False)
         base = next(s for s in made.stages() if s.name == "base")
-        params = count(scaling.scaling_params(made.cfg))
         hours = "not known" if math.isnan(base.seconds) else duration(base.seconds)
-        print(
-            f"{point.name:16} {params:>10} {count(base.tokens):>8} {base.steps:>8,} {count(base.batch_tokens):>8} "
-            f"{base.flops:>9.2e} {hours:>12}"
-        )
+        work = (count(base.tokens), f"{base.steps:,}", count(base.batch_tokens), f"{base.flops:.2e}", hours)
+        table.add_row(point.name, count(scaling.scaling_params(made.cfg)), *work)
         stages.append(base)
+    Console().print(table)
     whole = plan.summed(stages)
     if any(math.isnan(base.seconds) for base in stages):
         said = "a time that is not known: --measured RUN_DIR or --gpu may tell"
