@@ -1,0 +1,1 @@
+"""Decoding: many requests at a time through a key/value cache, with tools, and conversations cut to fit."""

@@ -12,6 +12,8 @@ ring, N head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,32 @@ import jax.numpy as jnp
 from nanochat_jax.mesh import sharding
 
 SLACK = 256  # the longest chunk of prefill, and the most that a sequence may be set back
+
+
+@dataclass(eq=False)
+class Slot:
+    """What a row of the cache holds; compared by identity."""
+
+    device: int
+    place: int  # among the slots of its device
+    ids: list[int] = field(default_factory=list)  # the sequence whose keys and values it holds
+    written: int = 0  # positions that were ever filled for it, thrown away ones included
+    last_used: int = 0  # counted in requests
+
+    def reusable(self, prompt: Sequence[int], safe: int) -> int:
+        """How many ids of `prompt` it holds, if a sequence may continue from there; else 0.
+
+        safe: the shortest ring: up to so many positions have overwritten nothing.
+        """
+        n = common_prefix(self.ids, prompt)
+        return n if self.written <= safe or n >= self.written - SLACK else 0
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Its length."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
+
 
 Cache = list[tuple[jax.Array, jax.Array]]  # per layer keys and values, (D, S, K, R, N); of some rows (D * M, K, R, N)
 

@@ -353,7 +353,7 @@ def model(graph, cfg: GPTConfig, params: dict, dtype) -> GPT:
     params = dequantize(params, dtype)
     model = merge(graph, _apart(params, cfg))
     for block, joint in zip(model.blocks, _in_order(params["blocks"])):
-        block.attn = functools.partial(_attention, cfg, joint["attn"])
+        block.attn = functools.partial(_attention, cfg, joint["attn"])  # type: ignore[assignment]  # it is called alike
     return model
 
 
@@ -370,7 +370,8 @@ def _attention(cfg: GPTConfig, params: dict, x, rope, attend, value_embed=None):
 
 def rope_tables(cfg: GPTConfig, length: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin (length, N/2)."""
-    return tuple(t[:, 0] for t in rotary_tables(jnp.arange(length), cfg.head_dim, cfg.rope_base))
+    cos, sin = rotary_tables(jnp.arange(length), cfg.head_dim, cfg.rope_base)
+    return cos[:, 0], sin[:, 0]
 
 
 def _in_order(blocks: dict) -> list[dict]:

@@ -3,17 +3,17 @@
 A small operating system. A request is a process, a slot of the cache is its memory, and `step` is a turn of the
 scheduler:
 
-    admit    requests that wait get free slots
-    reuse    a prompt that begins like what some slot holds is prefilled only from where the two part
+    admit    requests in the queue get free slots
+    reuse    a prompt that begins like what a slot holds is prefilled only from where the two part
     prefill  a chunk of the prompts that are not in the cache yet is computed
-    decode   the requests whose prompts are in the cache get a time slice of a few tokens
+    decode   requests whose prompts are in the cache get a time slice of a few tokens
 
-A slot keeps what it holds when its request ends, so that the next turn of a conversation reuses the turns before it.
-Requests that share a prompt, as the samples of one question do, compute it once: the others wait for the first.
+A slot keeps what it holds when its request ends: the next turn of a conversation reuses the turns before it. Requests
+that share a prompt, as the samples of one question do, compute it once: the others wait for the first.
 
 The engine knows ids only: text, tools and HTTP are the callers'. A tool is a state machine that sees each token and may
-answer with tokens to force. What was decoded past that point in the slice is thrown away, which costs nothing but its
-time: the cache is addressed by position, and those positions are written again.
+answer with tokens to force. What was decoded past that point in the slice is thrown away, which costs only its time:
+the cache is addressed by position, and those positions are written again.
 
     engine = Engine(model, slots=8, max_len=model.cfg.sequence_len)
     [completion] = engine.generate([Request(ids, max_new_tokens=100, temperature=0.0, stop_ids=(end,))])
@@ -25,7 +25,7 @@ import itertools
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,7 @@ from flax import nnx
 from nanochat_jax import devices as chips
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
+from nanochat_jax.engine.cache import Slot
 from nanochat_jax.engine.programs import Shapes, compiled, kernels_agree, prepared, program_of
 from nanochat_jax.engine.sampling import TOP_LOGPROBS, Mode, Request, Settings, TokenLogprob, mode
 from nanochat_jax.mesh import sharding
@@ -99,23 +100,6 @@ class Counters:
     answers: int = 0  # that came to their end
     answer_tokens: int = 0  # of these
     calls: int = 0  # of the device
-
-
-@dataclass(eq=False)
-class Slot:
-    """A row of the cache, and what is in it."""
-
-    device: int
-    place: int  # among the slots of its device
-    ids: list[int] = field(default_factory=list)  # the sequence whose keys and values it holds
-    written: int = 0  # positions that were ever filled for it, thrown away ones included
-    last_used: int = 0  # counted in requests
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """The length of the common prefix."""
-    n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 class Engine:
@@ -227,14 +211,14 @@ class Engine:
         widths = sorted({self._shapes.width(n) for n in range(1, self._each + 1)})
         spans = sorted({self._shapes.span(n) for n in range(1, self.max_len + 1)})
         for width in widths:
-            self._cache = kv.copy(self._cache, self._no_slots(width), self._no_slots(width))
+            self._run_copy({}, width)
             yield
         for span, width in itertools.product(spans, widths):
             for chunk in self._shapes.chunks:
-                self._run_prefill([], self._no_slots(width), [], chunk, span)
+                self._run_prefill([], width, chunk, span)
                 yield
             if not self._program.fused or span == spans[0]:  # one fused program serves all spans
-                self._run_decode([], self._no_slots(width), [], how, span, 0)
+                self._run_decode([], width, how, span, 0)
                 yield
 
     # ----------------------------------------------------------------------------------------- the scheduler
@@ -260,27 +244,19 @@ class Engine:
     def _choose_slot(self, ticket: Ticket) -> Slot:
         """The free slot that suits a ticket best. Sets its leader where a prompt that it shares is being prefilled."""
         prompt, taken = ticket.prompt[:-1], set(self._running.values())
-        free = [s for s in self._slots if s not in taken]
         load = Counter(s.device for s in taken)
-        own = {s: self._reusable(s, prompt) for s in free}
+        own = {s: s.reusable(prompt, self._safe) for s in self._slots if s not in taken}
         for slot, n in own.items():
             if 2 * n < len(slot.ids):  # it holds much more than that: worth keeping, and its part is copied
                 own[slot] = 0
-        best = max(free, key=lambda s: (own[s], -load[s.device], -s.last_used))
-        shared = {t: _common(t.prompt[:-1], prompt) for t in self._running if not t.ready and t.leader is None}
+        best = max(own, key=lambda s: (own[s], -load[s.device], -s.last_used))
+        shared = {t: kv.common_prefix(t.prompt[:-1], prompt) for t in self._running if not t.ready and t.leader is None}
         leader = max(shared, key=lambda t: shared[t], default=None)
-        if leader is None or shared[leader] < own[best] + WORTH_SHARING:
-            return best
-        beside = [s for s in free if s.device == self._running[leader].device]
-        if not beside:
-            return best
-        ticket.leader = leader
-        return min(beside, key=lambda s: s.last_used)
-
-    def _reusable(self, slot: Slot, prompt: Sequence[int]) -> int:
-        """How many ids of `prompt` the slot holds, if a sequence may continue from there in its rings; else 0."""
-        n = _common(slot.ids, prompt)
-        return n if slot.written <= self._safe or n >= slot.written - kv.SLACK else 0
+        if leader is not None and shared[leader] >= own[best] + WORTH_SHARING:
+            beside = [s for s in own if s.device == self._running[leader].device]
+            if beside:
+                ticket.leader, best = leader, min(beside, key=lambda s: s.last_used)
+        return best
 
     def _reuse(self) -> None:
         """Starts every prompt that need not wait with what its slot holds of it, or copies that from another slot."""
@@ -290,9 +266,9 @@ class Engine:
             if t.filled >= 0 or (leader is not None and not leader.ready):
                 continue
             prompt, source = t.prompt[:-1], slot
-            kept = self._reusable(slot, prompt)
+            kept = slot.reusable(prompt, self._safe)
             for other in self._slots:
-                n = self._reusable(other, prompt) if other.device == slot.device else 0
+                n = other.reusable(prompt, self._safe) if other.device == slot.device else 0
                 if n >= kept + (WORTH_SHARING if source is slot else 1):
                     source, kept = other, n
             if source is not slot:
@@ -301,10 +277,7 @@ class Engine:
             t.filled, t.leader = kept, None
             self.counters.reused_tokens += kept
         if copies:
-            to, rows = self._rows(list(copies))
-            sources = to.copy()
-            sources.flat[rows] = [s.place for s in copies.values()]
-            self._cache = kv.copy(self._cache, sources, to)
+            self._run_copy(copies, self._width(copies))
             self.counters.calls += 1
 
     def _prefill(self) -> None:
@@ -316,9 +289,8 @@ class Engine:
         longest = max(len(t.prompt) - 1 - t.filled for t in waiting)
         chunk = self._shapes.chunk(longest, self.patient)
         tickets = waiting[: max(1, (PREFILL_BESIDE if beside else PREFILL_TOKENS) // chunk)]
-        table, rows = self._rows([self._running[t] for t in tickets])
         end = max(min(t.filled + chunk, len(t.prompt) - 1) for t in tickets)
-        self._run_prefill(tickets, table, rows, chunk, self._shapes.span(end))
+        self._run_prefill(tickets, self._width(self._running[t] for t in tickets), chunk, self._shapes.span(end))
         self.counters.calls += 1
 
     def _decode(self) -> list[Event]:
@@ -326,14 +298,15 @@ class Engine:
         tickets = [t for t in self._running if t.ready]
         if not tickets:
             return []
-        table, rows = self._rows([self._running[t] for t in tickets])
+        width = self._width(self._running[t] for t in tickets)
         how = mode([t.request for t in tickets], self.cfg.vocab_size)
-        n = self._slice_length(tickets, (table.size, how))
+        n = self._slice_length(tickets, (width, how))
+        span = self._shapes.span(max(t.length for t in tickets) - 1 + n)
         began = time.perf_counter()
-        out = self._run_decode(tickets, table, rows, how, self._shapes.span(max(t.length for t in tickets) - 1 + n), n)
-        self._pace[table.size, how] = (time.perf_counter() - began) / n
+        out = self._run_decode(tickets, width, how, span, n)
+        self._pace[width, how] = (time.perf_counter() - began) / n
         self.counters.calls += 1
-        return [self._finish_slice(t, [o[row, :n] for o in out]) for t, row in zip(tickets, rows)]
+        return [self._finish_slice(t, decoded) for t, decoded in zip(tickets, out)]
 
     def _finish_slice(self, ticket: Ticket, out: Sequence[np.ndarray]) -> Event:
         """Takes what was decoded for a ticket; frees its slot where that was the end."""
@@ -394,23 +367,34 @@ class Engine:
 
     # ---------------------------------------------------------------------------------- calls of the device
 
-    def _no_slots(self, width: int) -> np.ndarray:
-        """A table (D, M) of slots for a call that is meant for none: they are all out of range."""
-        return np.full((self._devices, width), self._each, np.int32)
+    def _width(self, slots: Iterable[Slot]) -> int:
+        """Rows of each device in a call for some slots."""
+        return self._shapes.width(max(Counter(s.device for s in slots).values()), self.patient)
 
-    def _rows(self, slots: Sequence[Slot]) -> tuple[np.ndarray, list[int]]:
-        """The table (D, M) of the slots that a call is for, each device's own, and the row (of D * M) of each slot."""
+    def _rows(self, slots: Sequence[Slot], width: int) -> tuple[np.ndarray, list[int]]:
+        """The table (D, M = width) of the slots of a call, each device's own, and the row (of D * M) of each slot.
+
+        Rows that are left over have a slot out of range, which is never read nor written.
+        """
+        table = np.full((self._devices, width), self._each, np.int32)
         by_device = [[s for s in slots if s.device == d] for d in range(self._devices)]
-        width = self._shapes.width(max(map(len, by_device)), self.patient)
         row = {s: s.device * width + m for group in by_device for m, s in enumerate(group)}
         if width == self._each:  # all slots, in their order
             row = {s: s.device * width + s.place for s in slots}
-        table, rows = self._no_slots(width), [row[s] for s in slots]
+        rows = [row[s] for s in slots]
         table.flat[rows] = [s.place for s in slots]
         return table, rows
 
-    def _run_prefill(self, tickets: Sequence[Ticket], table: np.ndarray, rows: Sequence[int], chunk: int, span: int):
-        """Puts the next `chunk` ids of the prompts of tickets into the cache, in the given rows of a call."""
+    def _run_copy(self, copies: dict[Slot, Slot], width: int) -> None:
+        """Copies slots; {to: from}, both on the same device."""
+        to, rows = self._rows(list(copies), width)
+        sources = to.copy()
+        sources.flat[rows] = [s.place for s in copies.values()]
+        self._cache = kv.copy(self._cache, sources, to)
+
+    def _run_prefill(self, tickets: Sequence[Ticket], width: int, chunk: int, span: int) -> None:
+        """Puts the next `chunk` ids of the prompts of tickets into the cache."""
+        table, rows = self._rows([self._running[t] for t in tickets], width)
         R = table.size
         tokens = np.zeros((R, chunk), np.int32)
         before, start, count = np.full(R, -1, np.int32), np.zeros(R, np.int32), np.zeros(R, np.int32)
@@ -422,14 +406,12 @@ class Engine:
             t.filled += len(piece)
             slot.ids += piece
             slot.written = max(slot.written, t.filled)
-        self._cache = self._compiled.prefill(
-            self._program, span, self.params, self._cache, table, tokens, before, start, count
-        )
+        args = self.params, self._cache, table, tokens, before, start, count
+        self._cache = self._compiled.prefill(self._program, span, *args)
 
-    def _run_decode(
-        self, tickets: Sequence[Ticket], table: np.ndarray, rows: Sequence[int], how: Mode, span: int, n: int
-    ) -> list[np.ndarray]:
-        """Decodes n tokens for tickets in the given rows of a call: ids (R, LONG) and, where wanted, logprobs."""
+    def _run_decode(self, tickets: Sequence[Ticket], width: int, how: Mode, span: int, n: int) -> list[list]:
+        """Decodes n tokens of each ticket: their ids and, where `how` wants them, `sampling.log_probabilities`."""
+        table, rows = self._rows([self._running[t] for t in tickets], width)
         R = table.size
         last, position = np.full((R, 2), -1, np.int32), np.full(R, -1, np.int32)
         last[:, 1] = 0
@@ -442,7 +424,7 @@ class Engine:
             settings.fill(row, t.request)
         if self._program.fused:  # kernels see for themselves how far they must look: one program serves all
             span = self.max_len
-        out, self._cache = self._compiled.decode(
-            self._program, span, how, self.params, self._cache, table, last, position, forced, settings, n
-        )
-        return [np.asarray(o) for o in out]
+        args = self.params, self._cache, table, last, position, forced, settings, n
+        out, self._cache = self._compiled.decode(self._program, span, how, *args)
+        arrays = [np.asarray(o) for o in out]
+        return [[a[row, :n] for a in arrays] for row in rows]

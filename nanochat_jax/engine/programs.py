@@ -1,7 +1,7 @@
-"""What the engine runs on the device: a chunk of prompts into the cache, a slice of tokens out of it.
+"""What the engine runs on the device: prefill of a chunk of prompts, and decoding of a slice of tokens.
 
-Each function is compiled once for each kind of engine and shape. Where kernels serve a decode step they are used, if
-they say what the plain formulas say on this device.
+Each is compiled once for each kind of engine and shape. A decode step uses kernels where they agree with the plain
+formulas on this device.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Program:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _one_step(program: Program, params, cache, token, position, before):
-    """Logits of the rows that are meant, 0 for others, and what is then in the rows of the cache."""
+    """Logits of the rows that are meant, 0 for others, and the rows of the cache afterwards."""
     rows = list(cache)
     logits = program.step(params, rows, jnp.arange(len(token)), token, position, before)
     return jnp.where(position[:, None] >= 0, logits, 0.0), rows
@@ -119,9 +119,9 @@ def _one_step(program: Program, params, cache, token, position, before):
 
 @functools.cache
 def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
-    """Whether on this device the kernels of a decode step say what the plain one says, of two layers of this shape.
+    """Whether a decode step by kernels gives on this device what the plain one gives, in two layers of this shape.
 
-    One row and several, of which one is not meant, at the beginning and where the rings have wrapped.
+    Tried with one row and with several, of which one is empty, at the beginning and where the rings have wrapped.
     """
     cfg, rng, tolerance = replace(cfg, n_layer=2), np.random.default_rng(0), TOLERANCE[dtype.itemsize]
     graph, state = nnx.split(nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype)))
@@ -191,7 +191,8 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
         made = log_probabilities(logits, new) if how.logprobs else ()
         return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made))
 
-    said, out = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1), ()
+    said = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1)
+    out: tuple[jax.Array, ...] = ()
     if how.logprobs:
         likeliest = (*forced.shape, min(TOP_LOGPROBS, program.cfg.vocab_size))
         out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
