@@ -140,10 +140,8 @@ def _panel(axes, panel: Panel) -> None:
 
 def _frame(axes, series: Sequence[Series], from_zero: bool) -> None:
     """A scale for all but the first steps, whose loss is that of guessing, and a few outliers: so the rest is read."""
-    values = sorted(v for s in series for v in list(s.y)[len(s.y) // 20 :])
-    outliers = len(values) // 200
-    low, high = values[0], values[len(values) - 1 - outliers]
-    low = min(low, 0.0) if from_zero else low
+    values = sorted(v for s in series for v in s.y[len(s.y) // 20 :])
+    low, high = min(values[0], 0.0) if from_zero else values[0], values[len(values) - 1 - len(values) // 200]
     room = 0.06 * max(high - low, 1e-6)
     axes.set_ylim(low if from_zero else low - room, high + room)
 
@@ -152,27 +150,19 @@ def _frame(axes, series: Sequence[Series], from_zero: bool) -> None:
 
 
 def bars(
-    path: Path,
-    title: str,
-    x_label: str,
-    found: Sequence[Bar],
-    *,
-    mean: tuple[float, str],
-    zero: tuple[float, str] = (0.0, "chance"),
-    other: str = "",
+    path: Path, title: str, x_label: str, found: Sequence[Bar], mean: tuple[float, str], chance: float, other: str = ""
 ) -> None:
-    """Writes bars with their standard errors, the last one on top, from a line at `zero`; another line at `mean`.
+    """Writes bars with their standard errors, the last one on top, from a line at `chance`; another line at `mean`.
 
     other: what the marks beside the bars are.
     """
     with _drawing(path, 1.1 + 0.23 * len(found)) as figure:
-        axes, (origin, origin_name), (value, name) = figure.add_subplot(), zero, mean
-        places = range(len(found))
-        widths = [b.value - origin for b in found]
+        axes, places, (value, name) = figure.add_subplot(), range(len(found)), mean
+        widths = [b.value - chance for b in found]
         error = {"ecolor": INK, "elinewidth": 1, "capsize": 2.5}
         errors = [b.error or math.nan for b in found]  # none is drawn where it says nothing
-        axes.barh(places, widths, left=origin, height=0.66, color=COLOURS[0], alpha=0.85, xerr=errors, error_kw=error)
-        axes.axvline(origin, color=INK, linewidth=1.2)
+        axes.barh(places, widths, left=chance, height=0.66, color=COLOURS[0], alpha=0.85, xerr=errors, error_kw=error)
+        axes.axvline(chance, color=INK, linewidth=1.2)
         if marked := [(b.other, i) for i, b in enumerate(found) if b.other is not None]:
             edge = {"facecolor": "white", "edgecolor": COLOURS[1], "linewidth": 1.6}
             axes.scatter(*zip(*marked), label=other, marker="D", s=30, zorder=4, **edge)
@@ -180,7 +170,7 @@ def bars(
         axes.set_yticks(places, [b.name for b in found])
         axes.set_ylim(-0.7, len(found) - 0.3)
         axes.margins(x=0.04)
-        axes.set(title=title, xlabel=f"{x_label} (solid line: {origin_name})")
+        axes.set(title=title, xlabel=f"{x_label} (solid line: chance)")
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", colors=INK)
         axes.legend(loc="lower right", **_OVER_LINES)

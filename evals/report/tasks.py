@@ -18,6 +18,7 @@ def core(facts: Facts) -> str:
             [_core_bar(found, task) for task in sorted(found["results"], key=found["centered"].get)],
             other="the right answers, where the bundle states wrong ones" if found.get("corrected") else "",
             mean=(found["core_metric"], "CORE"),
+            chance=0.0,
         )
         blocks.append(
             f"![CORE of {stage} by task](report/core_{stage}.png)\n\n{fold('As a table', _core_table(found))}"
@@ -69,7 +70,7 @@ def _subjects(facts: Facts, task: str) -> str:
         f"{title} of {last}, by subject",
         "accuracy",
         [Bar(name.replace("_", " "), found["accuracy"], found["stderr"]) for name, found in subjects],
-        zero=(latest["baseline"], "chance"),
+        chance=latest["baseline"],
         mean=(latest["accuracy"], "all questions"),
     )
     rows = []

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 from evals.sandbox import isolation, linux, program, seccomp, supervisor
+from nanochat_jax.processes import prctl
 
 # What programs like to import. Loaded already it costs them nothing, but each module adds to the cost of a fork.
 _PRELOADED = (
@@ -47,7 +48,7 @@ def main() -> None:
         return  # half of an isolation cannot be undone: the pool starts another worker, without
     layers = isolation.Layers(*(name not in options["without"] for name in isolation.Layers._fields))
     if not layers.namespaces:
-        linux.adopt_orphans()
+        prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
         if os.path.isdir("/proc"):
             proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY)
     gc.collect()

@@ -10,7 +10,6 @@ only root may read stays unread and the limit on processes, which does not hold 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import socket
@@ -47,18 +46,16 @@ def enter() -> int:
     if tuple(map(int, re.findall(r"\d+", release)[:2])) < _KERNEL:
         raise OSError(f"Linux {release} is older than {'.'.join(map(str, _KERNEL))}")
     visible = _visible()
-    with _mapping_users():
-        new = linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS
-        linux.unshare(new)
+    _unshare(linux.CLONE_NEWUSER | linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS)
     socket.sethostname("sandbox")
     linux.mount("none", "/", "", linux.MS_REC | linux.MS_PRIVATE)
     linux.mount("tmpfs", "/tmp", "tmpfs", linux.MS_NOSUID | linux.MS_NODEV, "mode=755,size=1m")
     os.mkdir("/tmp" + _OLD)
-    linux.pivot_root("/tmp", "/tmp" + _OLD)
+    linux.call("pivot_root", b"/tmp", b"/tmp" + _OLD.encode())
     os.chdir("/")
     proc = os.open(_OLD + "/proc", os.O_RDONLY | os.O_DIRECTORY)
     _make_root(visible)
-    linux.unmount(_OLD)
+    linux.call("umount2", _OLD.encode(), linux.MNT_DETACH)
     os.rmdir(_OLD)
     linux.restrict_mount("/", linux.MOUNT_ATTR_RDONLY | linux.MOUNT_ATTR_NOSUID, recursive=False)
     if os.geteuid() == 0:
@@ -78,12 +75,8 @@ def mount_scratch() -> None:
     linux.mount("tmpfs", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, size)
 
 
-# ------------------------------------------------------------------------------------------------ users
-
-
-@contextlib.contextmanager
-def _mapping_users():
-    """Around an unshare(CLONE_NEWUSER): a process outside then says which users there are inside.
+def _unshare(flags: int) -> None:
+    """unshare() with CLONE_NEWUSER, while a process outside says which users there are inside.
 
     Root may map several: itself, which mounts and can read where it is installed, and nobody. Others can map themselves
     alone.
@@ -103,15 +96,12 @@ def _mapping_users():
 
     join = linux.run_in_child("uid_map", write_maps)
     try:
-        yield
+        linux.call("unshare", flags)
         os.write(go, b"1")
     finally:
         os.close(go)
         os.close(wait)
         join()
-
-
-# ------------------------------------------------------------------------------------------------ files
 
 
 def _visible() -> dict[str, str]:

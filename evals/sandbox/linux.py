@@ -23,35 +23,19 @@ _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_SETATTR = 442  # on every architecture but the oldest
 _CLONE = {"x86_64": 56, "aarch64": 220}
 
-_PR_SET_DUMPABLE, _PR_SET_KEEPCAPS, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 8, 36, 38
+PR_SET_CHILD_SUBREAPER = 36  # descendants whose parents end become children of this process
+PR_SET_NO_NEW_PRIVS = 38  # no setuid bit or file capability has an effect in this process and what it starts
+_PR_SET_DUMPABLE, _PR_SET_KEEPCAPS = 4, 8
 _CAPABILITY_VERSION_3 = 0x20080522
 
 
-def _call(function: str, *args, library: ctypes.CDLL = _libc, name: str = "") -> int:
+def call(function: str, *args, library: ctypes.CDLL = _libc, name: str = "") -> int:
     """A function of the C library with integers, bytes or ctypes pointers; `name` stands for it in the error."""
     result = getattr(library, function)(*(ctypes.c_long(a) if isinstance(a, int) else a for a in args))
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name or function}: {os.strerror(number)}")
     return result
-
-
-def syscall(name: str, number: int, *args) -> int:
-    return _call("syscall", number, *args, name=name)
-
-
-def adopt_orphans() -> None:
-    """Descendants whose parents end become children of this process."""
-    prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def set_no_new_privileges() -> None:
-    """From now on no setuid bit or file capability has an effect in this process and what it starts."""
-    prctl(_PR_SET_NO_NEW_PRIVS, 1)
-
-
-def unshare(flags: int) -> None:
-    _call("unshare", flags)
 
 
 def fork_into(flags: int) -> int:
@@ -61,7 +45,7 @@ def fork_into(flags: int) -> int:
     than to fork again. The caller must have one thread. (A process can unshare its children's namespace only once.)
     """
     number = _CLONE[os.uname().machine]
-    return _call("syscall", number, flags | signal.SIGCHLD, 0, 0, 0, 0, library=_libc_with_gil, name="clone")
+    return call("syscall", number, flags | signal.SIGCHLD, 0, 0, 0, 0, library=_libc_with_gil, name="clone")
 
 
 def run_in_child(name: str, work: Callable[[], object]) -> Callable[[], None]:
@@ -86,22 +70,14 @@ def run_in_child(name: str, work: Callable[[], object]) -> Callable[[], None]:
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    _call("mount", *map(os.fsencode, (source, target, kind)), flags, data.encode(), name=f"mount {target}")
+    call("mount", *map(os.fsencode, (source, target, kind)), flags, data.encode(), name=f"mount {target}")
 
 
 def restrict_mount(target: str, attributes: int, recursive: bool) -> None:
     """Adds MOUNT_ATTR_* to a mount, and to those below it. Linux 5.12."""
     attr = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)  # struct mount_attr: set, clear, propagation, userns_fd
-    flags = _AT_RECURSIVE if recursive else 0
-    syscall("mount_setattr", _MOUNT_SETATTR, _AT_FDCWD, os.fsencode(target), flags, attr, ctypes.sizeof(attr))
-
-
-def pivot_root(new: str, old: str) -> None:
-    _call("pivot_root", os.fsencode(new), os.fsencode(old))
-
-
-def unmount(target: str) -> None:
-    _call("umount2", os.fsencode(target), MNT_DETACH)
+    args = _AT_FDCWD, os.fsencode(target), _AT_RECURSIVE if recursive else 0, attr, ctypes.sizeof(attr)
+    call("syscall", _MOUNT_SETATTR, *args, name="mount_setattr")
 
 
 def switch_user(uid: int, gid: int) -> None:
@@ -122,4 +98,4 @@ def _set_capabilities(mask: int) -> None:
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
     high = mask & ((1 << 9) - 1)  # capabilities 32 to 40
     data = (ctypes.c_uint32 * 6)(mask, mask, 0, high, high, 0)  # effective, permitted, inheritable; low, then high
-    _call("capset", header, data)
+    call("capset", header, data)

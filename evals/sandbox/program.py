@@ -20,6 +20,7 @@ from typing import NoReturn
 from evals.sandbox import audit, linux, seccomp
 from evals.sandbox.isolation import Layers
 from evals.sandbox.result import Outcome, could_be_refusal, of_exception
+from nanochat_jax.processes import prctl
 
 FILE_BYTES = 16 * 1024 * 1024  # of any file that the program writes
 OPEN_FILES = 64
@@ -51,11 +52,14 @@ def _confine(request: dict, scratch: str, events: socket.socket, layers: Layers)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(scratch)
     os.environ.update({"HOME": scratch, "TMPDIR": scratch})
-    _forget_own_modules(keep_ctypes=layers.namespaces)
+    # It finds a fresh interpreter, but for modules of the standard library that are loaded already.
+    forgotten = ("evals", "nanochat_jax") if layers.namespaces else ("evals", "nanochat_jax", "ctypes", "_ctypes")
+    for name in [name for name in sys.modules if name.split(".")[0] in forgotten]:
+        del sys.modules[name]
     if layers.namespaces:
         linux.drop_capabilities()
     _set_limits(request, PROCESSES + 3 if layers.namespaces else _running_tasks() + PROCESSES)
-    linux.set_no_new_privileges()
+    prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
     listener = [seccomp.install(alone=None if layers.namespaces else os.getpid())] if layers.seccomp else []
     socket.send_fds(events, [CONFINED], listener)
     events.close()
@@ -88,14 +92,6 @@ def _set_limits(request: dict, processes: int) -> None:
         except (AttributeError, ValueError, OSError):
             if sys.platform == "linux":
                 raise  # elsewhere not every limit exists, or can be set
-
-
-def _forget_own_modules(keep_ctypes: bool) -> None:
-    """The program finds a fresh interpreter, but for modules of the standard library that are loaded already."""
-    forgotten = ("evals", "nanochat_jax", *(() if keep_ctypes else ("ctypes", "_ctypes")))
-    for name in list(sys.modules):
-        if name.split(".")[0] in forgotten:
-            del sys.modules[name]
 
 
 def _run(source: str, scratch: str) -> tuple[Outcome, str, bool]:

@@ -18,6 +18,7 @@ import sys
 from typing import NamedTuple
 
 from evals.sandbox import linux
+from nanochat_jax.processes import prctl
 
 # name, number on x86_64, number on aarch64
 _REFUSED = (
@@ -97,7 +98,7 @@ def check() -> None:
     build(machine, None)  # is cached, and so there in every program
 
     def install_it() -> None:
-        linux.set_no_new_privileges()
+        prctl(linux.PR_SET_NO_NEW_PRIVS, 1)
         install(None)
 
     linux.run_in_child("seccomp", install_it)()
@@ -148,8 +149,8 @@ def install(alone: int | None) -> int:
         _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
     program = Program(len(filter_) // 8, filter_)
-    number = MACHINES[machine].refused["seccomp"]
-    return linux.syscall("seccomp", number, _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(program))
+    args = MACHINES[machine].refused["seccomp"], _SET_MODE_FILTER, _NEW_LISTENER, ctypes.byref(program)
+    return linux.call("syscall", *args, name="seccomp")
 
 
 _RECEIVE, _SEND = 0xC0502100, 0xC0182101  # SECCOMP_IOCTL_NOTIF_RECV and _SEND
