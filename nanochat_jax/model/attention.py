@@ -1,9 +1,9 @@
 """Causal attention with an optional sliding window: one entry point, and a table of backends to choose from.
 
-`cudnn` and `flash` (flash.py) are kernels for GPUs; `blocks` is plain XLA over blocks of queries, each of which reads
-only the keys that its window admits, so that neither a (T, T) mask nor the squares that it would hide are computed.
-Which of them is the fastest depends on the device and the shape: `choose` measures it once, before a program is traced,
-and remembers. Where nothing was measured `default_backend` stands.
+`cudnn` and `flash` (kernels/flash.py) are kernels for GPUs; `blocks` is plain XLA over blocks of queries, each of which
+reads only the keys in its window, so that neither a (T, T) mask nor what it would hide is computed. Which is fastest
+depends on the device and the shape: `choose` measures it once, before a program is traced, and remembers. Where nothing
+was measured, `default_backend` is used.
 
 Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), N head size.
 """
@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from nanochat_jax import devices
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
+from nanochat_jax.kernels import flash
 from nanochat_jax.mesh import hosts
 
 _MASKED = -1e30  # finite: a row of -inf would make the softmax NaN
 
 
 class Shape(NamedTuple):
-    """What a choice depends on. The rows of a batch do not belong to it: they are many programs that are alike."""
+    """What a choice depends on; not on the rows of a batch, each of which is a program of its own."""
 
     T: int
     H: int
@@ -36,6 +37,10 @@ class Shape(NamedTuple):
     N: int
     dtype: str
     window: int | None  # None: all
+
+    @property
+    def is_half(self) -> bool:
+        return jnp.dtype(self.dtype).itemsize == 2
 
     def __str__(self) -> str:
         return f"T={self.T} H={self.H} K={self.K} N={self.N} {self.dtype} window={self.window}"
@@ -46,6 +51,7 @@ class Backend(NamedTuple):
     takes: Callable[[Shape, str], bool]  # of a shape on a platform: nvidia, gpu (another maker's), tpu or cpu
 
 
+@jax.named_scope("attention")
 def causal_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, window: int | None = None, *, backend: str | None = None
 ) -> jax.Array:
@@ -80,19 +86,13 @@ def _cudnn(q, k, v, window):
     )
 
 
-def _flash(q, k, v, window):
-    from nanochat_jax.kernels import flash  # Pallas takes long to import, and is wanted on GPUs alone
-
-    return flash.attention(q, k, v, window)
-
-
 def _block_size(T: int, window: int | None) -> int:
-    """Small enough to skip what the mask hides, large enough for the matrix products to be worth their launch."""
+    """Small enough to skip what the mask hides, large enough to make the matrix products worth a launch."""
     return min(T, max(128, T // 8) if window is None else max(64, min(window, 256)))
 
 
-def _cut(T: int, window: int | None):
-    """(queries, the keys that they read, which of these each sees) of block after block."""
+def _block_pairs(T: int, window: int | None):
+    """Yields for each block (queries, keys in their windows, the mask between them)."""
     size = _block_size(T, window)
     for start in range(0, T, size):
         end, first = min(start + size, T), 0 if window is None else max(0, start - window)
@@ -111,10 +111,10 @@ def _in_blocks(q, k, v, window):
 
 
 def _in_blocks_fwd(q, k, v, window):
-    """The backward pass keeps each row's log of the sum of exponentials and makes the probabilities again of it, as
-    FlashAttention does (arXiv 2205.14135): less memory, and no gradient that autodiff would have to pad and add."""
+    """Keeps each row's log-sum-exp, from which the backward pass recomputes the probabilities, as FlashAttention does
+    (arXiv 2205.14135): less memory, and no gradients that autodiff would pad and add."""
     out, log_sums = [], []
-    for rows, keys, seen in _cut(q.shape[3], window):
+    for rows, keys, seen in _block_pairs(q.shape[3], window):
         scores = _sum32("bkgtn,bksn->bkgts", q[..., rows, :], k[:, :, keys])
         scores = jnp.where(seen, scores, _MASKED)
         most = scores.max(axis=-1, keepdims=True)
@@ -131,7 +131,7 @@ def _in_blocks_bwd(window, kept, dy):
     q, k, v, y, log_sums = kept
     delta = _sum32("bkgtn,bkgtn->bkgt", y, dy)[..., None]
     dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for rows, keys, seen in _cut(q.shape[3], window):
+    for rows, keys, seen in _block_pairs(q.shape[3], window):
         qs, dys, ks, vs = q[..., rows, :], dy[..., rows, :], k[:, :, keys], v[:, :, keys]
         probs = jnp.exp(_sum32("bkgtn,bksn->bkgts", qs, ks) - log_sums[..., rows, :])
         probs = jnp.where(seen, probs, 0.0)
@@ -154,25 +154,19 @@ def _blocks(q, k, v, window):
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
 
 
-def _cudnn_takes(shape: Shape, platform: str) -> bool:
-    return platform == "nvidia" and jnp.dtype(shape.dtype).itemsize == 2 and shape.N % 8 == 0 and shape.N <= 256
-
-
-def _flash_takes(shape: Shape, platform: str) -> bool:
-    return platform in ("nvidia", "gpu") and jnp.dtype(shape.dtype).itemsize == 2 and shape.N in (64, 128)
-
-
 BACKENDS = {
-    "cudnn": Backend(_cudnn, _cudnn_takes),
-    "flash": Backend(_flash, _flash_takes),
-    "blocks": Backend(_blocks, lambda shape, platform: True),
+    "cudnn": Backend(_cudnn, lambda s, platform: platform == "nvidia" and s.is_half and s.N % 8 == 0 and s.N <= 256),
+    "flash": Backend(
+        flash.attention, lambda s, platform: platform in ("nvidia", "gpu") and s.is_half and s.N in (64, 128)
+    ),
+    "blocks": Backend(_blocks, lambda s, platform: True),
 }
 
 # ----------------------------------------------------------------------------------------------------- the choice
 
 MEASURED_FROM = 1024  # positions; with fewer, attention is too small a part of a step to be worth measuring
 TOLERANCE = 0.01  # of the output's and each gradient's norm; bfloat16 comes to 0.004, a window off by one to 0.03
-_ROUNDS, _CALLS = 10, 5  # the fastest of so many rounds counts
+_ROUNDS, _CALLS = 10, 5  # the fastest round counts
 
 _chosen: dict[Shape, str] = {}
 
@@ -187,7 +181,7 @@ def _platform() -> str:
 
 
 def shapes_of(cfg, T: int, dtype) -> list[Shape]:
-    """The different shapes of attention in a model's layers (a GPTConfig) over rows of T."""
+    """The distinct shapes of attention in the layers of a GPTConfig over rows of T."""
     windows = dict.fromkeys(_bounded(w, T) for w in cfg.windows)
     return [Shape(T, cfg.n_head, cfg.n_kv_head, cfg.head_dim, str(jnp.dtype(dtype)), w) for w in windows]
 
@@ -201,27 +195,27 @@ def choose(
     split_heads: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[Shape, str]:
-    """The backend of each shape, which programs traced from now on use; to be called by all hosts, never in a trace.
+    """Chooses the backend of each shape for all programs traced from now on. Called by all hosts, outside of a trace.
 
     A shape that several backends take is measured on this device with `rows` of a batch, forward and backward, unless
-    `cache`/attention.json knows it; process 0's choice holds for all. setting: auto, or a backend to take without
-    measuring; UserError where it does not take a shape. split_heads: the mesh splits heads, and no kernel follows.
+    `cache`/attention.json has it; process 0's choice holds for all. setting: auto, or a backend to use unmeasured;
+    UserError if it does not take a shape. split_heads: the mesh splits heads, which no kernel supports.
     """
-    found = {}
+    found: dict[Shape, str] = {}
+    unknown = []
     for shape in shapes:
         _chosen.pop(shape, None)
         able = [name for name in takers(shape) if name == "blocks" or not split_heads]
-        if setting != "auto":
-            if setting not in able:
-                where = f"{_platform()}, heads split by mesh.tensor" if split_heads else _platform()
-                raise UserError(
-                    f"attention={setting} does not take {shape} here ({where}); take attention=auto or one of "
-                    f"{', '.join(able)}"
-                )
+        if setting in able:
             found[shape] = setting
+        elif setting != "auto":
+            where = f"{_platform()}, heads split by mesh.tensor" if split_heads else _platform()
+            raise UserError(
+                f"attention={setting} does not take {shape} here ({where}); take attention=auto or one of "
+                f"{', '.join(able)}"
+            )
         elif len(able) > 1 and shape.T >= MEASURED_FROM:
-            found[shape] = None
-    unknown = [shape for shape, name in found.items() if name is None]
+            unknown.append(shape)
     if unknown:
         names = _measured(unknown, rows, cache, say) if hosts.is_main() else []
         found.update(zip(unknown, hosts.gather("attention", names)[0]))
@@ -230,7 +224,7 @@ def choose(
 
 
 def _measured(shapes: list[Shape], rows: int, cache: Path, say) -> list[str]:
-    """The fastest backend of each shape, from the file of those measured before or now."""
+    """The fastest backend of each shape, measured now or before, as the cache's file says."""
     path = Path(cache) / "attention.json"
     known, place = read_json(path) or {}, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
     here = known.setdefault(place, {})
@@ -238,7 +232,7 @@ def _measured(shapes: list[Shape], rows: int, cache: Path, say) -> list[str]:
         if here.get(str(shape), {}).get("backend") in BACKENDS:
             continue
         milliseconds, left_out = measure(shape, rows)
-        best = min(milliseconds, key=milliseconds.get, default=default_backend(shape.dtype))
+        best = min(milliseconds, key=milliseconds.__getitem__, default=default_backend(shape.dtype))
         here[str(shape)] = {"backend": best, "rows": rows, "ms": milliseconds, "left_out": left_out}
         atomic_write_json(path, known)
         times = ", ".join(f"{name} {ms:.2f} ms" for name, ms in milliseconds.items())
@@ -249,7 +243,7 @@ def _measured(shapes: list[Shape], rows: int, cache: Path, say) -> list[str]:
 
 
 def measure(shape: Shape, rows: int) -> tuple[dict[str, float], dict[str, str]]:
-    """(milliseconds of forward and backward with `rows`, why one was left out), by the name of the backend.
+    """By backend, milliseconds of forward and backward with `rows`; and by backend that was left out, the reason.
 
     The output and the gradients of one row are first compared with those of `blocks` in float32.
     """
@@ -268,9 +262,9 @@ def measure(shape: Shape, rows: int) -> tuple[dict[str, float], dict[str, str]]:
                 jax.block_until_ready(f(*_random(shape, rows)))
                 fit[name] = f
         except Exception as e:  # no kernel for this device, or no memory for it: the others are there
-            left_out[name] = f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else 'no message'}"
+            left_out[name] = f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
     args = _random(shape, rows) if fit else []
-    # in turns, so that what else the device does falls on all of them alike
+    # interleaved, so that other load on the device slows all of them alike
     rounds = [{name: _seconds(f, args) for name, f in fit.items()} for _ in range(_ROUNDS)]
     return {name: 1e3 * min(times[name] for times in rounds) for name in fit}, left_out
 
@@ -293,13 +287,13 @@ def _with_gradients(backend: Backend, shape: Shape) -> Callable:
 
 
 def _error(got, want) -> float:
-    """The difference's norm over that of `want`."""
+    """The norm of the difference over that of `want`."""
     difference = jnp.linalg.norm((got.astype(jnp.float32) - want).ravel())
     return float(difference / jnp.maximum(jnp.linalg.norm(want.ravel()), 1e-30))
 
 
 def _seconds(f: Callable, args) -> float:
-    """Of one call, all of them handed to the device together."""
+    """Of one call, the mean over several that are queued together."""
     began = time.perf_counter()
     for _ in range(_CALLS):
         out = f(*args)

@@ -1,8 +1,8 @@
-"""The GPT: configuration to logits, and nothing else.
+"""The GPT, from configuration to logits.
 
-One module with plain switches: `modern` (windows, residual scalars, value embeddings, smear, backout) and `classic`
-(none of these) differ in `GPTConfig` alone. Weights are float32 masters stored (out, in); products run in `dtype`.
-How keys and values meet queries is the caller's: training passes causal attention, the engine its cache.
+`modern` (windows, residual scalars, value embeddings, smear, backout) and `classic` (none of these) differ in
+`GPTConfig` alone. Weights are float32 masters stored (out, in); products run in `dtype`. The caller says how queries
+meet keys and values: training passes causal attention, the engine its cache.
 
 Shapes: B batch, T time, D width, H query heads, K key/value heads, N head size, V vocabulary (padded where stored).
 """
@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.nn.initializers import normal, uniform, zeros
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.kernels import fp8
@@ -23,9 +25,7 @@ from nanochat_jax.kernels.fused import add_and_norm, mix_and_norm, relu_squared,
 from nanochat_jax.kernels.products import product
 from nanochat_jax.kernels.segments import look_up
 from nanochat_jax.model.attention import causal_attention
-
-GATE_CHANNELS = 12  # leading channels that the value-embedding gate looks at
-SMEAR_CHANNELS = 24  # leading channels that the smear gate looks at
+from nanochat_jax.model.scaling import GATE_CHANNELS, SMEAR_CHANNELS
 
 # (layer, q (B, T, H, N), k (B, T, K, N), v (B, T, K, N)) -> (B, T, H, N)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -45,42 +45,25 @@ def _uniform(bound):
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def _positive(bound):
-    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, 0.0, bound)
-
-
-def _normal(std):
-    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
-
-
 def _spectral(key, shape):
     """N(0, min(1, sqrt(out / in)) / sqrt(in)): the classic matrices."""
     out, inner = shape
-    return _normal(min(1.0, math.sqrt(out / inner)) / math.sqrt(inner))(key, shape)
-
-
-def _zeros(key, shape):
-    return jnp.zeros(shape, jnp.float32)
+    return normal(min(1.0, math.sqrt(out / inner)) / math.sqrt(inner))(key, shape)
 
 
 def _initialisers(cfg: GPTConfig) -> dict[str, Callable]:
     if cfg.init == "classic":
-        return {"wte": _normal(1.0), "head": _zeros, "qkv": _spectral, "fc": _spectral, "value": _zeros}
+        return {"wte": normal(1.0), "head": zeros, "qkv": _spectral, "fc": _spectral, "value": zeros}
     s = math.sqrt(3 / cfg.n_embd)
-    return {
-        "wte": _normal(0.8),
-        "head": _normal(0.001),
-        "qkv": _uniform(s),
-        "fc": _uniform(0.4 * s),
-        "value": _uniform(s),
-    }
+    qkv, fc = _uniform(s), _uniform(0.4 * s)
+    return {"wte": normal(0.8), "head": normal(0.001), "qkv": qkv, "fc": fc, "value": _uniform(s)}
 
 
 # ----------------------------------------------------------------------------------------------- modules
 
 
 class Linear(nnx.Module):
-    """x (..., in) -> (..., out) in x's dtype, no bias; by 8-bit products where `eight_bits` is set and it is large."""
+    """x (..., in) -> (..., out) in x's dtype, no bias; by 8-bit products if `eight_bits` is set and it is large."""
 
     def __init__(self, n_in: int, n_out: int, init: Callable, rngs: nnx.Rngs):
         self.weight = nnx.Param(init(rngs.params(), (n_out, n_in)))
@@ -91,12 +74,11 @@ class Linear(nnx.Module):
         return self.eight_bits and fp8.worthwhile(self.weight[...].shape)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        (y,) = all_of(x, self)
-        return y
+        return project(x, self)[0]
 
 
-def all_of(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
-    """What each of several Linears of one size makes of x, which is quantised once for all where they want 8 bits."""
+def project(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
+    """Each Linear of x; with 8-bit products x is quantised once for all of them."""
     weights = tuple(linear.weight[...].astype(x.dtype) for linear in linears)
     if linears[0].in_eight_bits:
         return fp8.products(x, weights)
@@ -121,15 +103,14 @@ class Attention(nnx.Module):
         self.q = Linear(D, D, init["qkv"], rngs)
         self.k = Linear(D, kv, init["qkv"], rngs)
         self.v = Linear(D, kv, init["qkv"], rngs)
-        self.proj = Linear(D, D, _zeros, rngs)
-        self.ve_gate = (
-            Linear(GATE_CHANNELS, cfg.n_kv_head, _positive(0.02), rngs) if cfg.has_value_embed(layer) else None
-        )
+        self.proj = Linear(D, D, zeros, rngs)
+        gated = cfg.has_value_embed(layer)
+        self.ve_gate = Linear(GATE_CHANNELS, cfg.n_kv_head, uniform(0.02), rngs) if gated else None
 
     def __call__(self, x, rope, attend, value_embed=None):
         """x (B, T, D); value_embed (B, T, K * N) or None. ResFormer's value residual: arXiv 2410.17897."""
         cfg, (B, T, D) = self.cfg, x.shape
-        q, k, v = (y.reshape(B, T, -1, cfg.head_dim) for y in all_of(x, self.q, self.k, self.v))
+        q, k, v = (y.reshape(B, T, -1, cfg.head_dim) for y in project(x, self.q, self.k, self.v))
         if self.ve_gate is not None:
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape)
@@ -142,7 +123,7 @@ class MLP(nnx.Module):
 
     def __init__(self, cfg: GPTConfig, rngs: nnx.Rngs):
         self.fc = Linear(cfg.n_embd, 4 * cfg.n_embd, _initialisers(cfg)["fc"], rngs)
-        self.proj = Linear(4 * cfg.n_embd, cfg.n_embd, _zeros, rngs)
+        self.proj = Linear(4 * cfg.n_embd, cfg.n_embd, zeros, rngs)
 
     def __call__(self, x):
         if self.fc.in_eight_bits:
@@ -151,7 +132,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """The two parts of a layer; `GPT.trunk` adds what they give to the residual stream."""
+    """The two parts of a layer; `GPT.trunk` adds their results to the residual stream."""
 
     def __init__(self, cfg: GPTConfig, layer: int, rngs: nnx.Rngs):
         self.attn = Attention(cfg, layer, rngs)
@@ -167,20 +148,18 @@ class GPT(nnx.Module):
         self.wte = Embedding(V, D, init["wte"], rngs)
         self.lm_head = Linear(D, V, init["head"], rngs)
         self.blocks = nnx.List([Block(cfg, i, rngs) for i in range(cfg.n_layer)])
-        layers = np.arange(cfg.n_layer) / max(cfg.n_layer - 1, 1)
         if cfg.residual_scalars:
-            self.resid_scalars = nnx.Param(jnp.asarray(1.15 - 0.10 * layers, jnp.float32))
-            self.x0_scalars = nnx.Param(jnp.asarray(0.20 - 0.15 * layers, jnp.float32))
+            depth = np.arange(cfg.n_layer) / max(cfg.n_layer - 1, 1)  # of each layer, 0 to 1
+            self.resid_scalars = nnx.Param(jnp.asarray(1.15 - 0.10 * depth, jnp.float32))
+            self.x0_scalars = nnx.Param(jnp.asarray(0.20 - 0.15 * depth, jnp.float32))
         if cfg.smear:
-            self.smear_gate = Linear(SMEAR_CHANNELS, 1, _positive(0.02), rngs)
+            self.smear_gate = Linear(SMEAR_CHANNELS, 1, uniform(0.02), rngs)
             self.smear_lambda = nnx.Param(jnp.zeros((1,), jnp.float32))
         if cfg.backout:
             self.backout_lambda = nnx.Param(jnp.full((1,), 0.2, jnp.float32))
         if cfg.value_embeds:
-            kv = cfg.n_kv_head * cfg.head_dim
-            self.value_embeds = nnx.Dict(
-                {str(i): Embedding(V, kv, init["value"], rngs) for i in range(cfg.n_layer) if cfg.has_value_embed(i)}
-            )
+            kv, layers = cfg.n_kv_head * cfg.head_dim, filter(cfg.has_value_embed, range(cfg.n_layer))
+            self.value_embeds = nnx.Dict({str(i): Embedding(V, kv, init["value"], rngs) for i in layers})
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Normed token embeddings (..., D), before the smear."""
@@ -188,9 +167,8 @@ class GPT(nnx.Module):
 
     def _smear(self, x, prev_tokens):
         """Adds a gated copy of the previous token's embedding; prev_tokens as in `trunk`."""
-        if prev_tokens is None:
-            before = jnp.zeros_like(x[:, :1])
-        else:
+        before = jnp.zeros_like(x[:, :1])
+        if prev_tokens is not None:
             prev_tokens = prev_tokens.reshape(len(x), -1)
             before = jnp.where(prev_tokens[..., None] >= 0, self.embed(prev_tokens), 0)
         shifted = jnp.concatenate([before, x[:, :-1]], axis=1) if before.shape[1] == 1 else before
@@ -200,15 +178,15 @@ class GPT(nnx.Module):
     def trunk(self, tokens, positions, attend: Attend, prev_tokens=None) -> jax.Array:
         """Normed hidden states (B, T, D) that the head reads.
 
-        tokens (B, T); positions (T,) or (B, T), for the rotary embedding; prev_tokens (B,) stand left of the first
-        tokens, (B, T) left of each, where rows are no runs of text; negative for none.
+        tokens (B, T); positions (T,) or (B, T), for the rotary embedding; prev_tokens: the token before each row, (B,),
+        or before each position, (B, T), where a row is not a run of text; negative for none.
         """
-        cfg = self.cfg
-        x = self.embed(tokens)
+        cfg, x = self.cfg, self.embed(tokens)
         if cfg.smear:
             x = self._smear(x, prev_tokens)
         rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
-        x0, kept, change = x, None, None
+        x0 = x
+        change: Any = None  # the result of the last MLP, not yet added to x
         for i, block in enumerate(self.blocks):
             if cfg.residual_scalars:
                 r, s = self.resid_scalars[...][i], self.x0_scalars[...][i]
@@ -220,21 +198,16 @@ class GPT(nnx.Module):
             x, normed = add_and_norm(x, attended, cfg.norm_eps)
             change = block.mlp(normed)
             if i == cfg.n_layer // 2:
-                kept = x + change
+                middle = x + change
         x = x + change
         if cfg.backout:
-            x = x - self.backout_lambda[...].astype(x.dtype) * kept
+            x = x - self.backout_lambda[...].astype(x.dtype) * middle
         return rms_norm(x, cfg.norm_eps)
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
-        """tokens (B, T) from position 0 -> (B, T, D), each position seeing itself and what its window admits."""
-        windows = self.cfg.windows
-
-        def attend(i, q, k, v):
-            with jax.named_scope("attention"):
-                return causal_attention(q, k, v, windows[i])
-
-        return self.trunk(tokens, jnp.arange(tokens.shape[1]), attend)
+        """tokens (B, T) from position 0 -> (B, T, D), each position seeing itself and its window."""
+        windows, positions = self.cfg.windows, jnp.arange(tokens.shape[1])
+        return self.trunk(tokens, positions, lambda i, q, k, v: causal_attention(q, k, v, windows[i]))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden (..., D) -> softcapped logits (..., V) float32, the padding sliced away."""
@@ -245,11 +218,11 @@ class GPT(nnx.Module):
         return self.logits(self.hidden(tokens))
 
 
-# ------------------------------------------------------------------------- the model apart from its parameters
+# ---------------------------------------------------------------------- the model and its parameters, apart
 
 
 def graph_of(cfg: GPTConfig, dtype, eight_bits: bool = False):
-    """The model without its parameters, to be joined with them by `nnx.merge`; eight_bits: see `Linear`."""
+    """The model without its parameters, for `merge`; eight_bits: see `Linear`."""
     model = nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
@@ -263,10 +236,10 @@ def init_params(cfg: GPTConfig, seed: int) -> dict:
 
 
 def merge(graph, params: dict) -> GPT:
-    """The model with `params`, a nested dict."""
+    """The model with its parameters, a nested dict."""
     return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
 
 
 def cast_matrices(params: dict, dtype) -> dict:
-    """What the products use, in `dtype`; vectors and scalars stay float32."""
+    """Matrices and tables in `dtype`; vectors and scalars stay float32."""
     return jax.tree.map(lambda p: p.astype(dtype) if p.ndim > 1 else p, params)

@@ -1,8 +1,8 @@
 """LoRA: a checkpoint fine-tuned by low-rank changes of its matrices (Hu et al., arXiv 2106.09685).
 
 Every matrix W (out, in) of the blocks' attention and MLP becomes W + 2 b a, with a (rank, in) and b (out, rank): alpha
-is twice the rank. W is frozen and held in the dtype of the products; float32 masters, gradients and moments are those
-of a and b alone, and so is what a checkpoint holds.
+is twice the rank. W is frozen, in the dtype of the products. Only a and b have float32 masters, gradients and moments,
+and only they are saved in a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MATRICES = {"attn": ("q", "k", "v", "proj"), "mlp": ("fc", "proj")}  # of a bloc
 
 
 def init(cfg: GPTConfig, rank: int, seed: int) -> dict:
-    """Adapters that change nothing yet: a is normal with variance 1 / in, b zero. Nested as the parameters are:
+    """Fresh adapters: a is normal with variance 1 / in, b zero. Nested as the parameters are:
     {"blocks": {layer: {"attn": {"q": {"a", "b"}, ...}, "mlp": ...}}}, float32."""
     blocks = jax.eval_shape(lambda: init_params(cfg, 0))["blocks"]
     shapes = {
@@ -35,7 +35,7 @@ def init(cfg: GPTConfig, rank: int, seed: int) -> dict:
         return {"a": a, "b": jnp.zeros((out, rank), jnp.float32)}
 
     leaves, tree = jax.tree.flatten({"blocks": shapes}, is_leaf=lambda x: isinstance(x, tuple))
-    return tree.unflatten(map(adapter, jax.random.split(jax.random.key(seed), len(leaves)), leaves))
+    return jax.tree.unflatten(tree, map(adapter, jax.random.split(jax.random.key(seed), len(leaves)), leaves))
 
 
 def state_bytes(cfg: GPTConfig, rank: int) -> int:

@@ -1,8 +1,8 @@
 """Softcapped cross-entropy in chunks of tokens, with its own gradient.
 
 The logits of a whole batch are the largest array of a small model: 8 x 2048 tokens x 32768 entries in float32 are 2 GB.
-Here a scan holds those of one chunk at a time and, while they are there, makes the gradients as well: nothing is
-kept for the backward pass but d loss / d hidden and d loss / d head, and nothing is computed twice.
+Here a scan holds those of one chunk at a time and computes the gradients from them as well: only d loss / d hidden and
+d loss / d head are kept for the backward pass, and nothing is computed twice.
 
 With c = softcap, t = tanh(z / c), e = exp(c t) and s the sum of e over the vocabulary,
 
@@ -10,7 +10,7 @@ With c = softcap, t = tanh(z / c), e = exp(c t) and s the sum of e over the voca
 
 The target y is left out of the products and has its own term, (1 - t_y^2) (s - e_y) / s, in float32: for a token that
 the model is sure of it is the small difference of two numbers near one. What remains is u / s with u = (1 - t^2) e, and
-as u does not know s, a block of the vocabulary is finished while it is in the cache.
+as u does not depend on s, each block of the vocabulary is finished while it is in the cache.
 
 The loss is a weighted sum over tokens, so that one function serves pretraining (weight 1 / n), SFT (the mask) and the
 policy gradient of RL (the advantage).
@@ -19,6 +19,7 @@ policy gradient of RL (the advantage).
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,15 @@ from nanochat_jax.kernels.products import transposed
 from nanochat_jax.kernels.segments import add_rows
 
 CHUNK = 512  # tokens on a CPU
-# every chunk adds to the head's gradient, V x D in float32, which a GPU reads and writes from memory, and the product
-# for the hidden states' has C x D elements alone to share out; halved where the logits are in float32, for their size
+# large, as every chunk reads and writes the head's whole gradient, V x D in float32, and as the product for dx has only
+# C x D elements to share out; half of it where the logits are in float32, for their size
 GPU_CHUNK = 8192
-EVEN = 128  # rows of a product's tile on a GPU: what chunks are rounded up to
-CPU_BLOCK = 4096  # entries of the vocabulary; a chunk's logits of one block are 8 MB, which the last cache holds
+EVEN = 128  # rows of a product's tile on a GPU: chunks are rounded up to it
+CPU_BLOCK = 4096  # entries of the vocabulary; a chunk's logits of one block are 8 MB, which the last-level cache holds
 
 
 def _chunk(tokens: int, chunk: int | None, logits=jnp.float32) -> int:
-    """`chunk`, or what suits the device and the logits' type; at most as many as there are, and on a GPU evenly cut."""
+    """`chunk`, or what suits the device and the logits' type: at most `tokens`, and on a GPU equal chunks."""
     if chunk or devices.platform() == "cpu":
         return min(chunk or CHUNK, tokens)
     most = GPU_CHUNK if jnp.dtype(logits).itemsize < 4 else GPU_CHUNK // 2
@@ -50,32 +51,38 @@ def _by_kernels() -> bool:
 
 
 def _vocab_blocks(size):
-    """Slices of the (padded) vocabulary: all of it at once but on a CPU."""
+    """Slices of the (padded) vocabulary; a single one except on a CPU."""
     block = CPU_BLOCK if devices.platform() == "cpu" else size
     return [slice(start, min(start + block, size)) for start in range(0, size, block)]
 
 
-def _capped(x, head, softcap):
-    """tanh(z / softcap) and exp of the capped logits, (C, V) float32."""
-    return _capped_logits(jnp.einsum("cd,vd->cv", x, head, preferred_element_type=jnp.float32), softcap)
-
-
-def _capped_logits(z, softcap):
+def _cap(z, softcap):
+    """tanh(z / softcap), and exp of the capped logits."""
     t = jnp.tanh(z / softcap)
     return t, jnp.exp(softcap * t)  # no maximum to subtract: |logit| <= softcap, so the sum stays far below overflow
 
 
-def _target(x, rows, softcap):
-    """The same of the targets alone, (C,); rows (C, D) are the head's of the targets."""
-    t = jnp.tanh(jnp.einsum("cd,cd->c", x, rows, preferred_element_type=jnp.float32) / softcap)
-    return t, jnp.exp(softcap * t)
+def _capped(x, head, softcap):
+    """`_cap` of the logits, (C, V) float32."""
+    return _cap(jnp.einsum("cd,vd->cv", x, head, preferred_element_type=jnp.float32), softcap)
 
 
-def _finish(x, rows, w, rest, softcap):
-    """(the weighted nll, w / s, what d loss / d logit of the target is), from the sums of e without the targets."""
-    t_y, e_y = _target(x, rows, softcap)
+class Finished(NamedTuple):
+    """What is known of a chunk once the sums of e are."""
+
+    nll: jax.Array  # weighted and summed over the chunk
+    w_s: jax.Array  # (C,) weight / s
+    d_y: jax.Array  # (C,) d loss / d logit of the target
+    rows: jax.Array  # (C, D) of the head, the targets'
+
+
+def _finish(x, head, targets, w, softcap, rest) -> Finished:
+    """rest (C,): the sums of e without the targets."""
+    rows = head[targets]
+    t_y, e_y = _cap(jnp.einsum("cd,cd->c", x, rows, preferred_element_type=jnp.float32), softcap)
     s = rest + e_y
-    return (w * (jnp.log(s) - softcap * t_y)).sum(), w / s, -w * (1.0 - t_y * t_y) * rest / s
+    nll = (w * (jnp.log(s) - softcap * t_y)).sum()
+    return Finished(nll, w / s, -w * (1.0 - t_y * t_y) * rest / s, rows)
 
 
 def _others(entries, targets, vocab):
@@ -92,18 +99,18 @@ def _split(array, chunk):
     return array.reshape(-1, chunk, *array.shape[1:])
 
 
-# A way to sum a chunk: (d loss / d head before the first chunk, the scan's body, how that gradient becomes (V, D)).
-# body((loss, d_head), (x (C, D), targets (C,), weights (C,))) -> these two after the chunk, (d loss / dx, d of target)
+# ------------------------------------------------------------------------------------ the gradients of a chunk
+#
+# Each method below gives (d loss / d head before the first chunk, add_chunk, how that gradient becomes (V, D)), with
+# add_chunk(d_head, x (C, D), targets (C,), finish) -> d_head, d loss / dx but for the target's term, finish(rest).
 
 
 def _blocks(head, vocab, softcap):
-    """Block after block of the vocabulary; a chunk is handed over turned as well, (D, C)."""
+    """One block of the vocabulary after another; takes x transposed as well, (D, C)."""
     blocks = _vocab_blocks(head.shape[0])
 
-    def body(carry, xs):
-        total, d_head = carry
-        x, y, w, xt = xs
-        rest, dx, us = jnp.zeros_like(w), jnp.zeros(x.shape, jnp.float32), []
+    def add_chunk(d_head, x, y, finish, xt):
+        rest, dx, us = jnp.zeros(y.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32), []
         for entries in blocks:
             t, e = _capped(x, head[entries], softcap)
             e = jnp.where(_others(entries, y, vocab), e, 0.0)
@@ -111,55 +118,45 @@ def _blocks(head, vocab, softcap):
             rest = rest + e.sum(axis=-1)
             dx = dx + jnp.einsum("cv,vd->cd", u, head[entries], preferred_element_type=jnp.float32)
             us.append(u)
-        rows = head[y]
-        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
+        done = finish(rest)
         # (D, C) @ (C, V): on a CPU a third faster than the same with V first, and than a product that transposes x
-        xt = (xt * w_s).astype(x.dtype)
+        xt = (xt * done.w_s).astype(x.dtype)
         d_head = [d + jnp.matmul(xt, u, preferred_element_type=jnp.float32) for d, u in zip(d_head, us, strict=True)]
-        dx = dx * w_s[:, None] + d_y[:, None] * rows
-        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
+        return d_head, dx * done.w_s[:, None], done
 
     start = [jnp.zeros((head.shape[1], b.stop - b.start), jnp.float32) for b in blocks]
-    return start, body, lambda d_head: jnp.concatenate([transposed(d) for d in d_head])
+    return start, add_chunk, lambda d_head: jnp.concatenate([transposed(d) for d in d_head])
 
 
 def _kernel(head, vocab, softcap):
-    """On a GPU: one kernel between the products, which hand it logits in x's own type."""
+    """On a GPU: one kernel between the products, which pass it logits in x's own type."""
 
-    def body(carry, xs):
-        total, d_head = carry
-        x, y, w = xs
+    def add_chunk(d_head, x, y, finish):
         u, rest = cross_entropy.terms(jnp.einsum("cd,vd->cv", x, head), y, vocab, softcap)
-        rows = head[y]
-        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
-        weighted = (x * w_s[:, None]).astype(x.dtype)
+        done = finish(rest)
+        weighted = (x * done.w_s[:, None]).astype(x.dtype)
         d_head = d_head + jnp.einsum("cv,cd->vd", u, weighted, preferred_element_type=jnp.float32)
         dx = jnp.einsum("cv,vd->cd", u, head, preferred_element_type=jnp.float32)
-        dx = dx * w_s[:, None] + d_y[:, None] * rows
-        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
+        return d_head, dx * done.w_s[:, None], done
 
-    return jnp.zeros(head.shape, jnp.float32), body, lambda d_head: d_head
+    return jnp.zeros(head.shape, jnp.float32), add_chunk, lambda d_head: d_head
 
 
 def _eight_bits(head, vocab, softcap):
     """By 8-bit products; the logits' gradient is scaled by its own largest element."""
     head8, whole = fp8.quantize(head), slice(0, head.shape[0])
 
-    def body(carry, xs):
-        total, d_head = carry
-        x, y, w = xs
+    def add_chunk(d_head, x, y, finish):
         x8 = fp8.quantize(x)
-        t, e = _capped_logits(fp8.dot(x8, head8, (1, 1), jnp.float32), softcap)
+        t, e = _cap(fp8.dot(x8, head8, (1, 1), jnp.float32), softcap)
         e = jnp.where(_others(whole, y, vocab), e, 0.0)
         u = e * (1.0 - t * t)
-        rest, most, rows = e.sum(axis=-1), u.max(axis=-1), head[y]
-        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
-        g8 = fp8.quantize(u.astype(x.dtype) * w_s[:, None], fp8.E5M2, (most * jnp.abs(w_s)).max())
-        dx = fp8.dot(g8, head8, (1, 0), jnp.float32) + d_y[:, None] * rows
-        d_head = d_head + fp8.dot(x8, g8, (0, 0), jnp.float32)
-        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
+        done = finish(e.sum(axis=-1))
+        largest = (u.max(axis=-1) * jnp.abs(done.w_s)).max()
+        g8 = fp8.quantize(u.astype(x.dtype) * done.w_s[:, None], fp8.E5M2, largest)
+        return d_head + fp8.dot(x8, g8, (0, 0), jnp.float32), fp8.dot(g8, head8, (1, 0), jnp.float32), done
 
-    return jnp.zeros(head.shape[::-1], jnp.float32), body, transposed
+    return jnp.zeros(head.shape[::-1], jnp.float32), add_chunk, transposed
 
 
 def _eight_bit_kernels(head, vocab, softcap):
@@ -168,45 +165,42 @@ def _eight_bit_kernels(head, vocab, softcap):
     # a barrier, so that it is transposed once and not in every chunk
     head8_T = head8._replace(values=jax.lax.optimization_barrier(head8.values.T))
 
-    def body(carry, xs):
-        total, d_head = carry
-        x, y, w = xs
+    def add_chunk(d_head, x, y, finish):
         x8 = fp8.quantize(x)
         z = fp8.dot(x8, head8, (1, 1), x.dtype)
         rest, most = cross_entropy.sums(z, y, vocab, softcap)
-        rows = head[y]
-        nll, w_s, d_y = _finish(x, rows, w, rest, softcap)
-        scale = fp8.scale_of((most * jnp.abs(w_s)).max(), fp8.E5M2)
-        g, g_T = cross_entropy.rounded(z, y, w_s / scale, vocab, softcap, fp8.E5M2)
-        dx = fp8.dot(fp8.Quantized(g, scale), head8_T, (1, 1), jnp.float32) + d_y[:, None] * rows
-        d_head = d_head + fp8.dot(fp8.Quantized(g_T, scale), x8, (1, 0), jnp.float32)
-        return (total + nll, d_head), (dx.astype(x.dtype), d_y)
+        done = finish(rest)
+        scale = fp8.scale_of((most * jnp.abs(done.w_s)).max(), fp8.E5M2)
+        g, g_T = cross_entropy.rounded(z, y, done.w_s / scale, vocab, softcap, fp8.E5M2)
+        dx = fp8.dot(fp8.Quantized(g, scale), head8_T, (1, 1), jnp.float32)
+        return d_head + fp8.dot(fp8.Quantized(g_T, scale), x8, (1, 0), jnp.float32), dx, done
 
-    return jnp.zeros(head.shape, jnp.float32), body, lambda d_head: d_head
+    return jnp.zeros(head.shape, jnp.float32), add_chunk, lambda d_head: d_head
+
+
+# ----------------------------------------------------------------------------------------------------- the loss
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
-    def body(total, xs):
-        x, y, w = xs
-        t_y, s = _target(x, head[y], softcap)
-        for entries in _vocab_blocks(head.shape[0]):
-            _, e = _capped(x, head[entries], softcap)
-            s = s + jnp.where(_others(entries, y, vocab), e, 0.0).sum(axis=-1)
-        return total + (w * (jnp.log(s) - softcap * t_y)).sum(), None
-
-    chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
-    return jax.lax.scan(body, jnp.float32(0), chunks)[0]
+    return _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits)[0]
 
 
 def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
     if _by_kernels():
-        way = _eight_bit_kernels if eight_bits else _kernel
+        method = _eight_bit_kernels if eight_bits else _kernel
     else:
-        way = _eight_bits if eight_bits else _blocks
-    start, body, joined = way(head, vocab, softcap)
+        method = _eight_bits if eight_bits else _blocks
+    start, add_chunk, joined = method(head, vocab, softcap)
+
+    def body(carry, xs):
+        (total, d_head), (x, y, w, *xt) = carry, xs
+        d_head, dx, done = add_chunk(d_head, x, y, functools.partial(_finish, x, head, y, w, softcap), *xt)
+        dx = dx + done.d_y[:, None] * done.rows
+        return (total + done.nll, d_head), (dx.astype(x.dtype), done.d_y)
+
     chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
-    if way is _blocks:
+    if method is _blocks:
         chunks = (*chunks, chunks[0].transpose(0, 2, 1))
     (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
     n = hidden.shape[0]
@@ -222,14 +216,16 @@ def _weighted_sum_bwd(vocab, softcap, chunk, eight_bits, kept, g):
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
 
 
+@jax.named_scope("loss")
 def weighted_nll(
     hidden, head, targets, weights, *, vocab: int, softcap: float, chunk: int | None = None, eight_bits: bool = False
 ) -> jax.Array:
-    """sum_t weights_t * -log p(targets_t), a float32 scalar; differentiable in hidden and head only.
+    """sum_t weights_t * -log p(targets_t), a float32 scalar; differentiable in hidden and head only. It always computes
+    the gradients; `token_nll` is for evaluation.
 
     hidden (..., D) and head (padded V, D) in one dtype; targets (...) int32, any negative one is ignored;
     weights (...) float32. Softmax over the first `vocab` entries of softcap * tanh(z / softcap).
-    eight_bits: its products in 8-bit floats where a gradient is asked for (`fp8.py`); the target's own term is not.
+    eight_bits: products in 8-bit floats (kernels/fp8.py), but for the target's own term.
     """
     targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     weights = jnp.where(targets >= 0, weights, 0.0)
@@ -241,8 +237,8 @@ def weighted_nll(
 def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int | None = None, entropy: bool = False):
     """Per token: -log p(target) float32 (0 where the target is negative) and the most likely id, shaped as targets.
 
-    entropy: a third array, that of the whole distribution in nats. No gradient: for evaluation, and for what RL weighs
-    tokens by. The chunk bounds the memory as in `weighted_nll`.
+    entropy: a third array, the entropy of the whole distribution in nats. No gradient: for evaluation, and for the
+    weights of tokens in RL. Chunks bound the memory as in `weighted_nll`.
     """
     shape, targets = targets.shape, targets.reshape(-1)
     flat = hidden.reshape(-1, hidden.shape[-1])

@@ -20,7 +20,7 @@ class Int8(NamedTuple):
 
 
 def _is_matrix(path, p) -> bool:
-    """What products read whole: the blocks' matrices and the head. Tables are read by row, gates are small."""
+    """The blocks' matrices and the head. Tables are not, as they are read by row, nor gates, as they are small."""
     names = [str(getattr(part, "key", part)) for part in path]
     return p.ndim == 2 and min(p.shape) >= 32 and names[0] in ("blocks", "lm_head")
 
@@ -38,7 +38,7 @@ def quantize(params: dict) -> dict:
 
 
 def dequantize(params: dict, dtype) -> dict:
-    """The nested dict with matrices in `dtype` again; as it is where nothing was quantized."""
+    """The nested dict with `Int8` as matrices in `dtype` again."""
 
     def one(p):
         return (p.values.astype(dtype) * p.scale.astype(dtype)) if isinstance(p, Int8) else p
@@ -47,7 +47,7 @@ def dequantize(params: dict, dtype) -> dict:
 
 
 def rounded(model):
-    """A GPT whose weights are what the int8 ones stand for, for measuring what the rounding costs."""
+    """The GPT with its weights rounded to int8 and back, to measure what the rounding costs."""
     graph, state = nnx.split(model)
     params = jax.jit(lambda p: dequantize(quantize(p), jnp.float32))(nnx.to_pure_dict(state))
     return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from nanochat_jax.config import GPTConfig, ModelConfig
 
@@ -23,28 +24,19 @@ def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
     """The architecture of a depth: width 64 per layer, rounded up to whole heads."""
     width = cfg.width or -(-64 * cfg.depth // cfg.head_dim) * cfg.head_dim
     heads = width // cfg.head_dim
-    common = dict(
+    modern = GPTConfig(
         vocab_size=vocab_size,
         n_layer=cfg.depth,
         n_head=heads,
         n_kv_head=cfg.n_kv_head or heads,
         n_embd=width,
         sequence_len=cfg.sequence_len,
+        window_pattern=cfg.window_pattern or ("L" if cfg.arch == "classic" else "SSSL"),
     )
-    if cfg.arch == "classic":
-        return GPTConfig(
-            **common,
-            window_pattern=cfg.window_pattern or "L",
-            rope_base=10_000.0,
-            qk_gain=1.0,
-            norm_eps=1e-6,
-            residual_scalars=False,
-            value_embeds=False,
-            smear=False,
-            backout=False,
-            init="classic",
-        )
-    return GPTConfig(**common, window_pattern=cfg.window_pattern or "SSSL")
+    if cfg.arch != "classic":
+        return modern
+    without: dict[str, Any] = dict.fromkeys(("residual_scalars", "value_embeds", "smear", "backout"), False)
+    return dataclasses.replace(modern, init="classic", rope_base=10_000.0, qk_gain=1.0, norm_eps=1e-6, **without)
 
 
 def param_counts(cfg: GPTConfig) -> dict[str, int]:
@@ -62,28 +54,14 @@ def param_counts(cfg: GPTConfig) -> dict[str, int]:
 
 
 def matmul_params(cfg: GPTConfig) -> int:
-    """Parameters that multiply every token: two FLOPs each in the forward pass."""
+    """Parameters that every token is multiplied by: two FLOPs each in the forward pass."""
     counts = param_counts(cfg)
     return counts["transformer_matrices"] + counts["lm_head"] + SMEAR_CHANNELS * cfg.smear
 
 
 def flops_per_token(cfg: GPTConfig) -> int:
-    """Training FLOPs per token: 6 per matmul parameter, 12 D per key in reach and layer (PaLM, arXiv 2204.02311)."""
+    """Training FLOPs per token: 6 per matmul parameter, 12 D per layer and key in reach (PaLM, arXiv 2204.02311)."""
     return 6 * matmul_params(cfg) + sum(12 * cfg.n_embd * min(w, cfg.sequence_len) for w in cfg.windows)
-
-
-def decode_flops(cfg: GPTConfig, context: int) -> int:
-    """Forward FLOPs of one token that sees `context` tokens."""
-    return 2 * matmul_params(cfg) + sum(4 * cfg.n_embd * min(context, w) for w in cfg.windows)
-
-
-def prefill_flops(cfg: GPTConfig, tokens: int) -> int:
-    """Forward FLOPs of a prompt: position t sees min(t, window) keys."""
-    seen = 0
-    for window in cfg.windows:
-        w = min(window, tokens)
-        seen += w * (w + 1) // 2 + (tokens - w) * w
-    return 2 * matmul_params(cfg) * tokens + 4 * cfg.n_embd * seen
 
 
 def kv_bytes_per_token(cfg: GPTConfig, itemsize: int) -> int:
@@ -92,7 +70,7 @@ def kv_bytes_per_token(cfg: GPTConfig, itemsize: int) -> int:
 
 
 def scaling_params(cfg: GPTConfig) -> int:
-    """What tokens are counted against: block matrices and the head, which give the cleanest fits."""
+    """The parameters in the ratio of tokens to parameters: block matrices and the head, which fit scaling laws best."""
     counts = param_counts(cfg)
     return counts["transformer_matrices"] + counts["lm_head"]
 
@@ -129,15 +107,12 @@ def plan(
     classic = cfg.init == "classic"
     counted = param_counts(cfg)["total"] if classic else scaling_params(cfg)
     target = tokens or int(ratio * counted)
-    twelve = gpt_config(
-        ModelConfig(depth=REFERENCE_DEPTH, head_dim=head_dim, sequence_len=cfg.sequence_len), cfg.vocab_size
-    )
+    reference_model = ModelConfig(depth=REFERENCE_DEPTH, head_dim=head_dim, sequence_len=cfg.sequence_len)
+    twelve = gpt_config(reference_model, cfg.vocab_size)
     reference = ratio * scaling_params(dataclasses.replace(twelve, vocab_multiple=cfg.vocab_multiple))
     batch = batch_tokens
     if batch is None:
-        batch = REFERENCE_BATCH
-        if not classic:
-            batch = 2 ** round(math.log2(REFERENCE_BATCH * (target / reference) ** 0.383))
+        batch = REFERENCE_BATCH if classic else 2 ** round(math.log2(REFERENCE_BATCH * (target / reference) ** 0.383))
     lr_scale = 1.0 if classic else math.sqrt(batch / REFERENCE_BATCH)
     return Plan(
         target_tokens=target,

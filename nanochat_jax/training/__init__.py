@@ -1,0 +1,1 @@
+"""The optimizer, the train step and the loop around it, and how much memory a step takes."""
