@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ class Mixture:
     times > 0 repeats all of a task's conversations; times < 0 takes -times of them, at random.
     """
 
-    def __init__(self, tasks: Sequence[tuple[Sequence[dict], int]], seed: int):
+    def __init__(self, tasks: Sequence[tuple[Any, int]], seed: int):
         rng = np.random.default_rng([seed, len(tasks)])
         self._tasks, places = [task for task, _ in tasks], []
         for which, (task, times) in enumerate(tasks):

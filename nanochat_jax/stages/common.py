@@ -1,7 +1,8 @@
-"""What every training stage does: build the step, take the state up where it was left, train, leave a done mark."""
+"""What every training stage does: build the step, resume the state or begin it, train, leave a done mark."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -116,7 +117,9 @@ def compile_step(
     """
     length = run.config.model.sequence_len
     per_device = rows_per_device(name, batch_tokens, length, run.mesh)
-    graph, join, frozen = graph_of(run.gpt_config, run.training_dtype, eight_bits), None, ()
+    graph = graph_of(run.gpt_config, run.training_dtype, eight_bits)
+    join: Callable | None = None
+    frozen: tuple = ()
     if lora_rank:
         fixed = jax.eval_shape(lambda: cast_matrices(init_params(run.gpt_config, 0), run.training_dtype))
         join, frozen = lora.merged, (sharding.abstract(fixed, run.mesh),)
@@ -225,15 +228,15 @@ def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, we
     return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=dtype, mesh=run.mesh)
 
 
-def _take_up(run: Run, name: str, keeper, init: Callable[[], dict] | None, optimizer, lora_rank: int | None):
+def _resume(run: Run, name: str, checkpointer, init: Callable[[], dict] | None, optimizer, lora_rank: int | None):
     """The train state of a stage's newest checkpoint and that checkpoint's meta; a fresh state and {} where there is
     none. UserError where it was trained with another tokenizer."""
-    if keeper.latest() is None:
+    if checkpointer.latest() is None:
         params = init() if init else None
         if hosts.count() > 1:  # what one host holds can be copied to all devices only from its memory
             params = jax.tree.map(np.asarray, params)
         return loop.init_state(run.gpt_config, optimizer, run.config.seed, run.mesh, params), {}
-    state, saved = keeper.restore(abstract_state(run, optimizer, lora_rank))
+    state, saved = checkpointer.restore(abstract_state(run, optimizer, lora_rank))
     if saved["tokenizer"] != run.tokenizer.hash:
         raise UserError(
             f"{run.dir / 'tokenizer'} is not the tokenizer that stage {name} began with; put that one back, or "
@@ -265,8 +268,8 @@ def train_stage(
     the mark, and `meta` into every checkpoint.
     """
     cfg, stage_dir = run.gpt_config, run.dir / name
-    keeper = checkpoint.Checkpointer(stage_dir / "checkpoints", run.config.checkpoints, say=run.log.say)
-    state, saved = _take_up(run, name, keeper, init, optimizer, lora_rank)
+    checkpointer = checkpoint.Checkpointer(stage_dir / "checkpoints", run.config.checkpoints, say=run.log.say)
+    state, saved = _resume(run, name, checkpointer, init, optimizer, lora_rank)
     if saved:
         run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
     meta = {
@@ -281,7 +284,7 @@ def train_stage(
     on_spike = run.stop.ask if settings.stop_on_spike else None
     tracker = Tracker(run.dir, name, steps, run.log, int(state.step), settings, on_spike)
 
-    def evaluate_apart(step: int, params: dict) -> dict:
+    def evaluate_apart(evaluate: Callable, step: int, params: dict) -> dict:
         with tracker.elsewhere():
             return evaluate(step, params)
 
@@ -295,19 +298,19 @@ def train_stage(
                 next_batch=next_batch,
                 steps=steps,
                 save_every=save_every,
-                checkpointer=keeper,
+                checkpointer=checkpointer,
                 tracker=tracker,
                 accounting=loop.Accounting(
                     tokens_per_step, scaling.flops_per_token(cfg), peak * jax.device_count() if peak else None
                 ),
                 meta=meta,
                 stop=run.stop,
-                evaluate=evaluate and evaluate_apart,
+                evaluate=evaluate and functools.partial(evaluate_apart, evaluate),
                 eval_every=eval_every,
             )
     finally:
         tracker.close()
-        keeper.close()
+        checkpointer.close()
     done = {
         "stage": name,
         "steps": steps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -83,7 +84,7 @@ def main(run: common.Run, name: str) -> dict:
     batch_tokens = (
         cfg.batch_tokens
         or run.config.base.batch_tokens
-        or ((read_done(run.dir / "base") or read_done(run.dir / before))["batch_tokens"])
+        or (read_done(run.dir / "base") or read_done(run.dir / before) or {})["batch_tokens"]
     )
     batch_rows = batch_tokens // run.config.model.sequence_len
     steps = max(1, round(cfg.epochs * len(dataset) / max(batch_rows, 1)))
@@ -100,7 +101,7 @@ def main(run: common.Run, name: str) -> dict:
     )
     with run.packed("val") as val_rows, common.loader(run, dataset, step) as loader:
         evaluate = common.bpb_evaluator(run, val_rows)
-        trained = {"init": lambda: run.params_of(before), "step_fn": step.run, "evaluate": evaluate}
+        trained: dict[str, Any] = {"init": lambda: run.params_of(before), "step_fn": step.run, "evaluate": evaluate}
         if rank:
             trained = _adapting(run, name, before, rank, step, evaluate)
         return common.train_stage(

@@ -60,7 +60,9 @@ class Learner:
 
     def prepare(self, step: int, params: dict, batch: dict) -> tuple[Batch, dict]:
         """The batch of a step from the arrays of `training_batch`, with -log p as of now; and mean entropy and KL."""
-        compiled, parts, measured = self._step_of(batch["tokens"].shape[1]), [], []
+        compiled = self._step_of(batch["tokens"].shape[1])
+        parts: list[dict] = []
+        measured: list[dict] = []
         for part in minibatches(batch, self.cfg.minibatches):
             part = common.place(part, compiled.accumulation, self.run.mesh)
             old, reference, metrics = self._look(params, self.reference, part)
@@ -70,7 +72,7 @@ class Learner:
 
     def __call__(self, state: loop.TrainState, batch: Batch) -> tuple[loop.TrainState, dict]:
         """All updates of a step; its metrics are their means."""
-        measured = []
+        measured: list[dict] = []
         for part in batch.parts * self.cfg.epochs:
             rows = {k: part[k] for k in ("tokens", "targets")}
             nll = self._log_probs(state.params, *rows.values())[0] if measured else part["old"]

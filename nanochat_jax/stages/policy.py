@@ -113,8 +113,9 @@ def make_weigh(cfg: RLConfig) -> Callable:
 
     nll (A, R, T) of now; batch: old, reference, weights and share alike, as `token_loss` and `preference_loss` say.
     """
-    high = cfg.clip if cfg.clip_high is None else cfg.clip_high
-    clip = None if cfg.clip is None else (1.0 - cfg.clip, 1.0 + high)
+    clip = None
+    if cfg.clip is not None:
+        clip = 1.0 - cfg.clip, 1.0 + (cfg.clip if cfg.clip_high is None else cfg.clip_high)
 
     def grpo(nll, batch):
         fixed = (batch[k] for k in ("old", "reference", "weights", "share"))

@@ -49,7 +49,7 @@ def preview(run: Run, params: dict) -> dict:
     for i, ids in enumerate(texts):
         tokens[i, : len(ids)], lengths[i] = ids, len(ids)
     split = sharding.rows(run.mesh)
-    placed = [jax.make_array_from_callback(a.shape, split, lambda at, a=a: a[at]) for a in (tokens, lengths)]
+    placed = [jax.make_array_from_callback(a.shape, split, a.__getitem__) for a in (tokens, lengths)]
     found = _continue(graph_of(run.gpt_config, run.dtype), run.mesh, params, *placed)
     found = found if found.is_fully_addressable else multihost_utils.process_allgather(found, tiled=True)
     made = [np.asarray(found)[i, 1 : len(ids) + BASE_SAMPLE_TOKENS].tolist() for i, ids in enumerate(texts)]

@@ -11,9 +11,12 @@ answer to the first wrong one, of questions that have both; its probabilities ar
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 
-from evals.tasks import load_task
+from evals.tasks import available, load_task
+from evals.tasks.base import ScoredTask
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
@@ -25,8 +28,6 @@ from nanochat_jax.training import memory
 
 
 def default_task(run: common.Run) -> str:
-    from evals.tasks import available
-
     return "gsm8k" if "gsm8k" in available(run.config.data, "train") else "arithmetic"
 
 
@@ -36,7 +37,7 @@ def load_questions(run: common.Run, shares: dict[str, int], split: str) -> Quest
     for name, task in tasks.items():
         if task.kind != "generative":
             raise UserError(f"rl.task={name} is {task.kind}; RL needs tasks whose answers are generated, such as gsm8k")
-    return Questions(tasks, shares, run.config.seed)
+    return Questions(cast(dict[str, ScoredTask], tasks), shares, run.config.seed)
 
 
 def main(run: common.Run) -> dict:
@@ -63,7 +64,7 @@ def main(run: common.Run) -> dict:
 
     def next_batch(step: int, params: dict) -> tuple[Batch, dict]:
         chosen = [questions[step * cfg.questions + i] for i in range(cfg.questions)]
-        policy = reference if cfg.objective == "dpo" else params
+        policy = params if reference is None or cfg.objective != "dpo" else reference
         rollouts = sampler(policy, chosen, cfg.samples, lambda q, s: common.mix_seed(seed, step, q, s))
         learned = pairs(rollouts) if cfg.objective == "dpo" else rollouts
         arrays = training_batch(learned, tok.assistant_end, tok.bos, run.config.model.sequence_len, cfg.zscore)
