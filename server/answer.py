@@ -49,15 +49,15 @@ class Answer:
     async def shown(self) -> AsyncGenerator[tuple[int, list[Shown]]]:
         """(index of a choice, what may be shown of it now) as it is made; the last of a choice has its `reason` set.
 
-        Raises Stopped where the engine fails, and what `fail` was given.
+        Raises Stopped where the engine fails.
         """
         while not self.ended:
             index, update = await self._updates.get()
             choice = self.choices[index]
-            if update.error is not None:
-                raise update.error
             if choice.reason is not None:
                 continue
+            if update.error is not None:
+                raise update.error
             if self._first and update.ids:
                 self._first = False
                 self._metrics.first_token.observe(time.perf_counter() - self._began)
@@ -68,10 +68,6 @@ class Answer:
                 self._scheduler.cancel(self._jobs[index])
             if parts or choice.reason is not None:
                 yield index, parts
-
-    def fail(self, error: Exception) -> None:
-        """Has `shown` raise an error."""
-        self._updates.put_nowait((0, Update(error=error)))
 
     def close(self) -> None:
         """Cancels what has not ended."""

@@ -32,15 +32,6 @@ PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
-ERRORS = {
-    400: "The request cannot be answered",
-    401: "The API key is missing or wrong",
-    404: "There is no such thing",
-    408: "The body came too slowly",
-    413: "The body is too large",
-    429: "Too many requests are waiting",
-    500: "The server failed",
-}
 
 
 def create_app(
@@ -70,7 +61,7 @@ def create_app(
 
 def _documented(*statuses: int, **ok) -> dict:
     """OpenAPI's `responses`: a 200 as given, and errors."""
-    return {200: ok} | {s: {"description": ERRORS[s], "model": schemas.Error} for s in statuses}
+    return {200: ok} | {s: {"model": schemas.Error} for s in statuses}
 
 
 def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: dict) -> None:

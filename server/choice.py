@@ -74,19 +74,13 @@ class Choice:
             self._waiting.append(Shown(piece.kind, piece.text, piece.call, tokens))
         if piece.kind == "text":
             self._held += piece.text
-        at, begins = self._stop()
-        self._show(out, begins if at is None else at)
-        if at is not None:
+        if found := [at for stop in self._stops if (at := self._held.find(stop)) >= 0]:
+            self._show(out, min(found))
             self._waiting.clear()
             self.reason = "stop"
-
-    def _stop(self) -> tuple[int | None, int]:
-        """Where in the held text a stop string begins, or None; and from where on its end may begin one."""
-        held, longest = self._held, max(map(len, self._stops), default=1)
-        found = [at for stop in self._stops if (at := held.find(stop)) >= 0]
-        ends = range(max(0, len(held) - longest + 1), len(held))
-        begins = (at for at in ends if any(stop.startswith(held[at:]) for stop in self._stops))
-        return min(found, default=None), next(begins, len(held))
+        else:  # the last characters may begin a stop string
+            begun = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
+            self._show(out, len(self._held) - max(begun, default=0))
 
     def _show(self, out: list[Shown], chars: int) -> None:
         """Moves what waits to `out`, up to `chars` characters of visible text."""

@@ -146,12 +146,14 @@ async def _whole(answer: Answer, shape, request: Request, head: dict) -> JSONRes
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
-        answer.fail(ApiError(499, "the client has gone"))
+        answer.close()
 
     watching = asyncio.create_task(watch())
     try:
         async for _ in answer.shown():
             pass
+        if watching.done():
+            raise ApiError(499, "the client has gone")
     finally:
         watching.cancel()
         answer.close()

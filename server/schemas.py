@@ -6,7 +6,7 @@ from abc import abstractmethod
 from types import GenericAlias
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
@@ -104,16 +104,12 @@ class Sampling(Strict):
     @model_validator(mode="before")
     @classmethod
     def _supported(cls, data):
-        for name in data if isinstance(data, dict) else ():
-            if name in UNSUPPORTED and name not in cls.model_fields:
-                raise ValueError(UNSUPPORTED[name])
-        return data
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _null_is_the_default(cls, value, info):
-        field = cls.model_fields[info.field_name]
-        return field.default if value is None and not field.is_required() else value
+        if not isinstance(data, dict):
+            return data
+        for name in data.keys() & (UNSUPPORTED.keys() - cls.model_fields.keys()):
+            raise ValueError(UNSUPPORTED[name])
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name not in optional}
 
     @model_validator(mode="after")
     def _bounded(self):
