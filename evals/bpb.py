@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from evals import records
-from evals.records import content_id
 from evals.scoring import Scorer
 from evals.significance import ratio_error
 
@@ -40,14 +39,13 @@ def evaluate_bpb(scorer: Scorer, dataset, tokenizer, max_tokens: int | None = No
         spare = ((0, row - len(ids)), (0, 0))  # the last batch is filled up, so that one program serves all
         targets = np.pad(targets, spare, constant_values=-1)
         losses = scorer.row_losses(np.pad(ids[:, :-1], spare), targets)
-        text = (targets >= 0) & (table[np.maximum(targets, 0)] > 0)
+        sizes = np.where(targets >= 0, table[np.maximum(targets, 0)], 0)  # bytes that each target stands for
+        text = sizes > 0
         nats += float(losses[text].sum(dtype=np.float64))
         bits = np.where(text, losses, 0).sum(axis=1, dtype=np.float64) / math.log(2)
-        sizes = np.where(text, table[np.maximum(targets, 0)], 0).sum(axis=1)
-        costs += [
-            {"index": at + r, "id": content_id(ids[r].tobytes()), "bits": float(bits[r]), "bytes": int(sizes[r])}
-            for r in range(len(ids))
-        ]
+        for r, (row_bits, row_bytes) in enumerate(zip(bits[: len(ids)], sizes.sum(axis=1))):
+            id = records.content_id(ids[r].tobytes())
+            costs.append({"index": at + r, "id": id, "bits": float(row_bits), "bytes": int(row_bytes)})
         counts += np.bincount(targets[text], minlength=len(table))
     if path is not None:
         records.write(path, costs)

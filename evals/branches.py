@@ -51,31 +51,27 @@ def grow(answers: Sequence[Answer]) -> Tree:
     keys = [(tuple(ids), start, end) for ids, start, end in answers]
     texts = list(dict.fromkeys(keys))  # equal ones score equal, to the last bit
     shared = min(common_prefix([ids for ids, _, _ in texts]), min(start for _, start, _ in texts))
-    first = texts[0][0]
-    tree = Tree(first[: max(0, shared - 1)], [], [], [], [], [], [], [])
-
-    def add(ids, position, branch):
-        tree.tokens.append(ids[position])
-        tree.before.append(ids[position - 1] if position else -1)
-        tree.positions.append(position)
-        tree.branch.append(branch)
-
-    if shared:
-        add(first, shared - 1, STEM)
+    first, stem = texts[0][0], max(0, shared - 1)
+    nodes = [(first, stem, STEM)] if shared else []  # text, position in it, branch
+    sources: list[int] = []
+    targets: list[int] = []
     spans = {}
     for branch, (ids, start, end) in enumerate(texts, STEM + 1):
-        at = len(tree.tokens) - shared  # plus the position is the place
-        for position in range(shared, end - 1):
-            add(ids, position, branch)
-        places = [0 if t == shared else at + t - 1 for t in range(start, end)]
-        spans[ids, start, end] = slice(len(tree.sources), len(tree.sources) + len(places))
-        tree.sources.extend(places)
-        tree.targets.extend(ids[start:end])
-    tree.spans.extend(spans[key] for key in keys)
-    return tree
-
-
-# --------------------------------------------------------------------------------------------------- the device
+        at = len(nodes) - shared  # plus the position is the place
+        nodes += [(ids, position, branch) for position in range(shared, end - 1)]
+        spans[ids, start, end] = slice(len(targets), len(targets) + end - start)
+        sources += [0 if t == shared else at + t - 1 for t in range(start, end)]
+        targets += ids[start:end]
+    return Tree(
+        prefix=first[:stem],
+        tokens=[ids[position] for ids, position, _ in nodes],
+        before=[ids[position - 1] if position else -1 for ids, position, _ in nodes],
+        positions=[position for _, position, _ in nodes],
+        branch=[branch for _, _, branch in nodes],
+        sources=sources,
+        targets=targets,
+        spans=[spans[key] for key in keys],
+    )
 
 
 def prefix_states(model, tokens: jax.Array, width: int) -> Kept:

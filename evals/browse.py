@@ -1,4 +1,4 @@
-"""What a model was asked and what it said, to be read in the terminal.
+"""What a model was asked and what it answered, to be read in the terminal.
 
 python -m evals show runs/demo                                   what there is to read
 python -m evals show runs/demo --task gsm8k --wrong              the first questions with a wrong answer
@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -21,10 +20,10 @@ from rich.text import Text
 
 from evals import records
 from nanochat_jax.errors import UserError
+from nanochat_jax.words import printable
 
 SHOWN = 10  # questions, unless told otherwise
 PLAIN_WIDTH = 120  # of what goes to a file or a pipe
-STYLES = {True: "green", False: "red"}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -48,90 +47,59 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     run, stage = records.split_spec(args.run)
     stage = args.stage or stage
+    found = records.results(run)
+    stages = [records.stage_of(run, found, stage)] if stage else list(found)
+    tasks = {s: records.tasks_of(run, s) for s in stages}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     if args.task is None:
-        console.print(overview(run, stage))
+        console.print(overview(run, tasks))
         return 0
-    stage, found = open_task(run, stage, args.task)
-    chosen = choose(found, args)
+    having = [s for s in stages if args.task in tasks[s]]
+    if not having:
+        there = ", ".join(dict.fromkeys(t for s in reversed(stages) for t in tasks[s])) or "none"
+        of = f"stage {stage} of {run}" if stage else run
+        raise UserError(f"{of} has no answers to {args.task}; there are {there}")
+    asked = records.read(records.path_of(run, having[-1], args.task))
+    chosen = choose(asked, args)
     shown = chosen[: args.limit or None]
     for record in shown:
         show(console, record)
-    right = sum(r["correct"] for r in found)
-    words = f"{run} {stage} {args.task}: {right} of {len(found)} right; {len(shown)} of {len(chosen)} chosen shown"
-    more = "" if len(shown) == len(chosen) else " (--limit 0 shows all)"
-    console.print(Text(words + more, "bold"))
+    right = sum(r["correct"] for r in asked)
+    line = f"{run} {having[-1]} {args.task}: {right} of {len(asked)} right; {len(shown)} of {len(chosen)} chosen shown"
+    console.print(Text(line + ("" if len(shown) == len(chosen) else " (--limit 0 shows all)"), "bold"))
     return 0
 
 
-# ------------------------------------------------------------------------------------------------- choosing
-
-
-def overview(run: Path, stage: str | None) -> Table:
-    """The tasks with answers to read, of a stage or of all."""
-    found = records.results(run)
-    stages = [records.stage_of(run, found, stage)] if stage else list(found)
+def overview(run: Path, tasks: dict[str, list[str]]) -> Table:
+    """The tasks with answers to read, of the stages."""
     table = Table("stage", "task", *(Column(h, justify="right") for h in ("questions", "right", "wrong")), box=None)
-    for name in stages:
-        for task in records.tasks_of(run, name):
-            right = Counter(r["correct"] for r in records.read(records.path_of(run, name, task)))
-            table.add_row(name, task, *map(str, (right.total(), right[True], right[False])))
+    for stage, task in ((stage, task) for stage, names in tasks.items() for task in names):
+        correct = [r["correct"] for r in records.read(records.path_of(run, stage, task))]
+        table.add_row(stage, task, *map(str, (len(correct), sum(correct), len(correct) - sum(correct))))
     if not table.row_count:
         raise UserError(f"{run} has no answers to read; python -m evals --run-dir {run} --tasks NAME makes them")
     return table
 
 
-def open_task(run: Path, stage: str | None, task: str) -> tuple[str, list[dict]]:
-    """(stage, records) of a task; of the latest stage that has some, where none is named. UserError."""
-    found = records.results(run)
-    stages = [records.stage_of(run, found, stage)] if stage else list(found)[::-1]
-    for name in stages:
-        if task in records.tasks_of(run, name):
-            return name, records.read(records.path_of(run, name, task))
-    there = dict.fromkeys(t for name in stages for t in records.tasks_of(run, name))
-    of = f"stage {stage} of {run}" if stage else run
-    raise UserError(f"{of} has no answers to {task}; there are {', '.join(there) or 'none'}")
-
-
 def choose(found: Sequence[dict], args: argparse.Namespace) -> list[dict]:
     """The records that the options ask for. UserError where there is none."""
-    if args.index is not None and args.index not in {r["index"] for r in found}:
-        raise UserError(f"question {args.index} was not asked; {len(found)} were, {_span(r['index'] for r in found)}")
+    indices = [r["index"] for r in found]
+    if args.index is not None and args.index not in indices:
+        span = f"between {min(indices)} and {max(indices)}"
+        raise UserError(f"question {args.index} was not asked; {len(found)} were, {span}")
     try:
         pattern = re.compile(args.grep or "", re.IGNORECASE)
     except re.error as e:
         raise UserError(f"--grep {args.grep} is no regular expression: {e}") from None
-    chosen = [
-        r
-        for r in found
-        if (args.index is None or r["index"] == args.index)
-        and not (args.wrong and r["correct"])
-        and not (args.right and not r["correct"])
-        and any(pattern.search(text) for text in _texts(r))
-    ]
-    if not chosen:
+
+    def is_asked_for(r: dict) -> bool:
+        if (args.wrong and r["correct"]) or (args.right and not r["correct"]) or args.index not in (None, r["index"]):
+            return False
+        return any(map(pattern.search, [r["prompt"], *(records.said(a) for a in (r, *r.get("samples", ())))]))
+
+    if not (chosen := list(filter(is_asked_for, found))):
         raise UserError("no question is as the options say")
     return chosen
-
-
-def _span(indices: Iterable[int]) -> str:
-    indices = list(indices)
-    return f"between {min(indices)} and {max(indices)}"
-
-
-def _texts(record: dict) -> Iterable[str]:
-    """All that can be searched in a record."""
-    yield record["prompt"]
-    for answer in (record, *record.get("samples", ())):
-        yield records.said(answer)
-
-
-# -------------------------------------------------------------------------------------------------- showing
-
-
-def printable(text: str) -> str:
-    """What a terminal may be shown: a model can say escape sequences too."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def show(console: Console, record: dict) -> None:
@@ -147,20 +115,19 @@ def show(console: Console, record: dict) -> None:
     for places in alike.values():
         name = f"sample{'s' if len(places) > 1 else ''} {', '.join(map(str, places))}"
         _show_answer(console, name, samples[places[0]])
-    expected = record.get("expected")
-    if expected is not None and not record["correct"]:
-        console.print(Text("\nexpected", "bold yellow"))
-        console.print(Text(printable(expected.strip())))
+    if record.get("expected") is not None and not record["correct"]:
+        console.print(Text.assemble(("\nexpected\n", "bold yellow"), printable(record["expected"].strip())))
     console.print()
 
 
 def _show_answer(console: Console, name: str, answer: dict) -> None:
-    notes = ["right" if answer["correct"] else "wrong"]
+    verdict, style = ("right", "green") if answer["correct"] else ("wrong", "red")
+    notes = [verdict]
     if "finish_reason" in answer:
         notes.append(f"{answer['tokens']} token{'s' if answer['tokens'] != 1 else ''}")
         if answer["finish_reason"] != "stop":
             notes.append({"length": "cut off at the limit"}.get(answer["finish_reason"], answer["finish_reason"]))
     if answer.get("reason"):
         notes.append(printable(answer["reason"]))
-    console.print(Text.assemble("\n", (name, "bold"), ": ", (", ".join(notes), STYLES[answer["correct"]])))
+    console.print(Text.assemble("\n", (name, "bold"), ": ", (", ".join(notes), style)))
     console.print(Text(printable(records.said(answer).strip()) or "(nothing)"))

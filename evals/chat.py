@@ -1,7 +1,7 @@
 """Scores of a chat model: accuracy on tasks, pass@k, and ChatCORE.
 
 Multiple choice is not sampled: the answer is the letter with the largest logit right after the prompt, among those that
-the question offers. Other tasks are answered greedily by the engine, with its calculator, all questions in one batch;
+the question offers. Other tasks are answered greedily by the engine, with its calculator, in one continuous batch;
 for pass@k more answers to each are sampled. ChatCORE is the mean of accuracies centred at what guessing scores: 0 is
 chance, 1 is all right.
 """
@@ -29,6 +29,8 @@ from tokenizer.chat import parse_completion, render_prompt
 
 SUBSET_SEED = 1337  # of the choice of max_per_task questions
 SCORED_AT_A_TIME = 1024  # multiple-choice questions
+
+IntRows = Sequence[Sequence[int]]  # of each prompt the ids, or the seeds of its answers
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,10 @@ def evaluate_chat_task(
 ) -> dict:
     """Accuracy of the model on a task, with its standard error; every question and verdict goes to the file `path`.
 
-    The engine is needed for generative tasks only.
-    Returns accuracy, stderr, n, of (questions that the task has), baseline, centered, kind; for tasks with subjects
-    `subjects` ({name: {accuracy, stderr, n}}) and `macro` (the mean of their accuracies, with its stderr); for
-    generative tasks `unfinished`, the share of answers that met the token limit, and with draws `samples`,
-    `temperature` and `pass_at_k`. Accuracy is always that of the greedy answers.
+    Returns accuracy (of the greedy answers), stderr, n, of (questions that the task has), baseline, centered, kind; for
+    tasks with subjects `subjects` ({name: {accuracy, stderr, n}}) and `macro` (the mean of their accuracies, with its
+    stderr); for generative tasks, which need an engine, `unfinished`, the share of answers that met the token limit,
+    and with draws `samples`, `temperature` and `pass_at_k`.
     """
     if not isinstance(task, ScoredTask):
         raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
@@ -111,9 +112,7 @@ def pick(n_questions: int, max_per_task: int | None) -> list[int]:
 # --------------------------------------------------------------------------------------------------- answers
 
 
-def answer_categorical(
-    scorer: Scorer, tokenizer, prompts: Sequence[Sequence[int]], letters: Sequence[Sequence[str]]
-) -> list[str]:
+def answer_categorical(scorer: Scorer, tokenizer, prompts: IntRows, letters: Sequence[Sequence[str]]) -> list[str]:
     """The letter that the model finds likeliest after each prompt (ids), of those offered with it."""
     ids = {letter: tokenizer.encode(letter) for letter in {x for offered in letters for x in offered}}
     if several := [letter for letter in ids if len(ids[letter]) != 1]:
@@ -128,12 +127,7 @@ def answer_categorical(
 
 
 def answer_generative(
-    engine,
-    tokenizer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    seeds: Sequence[Sequence[int]] | None = None,
+    engine, tokenizer, prompts: IntRows, max_new_tokens: int, temperature: float = 0.0, seeds: IntRows | None = None
 ) -> list[list[dict]]:
     """{"completion", "finish_reason", "tokens"} and, with tool calls, "parts", for each seed of each prompt (ids).
 

@@ -214,15 +214,14 @@ def open_sides(specs: Sequence[str], stage: str | None) -> tuple[Side, Side]:
     """The two sides, of the named stages; where none is named of the latest that both runs have. UserError."""
     named = [records.split_spec(spec) for spec in specs]
     found = [records.results(run) for run, _ in named]
-    chosen = [own or stage for _, own in named]
-    if not any(chosen):
+    default = named[0][1] or named[1][1] or stage
+    if default is None:
         both = [s for s in found[0] if s in found[1]]
         if not both:
             has = "; ".join(f"{run} has {', '.join(f)}" for (run, _), f in zip(named, found))
             raise UserError(f"no stage of both runs has been evaluated: {has}")
-        chosen = [both[-1]] * 2
-    chosen = [mine or other for mine, other in zip(chosen, chosen[::-1])]
-    stages = [records.stage_of(run, f, s) for (run, _), f, s in zip(named, found, chosen)]
+        default = both[-1]
+    stages = [records.stage_of(run, f, own or stage or default) for (run, own), f in zip(named, found)]
     a, b = (Side(run, s, f[s]) for (run, _), s, f in zip(named, stages, found))
     if (a.run.resolve(), a.stage) == (b.run.resolve(), b.stage):
         raise UserError(f"{a} and {b} are the same; name another run, or a stage with each: {a.run}:sft {a.run}:rl")

@@ -13,16 +13,18 @@ another quantity.
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from evals.branches import Answer, common_prefix
 from evals.corrections import right_golds
 from evals.scoring import Scorer
+from evals.significance import mean_of, standard_error
 from nanochat_jax.config import RunConfig
 from nanochat_jax.data.bundle import FOLDER, CoreTask, find_data, is_bundle, load_tasks
 from nanochat_jax.errors import UserError
@@ -32,11 +34,11 @@ FEWSHOT_SEED = 1234  # plus the example's index: of the choice of its few-shot e
 BLOCK = 512  # examples tokenized and scored at a time: bounds memory, leaves enough to sort by length
 CONTEXTS = 10  # as many contexts long may a prompt be: the reference crops none, and its table of angles ends there
 TASK_TYPES = ("multiple_choice", "schema", "language_modeling")
+PER_TASK = ("results", "centered", "stderr", "n", "corrected", "long", "cropped", "substitutes")  # of evaluate_core
 
 
 def find_bundle(config: RunConfig, cache_dir: Path) -> Path | None:
-    """The folder of the CORE bundle: the one that the settings name, or that the data folder or the cache of downloads
-    holds; else None."""
+    """The CORE bundle's folder: by the settings, else in the data folder or the cache of downloads; None if nowhere."""
     if config.evals.core_dir:
         return Path(config.evals.core_dir)
     folders = [Path(config.data.dir) / FOLDER] if config.data.dir else []
@@ -52,29 +54,28 @@ def fewshot_indices(idx: int, n_examples: int, num_fewshot: int) -> list[int]:
     return random.Random(FEWSHOT_SEED + idx).sample(others, min(num_fewshot, len(others)))
 
 
-def render_prompts(task_type: str, item: dict, delimiter: str, fewshot: list[dict]) -> list[str]:
-    """The texts to score for one example.
-
-    multiple_choice: the question with each answer; schema: each context with the one continuation; language_modeling:
-    the context alone (without white space at its end, which would be part of the next token) and with the continuation.
-    """
+def _texts(task_type: str, item: dict, delimiter: str) -> list[str]:
+    """An example with each of its answers: the question with each choice, or each context with the continuation."""
     if task_type == "multiple_choice":
-        shots = [f"{e['query']}{delimiter}{e['choices'][e['gold']]}" for e in fewshot]
-        ends = [f"{item['query']}{delimiter}{choice}" for choice in item["choices"]]
-    elif task_type == "schema":
-        shots = [f"{e['context_options'][e['gold']]}{delimiter}{e['continuation']}" for e in fewshot]
-        ends = [f"{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
-    elif task_type == "language_modeling":
-        shots = [f"{e['context'].strip()}{delimiter}{e['continuation']}" for e in fewshot]
-        asked = f"{item['context'].strip()}{delimiter}"
-        ends = [asked, f"{asked}{item['continuation']}"]
-    else:
-        raise UserError(f"CORE task type {task_type!r} is not one of {', '.join(TASK_TYPES)}")
-    before = "".join(f"{shot}\n\n" for shot in shots)
-    prompts = [before + end for end in ends]
+        return [f"{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+    if task_type == "schema":
+        return [f"{context}{delimiter}{item['continuation']}" for context in item["context_options"]]
     if task_type == "language_modeling":
-        prompts[0] = prompts[0].strip()
-    return prompts
+        return [f"{item['context'].strip()}{delimiter}{item['continuation']}"]
+    raise UserError(f"CORE task type {task_type!r} is not one of {', '.join(TASK_TYPES)}")
+
+
+def render_prompts(task_type: str, item: dict, delimiter: str, fewshot: list[dict]) -> list[str]:
+    """The texts to score for one example: one for each answer, after the examples of `fewshot` with their right ones.
+
+    language_modeling: the context alone (without white space at its end, which would be part of the next token) and
+    with the continuation.
+    """
+    is_lm = task_type == "language_modeling"
+    shots = [_texts(task_type, e, delimiter)[0 if is_lm else e["gold"]] for e in fewshot]
+    before = "".join(f"{shot}\n\n" for shot in shots)
+    prompts = [before + text for text in _texts(task_type, item, delimiter)]
+    return [f"{before}{item['context'].strip()}{delimiter}".strip(), *prompts] if is_lm else prompts
 
 
 def answer_spans(task_type: str, ids: list[list[int]]) -> list[Answer]:
@@ -92,9 +93,6 @@ def answer_spans(task_type: str, ids: list[list[int]]) -> list[Answer]:
         return [(s, start, len(s)) for s in ids]
     suffix = max(1, min(common_prefix([s[::-1] for s in ids]), shortest - 1))
     return [(s, len(s) - suffix, len(s)) for s in ids]
-
-
-# ------------------------------------------------------------------------------------------------------ data
 
 
 def load_examples(path: Path, max_per_task: int | None) -> list[dict]:
@@ -135,8 +133,7 @@ def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict
                 marks.chosen.append(None)
                 marks.right.append(best.tolist() == list(ids[end - len(best) : end]))
             else:
-                losses = [float(g.nll.mean()) for g in got]
-                marks.chosen.append(losses.index(min(losses)))
+                marks.chosen.append(int(np.argmin([float(g.nll.mean()) for g in got])))
                 marks.right.append(marks.chosen[-1] == examples[idx]["gold"])
     return marks
 
@@ -158,11 +155,10 @@ def evaluate_core(
     ones) with core_metric_corrected, None where no task has any; long and cropped, how many examples have a prompt
     beyond the model's context, and beyond what is scored of one.
     """
-    bundle = Path(bundle)
+    bundle, context = Path(bundle), scorer.cfg.sequence_len
     tasks = load_tasks(bundle)
-    per_task = ("results", "centered", "stderr", "n", "corrected", "long", "cropped", "substitutes")
-    out: dict = {name: {} for name in per_task} | {"missing": []}
-    variance, gained = 0.0, 0.0
+    out: dict[str, Any] = {name: {} for name in PER_TASK} | {"missing": []}
+    errors, gained = [], 0.0
     for task in tasks:
         path, stand_in = find_data(bundle, task)
         if path is None:
@@ -174,30 +170,28 @@ def evaluate_core(
         marks = evaluate_task(scorer, tokenizer, task, examples)
         n, room = len(marks.right), 1 - task.baseline
         accuracy = sum(marks.right) / n
-        stderr = math.sqrt(accuracy * (1 - accuracy) / n)
-        centered = (accuracy - task.baseline) / room
-        variance += (stderr / room) ** 2
+        centered, stderr = (accuracy - task.baseline) / room, standard_error(accuracy, n)
+        errors.append(stderr / room)
         found = {"results": accuracy, "centered": centered, "stderr": stderr, "n": n}
         if golds := right_golds(task.label, examples):
             changed = sum((marks.chosen[i] == gold) - marks.right[i] for i, gold in golds.items())
             found["corrected"] = accuracy + changed / n
             gained += changed / n / room
-        context = scorer.cfg.sequence_len
-        for name, limit in (("long", context), ("cropped", CONTEXTS * context)):
-            if beyond := sum(length > limit for length in marks.lengths):
-                found[name] = beyond
-        if stand_in:
-            found["substitutes"] = path.name
-        for name, value in found.items():
+        notes = {
+            "long": sum(length > context for length in marks.lengths),
+            "cropped": sum(length > CONTEXTS * context for length in marks.lengths),
+            "substitutes": path.name if stand_in else "",
+        }
+        for name, value in [*found.items(), *((k, v) for k, v in notes.items() if v)]:
             out[name][task.label] = value
         say(
             f"CORE {task.label} ({task.num_fewshot}-shot, {n} examples): accuracy {accuracy:.4f}, "
             f"centred {centered:.4f}, {time.monotonic() - started:.1f} s"
         )
-    n = len(out["results"])
-    out["core_metric"] = sum(out["centered"].values()) / n if n else None
-    out["core_metric_corrected"] = out["core_metric"] + gained / n if out["corrected"] else None
-    out["core_stderr"] = math.sqrt(variance) / n if n else None
+    out |= dict.fromkeys(("core_metric", "core_metric_corrected", "core_stderr"))
+    if n := len(errors):
+        out["core_metric"], out["core_stderr"] = mean_of([*out["centered"].values()], errors)
+        if out["corrected"]:
+            out["core_metric_corrected"] = out["core_metric"] + gained / n
     out |= {"n_tasks": n, "total_tasks": len(tasks), "max_per_task": max_per_task}
-    out["partial"] = bool(out["missing"] or out["substitutes"])
-    return out
+    return out | {"partial": bool(out["missing"] or out["substitutes"])}

@@ -20,6 +20,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from evals.tasks.base import prompt_messages
 from nanochat_jax.errors import UserError
@@ -54,17 +55,12 @@ def of_question(index: int, conversation: dict, greedy: dict, samples: Sequence[
 def asked(conversation: dict) -> dict:
     """What a record says of a question: id, prompt, expected, and subject where it has one."""
     shown, answer = prompt_messages(conversation), conversation["messages"][-1]
-    if len(shown) == 1:
-        prompt = visible(shown[0]["content"])
-    else:
-        prompt = "\n\n".join(f"{m['role']}: {visible(m['content'])}" for m in shown)
+    texts = [visible(m["content"]) for m in shown]
+    prompt = "\n\n".join(f"{m['role']}: {t}" for m, t in zip(shown, texts)) if len(shown) > 1 else texts[0]
     out = {"id": content_id(json.dumps(shown, sort_keys=True).encode()), "prompt": prompt}
     expected = conversation.get("answer") or (visible(answer["content"]) if answer["role"] == "assistant" else None)
-    if expected is not None:
-        out["expected"] = expected
-    if conversation.get("subject"):
-        out["subject"] = conversation["subject"]
-    return out
+    optional = {"expected": expected, "subject": conversation.get("subject") or None}
+    return out | {name: value for name, value in optional.items() if value is not None}
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
@@ -106,11 +102,11 @@ def results(run_dir: str | Path) -> dict[str, dict]:
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
-    found = {path.stem: read_json(path) for path in (run_dir / "evals").glob("*.json")}
+    found: dict[str, Any] = {path.stem: read_json(path) for path in (run_dir / "evals").glob("*.json")}
     if not found:
         raise UserError(f"no stage of {run_dir} has been evaluated; python -m evals --run-dir {run_dir} does that")
-    places = {stage: i for i, stage in enumerate(ORDER)}
-    return {s: found[s] for s in sorted(found, key=lambda s: (places.get(s.split("-")[0], len(ORDER)), s))}
+    places = dict(zip(ORDER, range(len(ORDER))))
+    return dict(sorted(found.items(), key=lambda item: (places.get(item[0].split("-")[0], len(ORDER)), item[0])))
 
 
 def stage_of(run_dir: str | Path, found: dict[str, dict], stage: str | None) -> str:

@@ -112,9 +112,6 @@ def _losses(model, hidden, targets):
     return token_nll(hidden, head, targets, vocab=model.cfg.vocab_size, softcap=model.cfg.softcap)
 
 
-# ------------------------------------------------------------------------------------------------------- scorer
-
-
 class Scorer:
     """Scores texts with `model`, on one device or, with a mesh, over the devices of that.
 
@@ -162,8 +159,6 @@ class Scorer:
         tokens, targets = (np.pad(np.asarray(a, np.int32), spare) for a in (tokens, targets))
         batches = [(tokens[at : at + each], targets[at : at + each]) for at in range(0, n, each)]
         return np.concatenate([_to_host(x) for x in [self._run(_row_losses, *self._put(b)) for b in batches]])[:n]
-
-    # ---------------------------------------------------------------------------------------------- batches
 
     def _run(self, program: Callable, *arrays):
         return program(self._graph, self._mesh, self._params, *arrays)

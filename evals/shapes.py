@@ -27,11 +27,6 @@ def fineness() -> Fineness:
     return CPU if devices.platform() == "cpu" else ACCELERATOR
 
 
-def power_of_two(n: int) -> int:
-    """The next one, not below n >= 1."""
-    return 1 << (n - 1).bit_length()
-
-
 def power_of_four(n: int) -> int:
     """The next one, not below n >= 1."""
     return 1 << 2 * -(-(n - 1).bit_length() // 2)
@@ -48,7 +43,7 @@ def prefix_bucket(length: int, steps: int) -> int:
 
 def branch_bucket(size: int, steps: int) -> int:
     """The padded number of branch tokens, or of targets: 1, 4, 16, and then powers of four, or of two if fine."""
-    return power_of_four(size) if steps == 1 or size <= SHORTEST else power_of_two(size)
+    return power_of_four(size) if steps == 1 or size <= SHORTEST else 1 << (size - 1).bit_length()
 
 
 def stack(lists: list[Sequence[int]], shape: tuple[int, int], fill: int) -> np.ndarray:

@@ -61,33 +61,32 @@ def evaluate_stage(
     config: RunConfig | None = None,
     *,
     tasks: Sequence[str] | None = None,
-    max_per_task: int | None = None,
-    samples: int | None = None,
-    temperature: float | None = None,
     int8: bool = False,
     log: Callable[[str], None] = print,
+    **settings: Any,
 ) -> dict:
     """Evaluates the model that `stage` (None: the latest) ended with; writes, and returns, evals/<stage>.json.
 
     int8: with its weights rounded as they are for serving; the file is then evals/<stage>-int8.json.
 
     tasks: names of chat tasks, `bpb`, `core`, `samples`; None for all that the stage and the data allow. Where given,
-    the results join those that are in the file already. max_per_task bounds the questions of each; samples answers at
-    temperature are drawn beside the greedy ones; None: as config.evals has it. UserError for an unknown task, or a run
-    or stage that is not there.
+    the results join those that are in the file already. settings: in place of those of config.evals, such as
+    max_per_task, samples and temperature; None changes nothing. UserError for an unknown task, or a run or stage that
+    is not there.
     """
     began = time.perf_counter()
-    run_dir = Path(run_dir)
+    run_dir, known = Path(run_dir), (*MEASURES, *TASKS)
+    if unknown := [name for name in tasks or () if name not in known]:
+        raise UserError(f"unknown task {unknown[0]}; there are {', '.join(known)}")
     loaded = load_model(run_dir, stage)
     stage, config = loaded.stage, config or loaded.config
-    settings: dict[str, Any] = {"max_per_task": max_per_task, "samples": samples, "temperature": temperature}
-    evals = replace(config.evals, **{name: value for name, value in settings.items() if value is not None})
-    check_evals(evals)
-    config = replace(config, evals=evals)
+    given = {name: value for name, value in settings.items() if value is not None}
+    config = replace(config, evals=replace(config.evals, **given))
+    check_evals(config.evals)
     name = f"{stage}-int8" if int8 else stage
     model = rounded(loaded.model) if int8 else loaded.model
     evaluation = _Evaluation(run_dir, name, model, loaded, config, log)
-    chosen = evaluation.default_tasks() if tasks is None else _known(tasks)
+    chosen = evaluation.default_tasks() if tasks is None else tasks
     out: dict[str, Any] = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
     if tasks is not None:
         out |= read_json(run_dir / "evals" / f"{name}.json") or {}
@@ -104,15 +103,6 @@ def evaluate_stage(
     out["peak_memory_gb"] = peak_memory_gb()
     atomic_write_json(run_dir / "evals" / f"{name}.json", out)
     return out
-
-
-def _known(tasks: Sequence[str]) -> Sequence[str]:
-    """The tasks. UserError where there is one that does not exist."""
-    known = [*MEASURES, *TASKS]
-    for name in tasks:
-        if name not in known:
-            raise UserError(f"unknown task {name}; there are {', '.join(known)}")
-    return tasks
 
 
 class _Evaluation:
@@ -140,8 +130,6 @@ class _Evaluation:
             return ["bpb", *chat, "samples"]
         core = ["core"] if self.config.evals.core and find_bundle(self.config, self.cache_dir) else []
         return ["bpb", *core, *(name for name in chat if self.load(name).kind == "categorical"), "samples"]
-
-    # ---------------------------------------------------------------------------------------------- measures
 
     def bpb(self) -> dict:
         """Bits per byte on the pinned validation text, packed in the same rows as in training."""
