@@ -1,9 +1,9 @@
 """The key/value cache: slots on every device, rings where a layer sees a window only.
 
-A layer keeps `ring` positions of a slot: position p lives at place p mod ring. A layer that sees everything has a place
-for each position of the context, and what is said here holds for it too. A ring is SLACK places longer than the window,
-so that a chunk of prefill, or tokens that were decoded and then thrown away, overwrite nothing that is still seen:
-after positions up to `written` were filled, a sequence may go on from any position p >= written - SLACK.
+A layer keeps `ring` positions of a slot: position p is at place p mod ring. The ring of a layer without a window has a
+place for every position of the context. Others are SLACK places longer than the window, so that a chunk of prefill, or
+tokens that were decoded and then thrown away, overwrite nothing that is still visible: after positions up to `written`
+were filled, a sequence may continue from any position p >= written - SLACK.
 
 Shapes: D devices that split the slots, S slots of each, M rows of a call on each, K key/value heads, R places of a
 ring, N head size.
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from nanochat_jax.mesh import sharding
 
-SLACK = 256  # the longest chunk of prefill, and the most that a sequence may be set back
+SLACK = 256  # the longest chunk of prefill, and the most that a sequence may be rolled back
 
 
 @dataclass(eq=False)
@@ -82,7 +82,7 @@ def take(cache: Cache, slots: jax.Array | None, span: int) -> Cache:
 def put(cache: Cache, slots: jax.Array | None, rows: Cache, positions: jax.Array) -> Cache:
     """The cache with what `rows`, as `take` gave them, hold at positions (D * M, T), -1 for none.
 
-    A slot out of range is not written. Only what is new is copied: rows that are a whole array have become the cache.
+    A slot out of range is not written. Only new positions are copied, except where the rows are the whole cache.
     """
     M = cache[0][0].shape[1] if slots is None else slots.shape[1]
     at = jnp.arange(M)[None] if slots is None else slots
@@ -105,7 +105,7 @@ def put(cache: Cache, slots: jax.Array | None, rows: Cache, positions: jax.Array
 
 @functools.partial(jax.jit, donate_argnums=0)
 def copy(cache: Cache, source: jax.Array, to: jax.Array) -> Cache:
-    """The cache with slots `source` (D, M) of each device in its slots `to` as well."""
+    """The cache with slots `source` (D, M) of each device copied to its slots `to`; out of range: none."""
 
     found = jax.vmap(lambda c, s: c[jnp.minimum(s, c.shape[0] - 1)])
     rows = jax.tree.map(lambda c: found(c, source), cache)
@@ -129,7 +129,7 @@ def append(kept: jax.Array, new: jax.Array, positions: jax.Array, ring: int) -> 
 def attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, newest, window: int, ring: int):
     """Queries q (M, T, H, N) at positions (M, T) against keys and values (M, K, R, N) -> (M, T, H, N).
 
-    newest (M,) is the newest position in the cache. What lies beyond it, or out of the window, is not seen.
+    newest (M,) is the newest position in the cache. Positions after it or outside the window are masked.
     """
     M, T, H, N = q.shape
     K, places = keys.shape[1], jnp.arange(keys.shape[2])

@@ -74,7 +74,7 @@ class Program:
     cfg: GPTConfig
     dtype: np.dtype
     max_len: int
-    fused: bool = False  # parameters are as `decode_kernels.joined` gives them, and its `step` is a decode step
+    fused: bool = False  # decode steps are by kernels: parameters are as `decode_kernels.joined` gives them
 
     def model(self, params):
         if self.fused:
@@ -100,7 +100,7 @@ class Program:
     def step(self, params, rows, places, token, position, before):
         """Logits (R, V) of one token (R,) a row at position (R,), -1 for none; keys and values go into the list `rows`.
 
-        places (R,): by kernels, of which slot of `rows` a row is.
+        places (R,): for kernels, the slot of `rows` that each row has.
         """
         if self.fused:
             rope = decode_kernels.rope_tables(self.cfg, self.max_len)
@@ -111,7 +111,7 @@ class Program:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _one_step(program: Program, params, cache, token, position, before):
-    """Logits of the rows that are meant, 0 for others, and the rows of the cache afterwards."""
+    """Logits of the rows in use, 0 for others, and the rows of the cache afterwards."""
     rows = list(cache)
     logits = program.step(params, rows, jnp.arange(len(token)), token, position, before)
     return jnp.where(position[:, None] >= 0, logits, 0.0), rows
@@ -152,7 +152,7 @@ def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def prepared(params: dict, dtype, fused: bool, int8: bool) -> dict:
-    """Parameters as an engine reads them."""
+    """Parameters as an engine reads them: cast, joined for kernels, quantized."""
     params = cast_matrices(params, dtype)
     params = decode_kernels.joined(params) if fused else params
     return quantize(params) if int8 else params
@@ -164,7 +164,7 @@ program_of = functools.cache(Program)  # the same object for the same fields
 def _prefill(program: Program, span, params, cache, slots, tokens, before, start, count):
     """The cache with the keys and values of a chunk of prompts in it.
 
-    slots (D, M); tokens (D * M, C), of which the first count (D * M,) are meant, at positions from start (D * M,).
+    slots (D, M); tokens (D * M, C), of which the first count (D * M,) are valid, at positions from start (D * M,).
     """
     steps = jnp.arange(tokens.shape[1])
     positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
@@ -174,11 +174,11 @@ def _prefill(program: Program, span, params, cache, slots, tokens, before, start
 
 
 def _decode(program: Program, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
-    """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are meant, and the cache with them.
+    """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are valid, and the cache with them.
 
     slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
-    newest, whose keys are not in the cache yet, negative for a row that is not meant; forced (R, LONG) ids to take in
-    place of a sample, -1 for none. out: ids, and where `how` wants them `sampling.log_probabilities`.
+    newest, whose keys are not in the cache yet, negative for an unused row; forced (R, LONG) ids to take in place of a
+    sample, -1 for none. out: ids, and where `how` wants them `sampling.log_probabilities`.
     """
 
     def one(i, carry):
@@ -196,7 +196,7 @@ def _decode(program: Program, span, how, params, cache, slots, last, position, f
     if how.logprobs:
         likeliest = (*forced.shape, min(TOP_LOGPROBS, program.cfg.vocab_size))
         out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
-    if program.fused:  # kernels read and write the slots where they are, and as far as must be
+    if program.fused:  # kernels read and write the slots in place
         places = jnp.arange(len(last)) if slots is None else jnp.minimum(slots.reshape(-1), cache[0][0].shape[1] - 1)
         rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
     else:
@@ -241,7 +241,7 @@ class Functions(NamedTuple):
 def compiled(one_core: bool) -> Functions:
     """The device's two functions; all engines of a kind share their programs.
 
-    one_core: of a CPU, for engines beside each other, which would else wait for the same threads.
+    one_core: of a CPU, for engines beside each other, which would otherwise wait for the same threads.
     """
     options = {"compiler_options": {"xla_cpu_multi_thread_eigen": False}} if one_core else {}
     return Functions(Compiled(_prefill, 2, **options), Compiled(_decode, 3, **options))

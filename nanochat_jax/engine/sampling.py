@@ -1,7 +1,7 @@
-"""One token from logits: temperature, top-k, top-p and a seed, each of them per row.
+"""Sampling one token from logits, with temperature, top-k, top-p and a seed for each row.
 
-What a row draws depends on its logits, its settings, its seed and its position alone: not on what else is in the
-batch, nor on how the batch is compiled.
+A row's sample depends on its logits, settings, seed and position only: not on what else is in the batch, nor on how
+the batch is compiled.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from nanochat_jax import devices
 
-CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are looked at; beyond these: the whole vocabulary
+CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are sorted; above these: the whole vocabulary
 COLDEST = 1e-6  # a temperature below it is 0
-COMPARISONS = 2**24  # what `_by_rank` may do
+COMPARISONS = 2**24  # of `_by_rank`, at most
 TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
 
@@ -72,7 +72,7 @@ class Settings(NamedTuple):
 
 
 class Mode(NamedTuple):
-    """What drawing for some rows needs: the cheapest program that is exact for all of them. Static under jit."""
+    """What sampling some rows needs, so that the cheapest exact program is compiled for them. Static under jit."""
 
     greedy: bool  # a row takes the likeliest
     drawn: bool  # a row samples
@@ -114,7 +114,7 @@ def _argmax(x: jax.Array) -> jax.Array:
 
 
 def _top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """lax.top_k of rows (S, V), by way of the k groups with the largest maxima: they hold the k largest entries."""
+    """lax.top_k of rows (S, V), faster: the k groups with the largest maxima hold the k largest entries."""
     S, V = x.shape
     size = 2 ** round(math.log2(math.sqrt(V / k)))  # V / size maxima and k * size entries: as few as can be
     if 8 * k > V:
