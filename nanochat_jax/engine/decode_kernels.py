@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton
 from nanochat_jax import devices
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.kernels.fused import rms_norm, rotate_and_norm
-from nanochat_jax.model.gpt import GATE_CHANNELS, GPT, merge, product, rotary_tables
+from nanochat_jax.model.gpt import GPT, merge, product, rotary_tables
 from nanochat_jax.model.quantize import Int8, dequantize
 
 _MASKED = -1e30  # finite: what is not seen at all then weighs 0 and not NaN
@@ -51,10 +51,9 @@ def _turned(ref, row, first, cos, sin, gain, eps):
     return a * cos + b * sin, b * cos - a * sin
 
 
-def _attend(position, slot, token, cos, sin, qkv, *refs, H, K, N, ring, window, part, gain, eps, with_value):
+def _attend(position, slot, token, cos, sin, qkv, table, keys, values, *outs, H, K, N, ring, window, part, gain, eps):
     """Program (s, k, m): part s - 1 of the positions that row m sees before its newest; s = 0: the newest itself."""
-    (table, *refs) = refs if with_value else (None, *refs)
-    keys, values, out, lse, new_keys, new_values = refs
+    out, lse, new_keys, new_values = outs
     s, head, row = (pl.program_id(i) for i in range(3))
     G, half = H // K, N // 2
     block = max(8, 32 // pl.next_power_of_2(G))  # positions that are read at once: as registers allow
@@ -70,7 +69,7 @@ def _attend(position, slot, token, cos, sin, qkv, *refs, H, K, N, ring, window, 
     def _newest():
         ka, kb = (x.astype(keys.dtype) for x in _turned(qkv, row, (H + head) * N, cos, sin, gain, eps))
         v = qkv[row, pl.ds((H + K + head) * N, N)].astype(jnp.float32)
-        if with_value:
+        if table is not None:
             gate = qkv[row, (H + 2 * K) * N + head].astype(jnp.float32)
             gate = 3.0 / (1.0 + jnp.exp(-gate))
             id = jnp.clip(token[row], 0, table.shape[0] - 1)
@@ -158,17 +157,18 @@ def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps,
     parts = splits(seen, M, K)
     part = pl.cdiv(pl.cdiv(seen, parts), PART) * PART
     parts = pl.cdiv(seen, part) + 1
-    tokens, *table = value_embed or (position,)
+    tokens, table = value_embed or (position, None)
     sizes = {"H": H, "K": K, "N": N, "ring": R, "window": window, "part": part}
-    kernel = functools.partial(_attend, **sizes, gain=gain, eps=eps, with_value=value_embed is not None)
-    args = (position, slot, tokens, *rope, qkv, *table, keys, values)
+    kernel = functools.partial(_attend, **sizes, gain=gain, eps=eps)
+    args = (position, slot, tokens, *rope, qkv, table, keys, values)
+    n_arrays = len(jax.tree.leaves(args))  # the kernel is given None for a table that is not there
     outs = [jax.ShapeDtypeStruct((parts, M, H, N), jnp.float32), jax.ShapeDtypeStruct((parts, M, H), jnp.float32)]
     with jax.named_scope(f"decode_window_{window}"):
         out, lse, keys, values = pl.pallas_call(
             kernel,
             grid=(parts, K, M),
             out_shape=[*outs, keys, values],
-            input_output_aliases={len(args) - 2: 2, len(args) - 1: 3},
+            input_output_aliases={n_arrays - 2: 2, n_arrays - 1: 3},
             compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
             interpret=interpret,
         )(*args)
@@ -195,10 +195,7 @@ def _reads(width: int) -> bool:
     return _chunk(width) >= 64
 
 
-def _matvec(x, weight, *refs, norm, square, scaled, added, mixed):
-    (scale, *refs) = refs if scaled else (None, *refs)
-    (residual, *refs) = refs if added else (None, *refs)
-    (x0, factors, *refs) = refs if mixed else (None, None, *refs)
+def _matvec(x, weight, scale, residual, mix, out, *mixed, norm, square):
     O, D = weight.shape
     step = _chunk(D)
 
@@ -218,16 +215,16 @@ def _matvec(x, weight, *refs, norm, square, scaled, added, mixed):
     y = jnp.sum(carry[0], axis=1)
     if norm is not None:
         y = y * lax.rsqrt(jnp.sum(carry[1]) / D + norm)
-    if scaled:
+    if scale is not None:
         y = y * scale[:]
     if square:
         y = jnp.square(jnp.maximum(y, 0.0))
-    if added:
+    if residual is not None:
         y = y + residual[:].astype(jnp.float32)
-    out = refs[0]
     out[:] = y.astype(out.dtype)
-    if mixed:
-        refs[1][:] = (factors[0] * y + factors[1] * x0[:].astype(jnp.float32)).astype(out.dtype)
+    if mix is not None:
+        x0, factors = mix
+        mixed[0][:] = (factors[0] * y + factors[1] * x0[:].astype(jnp.float32)).astype(out.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("norm", "square", "interpret"))
@@ -246,23 +243,19 @@ def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix
     whole = pl.BlockSpec((None, D), lambda i: (0, 0))
     rows = pl.BlockSpec((tile, D), lambda i: (i, 0))
     own = pl.BlockSpec((None, tile), lambda i: (0, i))
-    x0, factors = mix or (None, None)
     scale = None if scale is None else scale.reshape(1, O)
-    extra = [(scale, own), (residual, own), (x0, own), (factors, pl.no_block_spec)]
-    args, specs = zip((x, whole), (weight, rows), *((a, spec) for a, spec in extra if a is not None))
-    shape = jax.ShapeDtypeStruct((1, O), x.dtype)
-    given = {"scaled": scale is not None, "added": residual is not None, "mixed": mix is not None}
-    kernel = functools.partial(_matvec, norm=norm, square=square, **given)
+    optional = [None if array is None else own for array in (scale, residual)]
+    outs = 1 if mix is None else 2
     out = pl.pallas_call(
-        kernel,
+        functools.partial(_matvec, norm=norm, square=square),
         grid=(O // tile,),
-        in_specs=list(specs),
-        out_specs=[own] * (1 + (mix is not None)),
-        out_shape=[shape] * (1 + (mix is not None)),
+        in_specs=[whole, rows, *optional, mix and (own, pl.no_block_spec)],
+        out_specs=[own] * outs,
+        out_shape=[jax.ShapeDtypeStruct((1, O), x.dtype)] * outs,
         compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
-    )(*args)
-    return out if mix is not None else out[0]
+    )(x, weight, scale, residual, mix)
+    return out[0] if mix is None else out
 
 
 OUTPUTS, COLUMNS, ROWS = 64, 128, 64  # of a program of `int8_product`, and of its loop's step; rows, at most
@@ -332,26 +325,14 @@ def joined(params: dict) -> dict:
     return params
 
 
-def _apart(params: dict, cfg: GPTConfig) -> dict:
-    """The nested dict as it was before `joined`."""
-
-    def split(attn):
-        weight, kv = attn["qkv"]["weight"], cfg.n_kv_head * cfg.head_dim
-        D = weight.shape[1]
-        ends = {"q": (0, D), "k": (D, D + kv), "v": (D + kv, D + 2 * kv)}
-        parts = {name: {"weight": weight[a:b]} for name, (a, b) in ends.items()}
-        if len(weight) > D + 2 * kv:
-            parts["ve_gate"] = {"weight": weight[D + 2 * kv :][: cfg.n_kv_head, :GATE_CHANNELS]}
-        return {**parts, "proj": attn["proj"]}
-
-    blocks = {i: {**block, "attn": split(block["attn"])} for i, block in params["blocks"].items()}
-    return {**{name: p for name, p in params.items() if name != "factors"}, "blocks": blocks}
-
-
 def model(graph, cfg: GPTConfig, params: dict, dtype) -> GPT:
     """The model of joined parameters, whose layers multiply by the joined matrix: XLA would put its parts together."""
     params = dequantize(params, dtype)
-    model = merge(graph, _apart(params, cfg))
+    blocks = {}
+    for i, block in params["blocks"].items():  # q, k, v and gate are asked for, and never read
+        names = ["q", "k", "v", "proj", *["ve_gate"] * cfg.has_value_embed(int(i))]
+        blocks[i] = {**block, "attn": dict.fromkeys(names, block["attn"]["proj"])}
+    model = merge(graph, {name: p for name, p in params.items() if name != "factors"} | {"blocks": blocks})
     for block, joint in zip(model.blocks, _in_order(params["blocks"])):
         block.attn = functools.partial(_attention, cfg, joint["attn"])  # type: ignore[assignment]  # it is called alike
     return model
