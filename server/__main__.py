@@ -48,10 +48,8 @@ def bind(host: str, port: int) -> socket.socket:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
-    serve(args, bind(args.host, args.port))
+    listening = bind(args.host, args.port)
 
-
-def serve(args: argparse.Namespace, listening: socket.socket) -> None:
     import jax
     import uvicorn
 

@@ -12,7 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client import generate_latest
 
 from nanochat_jax.engine import dialogue
 from server import errors, schemas
@@ -81,7 +81,7 @@ def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: di
 
     @app.get("/metrics", response_class=Response, responses=_documented(401, content={"text/plain": {}}))
     async def prometheus():
-        return Response(metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: str) -> None:

@@ -14,6 +14,7 @@ from server.metrics import Metrics
 
 MAX_BODY = 1_000_000  # bytes
 BODY_SECONDS = 20.0  # a body that takes longer is given up
+CLOSE = {"Connection": "close"}  # with a refusal, as the rest of the body is not read
 SECURITY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
@@ -73,6 +74,3 @@ def bounded(receive: Receive) -> Receive:
         return message
 
     return receive_in_time
-
-
-CLOSE = {"Connection": "close"}  # the rest of the body is not read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from server.scheduler import Scheduler
@@ -17,15 +17,15 @@ class Metrics:
     """Its own registry, so that several applications can live in one process."""
 
     def __init__(self, scheduler: Scheduler):
-        self._scheduler, self._registry = scheduler, CollectorRegistry()
-        where: dict[str, Any] = {"registry": self._registry, "namespace": "nanochat"}
+        self._scheduler, self.registry = scheduler, CollectorRegistry()
+        where: dict[str, Any] = {"registry": self.registry, "namespace": "nanochat"}
         self.requests = Counter("requests", "HTTP requests that have ended", ["route", "status"], **where)
         self.in_flight = Gauge("requests_in_flight", "HTTP requests that have not ended", **where)
         timed: Any = {"buckets": SECONDS, **where}
         self.latency = Histogram("request_seconds", "From a request to the end of its response", ["route"], **timed)
         about = "From a request to its first token, or tokens"
         self.first_token = Histogram("time_to_first_token_seconds", about, **timed)
-        self._registry.register(self)
+        self.registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
         """The engine's figures. The registry calls this."""
@@ -38,7 +38,3 @@ class Metrics:
         yield CounterMetricFamily("nanochat_reused_tokens", "Those found in the cache", c.reused_tokens)
         yield CounterMetricFamily("nanochat_generated_tokens", "Tokens that were made", c.generated_tokens)
         yield CounterMetricFamily("nanochat_engine_calls", "Calls to the device", c.calls)
-
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self._registry)

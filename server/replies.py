@@ -47,13 +47,11 @@ class ChatShape:
         return {"index": index, "delta": delta, "finish_reason": None, **(self._told(tokens) if tokens else {})}
 
     def _told(self, tokens: Sequence[Token]) -> dict:
-        def one(token: Token) -> dict:
-            return {**self._one(token.id, token.logprob), "top_logprobs": [self._one(*likely) for likely in token.top]}
+        def one(id: int, logprob: float) -> dict:
+            return {"token": self._tok.decode([id]), "logprob": logprob, "bytes": list(self._tok.decode_bytes([id]))}
 
-        return {"logprobs": {"content": [one(t) for t in tokens]}} if self._logprobs else {}
-
-    def _one(self, id: int, logprob: float) -> dict:
-        return {"token": self._tok.decode([id]), "logprob": logprob, "bytes": list(self._tok.decode_bytes([id]))}
+        content = [{**one(t.id, t.logprob), "top_logprobs": [one(*likely) for likely in t.top]} for t in tokens]
+        return {"logprobs": {"content": content}} if self._logprobs else {}
 
 
 class TextShape:
@@ -92,9 +90,25 @@ async def reply(answer: Answer, shape: ChatShape | TextShape, request: Request, 
     """The response to a request: `extra` is said beside the choices, once."""
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     if body.stream:
-        events = _events(answer, shape, {**head, "object": shape.chunk_kind}, body.include_usage, extra)
-        return Stream(answer, events)
-    return await _whole(answer, shape, request, {**head, "object": shape.kind, **extra})
+        include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        return Stream(answer, _events(answer, shape, {**head, "object": shape.chunk_kind}, include_usage, extra))
+
+    async def watch() -> None:  # the answer is given up as soon as the client has gone
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        answer.close()
+
+    watching = asyncio.create_task(watch())
+    try:
+        async for _ in answer.shown():
+            pass
+        if watching.done():
+            raise ApiError(499, "the client has gone")
+    finally:
+        watching.cancel()
+        answer.close()
+    choices = [shape.whole(i, choice) for i, choice in enumerate(answer.choices)]
+    return JSONResponse({**head, "object": shape.kind, **extra, "choices": choices, "usage": answer.usage()})
 
 
 class Stream(StreamingResponse):
@@ -138,24 +152,3 @@ async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra:
 
 def _data(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-async def _whole(answer: Answer, shape, request: Request, head: dict) -> JSONResponse:
-    """The answer in one object; given up as soon as the client has gone."""
-
-    async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        answer.close()
-
-    watching = asyncio.create_task(watch())
-    try:
-        async for _ in answer.shown():
-            pass
-        if watching.done():
-            raise ApiError(499, "the client has gone")
-    finally:
-        watching.cancel()
-        answer.close()
-    choices = [shape.whole(i, choice) for i, choice in enumerate(answer.choices)]
-    return JSONResponse({**head, "choices": choices, "usage": answer.usage()})

@@ -25,14 +25,11 @@ class Update:
     error: Exception | None = None
 
 
-Deliver = Callable[[int, Update], None]  # (which of the requests, what is new); called in the engine thread
-
-
 @dataclass(eq=False)
 class Job:
     request: Request
     index: int  # among the requests that were submitted with it
-    deliver: Deliver
+    deliver: Callable[[int, Update], None]  # (index, what is new); called in the engine thread
     ticket: Ticket | None = None
     began: float | None = None  # when its first ids came
     cancelled: bool = False
@@ -82,7 +79,7 @@ class Scheduler:
         active = self.engine.active
         return {"active": active, "queued": max(0, len(self._unended) - active)}
 
-    def submit(self, requests: Sequence[Request], deliver: Deliver) -> list[Job]:
+    def submit(self, requests: Sequence[Request], deliver: Callable[[int, Update], None]) -> list[Job]:
         """All of them or none: Busy where too many wait, Stopped where the engine is down."""
         jobs = [Job(request, i, deliver) for i, request in enumerate(requests)]
         with self._lock:

@@ -106,8 +106,9 @@ class Sampling(Strict):
     def _supported(cls, data):
         if not isinstance(data, dict):
             return data
-        for name in data.keys() & (UNSUPPORTED.keys() - cls.model_fields.keys()):
-            raise ValueError(UNSUPPORTED[name])
+        for name in data:
+            if name in UNSUPPORTED and name not in cls.model_fields:
+                raise ValueError(UNSUPPORTED[name])
         optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
         return {name: value for name, value in data.items() if value is not None or name not in optional}
 
@@ -134,10 +135,6 @@ class Sampling(Strict):
     @abstractmethod
     def wanted_logprobs(self) -> int:
         """Of how many likely tokens beside the chosen one; -1: none at all."""
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def stops(self) -> list[str]:
@@ -211,6 +208,7 @@ def _list(model) -> Any:
 
 Ends = Literal["stop", "length"]
 Usage = _given("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+WHOLE = {"id": str, "created": int, "model": str, "usage": Usage}
 Context = _given("Context", dropped_messages=int, truncated=bool)  # where the conversation exceeded the context
 
 ChatLogprob = _given("ChatLogprob", token=str, logprob=float, bytes=list[int])
@@ -220,32 +218,18 @@ Reply = _given("Reply", role=Literal["assistant"], content=str, tool=(list[ToolC
 ChatChoice = _given("ChatChoice", index=int, message=Reply, finish_reason=Ends, logprobs=(ChatLogprobs | None, None))
 ChatCompletion = _given(
     "ChatCompletion",
-    id=str,
+    **WHOLE,
     object=Literal["chat.completion"],
-    created=int,
-    model=str,
     choices=_list(ChatChoice),
-    usage=Usage,
     context=(Context | None, None),
 )
 
+Likely = list[dict[str, float]]
 TextLogprobs = _given(
-    "TextLogprobs",
-    tokens=list[str],
-    token_logprobs=list[float],
-    top_logprobs=list[dict[str, float]],
-    text_offset=list[int],
+    "TextLogprobs", tokens=list[str], token_logprobs=list[float], top_logprobs=Likely, text_offset=list[int]
 )
 TextChoice = _given("TextChoice", index=int, text=str, finish_reason=Ends, logprobs=(TextLogprobs | None, None))
-TextCompletion = _given(
-    "TextCompletion",
-    id=str,
-    object=Literal["text_completion"],
-    created=int,
-    model=str,
-    choices=_list(TextChoice),
-    usage=Usage,
-)
+TextCompletion = _given("TextCompletion", **WHOLE, object=Literal["text_completion"], choices=_list(TextChoice))
 
 Model = _given("Model", id=str, object=Literal["model"], created=int, owned_by=str)
 ModelList = _given("ModelList", object=Literal["list"], data=_list(Model))
