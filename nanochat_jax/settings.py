@@ -48,7 +48,7 @@ def _written(value: Any) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment of each field of a dataclass: the lines of comment right above it and the one behind it, with YAML's
+    """The comment of each field of a dataclass: the lines of comment right above it and what is beside it, with YAML's
     word for None."""
     source = inspect.getsource(cls)
     found = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
@@ -60,6 +60,6 @@ def comments(cls: type) -> dict[str, str]:
             first = node.lineno
             while first - 1 in alone:
                 first -= 1
-            numbers = [*range(first, node.lineno), node.end_lineno]
+            numbers = range(first, (node.end_lineno or first) + 1)
             out[node.target.id] = " ".join(said[n] for n in numbers if n in said).replace("None", "null")
     return out
