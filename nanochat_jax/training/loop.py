@@ -1,12 +1,13 @@
 """The train step, and the loop that all four stages share.
 
-The step reads as its formula: sum the gradients of a weighted negative log-likelihood over the micro-batches, then let
-the optimizer move the parameters. Pretraining, midtraining and SFT differ in where rows come from and which tokens are
-targets; RL in that the weights are advantages.
+The step sums the gradients of a weighted negative log-likelihood over the micro-batches, then the optimizer updates the
+parameters. Pretraining, midtraining and SFT differ in the rows and in which tokens are targets; in RL the weights are
+advantages.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import cast_matrices, init_params, merge
 from nanochat_jax.model.loss import weighted_nll
 
+# ----------------------------------------------------------------------------------------------------- the step
+
 
 class TrainState(NamedTuple):
-    """All that training carries from step to step, beside the seed: batches and samples are functions of both."""
+    """All that training carries from step to step; batches and samples depend on the step and the seed alone."""
 
     params: dict  # nested, float32 masters
     opt_state: Any
@@ -33,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 def init_state(cfg: GPTConfig, optimizer: optax.GradientTransformation, seed: int, mesh, params=None) -> TrainState:
-    """A fresh state, sharded over the mesh as it is made; from `params` (copied) where they are given."""
+    """A fresh state, sharded over the mesh as it is made; from a copy of `params` where they are given."""
 
     def fresh(params):
         # a copy: what jit passes through unchanged is the caller's own buffer, and the step donates it
@@ -47,8 +50,8 @@ def init_state(cfg: GPTConfig, optimizer: optax.GradientTransformation, seed: in
 def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join: Callable | None = None) -> Callable:
     """step(state, batch) -> state, metrics; jitted, the state's buffers donated.
 
-    join: (frozen, params) -> the model's parameters, where the state's are a part of them or a change to them; then it
-    is step(state, batch, frozen), and frozen, in `dtype`, is neither donated nor differentiated. None: params are all.
+    join: (frozen, params) -> the model's parameters, where the state has only a part of them or a change to them, such
+    as adapters; then it is step(state, batch, frozen), and frozen, in `dtype`, is neither donated nor differentiated.
 
     batch: tokens and targets (A, R, T) int32, A micro-batches of R rows, targets negative where there is none; weights
     (A, R, T) float32, or absent for the mean over all targets. metrics: loss and grad_norm, float32 scalars.
@@ -56,19 +59,9 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join:
 
     def micro_loss(params, frozen, tokens, targets, weights):
         params = join(frozen, params) if join else params
-        model = merge(graph, params)
-        head = params["lm_head"]["weight"]
-        hidden = model.hidden(tokens)
-        with jax.named_scope("loss"):
-            return weighted_nll(
-                hidden,
-                head,
-                targets,
-                weights,
-                vocab=model.cfg.vocab_size,
-                softcap=model.cfg.softcap,
-                eight_bits=model.lm_head.eight_bits,
-            )
+        model, head = merge(graph, params), params["lm_head"]["weight"]
+        more = {"softcap": model.cfg.softcap, "eight_bits": model.lm_head.eight_bits}
+        return weighted_nll(model.hidden(tokens), head, targets, weights, vocab=model.cfg.vocab_size, **more)
 
     def micro(params, frozen, *rows):
         found = jax.value_and_grad(micro_loss)(params, frozen, *rows)
@@ -77,30 +70,31 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join:
     def sum_over_micro_batches(params, frozen, *batch):
         if batch[0].shape[0] == 1:
             return micro(params, frozen, *(x[0] for x in batch))
+
+        def add(total, rows):
+            return jax.tree.map(jnp.add, total, micro(params, frozen, *rows)), None
+
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-        return jax.lax.scan(
-            lambda total, rows: (jax.tree.map(jnp.add, total, micro(params, frozen, *rows)), None), zeros, batch
-        )[0]
+        return jax.lax.scan(add, zeros, batch)[0]
 
     def step(state: TrainState, batch: dict, frozen: dict | None = None) -> tuple[TrainState, dict]:
-        tokens, targets = batch["tokens"], batch["targets"]
-        weights = batch.get("weights")
+        tokens, targets, weights = batch["tokens"], batch["targets"], batch.get("weights")
         if weights is None:
             is_target = (targets >= 0).astype(jnp.float32)
             weights = is_target / jnp.maximum(is_target.sum(), 1.0)
         params = cast_matrices(state.params, dtype)
-        summed = sharding.over_rows(sum_over_micro_batches, mesh)
-        loss, grads = summed(params, frozen or {}, tokens, targets, weights)
+        loss, grads = sharding.over_rows(sum_over_micro_batches, mesh)(params, frozen or {}, tokens, targets, weights)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            updates = sharding.constrain(
-                updates, mesh, sharding.state_spec
-            )  # made where the moments are, then gathered
+            updates = sharding.constrain(updates, mesh, sharding.state_spec)  # computed where the moments are
             new = TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
         new = jax.lax.with_sharding_constraint(new, sharding.tree_shardings(new, mesh))
         return new, {"loss": loss, "grad_norm": optax.tree.norm(grads)}
 
     return jax.jit(step, donate_argnums=0)
+
+
+# ----------------------------------------------------------------------------------------------------- the loop
 
 
 @dataclass(frozen=True)
@@ -111,13 +105,11 @@ class Accounting:
     flops_per_token: float
     peak_flops: float | None  # of all devices together; None on an unknown device, whose MFU is n/a
 
-    def rates(self, steps: int, seconds: float) -> dict:
-        """tokens/s and MFU (a share, or None) of `steps` steps."""
-        rate = steps * self.tokens_per_step / max(seconds, 1e-9)
-        return {
-            "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
-        }
+    def rates(self, seconds: float) -> dict:
+        """tokens/s and MFU (a share, or None) of a step of `seconds`."""
+        rate = self.tokens_per_step / max(seconds, 1e-9)
+        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
+        return {"tokens_per_second": rate, "mfu": mfu}
 
 
 def fit(
@@ -138,20 +130,28 @@ def fit(
     """Trains from state.step to `steps`, and returns the state and the last metrics.
 
     next_batch(step, params) gives a batch and metrics about it; evaluate(step, params) gives metrics. Both must depend
-    on their arguments alone, so that a run that was killed goes on bit for bit. Metrics are read one step late: the
+    on their arguments alone, so that a run that was killed resumes bit for bit. Metrics are read one step late: the
     device never waits for the console. `meta` goes into every checkpoint, with the seconds spent so far. Raises
     Interrupted, after saving, when the hosts have agreed to stop.
     """
     last: dict = dict(meta.get("last", {}))
-    seconds_before, began = meta.get("seconds", 0.0), time.perf_counter()
+    began = time.perf_counter() - meta.get("seconds", 0.0)  # as if the seconds before a resume were of this process
     pending: tuple[int, dict, dict] | None = None
-    mark = time.perf_counter()
+    mark = time.perf_counter()  # the end of the last step, moved on by what does not count as training
+
+    @contextlib.contextmanager
+    def clock_stopped():
+        nonlocal mark
+        paused = time.perf_counter()
+        yield
+        mark += time.perf_counter() - paused
 
     def flush():
+        """Reads and records the metrics of the last step."""
         nonlocal pending, mark
         if pending is None:
             return
-        step, arrays, extra = pending
+        (step, arrays, extra), pending = pending, None
         values = {k: float(v) for k, v in jax.device_get(arrays).items()}
         if not math.isfinite(values["loss"]):
             tracker.record(step, **values)
@@ -159,28 +159,22 @@ def fit(
                 f"the loss is {values['loss']} at step {step}, which was not saved: the same command goes on from the "
                 "last checkpoint; if that ends here too, begin the stage anew with lower rates (optim.lr_scale)"
             )
-        now = time.perf_counter()
-        rates, mark = accounting.rates(1, now - mark), now
+        rates, mark = accounting.rates(time.perf_counter() - mark), time.perf_counter()
         last.update(values, **extra)
         tracker.record(step, **values, **extra, **rates)
-        pending = None
 
     def assess(step, params):
-        nonlocal mark
         flush()
-        paused = time.perf_counter()
-        values = evaluate(step, params)
-        mark += time.perf_counter() - paused
+        with clock_stopped():
+            values = evaluate(step, params)
         last.update(values)
         tracker.record(step, **values)
 
     def save(step, state):
-        nonlocal mark
         flush()
-        paused = time.perf_counter()
-        spent = seconds_before + paused - began
-        checkpointer.save(step, state, {**meta, "step": step, "seconds": spent, "last": dict(last)})
-        mark += time.perf_counter() - paused
+        with clock_stopped():
+            seconds = time.perf_counter() - began
+            checkpointer.save(step, state, {**meta, "step": step, "seconds": seconds, "last": dict(last)})
 
     for step in range(int(state.step), steps):
         if evaluate and eval_every and step % eval_every == 0:
@@ -200,4 +194,4 @@ def fit(
     if evaluate:
         assess(steps, state.params)
     checkpointer.wait()
-    return state, {**last, "seconds": seconds_before + time.perf_counter() - began}
+    return state, {**last, "seconds": time.perf_counter() - began}

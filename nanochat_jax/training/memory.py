@@ -1,14 +1,12 @@
-"""Whether a step fits a device: from the compiler's own analysis of the compiled step, before anything runs.
-
-Parameters, moments and gradients do not depend on the rows of a micro-batch, activations do: with few rows a step needs
-the most while the optimizer runs, with many at the end of the forward pass.
-"""
+"""Whether a step fits a device, by the compiler's own analysis of the compiled step, before anything runs."""
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import psutil
@@ -20,18 +18,13 @@ MARGIN = 0.95  # of a device's memory may be planned; the rest is for evaluation
 
 def needed_bytes(compiled: jax.stages.Compiled) -> int:
     """Bytes on each device while a compiled program runs: arguments, results in buffers of their own, temporaries."""
-    a = compiled.memory_analysis()
-    return (
-        a.argument_size_in_bytes
-        + a.output_size_in_bytes
-        - a.alias_size_in_bytes
-        + a.temp_size_in_bytes
-        + a.generated_code_size_in_bytes
-    )
+    a: Any = compiled.memory_analysis()
+    arrays = a.argument_size_in_bytes + a.output_size_in_bytes - a.alias_size_in_bytes
+    return arrays + a.temp_size_in_bytes + a.generated_code_size_in_bytes
 
 
 def device_bytes() -> int:
-    """Bytes that may be planned of one device of this process; CPU devices share what the host, or its cgroup, has."""
+    """Bytes that may be planned on one device of this process; CPU devices share the memory of the host or cgroup."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(MARGIN * stats["bytes_limit"])
@@ -48,26 +41,22 @@ def held_bytes(tree) -> int:
 
 
 def micro_batches(rows: int, at_most: int) -> list[int]:
-    """The sizes that divide a device's `rows` of a batch, the largest of `at_most` first."""
+    """The sizes up to `at_most` that divide a device's `rows` of a batch, descending."""
     return [m for m in range(min(at_most, rows), 0, -1) if rows % m == 0]
 
 
 def largest_that_fits(sizes: list[int], needed: Callable[[int], int], limit: int, name: str) -> int:
-    """The first of descending micro-batches whose step needs at most `limit` bytes; UserError where none does.
+    """The largest of descending micro-batches whose step needs at most `limit` bytes; UserError where none does.
 
-    `needed(m)` compiles, so it is asked little: the largest first, which mostly fits, and then by halves.
+    `needed(m)` compiles: the largest is tried first, as it mostly fits, and then a binary search among the others.
     """
-    if needed(sizes[0]) <= limit:
-        return sizes[0]
-    too_many, fits = 0, len(sizes)  # places; the one between them is asked next
-    while fits - too_many > 1:
-        middle = (too_many + fits) // 2
-        if needed(sizes[middle]) <= limit:
-            fits = middle
-        else:
-            too_many = middle
-    if fits < len(sizes):
-        return sizes[fits]
+
+    def fits(size: int) -> bool:
+        return needed(size) <= limit
+
+    first = 0 if fits(sizes[0]) else bisect.bisect_left(sizes, True, lo=1, key=fits)
+    if first < len(sizes):
+        return sizes[first]
     raise UserError(
         f"{name}: a step needs {needed(sizes[-1]) / 1e9:.1f} GB on each device even with {sizes[-1]} rows, and there "
         f"are {limit / 1e9:.1f} GB; split the state over more devices (mesh.fsdp), or take a smaller model.depth or "

@@ -46,12 +46,11 @@ class Schedules:
 
 def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str) -> Schedules:
     """The recipe's schedules over `steps` steps: warm-up, constant, linear warm-down; momentum; cosine decay."""
-    down = round(cfg.warmdown * steps)
-    start = steps - down
+    warmdown = round(cfg.warmdown * steps)
 
     def falling(step):
         """0 before the warm-down, rising to 1 at its end."""
-        return jnp.clip((step - start) / max(down, 1), 0.0, 1.0)
+        return jnp.clip((step - (steps - warmdown)) / max(warmdown, 1), 0.0, 1.0)
 
     def lr(step):
         up = jnp.minimum((step + 1) / max(cfg.warmup_steps, 1), 1.0)
@@ -69,11 +68,15 @@ def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str)
     return Schedules(lr, momentum, decay)
 
 
+def _zeros_like(params):
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+
+
 # ------------------------------------------------------------------------------------------------- AdamW
 
 
 class AdamState(NamedTuple):
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count; checkpoints know it by this name
     m: optax.Updates
     v: optax.Updates
 
@@ -83,10 +86,7 @@ def adamw(rate: float, betas: tuple[float, float], weight_decay: float, lr: Sche
     b1, b2 = betas
 
     def init(params):
-        def zeros():
-            return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-
-        return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+        return AdamState(jnp.zeros((), jnp.int32), _zeros_like(params), _zeros_like(params))
 
     def update(grads, state, params):
         alpha, t = rate * lr(state.count), (state.count + 1).astype(jnp.float32)
@@ -110,7 +110,7 @@ def _frobenius(x):
 
 
 def orthogonalize(x: jax.Array, coefficients, safety: float, eps: float) -> jax.Array:
-    """The polar factor of x (..., m, n), nearly: odd polynomials that push every singular value towards 1."""
+    """Approximately the polar factor of x (..., m, n), by odd polynomials that push all singular values towards 1."""
     tall = x.shape[-2] > x.shape[-1]
     x = x / (_frobenius(x).astype(x.dtype) * safety + eps)
     for a, b, c in coefficients:
@@ -129,7 +129,7 @@ def _equilibrate(x):
 
 
 def _normuon(x, second):
-    """x over the root of its rows' (columns', where wide) second moment, its Frobenius norm kept."""
+    """NorMuon: x over the root of its rows' (columns', if wide) second moment, with x's Frobenius norm."""
     axis = -1 if x.shape[-2] >= x.shape[-1] else -2
     mean = jnp.mean(jnp.square(x), axis=axis, keepdims=True)
     second = second + (1 - NORMUON_BETA2) * (mean - second)
@@ -141,7 +141,7 @@ def _normuon(x, second):
 
 
 class MuonState(NamedTuple):
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # as in AdamState
     momentum: optax.Updates
     second: optax.Updates  # (rows, 1) or (1, columns) of each matrix
 
@@ -149,15 +149,14 @@ class MuonState(NamedTuple):
 def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) -> optax.GradientTransformation:
     """Muon over a tree of matrices; those of one shape are stacked and orthogonalised as one batch.
 
-    On a mesh every device orthogonalises its share of them, whole, so that the products cross no link.
+    On a mesh every device orthogonalises its share of whole matrices, so that the products need no communication.
     """
 
     def init(params):
         def factor(p):
             return jnp.zeros((p.shape[0], 1) if p.shape[0] >= p.shape[1] else (1, p.shape[1]), jnp.float32)
 
-        momentum = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        return MuonState(jnp.zeros((), jnp.int32), momentum, jax.tree.map(factor, params))
+        return MuonState(jnp.zeros((), jnp.int32), _zeros_like(params), jax.tree.map(factor, params))
 
     def direction(x, second):
         """Nesterov momentum (..., m, n) to the update's direction in float32, and the second moment after it."""
@@ -172,19 +171,18 @@ def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) ->
         momentum = jax.tree.map(lambda m, g: m + (1 - mu) * (g - m), state.momentum, grads)
         nesterov = jax.tree.map(lambda g, m: g + mu * (m - g), grads, momentum)
         named, tree = jax.tree_util.tree_flatten_with_path(nesterov)
-        u = [x for _, x in named]
         kinds = [(x.shape, sharding.state_spec(path, x.shape, mesh) if mesh is not None else None) for path, x in named]
         second, p = jax.tree.leaves(state.second), jax.tree.leaves(params)
-        out, moments = [None] * len(u), [None] * len(u)
+        out, moments = list(p), list(second)  # each is replaced
         for kind in sorted(set(kinds), key=str):
             members, (shape, split) = [i for i, k in enumerate(kinds) if k == kind], kind
-            stacked = jnp.stack([u[i] for i in members]).astype(orth_dtype)
+            stacked = jnp.stack([named[i][1] for i in members]).astype(orth_dtype)
             moment = jnp.stack([second[i] for i in members])
             x, moment = sharding.over_matrices(direction, split, mesh)(stacked, moment)
             scaled = rate * lr * math.sqrt(max(1.0, shape[0] / shape[1]))
             for place, i in enumerate(members):
                 moments[i] = moment[place]
-                # cautious: only what the update does not oppose is decayed
+                # cautious weight decay: only of elements that the update does not push outwards
                 out[i] = -scaled * (x[place] + wd * p[i] * (x[place] * p[i] >= 0))
         return tree.unflatten(out), MuonState(state.count + 1, momentum, tree.unflatten(moments))
 
@@ -202,22 +200,19 @@ _ADAMW = {
     "x0": ((0.96, 0.95), 0.0),
     "smear": ((0.8, 0.95), 0.0),
 }
+# the first name of a parameter's path -> its group, where that is named otherwise
 _GROUP_OF = {
-    "lm_head": "lm_head",
-    "wte": "wte",
-    "value_embeds": "value_embeds",
+    "blocks": "muon",
     "resid_scalars": "resid",
     "x0_scalars": "x0",
-    "smear_gate": "smear",
-    "smear_lambda": "smear",
-    "backout_lambda": "smear",
-    "blocks": "muon",
+    **dict.fromkeys(("smear_gate", "smear_lambda", "backout_lambda"), "smear"),
 }
 
 
 def group(path) -> str:
-    """The parameter group of a tree path, by its first name."""
-    return _GROUP_OF[str(getattr(path[0], "key", path[0]))]
+    """The parameter group of a tree path."""
+    name = str(getattr(path[0], "key", path[0]))
+    return _GROUP_OF.get(name, name)
 
 
 def rates(gpt: GPTConfig, cfg: OptimConfig, batch_tokens: int) -> dict[str, float]:
@@ -245,9 +240,8 @@ def make_optimizer(
     """
     peak, classic = rates(gpt, cfg, batch_tokens), gpt.init == "classic"
     parts = {"muon": muon(peak["muon"], schedules, orth_dtype, gpt.init, mesh)}
-    for name, (betas, decay) in _ADAMW.items():
-        if classic:
-            betas, decay = (0.8, 0.95), 0.0
+    for name, modern in _ADAMW.items():
+        betas, decay = ((0.8, 0.95), 0.0) if classic else modern
         parts[name] = adamw(peak[name], betas, decay, schedules.lr)
     joined = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(lambda p, _: group(p), params))
     return optax.chain(optax.clip_by_global_norm(1.0), joined) if classic else joined
