@@ -100,7 +100,7 @@ def evaluate_chat_task(
 
 
 def pick(n_questions: int, max_per_task: int | None) -> list[int]:
-    """Which questions are asked: all, or an even draw of max_per_task, the same in every run.
+    """Which questions are asked: all, or a uniform random subset of max_per_task, the same in every run.
 
     A draw of few is part of every larger one, so that runs with different limits have questions in common.
     """

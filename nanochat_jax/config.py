@@ -2,7 +2,7 @@
 
 `RunConfig` is what a person writes; `GPTConfig` is the architecture that `scaling.gpt_config` derives from it.
 `run_speedrun.py --settings` prints every setting with the comment that stands beside it here.
-An unknown key is an error that names the nearest one. What must hold beyond types is in `rules`.
+An unknown key is an error that names the nearest one. `rules.py` checks values.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model's size. None: depth or arch decides."""
+    """The model's size. None: derived from depth or arch."""
 
     arch: str = "modern"  # modern | classic (the $100 run of October 2025)
     depth: int = 4  # transformer layers; by default everything else follows from it
@@ -146,9 +146,9 @@ class FinetuneConfig:
     all_targets: bool = False  # learn every token, and not the assistant's alone
     epochs: float = 1.0  # passes over the packed rows
     max_rows: int | None = None  # cap on packed rows, for small machines
-    mixture: dict[str, int] | None = None  # task name -> how many times it is repeated (or, negative, rows taken)
-    lora_rank: int | None = None  # train low-rank changes of the blocks' matrices alone (lora.py); None: everything
-    lora_lr: float = 2e-4  # the adapters' peak rate, before optim.lr_scale; of optim, the schedule alone applies
+    mixture: dict[str, int] | None = None  # task name -> how often it is repeated; negative: take so many conversations
+    lora_rank: int | None = None  # train LoRA adapters of the blocks' matrices only; None: train everything
+    lora_lr: float = 2e-4  # the adapters' peak rate; of optim, only lr_scale and the schedule apply
     batch_tokens: int | None = None  # tokens per optimizer step; None: as base
     micro_batch: int = 8  # rows per data-parallel device and micro-step
     eval_every: int = 200  # steps between validation passes
@@ -166,10 +166,12 @@ class RLConfig:
     questions: int = 16  # per step
     samples: int = 16  # per question
     objective: str = "grpo"  # grpo | dpo
-    beta: float = 0.1  # of DPO: how strongly its preferences hold to the model that RL began with
+    beta: float = 0.1  # of DPO: strength of the pull towards the model that RL began with
     zscore: bool = False  # divide a question's advantages by their standard deviation
-    kl: float | None = None  # weight of the KL to the model that RL began with; 0 only measures it; None: neither
-    clip: float | None = None  # the ratio to the policy that sampled is kept within 1 - clip .. 1 + clip; None: free
+    kl: float | None = None  # weight of the KL to the model that RL began with; 0: recorded only; None: not computed
+    clip: float | None = (
+        None  # the ratio to the policy that sampled is kept within 1 - clip .. 1 + clip; None: no clipping
+    )
     clip_high: float | None = None  # the ratio's upper bound is then 1 + clip_high; None: as clip
     epochs: int = 1  # passes over a step's samples; beyond the first update the ratio is not 1
     minibatches: int = 1  # updates in a pass, each on its part of the questions
@@ -186,7 +188,7 @@ class RLConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The eval stage; CORE and its bundle also count while base trains (base.core_every)."""
+    """The eval stage. The settings of CORE also apply while base trains (base.core_every)."""
 
     chat_tasks: tuple[str, ...] | None = None  # None: all that the data source has
     core: bool = True  # CORE on the base model, where the bundle is at hand
@@ -197,12 +199,12 @@ class EvalConfig:
     temperature: float = 0.8  # of the samples
     batch: int = 32  # slots of the engine, and rows of a scoring batch
     stages: tuple[str, ...] = ("base", "mid", "sft", "rl")  # whose models are evaluated
-    sandbox: str = "auto"  # of HumanEval's programs. auto: what the machine allows; required: namespaces and seccomp
+    sandbox: str = "auto"  # of HumanEval's programs. auto: as far as the machine allows; required: all of it
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Of every training stage, beside its save_every."""
+    """Checkpoints of every training stage, in addition to its save_every."""
 
     save_minutes: float | None = None  # save also after so many minutes; None: by save_every alone
     keep: int = 2  # how many of the newest are kept
@@ -211,13 +213,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class TrackingConfig:
-    """What is recorded of training, where beside metrics.jsonl, and what an alarm does."""
+    """What is recorded of training, where in addition to metrics.jsonl, and what an alarm does."""
 
     tensorboard: bool = False  # event files in RUN_DIR/tensorboard; needs the extra of that name
     wandb: str | None = None  # a project of Weights & Biases; needs the extra of that name
     samples: int = 3  # prompts that the model continues at each of base's evaluations; 0: none
     trace_at: int | None = None  # a step of every stage: it and the next two are profiled into <stage>/trace
-    stop_on_spike: bool = False  # save and stop where the loss leaps up (alarms.py says when); else it is only said
+    stop_on_spike: bool = False  # save and stop when the loss spikes (alarms.py says when); false: only log it
 
 
 @dataclass(frozen=True)
@@ -234,7 +236,9 @@ class RunConfig:
     """The whole run."""
 
     seed: int = 1337  # of the weights, of the order of rows and of sampling
-    dtype: str = "auto"  # of the products: float32 | bfloat16; auto: bfloat16, but on a CPU for training alone, if fast
+    dtype: str = (
+        "auto"  # float32 | bfloat16; auto: bfloat16, but on a CPU only to train, where its cores are fast at it
+    )
     attention: str = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
     price_per_hour: float | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = ModelConfig()
@@ -394,7 +398,7 @@ def check_evals(evals: EvalConfig) -> None:
 
 # ------------------------------------------------------------------------------- a run directory's settings
 
-# settings that a finished stage does not depend on
+# settings that may change when a run is resumed
 MAY_DIFFER = ("attention", "evals", "mesh", "checkpoints", "tracking", "price_per_hour")
 
 
@@ -413,7 +417,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def read_run_config(run_dir: str | Path) -> RunConfig:
-    """The settings of a run directory, unchecked: its data may be elsewhere by now. UserError where it is none."""
+    """The settings of a run directory, unchecked: its data may be elsewhere by now. UserError if there is none."""
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")

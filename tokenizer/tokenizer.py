@@ -39,20 +39,20 @@ MODEL_FILE = "tokenizer.model"
 META_FILE = "meta.json"
 
 SPACE_MARK = "\u2581"  # SentencePiece's own spelling of a space: in a text it would come back as a space
-STRETCH = 16_384  # characters encoded at a time: on longer strings SentencePiece slows down
-FEW = 4  # stretches for which starting threads takes longer than encoding them
+MAX_PIECE_CHARS = 16_384  # characters encoded at a time: on longer strings SentencePiece slows down
+MAX_SERIAL_PIECES = 4  # stretches for which starting threads takes longer than encoding them
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _stretches(text: str) -> list[str]:
-    """`text` in stretches of at most STRETCH characters, each cut before the last word that begins inside it, or at
-    STRETCH where none does. No piece of the vocabulary lies across the space at which a word begins."""
+    """`text` in stretches of at most MAX_PIECE_CHARS characters, each cut before the last word that begins inside it, or
+    at MAX_PIECE_CHARS where none does. No piece of the vocabulary spans a word boundary."""
     out, start = [], 0
-    while len(text) - start > STRETCH:
-        cut = start + STRETCH
+    while len(text) - start > MAX_PIECE_CHARS:
+        cut = start + MAX_PIECE_CHARS
         while cut > start and not (text[cut] == " " and text[cut - 1] != " "):
             cut -= 1
-        cut = cut if cut > start else start + STRETCH
+        cut = cut if cut > start else start + MAX_PIECE_CHARS
         out.append(text[start:cut])
         start = cut
     return [*out, text[start:]]
@@ -142,11 +142,11 @@ class Tokenizer:
         parts = [[_stretches(part) for part in text.split(SPACE_MARK)] for text in texts]
         flat = [stretch for of_text in parts for of_part in of_text for stretch in of_part]
         try:
-            if len(flat) <= FEW:
+            if len(flat) <= MAX_SERIAL_PIECES:
                 encoded = iter([self._sp.encode(stretch) for stretch in flat])
             else:
                 encoded = iter(self._sp.encode(flat, num_threads=num_threads or os.cpu_count() or 1))
-        except (UnicodeEncodeError, TypeError, RuntimeError) as e:  # which of them depends on SentencePiece
+        except (UnicodeEncodeError, TypeError, RuntimeError) as e:  # which one depends on SentencePiece's version
             raise self._input_error(texts, e) from None
         out = []
         for of_text in parts:

@@ -18,7 +18,7 @@ class Buffer(Generic[D]):
     """Documents by length. Among those of equal length the one that came first is taken first."""
 
     def __init__(self) -> None:
-        self._keys: list[int] = []  # sorted; the length, and below it a number that falls with every document
+        self._keys: list[int] = []  # sorted; the length, and below it a decreasing sequence number
         self._documents: dict[int, D] = {}
         self._number = 1 << _BITS
 
@@ -57,7 +57,7 @@ def best_fit(
 
     crop: fill the row's end with the beginning of the shortest document; else leave it, and no document may be longer
     than row_len. The last rows, for which the buffer runs dry, are made too; with crop, one that cannot be filled is
-    dropped. From a `buffer` read between two rows, and the batches not taken yet, the other rows can be made later.
+    dropped. Saving the `buffer` between two rows, with the batches not taken yet, allows to resume there.
     """
     batches, dry = iter(batches), False
     buffer = Buffer() if buffer is None else buffer

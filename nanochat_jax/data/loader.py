@@ -1,7 +1,7 @@
 """Batches by step: what comes at a step is a function of (seed, step) alone, so resuming costs nothing.
 
 Rows are shuffled in windows that grow as 1, 1, 2, 4, 8, ... shards: training begins when the first shard is packed, and
-never waits where packing is twice as fast as training. From the second epoch on all rows are shuffled together.
+never waits if packing is at least twice as fast as training. From the second epoch on all rows are shuffled together.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ import numpy as np
 
 from nanochat_jax.data.packed import PackedDataset
 
-LARGEST = 64  # shards of a window
+MAX_WINDOW_SHARDS = 64  # shards of a window
 THREADS = 2  # that make batches
 PREFETCH = 2  # batches that are made ahead
 ENDLESS = 1 << 40  # steps
-KEPT = 3  # permutations that are kept: steps ahead may be in the next window already
+CACHED_PERMUTATIONS = 3  # permutations that are cached: steps ahead may be in the next window already
 
 
-class Order:
+class RowOrder:
     """Which row comes at which position: every row once an epoch.
 
-    `count(n)` says how many rows there are, once they are n or all of them. What comes at a position depends on the
-    seed alone; on the number of all rows only in the window in which they end, and in the epochs after the first.
+    `count(n)` says how many rows there are, and blocks until there are n or packing has ended. What comes at a position
+    depends on the seed only; on the number of all rows only in the window in which they end, and in the epochs after the first.
     """
 
     def __init__(self, seed: int, shard_rows: int, count: Callable[[int], int]):
@@ -53,7 +53,7 @@ class Order:
         """(epoch, window, its first position, the position after its last)."""
         start = 0
         for window in itertools.count():
-            end = start + min(2 ** max(window - 1, 0), LARGEST) * self._shard_rows
+            end = start + min(2 ** max(window - 1, 0), MAX_WINDOW_SHARDS) * self._shard_rows
             if position < end:
                 break
             start = end
@@ -67,7 +67,7 @@ class Order:
         key = epoch, window, rows
         with self._lock:
             if key not in self._permutations:
-                if len(self._permutations) == KEPT:
+                if len(self._permutations) == CACHED_PERMUTATIONS:
                     del self._permutations[next(iter(self._permutations))]
                 rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch, window])))
                 self._permutations[key] = rng.permutation(rows)
@@ -85,7 +85,7 @@ class Loader(AbstractContextManager):
         self._dataset, self._accumulation, self._rows, self._sharding = dataset, accumulation, rows, sharding
         self._closed = threading.Event()
         dataset.wait_for(1)  # from here on it is known how large a shard is
-        self._order = Order(seed, dataset.shard_rows, self._count)
+        self._order = RowOrder(seed, dataset.shard_rows, self._count)
         self._iterator: grain.DatasetIterator | None = None
         self._next = 0
 
@@ -143,7 +143,7 @@ class Loader(AbstractContextManager):
         the next window begins."""
         epoch, _, _, end = self._order.window_of(position - 1)
         if epoch == 0:
-            self._dataset.touch(end, position + min(position, LARGEST * self._dataset.shard_rows))
+            self._dataset.touch(end, position + min(position, MAX_WINDOW_SHARDS * self._dataset.shard_rows))
 
     def _stop_ahead(self) -> None:
         if self._iterator is not None:

@@ -1,8 +1,8 @@
 """Packing documents and conversations into rows of T + 1 tokens by best fit.
 
 Every row starts with <|bos|>. Where no document fits what is left of a row, a pretraining row is filled with the
-beginning of the shortest one (the rest of which is dropped: about a third of the tokens at a context of 2048, for which
-every token sees its document from the start), and a row of conversations is padded instead.
+beginning of the shortest one, and a row of conversations is padded. The rest of a cropped document is dropped: about a
+third of all tokens at a context of 2048. In exchange every token sees its document from the start.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tokenizer.chat import render
 
 VERSION = 2  # of what is packed: part of the cache's key
 BATCH = 128  # conversations rendered at a time
-WORTH_A_CHILD = 5000  # conversations for which one more process is started
+CONVERSATIONS_PER_WORKER = 5000  # conversations for which one more process is started
 
 
 def pack_documents(
@@ -43,9 +43,9 @@ def pack_documents(
     workers: int | None = None,
     log: Callable[[str], None] = print,
 ) -> PackedDataset:
-    """Rows of the documents' `split` (train or val): at once, while another process packs those that are missing.
+    """Rows of the documents' `split` (train or val). Returns immediately: another process packs what is missing.
 
-    goal_rows bounds the rows (None: all); packing resumes from those that are there. workers tokenize: None is one a
+    goal_rows bounds the rows (None: all); packing resumes from those that are there. workers tokenize; None is one a
     core but one, and with 0 everything happens here, before this returns. Closing the dataset stops the packing.
     UserError, here or from the dataset, where the split does not fill a row, cannot be had, or the rows cannot be
     written.
@@ -111,7 +111,7 @@ def pack_conversations(
     began, row_len, dtype = time.perf_counter(), seq_len + 1, dtype_of(tok)
     counts = {"tokenizer": tok.hash, "conversations": 0, "cropped": 0, "dropped": 0, "tokens": 0, "targets": 0}
     if workers is None:
-        workers = min(spare_cores(), len(mixture) // WORTH_A_CHILD)
+        workers = min(spare_cores(), len(mixture) // CONVERSATIONS_PER_WORKER)
         workers = workers if workers > 1 else 0  # one would do no more than this process can
 
     def rendered():

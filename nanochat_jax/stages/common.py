@@ -58,7 +58,7 @@ class Run:
 
     @cached_property
     def dtype(self):
-        """Of what is evaluated and sampled."""
+        """For evaluation and sampling."""
         return devices.compute_dtype(self.config.dtype)
 
     @cached_property
@@ -70,8 +70,8 @@ class Run:
         return sharding.make_mesh(self.config.mesh)
 
     def packed(self, split: str, rows: int | None = None) -> PackedDataset:
-        """The packed rows of the documents' train or val split, `rows` of them at most: to be closed, as they may
-        still be being packed."""
+        """The packed rows of the documents' train or val split, `rows` of them at most. Close it: packing may
+        still run."""
         return pack_split(
             self.config, self.documents, self.tokenizer, self.cache_dir, split, rows=rows, log=self.log.say
         )
@@ -84,13 +84,13 @@ class Run:
 
 def rows_per_device(name: str, batch_tokens: int, sequence_len: int, mesh) -> int:
     """Rows of a batch that each data-parallel device takes. UserError where they cannot be shared evenly."""
-    rows, devices_ = batch_tokens // sequence_len, sharding.data_parallel(mesh)
-    if rows < 1 or rows % devices_:
+    rows, shares = batch_tokens // sequence_len, sharding.data_parallel(mesh)
+    if rows < 1 or rows % shares:
         raise UserError(
-            f"{name}: a batch of {batch_tokens} tokens is {rows} rows of {sequence_len}, which {devices_} "
-            f"data-parallel devices cannot share; set {name}.batch_tokens to a multiple of {devices_ * sequence_len}"
+            f"{name}: a batch of {batch_tokens} tokens is {rows} rows of {sequence_len}, which {shares} "
+            f"data-parallel devices cannot share; set {name}.batch_tokens to a multiple of {shares * sequence_len}"
         )
-    return rows // devices_
+    return rows // shares
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def fit_step(
 
 
 def abstract_state(run: Run, optimizer, lora_rank: int | None = None):
-    """The train state, of adapters where they have a rank, as shapes, types and shardings."""
+    """The train state, of adapters if lora_rank is set, as shapes, types and shardings."""
     cfg, seed = run.gpt_config, run.config.seed
 
     def state():
@@ -284,7 +284,7 @@ def train_stage(
     on_spike = run.stop.ask if settings.stop_on_spike else None
     tracker = Tracker(run.dir, name, steps, run.log, int(state.step), settings, on_spike)
 
-    def evaluate_apart(evaluate: Callable, step: int, params: dict) -> dict:
+    def evaluate_untimed(evaluate: Callable, step: int, params: dict) -> dict:
         with tracker.elsewhere():
             return evaluate(step, params)
 
@@ -305,7 +305,7 @@ def train_stage(
                 ),
                 meta=meta,
                 stop=run.stop,
-                evaluate=evaluate and functools.partial(evaluate_apart, evaluate),
+                evaluate=evaluate and functools.partial(evaluate_untimed, evaluate),
                 eval_every=eval_every,
             )
     finally:

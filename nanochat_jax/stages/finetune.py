@@ -52,12 +52,12 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
     )
 
 
-def _adapting(run: common.Run, name: str, before: str, rank: int, step: common.Step, evaluate: Callable) -> dict:
-    """What `train_stage` is told otherwise where adapters of the model of stage `before` are trained."""
-    began = checkpoint.adapters_of(run.dir / name)
-    loaded = checkpoint.load_changed(run.dir, name, began) if began else checkpoint.load_model(run.dir, before)
+def _lora_arguments(run: common.Run, name: str, before: str, rank: int, step: common.Step, evaluate: Callable) -> dict:
+    """The arguments of `train_stage` that differ where adapters of stage `before` are trained."""
+    saved = checkpoint.adapters_of(run.dir / name)
+    loaded = checkpoint.load_changed(run.dir, name, saved) if saved else checkpoint.load_model(run.dir, before)
     params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
-    if hosts.count() > 1:  # as in train_stage
+    if hosts.count() > 1:  # as in common._resume
         params = jax.tree.map(np.asarray, params)
     split = sharding.tree_shardings(params, run.mesh)
     frozen = jax.jit(lambda params: cast_matrices(params, run.training_dtype), out_shardings=split)(params)
@@ -101,13 +101,13 @@ def main(run: common.Run, name: str) -> dict:
     )
     with run.packed("val") as val_rows, common.loader(run, dataset, step) as loader:
         evaluate = common.bpb_evaluator(run, val_rows)
-        trained: dict[str, Any] = {"init": lambda: run.params_of(before), "step_fn": step.run, "evaluate": evaluate}
+        arguments: dict[str, Any] = {"init": lambda: run.params_of(before), "step_fn": step.run, "evaluate": evaluate}
         if rank:
-            trained = _adapting(run, name, before, rank, step, evaluate)
+            arguments = _lora_arguments(run, name, before, rank, step, evaluate)
         return common.train_stage(
             run,
             name,
-            **trained,
+            **arguments,
             optimizer=optimizer,
             steps=steps,
             next_batch=lambda i, _: (loader.at(i), {}),

@@ -3,7 +3,7 @@ without KL, clipping and the division by the standard deviation (compare Dr. GRP
 
 A step samples every question several times, as one batch through the engine with its tools. A sample's advantage is its
 reward less the mean of its question's; what a tool wrote carries no weight. rl.epochs and rl.minibatches say how many
-updates a step makes of its samples, rl.kl, rl.clip and rl.zscore what these maximise (`policy.py`).
+updates a step makes of its samples, rl.kl, rl.clip and rl.zscore the objective (`policy.py`).
 
 DPO (rl.objective=dpo, arXiv 2305.18290) samples from the model that RL began with, and learns to prefer the first right
 answer to the first wrong one, of questions that have both; its probabilities are not normalised by length.
@@ -59,15 +59,15 @@ def main(run: common.Run) -> dict:
         reference = cast_matrices(start, run.training_dtype)
     sampler = Sampler(run, merge(graph_of(run.gpt_config, run.dtype), run.params_of(before)), slots=rollouts_per_step)
     learner = Learner(run, optimizer, reference, held=memory.held_bytes((reference, sampler.engine.arrays)))
-    words = " and ".join(shares)
-    run.log.say(f"rl: {steps} steps of {cfg.questions} questions x {cfg.samples} samples of {words}, from {before}")
+    names = " and ".join(shares)
+    run.log.say(f"rl: {steps} steps of {cfg.questions} questions x {cfg.samples} samples of {names}, from {before}")
 
     def next_batch(step: int, params: dict) -> tuple[Batch, dict]:
         chosen = [questions[step * cfg.questions + i] for i in range(cfg.questions)]
         policy = params if reference is None or cfg.objective != "dpo" else reference
         rollouts = sampler(policy, chosen, cfg.samples, lambda q, s: common.mix_seed(seed, step, q, s))
-        learned = pairs(rollouts) if cfg.objective == "dpo" else rollouts
-        arrays = training_batch(learned, tok.assistant_end, tok.bos, run.config.model.sequence_len, cfg.zscore)
+        selected = pairs(rollouts) if cfg.objective == "dpo" else rollouts
+        arrays = training_batch(selected, tok.assistant_end, tok.bos, run.config.model.sequence_len, cfg.zscore)
         batch, metrics = learner.prepare(step, params, arrays)
         return batch, {**rollouts.metrics(chosen), **metrics}
 

@@ -24,7 +24,7 @@ import sentencepiece
 
 from nanochat_jax.errors import UserError
 from tokenizer.bytelevel import NORMALIZER, byte_characters
-from tokenizer.tokenizer import SPACE_MARK, SPECIAL_TOKENS, STRETCH, Tokenizer
+from tokenizer.tokenizer import MAX_PIECE_CHARS, SPACE_MARK, SPECIAL_TOKENS, Tokenizer
 
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
@@ -44,7 +44,7 @@ def tokenizer_json(tok: Tokenizer) -> str:
             raise UserError(f"the vocabulary's piece {piece!r} has no equal in tokenizer.json")
     return _written(
         special={name: tok.special(name) for name in SPECIAL_TOKENS},
-        cuts=[_split(WORD), _split(f"[\\s\\S]{{1,{STRETCH}}}")],
+        cuts=[_split(WORD), _split(f"[\\s\\S]{{1,{MAX_PIECE_CHARS}}}")],
         decoder={"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         byte_fallback=True,
         vocab={sp.id_to_piece(i).replace(SPACE_MARK, " "): i for i in ids},

@@ -11,7 +11,7 @@ from data_fakes import Bytes, Texts
 from conftest import golden_files
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.data.fit import best_fit
-from nanochat_jax.data.loader import LARGEST, Loader, Order
+from nanochat_jax.data.loader import MAX_WINDOW_SHARDS, Loader, RowOrder
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset, write_packed
 from nanochat_jax.data.packing import pack_conversations, pack_documents
@@ -156,7 +156,7 @@ def test_writing_that_stops_halfway_leaves_nothing(tmp_path):
 
 
 def order(rows, seed=0, shard_rows=4):
-    return Order(seed, shard_rows, lambda n: min(n, rows))
+    return RowOrder(seed, shard_rows, lambda n: min(n, rows))
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 8, 61, 64, 100])
@@ -183,14 +183,14 @@ def test_windows_grow_from_one_shard_and_later_rows_change_only_the_last():
         assert sorted(window) == list(range(start, start + 4 * shards))
         start += 4 * shards
     assert np.array_equal(order(70).rows_at(np.arange(64)), got[:64])
-    large = Order(0, 1, lambda n: n)
+    large = RowOrder(0, 1, lambda n: n)
     sizes = [end - start for _, _, start, end in map(large.window_of, (0, 1, 64, 128, 192, 1000))]
-    assert sizes == [1, 1, LARGEST, LARGEST, LARGEST, LARGEST]
+    assert sizes == [1, 1, MAX_WINDOW_SHARDS, MAX_WINDOW_SHARDS, MAX_WINDOW_SHARDS, MAX_WINDOW_SHARDS]
 
 
 def test_no_more_rows_are_waited_for_than_the_window_has():
     asked = []
-    waiting = Order(0, 4, lambda n: asked.append(n) or n)
+    waiting = RowOrder(0, 4, lambda n: asked.append(n) or n)
     waiting.rows_at(np.arange(10))
     assert max(asked) == 16
 
@@ -215,7 +215,7 @@ def loader(data, seed=1, accumulation=2, rows=8, put=None):
 
 def test_a_batch_is_what_the_order_says(tmp_path):
     data = numbered(tmp_path / "d")
-    want = Order(1, data.shard_rows, data.wait_for).rows_at(np.arange(5 * 16)).reshape(5, 2, 8)
+    want = RowOrder(1, data.shard_rows, data.wait_for).rows_at(np.arange(5 * 16)).reshape(5, 2, 8)
     with loader(data) as batches:
         for step in (0, 1, 2, 4, 1, 2):  # in sequence, and taken up elsewhere
             got = batches.at(step)

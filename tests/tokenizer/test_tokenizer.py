@@ -15,7 +15,7 @@ from tokenizer import SPECIAL_TOKENS, load_tokenizer
 from tokenizer.__main__ import main
 from tokenizer.chat import parse_completion, render, render_prompt
 from tokenizer.evaluate import evaluate, table
-from tokenizer.tokenizer import STRETCH
+from tokenizer.tokenizer import MAX_PIECE_CHARS
 from tokenizer.train import sample_documents, train_tokenizer
 
 VOCAB = 1024
@@ -59,14 +59,14 @@ def test_lossless(tok, text):
 
 @pytest.mark.parametrize("filler", ["x", " ", "\n", "é", "🙂", "\u2581", "word ", "  ab", "1", "\u2581 a"])
 def test_lossless_across_stretches(tok, filler):
-    text = filler * (3 * STRETCH // len(filler) + 7)
+    text = filler * (3 * MAX_PIECE_CHARS // len(filler) + 7)
     assert tok.decode(tok.encode(text)) == text
 
 
 def test_stretches_do_not_show(tok):
     """Where words end, cutting a long text changes none of its ids."""
     unit = "The tokenizer of a text, and the text of its ids. "
-    copies = 3 * STRETCH // len(unit)
+    copies = 3 * MAX_PIECE_CHARS // len(unit)
     first, second = tok.encode(unit), tok.encode(unit + unit)[len(tok.encode(unit[:-1])) :]
     whole = tok.encode(unit * copies)
     assert whole == (tok.encode(unit[:-1]) + second[: len(second) - 1] * copies)[: len(whole) - 1] + first[-1:]
@@ -88,7 +88,7 @@ def test_lone_surrogate(tok):
 
 
 def test_batch_is_encode(tok):
-    batch = ["", "one", "\u2581", "two words", "a\u2581\u2581b" * 3, "x" * (STRETCH + 1)]
+    batch = ["", "one", "\u2581", "two words", "a\u2581\u2581b" * 3, "x" * (MAX_PIECE_CHARS + 1)]
     assert tok.encode_batch(batch) == [tok.encode(text) for text in batch]
     assert tok.encode_batch([]) == [] and tok.encode("") == [] and tok.decode([]) == ""
 

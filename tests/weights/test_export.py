@@ -40,7 +40,7 @@ from nanochat_jax.weights.tokenizer_json import TEMPLATE, from_tiktoken, tokeniz
 from tokenizer import SPECIAL_TOKENS, load_tokenizer
 from tokenizer.bytelevel import GUARD, ByteLevelTokenizer
 from tokenizer.chat import render, render_prompt
-from tokenizer.tokenizer import STRETCH
+from tokenizer.tokenizer import MAX_PIECE_CHARS
 from tokenizer.train import train_tokenizer
 
 importing = importlib.import_module("nanochat_jax.import")
@@ -247,7 +247,7 @@ def test_same_ids_where_pieces_overlap(tok, theirs):
 
 @pytest.mark.parametrize("filler", ["x", " ", "\n", "é", "\u2581", "word ", "  ab", "\u2581 a", "日本"])
 def test_same_ids_across_stretches(tok, theirs, filler):
-    for size in (STRETCH - 1, STRETCH, STRETCH + 1, 2 * STRETCH + 5):
+    for size in (MAX_PIECE_CHARS - 1, MAX_PIECE_CHARS, MAX_PIECE_CHARS + 1, 2 * MAX_PIECE_CHARS + 5):
         text = (filler * size)[:size]
         assert same_ids(tok, theirs, text) and same_ids(tok, theirs, text + " b" * 99)
 
