@@ -45,8 +45,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _stretches(text: str) -> list[str]:
-    """`text` in stretches of at most MAX_PIECE_CHARS characters, each cut before the last word that begins inside it, or
-    at MAX_PIECE_CHARS where none does. No piece of the vocabulary spans a word boundary."""
+    """`text` in stretches of at most MAX_PIECE_CHARS characters, each cut before the last word that begins in it, or at
+    MAX_PIECE_CHARS where none does. No piece of the vocabulary spans a word boundary."""
     out, start = [], 0
     while len(text) - start > MAX_PIECE_CHARS:
         cut = start + MAX_PIECE_CHARS

@@ -29,7 +29,8 @@ class RowOrder:
     """Which row comes at which position: every row once an epoch.
 
     `count(n)` says how many rows there are, and blocks until there are n or packing has ended. What comes at a position
-    depends on the seed only; on the number of all rows only in the window in which they end, and in the epochs after the first.
+    depends on the seed only; on the number of all rows only in the window in which they end, and in the epochs after
+    the first.
     """
 
     def __init__(self, seed: int, shard_rows: int, count: Callable[[int], int]):
