@@ -193,11 +193,11 @@ def _text(content) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-# ---------------------------------------------------- what is given: for the document of the API, nothing is checked
+# ------------------------------------------------ responses: only described here, for the document of the API
 
 
-def _given(name: str, **fields) -> Any:
-    """A model whose fields are (type, default), or a type where they are always there."""
+def _response(name: str, **fields) -> Any:
+    """A model of these fields: each a type, or (type, default) where it may be missing."""
     known: dict[str, Any] = {n: field if isinstance(field, tuple) else (field, ...) for n, field in fields.items()}
     return create_model(name, **known)
 
@@ -207,16 +207,16 @@ def _list(model) -> Any:
 
 
 Ends = Literal["stop", "length"]
-Usage = _given("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+Usage = _response("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
 WHOLE = {"id": str, "created": int, "model": str, "usage": Usage}
-Context = _given("Context", dropped_messages=int, truncated=bool)  # where the conversation exceeded the context
+Context = _response("Context", dropped_messages=int, truncated=bool)  # only where the conversation exceeded the context
 
-ChatLogprob = _given("ChatLogprob", token=str, logprob=float, bytes=list[int])
-ChatTop = _given("ChatTopLogprob", token=str, logprob=float, bytes=list[int], top_logprobs=_list(ChatLogprob))
-ChatLogprobs = _given("ChatLogprobs", content=_list(ChatTop))
-Reply = _given("Reply", role=Literal["assistant"], content=str, tool=(list[ToolCall], []))
-ChatChoice = _given("ChatChoice", index=int, message=Reply, finish_reason=Ends, logprobs=(ChatLogprobs | None, None))
-ChatCompletion = _given(
+ChatLogprob = _response("ChatLogprob", token=str, logprob=float, bytes=list[int])
+ChatTop = _response("ChatTopLogprob", token=str, logprob=float, bytes=list[int], top_logprobs=_list(ChatLogprob))
+ChatLogprobs = _response("ChatLogprobs", content=_list(ChatTop))
+Reply = _response("Reply", role=Literal["assistant"], content=str, tool=(list[ToolCall], []))
+ChatChoice = _response("ChatChoice", index=int, message=Reply, finish_reason=Ends, logprobs=(ChatLogprobs | None, None))
+ChatCompletion = _response(
     "ChatCompletion",
     **WHOLE,
     object=Literal["chat.completion"],
@@ -225,15 +225,15 @@ ChatCompletion = _given(
 )
 
 Likely = list[dict[str, float]]
-TextLogprobs = _given(
+TextLogprobs = _response(
     "TextLogprobs", tokens=list[str], token_logprobs=list[float], top_logprobs=Likely, text_offset=list[int]
 )
-TextChoice = _given("TextChoice", index=int, text=str, finish_reason=Ends, logprobs=(TextLogprobs | None, None))
-TextCompletion = _given("TextCompletion", **WHOLE, object=Literal["text_completion"], choices=_list(TextChoice))
+TextChoice = _response("TextChoice", index=int, text=str, finish_reason=Ends, logprobs=(TextLogprobs | None, None))
+TextCompletion = _response("TextCompletion", **WHOLE, object=Literal["text_completion"], choices=_list(TextChoice))
 
-Model = _given("Model", id=str, object=Literal["model"], created=int, owned_by=str)
-ModelList = _given("ModelList", object=Literal["list"], data=_list(Model))
-Health = _given("Health", status=Literal["ok", "failed"], run=str, stage=str, slots=int, active=int, queued=int)
-Ready = _given("Ready", status=Literal["ready"])
-ErrorDetail = _given("ErrorDetail", message=str, type=str, param=str | None, code=str | None)
-Error = _given("Error", error=ErrorDetail)
+Model = _response("Model", id=str, object=Literal["model"], created=int, owned_by=str)
+ModelList = _response("ModelList", object=Literal["list"], data=_list(Model))
+Health = _response("Health", status=Literal["ok", "failed"], run=str, stage=str, slots=int, active=int, queued=int)
+Ready = _response("Ready", status=Literal["ready"])
+ErrorDetail = _response("ErrorDetail", message=str, type=str, param=str | None, code=str | None)
+Error = _response("Error", error=ErrorDetail)
