@@ -127,10 +127,10 @@ def _by_pairs(name: str, a: np.ndarray, b: np.ndarray, weights: np.ndarray | Non
     return Difference(name, "paired t", len(a), float(a.sum() / whole), float(b.sum() / whole), stderr, p)
 
 
-def _by_errors(name: str, n, a: tuple[float, float], b: tuple[float, float]) -> Difference:
-    """Two figures (value, standard error) of different questions."""
-    stderr = math.hypot(a[1], b[1])
-    return Difference(name, "standard errors", n, a[0], b[0], stderr, by_error(b[0] - a[0], stderr))
+def _by_errors(name: str, n, a: float, b: float, *stderrs: float) -> Difference:
+    """Two figures whose difference has these independent errors."""
+    stderr = math.hypot(*stderrs)
+    return Difference(name, "standard errors", n, a, b, stderr, by_error(b - a, stderr))
 
 
 def _by_shares(name: str, a: tuple[float, int], b: tuple[float, int]) -> Difference:
@@ -161,8 +161,8 @@ def pass_differences(task: str, a: Side, b: Side) -> list[Difference]:
         if right:
             out.append(_by_pairs(f"{task} pass@{k}", *(pass_at_k(side, k) for side in right)))
         else:
-            x, y = ((found[f"pass@{k}"]["value"], found[f"pass@{k}"]["stderr"]) for found in (one, other))
-            out.append(_by_errors(f"{task} pass@{k}", tuple(result["n"] for result in results), x, y))
+            x, y, n = one[f"pass@{k}"], other[f"pass@{k}"], tuple(result["n"] for result in results)
+            out.append(_by_errors(f"{task} pass@{k}", n, x["value"], y["value"], x["stderr"], y["stderr"]))
     return out
 
 
@@ -174,8 +174,8 @@ def bpb(a: Side, b: Side) -> list[Difference]:
     rows = _paired("bpb", a, b, lambda r: (r["bits"], r["bytes"]))
     if rows and len(rows[0]) > 1:
         return [_by_pairs("bpb", rows[0][:, 0], rows[1][:, 0], rows[0][:, 1])]
-    x, y = ((found["bpb"], found["stderr"]) for found in (one, other))
-    return [_by_errors("bpb", (one["rows"], other["rows"]), x, y)]
+    n = one["rows"], other["rows"]
+    return [_by_errors("bpb", n, one["bpb"], other["bpb"], one["stderr"], other["stderr"])]
 
 
 def core_tasks(a: Side, b: Side) -> list[Difference]:
@@ -191,8 +191,8 @@ def core_metric(a: Side, b: Side) -> list[Difference]:
     one, other = a.section("core"), b.section("core")
     if not one.get("results") or any(set(one[k]) != set(other.get(k, ())) for k in ("results", "substitutes")):
         return []
-    x, y = ((core["core_metric"], core["core_stderr"]) for core in (one, other))
-    return [_by_errors("core", one["n_tasks"], x, y)]
+    figures = (core[k] for k in ("core_metric", "core_stderr") for core in (one, other))
+    return [_by_errors("core", one["n_tasks"], *figures)]
 
 
 def chatcore(a: Side, b: Side, chat: dict[str, Difference]) -> list[Difference]:
@@ -200,11 +200,9 @@ def chatcore(a: Side, b: Side, chat: dict[str, Difference]) -> list[Difference]:
     one, other = a.section("chatcore"), b.section("chatcore")
     if one.get("score") is None or sorted(one["tasks"]) != sorted(other.get("tasks", ())):
         return []
-    tasks, score_a, score_b = one["tasks"], one["score"], other["score"]
-    errors = (chat[task].stderr / (1 - a.result["chat"][task]["baseline"]) for task in tasks)
-    stderr = math.hypot(*errors) / len(tasks)
-    p = by_error(score_b - score_a, stderr)
-    return [Difference("chatcore", "standard errors", len(tasks), score_a, score_b, stderr, p)]
+    tasks = one["tasks"]
+    errors = [chat[t].stderr / (1 - a.result["chat"][t]["baseline"]) / len(tasks) for t in tasks]
+    return [_by_errors("chatcore", len(tasks), one["score"], other["score"], *errors)]
 
 
 # ------------------------------------------------------------------------------------------------------ the command

@@ -12,7 +12,6 @@ from pathlib import Path
 from nanochat_jax.errors import UserError
 
 HELD_OUT = 10  # of the generated questions one in so many is a test question
-SIZES = {"train": 20_000, "test": 1_000}
 
 
 class Task(ABC):
@@ -75,8 +74,10 @@ class Generated(ScoredTask):
     A hash of the question decides its split, so that training and test questions are disjoint however many there are.
     """
 
+    sizes = {"train": 20_000, "test": 1_000}
+
     def __init__(self, split: str, size: int | None = None):
-        self.split, self._size = split, SIZES[split] if size is None else size
+        self.split, self._size = split, self.sizes[split] if size is None else size
 
     def __len__(self) -> int:
         return self._size
@@ -97,9 +98,6 @@ class Generated(ScoredTask):
     def make(self, rng: random.Random) -> dict: ...
 
 
-# ------------------------------------------------------------------------------------------------ conversations
-
-
 def dialogue(*contents: str | list[dict]) -> dict:
     """The conversation in which user and assistant say this in turn."""
     return {"messages": [{"role": r, "content": c} for r, c in zip(cycle(("user", "assistant")), contents)]}
@@ -115,9 +113,6 @@ def held_out(text: str, one_in: int) -> bool:
     """Whether a text is for testing, by its hash: where it stands, and what else there is, do not matter."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "big") % one_in == 0
-
-
-# ------------------------------------------------------------------------------------------------------ rows
 
 
 def read_rows(path: str | Path) -> Sequence[dict]:

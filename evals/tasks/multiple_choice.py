@@ -1,8 +1,4 @@
-"""Multiple choice: how it is asked, and two published tasks.
-
-ARC has grade-school science questions (Clark et al., arXiv 1803.05457), MMLU questions of 57 subjects (Hendrycks et
-al., arXiv 2009.03300).
-"""
+"""Multiple choice: how it is asked; ARC (Clark et al., arXiv 1803.05457); MMLU (Hendrycks et al., arXiv 2009.03300)."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str
 
 
 class ARC(FromRows):
-    """Rows with `question`, `choices` ({"text", "label"}), three to five, and `answerKey`. Some have labels 1 to 4."""
+    """School science: `question`, three to five `choices` ({"text", "label"}), `answerKey`. Some labels are 1 to 4."""
 
     kind, baseline = "categorical", 0.25
     columns = ("question", "choices", "answerKey")
@@ -40,7 +36,7 @@ class ARC(FromRows):
 
 
 class MMLU(FromRows):
-    """Rows with `question`, `choices` (four texts), `answer` (0 to 3) and, in the test split, `subject`."""
+    """57 subjects: `question`, `choices` (four texts), `answer` (0 to 3) and, in the test split, `subject`."""
 
     name, kind, baseline = "mmlu", "categorical", 0.25
 

@@ -20,7 +20,6 @@ from evals.tasks.base import HELD_OUT, Generated, dialogue, held_out
 from evals.tasks.gsm8k import NumberAnswer, parse_parts
 from nanochat_jax.errors import UserError
 
-SIZES = {"train": 100_000, "test": 256}
 COUNT_QUESTIONS = (
     "How many {l} are in {w}",
     "How many {l} are there in {w}",
@@ -76,8 +75,10 @@ QUOTES = ("", "", "'", '"', "`")
 class _OnWords(Generated):
     """Questions about the words of a split."""
 
+    sizes = {"train": 100_000, "test": 256}
+
     def __init__(self, words: Sequence[str], split: str, size: int | None = None):
-        super().__init__(split, SIZES[split] if size is None else size)
+        super().__init__(split, size)
         self._words = sorted({w for w in words if held_out(w, HELD_OUT) == (split == "test")})
         if not self._words:
             raise UserError(f"task {self.name} has no words for its {split} split; give it a longer list of words")
