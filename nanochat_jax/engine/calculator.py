@@ -78,7 +78,7 @@ def _count(call: ast.Call) -> int:
 class CalculatorTool:
     """Where a sequence stands: outside of a call, or inside of one, whose tokens are collected."""
 
-    def __init__(self, tok):
+    def __init__(self, tok) -> None:
         self._tok = tok
         self._call: list[int] | None = None
 
