@@ -42,8 +42,8 @@ def splits(seen: int, rows: int, heads: int) -> int:
 # ----------------------------------------------------------------------------------------------------- attention
 
 
-def _turned(ref, row, first, cos, sin, gain, eps):
-    """Both halves (N/2,) of a head from column `first` of ref (M, ...), turned and normed as `rotate_and_norm` does."""
+def _rotated(ref, row, first, cos, sin, gain, eps):
+    """Both halves (N/2,) of a head from column `first` of ref (M, ...), rotated and normed as `rotate_and_norm` does."""
     half = cos.shape[0]
     a, b = (ref[row, pl.ds(first + i * half, half)].astype(jnp.float32) for i in (0, 1))
     gain = gain * lax.rsqrt(jnp.sum(a * a + b * b) / (2 * half) + eps)
@@ -62,12 +62,12 @@ def _attend(position, slot, token, cos, sin, qkv, table, keys, values, *outs, H,
     scale = N**-0.5
 
     def query(g):
-        a, b = _turned(qkv, row, (head * G + g) * N, cos, sin, gain, eps)
+        a, b = _rotated(qkv, row, (head * G + g) * N, cos, sin, gain, eps)
         return a * scale, b * scale
 
     @pl.when(s == 0)
     def _newest():
-        ka, kb = (x.astype(keys.dtype) for x in _turned(qkv, row, (H + head) * N, cos, sin, gain, eps))
+        ka, kb = (x.astype(keys.dtype) for x in _rotated(qkv, row, (H + head) * N, cos, sin, gain, eps))
         v = qkv[row, pl.ds((H + K + head) * N, N)].astype(jnp.float32)
         if table is not None:
             gate = qkv[row, (H + 2 * K) * N + head].astype(jnp.float32)
@@ -387,7 +387,7 @@ def mixture(x, x0, factors):
 
 
 def step(model: GPT, params: dict, cache: list, slots, rope, token, position, before):
-    """Logits (M, V) of tokens (M,) at positions (M,), negative for a row that is not meant, in slots (M,) of the cache.
+    """Logits (M, V) of tokens (M,) at positions (M,), negative for an unused row, in slots (M,) of the cache.
 
     cache: a list of keys and values (S, K, R, N) per layer, in which the new ones are put. rope: cos and sin of all
     positions. before (M,): the tokens left of these.
