@@ -43,7 +43,7 @@ def splits(seen: int, rows: int, heads: int) -> int:
 
 
 def _rotated(ref, row, first, cos, sin, gain, eps):
-    """Both halves (N/2,) of a head from column `first` of ref (M, ...), rotated and normed as `rotate_and_norm` does."""
+    """Both halves (N/2,) of a head from column `first` of ref (M, ...), as `rotate_and_norm` gives them."""
     half = cos.shape[0]
     a, b = (ref[row, pl.ds(first + i * half, half)].astype(jnp.float32) for i in (0, 1))
     gain = gain * lax.rsqrt(jnp.sum(a * a + b * b) / (2 * half) + eps)
