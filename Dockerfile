@@ -6,8 +6,8 @@
 #     docker run -v /data/runs:/nanochat/runs -p 8000:8000 nanochat-jax -m server --run-dir runs/d24 --host 0.0.0.0
 #
 # CUDA's libraries come with the gpu extra; the host needs its driver and the NVIDIA container toolkit. Runs and their
-# cache lie in the volume, so that a container that is stopped goes on in the next one. The walls around programs that
-# a model wrote want --security-opt seccomp=unconfined --security-opt apparmor=unconfined, or a host that lets
+# cache lie in the volume, so that a container that is stopped resumes in the next one. The sandbox for programs that
+# a model wrote wants --security-opt seccomp=unconfined --security-opt apparmor=unconfined, or a host that lets
 # containers make user namespaces; without them the log says what is missing.
 FROM python:3.12-bookworm
 
