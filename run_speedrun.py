@@ -81,7 +81,7 @@ def open_run(args: argparse.Namespace):
     from evals import sandbox
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.mesh.preemption import Stop
-    from nanochat_jax.stages.common import Run
+    from nanochat_jax.stages.run import Run
     from nanochat_jax.tracking import sinks
     from nanochat_jax.tracking.tracking import RunLog
 

@@ -6,11 +6,13 @@ from evals.core import evaluate_core, find_bundle
 from nanochat_jax.model import scaling
 from nanochat_jax.stages import common
 from nanochat_jax.stages.preview import preview
+from nanochat_jax.stages.run import Run
+from nanochat_jax.stages.step import compile_step
 
 CORE_EXAMPLES = 500  # a task, while training; the eval stage takes all
 
 
-def _evaluator(run: common.Run, val_rows):
+def _evaluator(run: Run, val_rows):
     """Bits per byte and samples, and every core_every steps CORE as well, where its bundle is at hand."""
     bpb, every = common.bpb_evaluator(run, val_rows), run.config.base.core_every
     bundle = find_bundle(run.config, run.cache_dir)
@@ -25,7 +27,7 @@ def _evaluator(run: common.Run, val_rows):
     return evaluate
 
 
-def main(run: common.Run) -> dict:
+def main(run: Run) -> dict:
     cfg = run.config.base
     plan = scaling.plan(
         run.gpt_config,
@@ -38,7 +40,7 @@ def main(run: common.Run) -> dict:
     optimizer = common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay)
     wanted = plan.steps * plan.batch_tokens // run.config.model.sequence_len
     with run.packed("val") as val_rows, run.packed("train", wanted) as train_rows:
-        step = common.compile_step(run, "base", optimizer, plan.batch_tokens, cfg.micro_batch, cfg.fp8)
+        step = compile_step(run, "base", optimizer, plan.batch_tokens, cfg.fp8)
         run.log.say(
             f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
             f"{scaling.param_counts(run.gpt_config)['total']:,} parameters, {run.training_dtype}"
@@ -53,9 +55,7 @@ def main(run: common.Run) -> dict:
                 steps=plan.steps,
                 next_batch=lambda i, _: (loader.at(i), {}),
                 tokens_per_step=plan.batch_tokens,
-                save_every=cfg.save_every,
                 evaluate=_evaluator(run, val_rows),
-                eval_every=cfg.eval_every,
                 extra=lambda: {
                     "batch_tokens": plan.batch_tokens,
                     "epochs": wanted / len(train_rows),

@@ -6,7 +6,7 @@ import time
 
 from evals.stage import evaluate_stage
 from nanochat_jax.checkpoint import read_done, write_done
-from nanochat_jax.stages.common import Run
+from nanochat_jax.stages.run import Run
 
 
 def main(run: Run) -> dict:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from evals.tasks import VERSION, load_task
+from evals.tasks.base import Task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import read_done
@@ -27,15 +27,20 @@ from nanochat_jax.mesh import hosts, sharding
 from nanochat_jax.model import lora
 from nanochat_jax.model.gpt import cast_matrices
 from nanochat_jax.stages import common
+from nanochat_jax.stages.run import Run
+from nanochat_jax.stages.step import Step, compile_step
 from nanochat_jax.training import optim
 
 
-def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
-    recipe = (mid_mixture if name == "mid" else sft_mixture)(run.config.data, override=cfg.mixture)
-    tasks = [
-        (load_task(task, split=split, data=run.config.data, cache_dir=run.cache_dir), times)
-        for task, split, times in recipe
-    ]
+def load_tasks(run: Run, name: str) -> list[tuple[Task, int]]:
+    """The tasks that mid or sft trains on, and how many times, or -n for n conversations of it."""
+    data, cache = run.config.data, run.cache_dir
+    mixture = (mid_mixture if name == "mid" else sft_mixture)(data, getattr(run.config, name).mixture)
+    return [(load_task(task, split=split, data=data, cache_dir=cache), times) for task, split, times in mixture]
+
+
+def _dataset(run: Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
+    tasks = load_tasks(run, name)
     run.log.say(
         f"{name}: " + ", ".join(f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
     )
@@ -52,13 +57,11 @@ def _dataset(run: common.Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
     )
 
 
-def _lora_arguments(run: common.Run, name: str, before: str, rank: int, step: common.Step, evaluate: Callable) -> dict:
+def _lora_arguments(run: Run, name: str, before: str, rank: int, step: Step, evaluate: Callable) -> dict:
     """The arguments of `train_stage` that differ where adapters of stage `before` are trained."""
     saved = checkpoint.adapters_of(run.dir / name)
     loaded = checkpoint.load_changed(run.dir, name, saved) if saved else checkpoint.load_model(run.dir, before)
-    params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
-    if hosts.count() > 1:  # as in common._resume
-        params = jax.tree.map(np.asarray, params)
+    params = common.from_host(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
     split = sharding.tree_shardings(params, run.mesh)
     frozen = jax.jit(lambda params: cast_matrices(params, run.training_dtype), out_shardings=split)(params)
 
@@ -75,30 +78,34 @@ def _lora_arguments(run: common.Run, name: str, before: str, rank: int, step: co
     }
 
 
-def main(run: common.Run, name: str) -> dict:
+def main(run: Run, name: str) -> dict:
     cfg: FinetuneConfig = getattr(run.config, name)
+    rank = cfg.lora_rank
     before = "mid" if name == "sft" and read_done(run.dir / "mid") else "base"
     before = (checkpoint.adapters_of(run.dir / name) or {"from": before})["from"]
+
+    # data
     with hosts.main_first(f"{name} packed"):
         dataset = _dataset(run, name, cfg)
-    batch_tokens = (
-        cfg.batch_tokens
-        or run.config.base.batch_tokens
-        or (read_done(run.dir / "base") or read_done(run.dir / before) or {})["batch_tokens"]
-    )
+    batch_tokens = cfg.batch_tokens or run.config.base.batch_tokens
+    if not batch_tokens:
+        batch_tokens = (read_done(run.dir / "base") or read_done(run.dir / before) or {})["batch_tokens"]
     batch_rows = batch_tokens // run.config.model.sequence_len
     steps = max(1, round(cfg.epochs * len(dataset) / max(batch_rows, 1)))
-    rank = cfg.lora_rank
+
+    # optimizer and step
     if rank:
         schedules = optim.make_schedules(cfg.optim, steps, 0.0, run.config.model.arch)
         optimizer = optim.adamw(cfg.optim.lr_scale * cfg.lora_lr, lora.BETAS, 0.0, schedules.lr)
     else:
         optimizer = common.make_optimizer(run, cfg.optim, steps, batch_tokens, cfg.optim.weight_decay or 0.0)
-    step = common.compile_step(run, name, optimizer, batch_tokens, cfg.micro_batch, lora_rank=rank)
+    step = compile_step(run, name, optimizer, batch_tokens, lora_rank=rank)
     run.log.say(
         f"{name}: {steps} steps of {batch_tokens:,} tokens over {len(dataset):,} rows, from {before}"
         + (f", adapters of rank {rank} alone" if rank else "")
     )
+
+    # training
     with run.packed("val") as val_rows, common.loader(run, dataset, step) as loader:
         evaluate = common.bpb_evaluator(run, val_rows)
         arguments: dict[str, Any] = {"init": lambda: run.params_of(before), "step_fn": step.run, "evaluate": evaluate}
@@ -112,8 +119,6 @@ def main(run: common.Run, name: str) -> dict:
             steps=steps,
             next_batch=lambda i, _: (loader.at(i), {}),
             tokens_per_step=batch_tokens,
-            save_every=cfg.save_every,
-            eval_every=cfg.eval_every,
             extra=lambda: {
                 "from": before,
                 "batch_tokens": batch_tokens,

@@ -11,8 +11,10 @@ import numpy as np
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import graph_of
-from nanochat_jax.stages import common, policy
+from nanochat_jax.stages import policy
 from nanochat_jax.stages.rollouts import minibatches
+from nanochat_jax.stages.run import Run
+from nanochat_jax.stages.step import Step, abstract_state, fit_step, place
 from nanochat_jax.training import loop
 
 
@@ -20,11 +22,11 @@ class Batch(NamedTuple):
     """What a step learns from: its minibatches' arrays, placed for the compiled train step."""
 
     step: int
-    train: common.Step
+    train: Step
     parts: list[dict]  # tokens, targets, weights, share; old and reference: -log p then, and of the reference or None
 
 
-def rows_per_device(run: common.Run) -> int:
+def rows_per_device(run: Run) -> int:
     """Sequences of a minibatch that each data-parallel device takes. UserError where they cannot be shared evenly."""
     cfg, devices = run.config.rl, sharding.data_parallel(run.mesh)
     each, name = (2, "2 answers") if cfg.objective == "dpo" else (cfg.samples, "rl.samples")
@@ -40,34 +42,27 @@ def rows_per_device(run: common.Run) -> int:
 class Learner:
     """The updates that a step makes of its samples, and what it measures of them."""
 
-    def __init__(self, run: common.Run, optimizer, reference: dict | None, held: int):
-        """reference: parameters of the KL's other side, and DPO's; held: bytes on a device beside the train step's."""
+    def __init__(self, run: Run, optimizer, reference: dict | None, held: int):
+        """reference: parameters for the KL and DPO, if any; held: bytes on each device beside the train step's."""
         self.run, self.cfg, self.reference = run, run.config.rl, reference
-        dtype = run.training_dtype
-        graph = graph_of(run.gpt_config, dtype)
+        graph, dtype = graph_of(run.gpt_config, run.training_dtype), run.training_dtype
         self._log_probs = policy.make_log_probs(graph, dtype, run.mesh)
         self._look = policy.make_look(self._log_probs, on_policy=self.cfg.objective != "dpo")
         self._weigh = policy.make_weigh(self.cfg)
-        step, state = loop.make_step(graph, optimizer, dtype, run.mesh), common.abstract_state(run, optimizer)
+        step, state = loop.make_step(graph, optimizer, dtype, run.mesh), abstract_state(run, optimizer)
         arrays = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         rows = rows_per_device(run)
-
-        @functools.cache
-        def step_of(length: int) -> common.Step:
-            return common.fit_step(run, "rl", step, state, arrays, (rows, length), self.cfg.micro_batch, held)
-
-        self._step_of = step_of
+        self._step_of = functools.cache(lambda length: fit_step(run, "rl", step, state, arrays, (rows, length), held))
 
     def prepare(self, step: int, params: dict, batch: dict) -> tuple[Batch, dict]:
         """The batch of a step from the arrays of `training_batch`, with -log p as of now; and mean entropy and KL."""
         compiled = self._step_of(batch["tokens"].shape[1])
-        parts: list[dict] = []
-        measured: list[dict] = []
+        parts, measured = [], []
         for part in minibatches(batch, self.cfg.minibatches):
-            part = common.place(part, compiled.accumulation, self.run.mesh)
+            part = place(part, compiled.accumulation, self.run.mesh)
             old, reference, metrics = self._look(params, self.reference, part)
             parts.append({**part, "old": old, "reference": reference})
-            measured.append(_read(metrics))
+            measured.append(jax.tree.map(float, metrics))
         return Batch(step, compiled, parts), _mean(measured)
 
     def __call__(self, state: loop.TrainState, batch: Batch) -> tuple[loop.TrainState, dict]:
@@ -80,13 +75,9 @@ class Learner:
             rows["weights"] = jax.device_put(weights, part["weights"].sharding)
             state, metrics = batch.train.run(state, rows)
             measured.append({**metrics, **found})
-        # a step of the loop is all of these updates, so that it is never left in their middle
+        # one step of the loop is all of these updates: a checkpoint never falls between them
         done = jax.device_put(np.int32(batch.step + 1), sharding.replicated(self.run.mesh))
         return state._replace(step=done), _mean(measured)
-
-
-def _read(metrics: dict) -> dict[str, float]:
-    return {k: float(v) for k, v in metrics.items()}
 
 
 def _mean(measured: list[dict]) -> dict:

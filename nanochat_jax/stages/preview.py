@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from evals.stage import BASE_PROMPTS, BASE_SAMPLE_TOKENS
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import graph_of, merge
-from nanochat_jax.stages.common import Run
+from nanochat_jax.stages.run import Run
 
 _WIDTH = 64  # rows are padded to multiples of it
 

@@ -24,14 +24,15 @@ from nanochat_jax.model.gpt import cast_matrices, graph_of, merge
 from nanochat_jax.stages import common
 from nanochat_jax.stages.learner import Batch, Learner
 from nanochat_jax.stages.rollouts import Questions, Sampler, pairs, pass_at_k, training_batch
+from nanochat_jax.stages.run import Run
 from nanochat_jax.training import memory
 
 
-def default_task(run: common.Run) -> str:
+def default_task(run: Run) -> str:
     return "gsm8k" if "gsm8k" in available(run.config.data, "train") else "arithmetic"
 
 
-def load_questions(run: common.Run, shares: dict[str, int], split: str) -> Questions:
+def load_questions(run: Run, shares: dict[str, int], split: str) -> Questions:
     """The questions of a split. UserError for a task whose answers are not generated."""
     tasks = {n: load_task(n, split=split, data=run.config.data, cache_dir=run.cache_dir) for n in shares}
     for name, task in tasks.items():
@@ -40,7 +41,7 @@ def load_questions(run: common.Run, shares: dict[str, int], split: str) -> Quest
     return Questions(cast(dict[str, ScoredTask], tasks), shares, run.config.seed)
 
 
-def main(run: common.Run) -> dict:
+def main(run: Run) -> dict:
     cfg, tok, seed = run.config.rl, run.tokenizer, run.config.seed
     named = cfg.task or default_task(run)
     shares = named if isinstance(named, dict) else {named: 1}
@@ -94,8 +95,6 @@ def main(run: common.Run) -> dict:
         steps=steps,
         next_batch=next_batch,
         tokens_per_step=rollouts_per_step * cfg.max_new_tokens,
-        save_every=cfg.save_every,
         evaluate=evaluate,
-        eval_every=cfg.eval_every,
         extra=lambda: {"task": named, "from": before},
     )

@@ -12,6 +12,7 @@ from evals.tasks.base import ScoredTask
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import Completion, Engine, Request
 from nanochat_jax.stages import common
+from nanochat_jax.stages.run import Run
 from tokenizer.chat import parse_completion, render_prompt
 
 _BUCKET = 64  # sequence lengths of the training batch are rounded up to multiples of this, to compile few shapes
@@ -77,7 +78,7 @@ class Rollouts:
 class Sampler:
     """Samples answers to questions with the current parameters, all in one batch over the mesh, and scores them."""
 
-    def __init__(self, run: common.Run, model, slots: int):
+    def __init__(self, run: Run, model, slots: int):
         self.cfg, self.tok = run.config.rl, run.tokenizer
         self.engine = Engine(
             model,

@@ -6,11 +6,10 @@ import itertools
 import time
 from collections.abc import Iterator
 
-from evals.tasks import load_task
-from evals.tasks.mixtures import mid_mixture
 from nanochat_jax.checkpoint import write_done
 from nanochat_jax.data.mixture import Mixture
-from nanochat_jax.stages.common import Run
+from nanochat_jax.stages.finetune import load_tasks
+from nanochat_jax.stages.run import Run
 from tokenizer.evaluate import evaluate
 from tokenizer.train import train_tokenizer
 
@@ -20,12 +19,8 @@ CONVERSATIONS = 8_000  # of those that mid will train on: in a small sample the 
 
 def conversation_texts(run: Run) -> Iterator[str]:
     """What is said in the first conversations of the mid stage."""
-    config = run.config
-    tasks = [
-        (load_task(name, split=split, data=config.data, cache_dir=run.cache_dir), times)
-        for name, split, times in mid_mixture(config.data, config.mid.mixture)
-    ]
-    for conversation in itertools.islice(Mixture(tasks, seed=config.seed), CONVERSATIONS):
+    conversations = Mixture(load_tasks(run, "mid"), seed=run.config.seed)
+    for conversation in itertools.islice(conversations, CONVERSATIONS):
         for message in conversation["messages"]:
             content = message["content"]
             yield content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -21,7 +21,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import lora
 from nanochat_jax.model.gpt import cast_matrices, graph_of, init_params
-from nanochat_jax.stages.common import place as placed
+from nanochat_jax.stages.step import place as placed
 from nanochat_jax.training import loop, optim
 
 CFG = GPTConfig(vocab_size=250, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, sequence_len=32)

@@ -18,8 +18,9 @@ from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import graph_of, merge
 from nanochat_jax.model.loss import token_nll, weighted_nll
 from nanochat_jax.stages import policy
-from nanochat_jax.stages.common import mix_seed, permutation, place
+from nanochat_jax.stages.common import mix_seed, permutation
 from nanochat_jax.stages.rollouts import Questions, Rollouts, advantages, minibatches, pairs, pass_at_k, training_batch
+from nanochat_jax.stages.step import place
 from nanochat_jax.training import loop
 
 END, PAD = 9, 0

@@ -14,7 +14,7 @@ from nanochat_jax import checkpoint, config, devices
 from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.mesh.preemption import Stop
 from nanochat_jax.model.gpt import graph_of, init_params, merge
-from nanochat_jax.stages import common, rl
+from nanochat_jax.stages import common, rl, step
 from nanochat_jax.stages.rollouts import Questions, Sampler
 from nanochat_jax.tracking.tracking import RunLog
 
@@ -206,11 +206,11 @@ def test_a_micro_batch_that_fits_is_found_beside_what_is_held(tmp_path, monkeypa
         def compile(self):
             return 100 + 10 * self.rows
 
-    monkeypatch.setattr(common.memory, "device_bytes", lambda: 300)
-    monkeypatch.setattr(common.memory, "needed_bytes", lambda compiled: compiled)
-    run = make_run(tmp_path, "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8")
+    monkeypatch.setattr(step.memory, "device_bytes", lambda: 300)
+    monkeypatch.setattr(step.memory, "needed_bytes", lambda compiled: compiled)
+    run = make_run(tmp_path, "rl.micro_batch=16", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8")
     arrays = {"tokens": np.int32, "weights": np.float32}
-    sizes = [common.fit_step(run, "rl", Step(), "state", arrays, (16, 64), 16, held) for held in (0, 100, 130)]
+    sizes = [step.fit_step(run, "rl", Step(), "state", arrays, (16, 64), held) for held in (0, 100, 130)]
     assert [(s.accumulation, s.rows) for s in sizes] == [(1, 16), (2, 8), (4, 4)]
     with pytest.raises(UserError, match="rl: a step needs .* even with 1 rows"):
-        common.fit_step(run, "rl", Step(), "state", arrays, (16, 64), 16, 200)
+        step.fit_step(run, "rl", Step(), "state", arrays, (16, 64), 200)

@@ -1,0 +1,102 @@
+"""The compiled train step of a stage: how many rows at a time fit the devices, by the compiler's own analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from nanochat_jax.errors import UserError
+from nanochat_jax.mesh import sharding
+from nanochat_jax.model import attention, lora
+from nanochat_jax.model.gpt import cast_matrices, graph_of, init_params
+from nanochat_jax.stages.run import Run
+from nanochat_jax.training import loop, memory
+
+
+def rows_per_device(name: str, batch_tokens: int, sequence_len: int, mesh) -> int:
+    """Rows of a batch that each data-parallel device takes. UserError where they cannot be shared evenly."""
+    rows, shares = batch_tokens // sequence_len, sharding.data_parallel(mesh)
+    if rows < 1 or rows % shares:
+        raise UserError(
+            f"{name}: a batch of {batch_tokens} tokens is {rows} rows of {sequence_len}, which {shares} "
+            f"data-parallel devices cannot share; set {name}.batch_tokens to a multiple of {shares * sequence_len}"
+        )
+    return rows // shares
+
+
+@dataclass(frozen=True)
+class Step:
+    """A compiled train step and the shape of its batches: accumulation x rows over the whole mesh."""
+
+    run: Callable
+    accumulation: int
+    rows: int
+
+
+def compile_step(
+    run: Run, name: str, optimizer, batch_tokens: int, eight_bits: bool = False, lora_rank: int | None = None
+) -> Step:
+    """The step of stage `name` for a batch of `batch_tokens`.
+
+    eight_bits: with its products in 8-bit floats. lora_rank: of adapters; it then takes the frozen parameters as well.
+    """
+    length = run.config.model.sequence_len
+    per_device = rows_per_device(name, batch_tokens, length, run.mesh)
+    graph = graph_of(run.gpt_config, run.training_dtype, eight_bits)
+    join: Callable | None = None
+    frozen: tuple = ()
+    if lora_rank:
+        fixed = jax.eval_shape(lambda: cast_matrices(init_params(run.gpt_config, 0), run.training_dtype))
+        join, frozen = lora.merged, (sharding.abstract(fixed, run.mesh),)
+    step = loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join)
+    arrays = {"tokens": np.int32, "targets": np.int32}
+    state = abstract_state(run, optimizer, lora_rank)
+    return fit_step(run, name, step, state, arrays, (per_device, length), frozen=frozen)
+
+
+def fit_step(
+    run: Run, name: str, step, state, arrays: dict, shape: tuple[int, int], held: int = 0, frozen: tuple = ()
+) -> Step:
+    """A jitted `step` compiled for the abstract `state` and a batch of `arrays` (name -> type), each of `shape` on each
+    data-parallel device. frozen: further abstract arguments of it, if any.
+
+    Its micro-batches have the stage's micro_batch rows on a device, or the most that fit beside `held` bytes;
+    accumulation makes up the rest.
+    """
+    (per_device, length), mesh, compiled = shape, run.mesh, {}
+    sizes = memory.micro_batches(per_device, getattr(run.config, name).micro_batch)
+    shapes, split_heads = attention.shapes_of(run.gpt_config, length, run.training_dtype), mesh.shape["tensor"] > 1
+    attention.choose(shapes, sizes[0], run.cache_dir, run.config.attention, split_heads=split_heads, say=run.log.write)
+
+    def needed(size: int) -> int:
+        whole = (per_device // size, size * sharding.data_parallel(mesh), length)
+        split = sharding.rows(mesh, leading=1)
+        batch = {k: jax.ShapeDtypeStruct(whole, dtype, sharding=split) for k, dtype in arrays.items()}
+        compiled[size] = step.lower(state, batch, *frozen).compile()
+        return memory.needed_bytes(compiled[size])
+
+    limit = memory.device_bytes() - held
+    size = memory.largest_that_fits(sizes, needed, limit, name)
+    need = memory.needed_bytes(compiled[size])
+    run.log.write(f"{name}: {size} rows at a time need {need / 1e9:.2f} of {limit / 1e9:.2f} GB on each device")
+    return Step(compiled[size], per_device // size, size * sharding.data_parallel(mesh))
+
+
+def abstract_state(run: Run, optimizer, lora_rank: int | None = None):
+    """The train state, of adapters if lora_rank is set, as shapes, types and shardings."""
+    cfg, seed = run.gpt_config, run.config.seed
+
+    def state():
+        params = lora.init(cfg, lora_rank, seed) if lora_rank else None
+        return loop.init_state(cfg, optimizer, seed, run.mesh, params)
+
+    return sharding.abstract(jax.eval_shape(state), run.mesh)
+
+
+def place(batch: dict, accumulation: int, mesh) -> dict:
+    """Host arrays (rows, T) as device arrays (accumulation, rows / accumulation, T), rows split over the mesh."""
+    put = sharding.rows(mesh, leading=1)
+    return {k: jax.device_put(v.reshape(accumulation, -1, v.shape[-1]), put) for k, v in batch.items()}
