@@ -12,8 +12,8 @@ from nanochat_jax.config import load_config
 from nanochat_jax.mesh.sharding import AXES, tree_shardings
 from nanochat_jax.model import scaling
 from nanochat_jax.model.gpt import graph_of, init_params, merge
-from nanochat_jax.stages.run import Run
 from nanochat_jax.stages.preview import preview
+from nanochat_jax.stages.run import Run
 
 SETTINGS = ["model.depth=2", "model.width=32", "model.head_dim=16", "model.sequence_len=64", "dtype=float32"]
 
