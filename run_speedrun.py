@@ -10,8 +10,6 @@ Stages run in order; one that is done in the run directory is skipped, and one t
 checkpoint. The last line on stdout is a JSON object with the run directory, the seconds of each stage and the scores.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

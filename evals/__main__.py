@@ -11,8 +11,6 @@ allow. Results go into evals/<stage>.json of the run, every question and verdict
 summary, one JSON object, is the last line on stdout.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -5,8 +5,6 @@ do not count, nor do positions that a mask leaves out. Beside it a floor to beat
 text taken one by one, which is what a model of byte frequencies alone would score.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -10,8 +10,6 @@ Shapes: R rows, P tokens of a prefix, S of stem and branches, M targets, D width
 size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import NamedTuple

@@ -6,8 +6,6 @@ python -m evals show runs/demo:sft --task gsm8k --index 17       one question
 python -m evals show runs/demo --task humaneval --grep "def .*sort" --limit 0
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

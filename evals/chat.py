@@ -6,8 +6,6 @@ for pass@k more answers to each are sampled. ChatCORE is the mean of accuracies 
 chance, 1 is all right.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

@@ -9,8 +9,6 @@ standard error, which needs larger differences to be sure. With many comparisons
 corrected by Holm's method, over the headline figures (bpb, CORE, ChatCORE) and over the tasks.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

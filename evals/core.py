@@ -10,8 +10,6 @@ another quantity.
     results = evaluate_core(scorer, tokenizer, "eval_bundle", max_per_task=100)
 """
 
-from __future__ import annotations
-
 import json
 import random
 import time

@@ -6,8 +6,6 @@ answer keys, question by question. arc_easy.jsonl comes out of the same conversi
 not in the table. Prompts stay as they are, wrong answers in few-shot examples included: only the marking changes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ shared, and attention reads the cache by one core. So every core gets an engine 
 all of them take from one queue.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import deque

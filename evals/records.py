@@ -14,8 +14,6 @@ evals/<stage>.<task>.jsonl has a line for each question, a JSON object with
 and evals/<stage>.bpb.jsonl for each row of validation text its index, id, bits and bytes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Sequence

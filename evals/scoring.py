@@ -11,8 +11,6 @@ whole batch are never in memory, and a long context costs the head no more than 
 On a mesh, rows are split over its data axes, and parameters are sharded as sharding.py says.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby, pairwise
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """The few shapes that questions of any length are brought to, so that few programs are compiled."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Standard errors, tests of whether two scores differ by more than chance, and pass@k."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ The base model gets bits per byte, CORE where the bundle is at hand, and multipl
 seen a conversation yet, so this is where the others start from). Later stages get bits per byte and all chat tasks.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -6,8 +6,6 @@
 Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

@@ -6,8 +6,6 @@
 Anything else that is raised is a defect and shows its traceback.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import functools

@@ -5,8 +5,6 @@
 An unknown key is an error that names the nearest one. `rules.py` checks values.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import difflib

@@ -3,8 +3,6 @@
 A device that is not here has no MFU: n/a is better than a wrong figure.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

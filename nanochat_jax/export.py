@@ -7,8 +7,6 @@ transformers has no type, becomes safetensors under karpathy/nanochat's names. `
 either back, in float32 bit for bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """Files that are either whole or absent, and folders that one process at a time may write to."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

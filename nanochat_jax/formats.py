@@ -10,8 +10,6 @@
 Plain .json is left alone: that is one value, such as a note beside a download, and not a line each.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -8,8 +8,6 @@ checkpoints: model_<step>.pt, meta_<step>.json and tokenizer.pkl, the newest ste
 of which those of the model come from the folder, are what later stages train with.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -5,8 +5,6 @@
 Every text file of the checkout, in reading order: README.md and run_speedrun.py first.
 """
 
-from __future__ import annotations
-
 import argparse
 import subprocess
 import sys

@@ -5,8 +5,6 @@ depth 4 and 8 x 512 tokens 190,000 pages of 4 KB. Linux gives pages of 2 MB to w
 where its tunable says so when the process starts.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

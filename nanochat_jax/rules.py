@@ -1,7 +1,5 @@
 """What must hold of settings beyond their types: sizes that cannot be, choices, combinations."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from pathlib import Path

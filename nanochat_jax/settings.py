@@ -1,7 +1,5 @@
 """Every setting with its default and the comment that stands beside it in config.py: `run_speedrun.py --settings`."""
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import inspect

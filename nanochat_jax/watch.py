@@ -6,8 +6,6 @@ It only reads the run directory, and so works on a run of another user or host, 
 It needs no jax, and so starts at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

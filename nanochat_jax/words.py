@@ -1,7 +1,5 @@
 """Markdown's parts, numbers as people read them, and text from outside made harmless."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

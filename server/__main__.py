@@ -5,8 +5,6 @@
 NANOCHAT_API_KEY in the environment is the key that /v1 and /metrics want as a bearer token; without it they are open.
 """
 
-from __future__ import annotations
-
 import argparse
 import ipaddress
 import os

@@ -1,7 +1,5 @@
 """One request to the API on its way: n jobs of the engine, whose ids become text in the event loop's thread."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import random

@@ -1,7 +1,5 @@
 """The HTTP side: OpenAI's chat completions and completions, what watches them, and the page."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """One answer as it is made: ids become text, text that may begin a stop string waits, and a stop string ends it."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What holds for every request, whatever its route: the key, the size of the body, headers, and being counted."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import time

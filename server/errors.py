@@ -1,7 +1,5 @@
 """Every error as OpenAI says it: {"error": {"message", "type", "param", "code"}}."""
 
-from __future__ import annotations
-
 import http
 
 from fastapi import FastAPI, Request

@@ -1,7 +1,5 @@
 """What /metrics tells Prometheus. The counts of the engine are read when they are asked for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

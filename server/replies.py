@@ -1,7 +1,5 @@
 """What an answer looks like on the wire: OpenAI's chat completions and completions, whole or as server-sent events."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

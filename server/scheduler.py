@@ -1,7 +1,5 @@
 """One thread owns the engine. Requests come to it through an inbox, and what it makes goes back by callbacks."""
 
-from __future__ import annotations
-
 import math
 import queue
 import threading

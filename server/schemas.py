@@ -1,7 +1,5 @@
 """What the API takes and gives: OpenAI's chat completions and completions. An unknown field is refused, not ignored."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from types import GenericAlias
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """`python -m tokenizer train` and `python -m tokenizer evaluate`; the last line on stdout is one JSON object."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

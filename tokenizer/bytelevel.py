@@ -4,8 +4,6 @@ What `nanochat_jax.import` brings in beside foreign weights. It takes the place 
 same promises: every text comes back, and no text becomes a special token. Not for training vocabularies.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ What the assistant says is a target (mask 1): its text, its tool calls with both
 What others say is not (mask 0): users, tool output with its delimiters, bos, and assistant_start.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import chain
 

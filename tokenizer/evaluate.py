@@ -1,7 +1,5 @@
 """Bytes per token of a vocabulary, and beside it those of gpt2 and cl100k where their files are at hand."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

@@ -22,8 +22,6 @@ What is better than ours is left for these reasons. A prompt may end in a line b
 wants a number to be its digits.
 """
 
-from __future__ import annotations
-
 import heapq
 import io
 import itertools

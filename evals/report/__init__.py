@@ -7,8 +7,6 @@ not there makes it shorter; nothing is estimated. `facts` reads, a module for ea
 draws, `html` renders.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

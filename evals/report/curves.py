@@ -1,7 +1,5 @@
 """Curves over training steps: loss, bits per byte, CORE, reward, what RL does to the policy, throughput."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """What a run directory says, read once: settings, done marks, metrics, evaluations, answers."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

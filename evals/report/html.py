@@ -5,8 +5,6 @@ the report writes (TAGS); links are text too, and images are files of the run's 
 the page forbids the browser the rest.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import re

@@ -1,7 +1,5 @@
 """What was partial, cropped or substituted, and where: one plain list."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator
 

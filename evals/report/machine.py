@@ -1,7 +1,5 @@
 """What the run is, what it ran on, how it was set, and what each stage took: steps, tokens, device hours, dollars."""
 
-from __future__ import annotations
-
 import statistics
 
 from evals.report import curves

@@ -4,8 +4,6 @@ All have one width and one scale, so that their letters are of one size on the p
 any colour vision (Okabe and Ito 2008, the purple darkened) and keep their meaning: one for each stage.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Sequence

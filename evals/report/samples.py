@@ -1,7 +1,5 @@
 """What the models say: answers to fixed prompts, and right and wrong answers to questions of the evaluation."""
 
-from __future__ import annotations
-
 from evals import records
 from evals.report.facts import STAGES, Facts, titled
 from nanochat_jax.words import cut, fence, fold, plain

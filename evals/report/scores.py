@@ -1,7 +1,5 @@
 """The table of scores over stages, with what is partial explained below it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

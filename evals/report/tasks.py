@@ -1,7 +1,5 @@
 """Task by task: CORE, subjects, and further answers drawn for pass@k."""
 
-from __future__ import annotations
-
 from evals.report.facts import STAGES, Facts, titled
 from evals.report.plots import Bar, bars
 from nanochat_jax.words import DASH, fold, plain, plus_minus, table

@@ -21,8 +21,6 @@ What no sandbox gives: the tests run in the program's own process, and code that
 passed. And a defect of the kernel is a way out.
 """
 
-from __future__ import annotations
-
 import atexit
 import threading
 from collections.abc import Callable

@@ -4,8 +4,6 @@ New processes, signals to others, sockets, ctypes, and writing or deleting outsi
 are no security boundary: a C extension gets past them, and what the user may read can be read.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

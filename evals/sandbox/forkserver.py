@@ -6,8 +6,6 @@ It is started afresh and never forked from the evaluator, whose JAX has threads.
 over the socket between them. The worker ends when the evaluator does: its socket then has an end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import importlib

@@ -8,8 +8,6 @@ Works for any user where the kernel (5.14 or newer) allows user namespaces. Root
 only root may read stays unread and the limit on processes, which does not hold for root, holds.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import socket

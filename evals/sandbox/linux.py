@@ -1,7 +1,5 @@
 """Linux system calls that Python's standard library does not have, by ctypes. Errors are OSError."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import signal

@@ -1,7 +1,5 @@
 """The process that becomes the program: it takes its limits, runs the source, and reports how that ended."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

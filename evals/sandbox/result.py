@@ -1,7 +1,5 @@
 """What became of a program, by name."""
 
-from __future__ import annotations
-
 import errno
 import os
 import traceback

@@ -6,8 +6,6 @@ this file do not exist (ENOSYS). The kernel hands each refused call to the liste
 so that also what `ctypes` tries is known by name.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl

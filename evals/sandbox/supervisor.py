@@ -5,8 +5,6 @@
 The worker stands outside of the program's process namespace. When init ends, the kernel ends all that is in there.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import glob

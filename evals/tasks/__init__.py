@@ -5,8 +5,6 @@
 Local files have the hub's columns: tasks/gsm8k_main_test.parquet, chat/*.jsonl.gz, words/*.txt.gz below data.dir.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path

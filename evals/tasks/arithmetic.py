@@ -3,8 +3,6 @@
 Each template draws numbers and names, and gives a question and its answer.
 """
 
-from __future__ import annotations
-
 import random
 
 from evals.tasks.base import Generated, dialogue

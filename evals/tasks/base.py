@@ -1,7 +1,5 @@
 """What a task is: questions as conversations, a verdict on an answer, and the accuracy of guessing."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from abc import ABC, abstractmethod

@@ -1,7 +1,5 @@
 """Conversations to learn from, with nothing to score: local JSON lines, or SmolTalk (arXiv 2502.02737)."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from array import array

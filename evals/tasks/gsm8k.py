@@ -1,7 +1,5 @@
 """GSM8K: grade-school word problems whose answers call a calculator. Cobbe et al., arXiv 2110.14168."""
 
-from __future__ import annotations
-
 import re
 
 from evals.tasks.base import FromRows, ScoredTask, dialogue

@@ -1,7 +1,5 @@
 """HumanEval: functions to be written from their docstrings, run against tests. Chen et al., arXiv 2107.03374."""
 
-from __future__ import annotations
-
 import re
 
 from evals.sandbox import run_program

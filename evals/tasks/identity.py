@@ -1,7 +1,5 @@
 """Conversations about who the model is and what it can do, so that a model trained without a network can say so."""
 
-from __future__ import annotations
-
 import random
 
 from evals.tasks.base import Task, dialogue

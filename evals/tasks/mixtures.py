@@ -3,8 +3,6 @@
 times > 0 repeats all rows, times < 0 takes so many of them. Tasks that a source lacks are left out.
 """
 
-from __future__ import annotations
-
 from evals.tasks import trainable
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data.sources import source_of

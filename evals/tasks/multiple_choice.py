@@ -1,7 +1,5 @@
 """Multiple choice: how it is asked; ARC (Clark et al., arXiv 1803.05457); MMLU (Hendrycks et al., arXiv 2009.03300)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from evals.tasks.base import FromRows, dialogue

@@ -7,8 +7,6 @@ a list, `choices` for that in the form of a multiple-choice question, `reading` 
 four layers of width 128 that has done the first two for a million tokens learns `facts` within half a million.
 """
 
-from __future__ import annotations
-
 import random
 import string
 

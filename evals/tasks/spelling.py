@@ -7,8 +7,6 @@ merge letters with commas and hyphens as text happens to ("s,", "-t"), so that a
 Words of the test split are never among those of training.
 """
 
-from __future__ import annotations
-
 import gzip
 import random
 import re

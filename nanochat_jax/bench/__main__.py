@@ -1,7 +1,5 @@
 """python -m nanochat_jax.bench WHAT [options], with WHAT one of those below; each has --help."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

@@ -5,8 +5,6 @@ timed with tokenizing, the reference without. "first" is our first pass, which c
 of the rounds after it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

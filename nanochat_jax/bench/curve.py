@@ -7,8 +7,6 @@ warm-up: weights that differ by a millionth then differ by percents of the loss.
 much; a larger batch or --lr-scale makes it less.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -6,8 +6,6 @@ simulated by sleeping: what then counts is how long the loop waits for its batch
 loader's threads.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import tempfile

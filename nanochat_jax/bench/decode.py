@@ -5,8 +5,6 @@ the time to the first token of one prompt alone. of_bandwidth is the bytes that 
 once and the keys and values in use, as a share of the rate that `read_bandwidth` finds.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import statistics

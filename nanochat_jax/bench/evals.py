@@ -6,8 +6,6 @@ in its evaluation. One after the other is the same engine with one slot; it answ
 that alternate with those of all together. --dir is what data.dir takes.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

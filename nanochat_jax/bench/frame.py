@@ -5,8 +5,6 @@ compares, it also has `worker(args)`, which is our side: a process that does som
 other side is reference.py, run by a Python that has torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

@@ -6,8 +6,6 @@ rows the optimizer needs the most, with many the activations. With --gpus it is 
 runs two steps of the planned size and compares. On a CPU give it one depth: its peak is the process's.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 from pathlib import Path

@@ -5,8 +5,6 @@ the bytes that it cannot but move at the rate of a large copy; both rates are me
 backward pass, it is in. The functions are the model's own, at the shapes that a step of this depth gives them.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ it was traced (`kernels.part_of`). What it does not name (a launch inside a comm
 name, or counted as other.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from pathlib import Path

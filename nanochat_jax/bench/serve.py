@@ -4,8 +4,6 @@ Without --url the clients sit in this process and talk to the engine: its own fi
 they stream chat completions from a running server, and an answer that breaks off or has no end counts as an error.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import http.client

@@ -6,8 +6,6 @@ An entry that would not end in time is left out and named. results.jsonl in --ou
 it ended, its last line of JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

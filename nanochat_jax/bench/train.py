@@ -6,8 +6,6 @@ seconds from the process's start to the end of its first step. --profile keeps a
 the program that it is of, and prints where the time went.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

@@ -7,8 +7,6 @@
 DIR is a run, one of its stages or one checkpoint; the run's configuration is not needed. `--json` prints one JSON line.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import datetime

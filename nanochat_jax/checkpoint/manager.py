@@ -4,8 +4,6 @@ On several hosts, which share the directory, every process makes a Checkpointer 
 same point. Process 0 holds the lock, decides and prints; all take the same step, and raise where one of them failed.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -4,8 +4,6 @@
 an earlier stage, which its meta record names: the two are merged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

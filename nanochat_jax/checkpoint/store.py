@@ -6,8 +6,6 @@ end, so a folder whose name is a number is complete, even if the process was kil
 the JSON, a list of the state's files, and the checksums: otherwise changed bytes would pass for parameters.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

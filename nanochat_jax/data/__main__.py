@@ -6,8 +6,6 @@ python -m nanochat_jax.data download --dataset core
 python -m nanochat_jax.data ls
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -12,8 +12,6 @@ belong to the manifest are there. Its lock on the folder ends with it. Other pro
 them meanwhile, and pack the rest where rows are missing and the lock is free.
 """
 
-from __future__ import annotations
-
 import itertools
 import operator
 import threading

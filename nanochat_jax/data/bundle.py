@@ -4,8 +4,6 @@ Its publisher states no checksum. What can be checked is the size that the serve
 and CRCs of the archive; the SHA-256 of what came is written down beside it, in `source.json`.
 """
 
-from __future__ import annotations
-
 import csv
 import shutil
 import zipfile

@@ -1,7 +1,5 @@
 """Filling the cache of downloads ahead of a run, and what is in it."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from pathlib import Path

@@ -5,8 +5,6 @@ depends on, and the sources of a part of the standard library. A document is one
 file. What comes from one file is either all training or all validation text.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import importlib.util

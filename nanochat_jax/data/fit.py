@@ -4,8 +4,6 @@ Into what is left of a row goes the largest document of a buffer that fits; wher
 shortest one, or nothing. arXiv 2404.10830.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar

@@ -6,8 +6,6 @@ size and SHA-256 before the file gets its name. A note beside the file, `<name>.
 file is used without a request, and read again only where its time of change is another.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -4,8 +4,6 @@ Rows are shuffled in windows that grow as 1, 1, 2, 4, 8, ... shards: training be
 never waits if packing is at least twice as fast as training. From the second epoch on all rows are shuffled together.
 """
 
-from __future__ import annotations
-
 import itertools
 import threading
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A mixture of tasks' conversations in one deterministic order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

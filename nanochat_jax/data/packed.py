@@ -5,8 +5,6 @@ conversations also `mask_00000.npy`, ... (rows, T + 1) bool, and `manifest.json`
 All shards but the last have `shard_rows` rows, and each has a checksum. A folder may grow while it is read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

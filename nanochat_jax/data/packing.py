@@ -5,8 +5,6 @@ beginning of the shortest one, and a row of conversations is padded. The rest of
 third of all tokens at a context of 2048. In exchange every token sees its document from the start.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections import deque

@@ -4,8 +4,6 @@ The list of a dataset's files and its commit are kept in the cache beside them, 
 rows packed from it, do not change where the dataset does; remove that file to have what is new.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections import deque

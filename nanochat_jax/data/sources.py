@@ -5,8 +5,6 @@ for piece in documents.pieces("train"):
     for text in piece.texts(): ...
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from nanochat_jax.config import DataConfig

@@ -1,7 +1,5 @@
 """Which dataset of the hub, or which local file, has the rows of each task."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -9,8 +9,6 @@ Shapes: D devices that split the slots, S slots of each, M rows of a call on eac
 ring, N head size.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field

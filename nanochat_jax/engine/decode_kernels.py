@@ -11,8 +11,6 @@ interpret runs the kernels on any machine, slowly.
 Shapes: M rows, S slots, H query heads, K key/value heads, R places of a ring, N head size, D width, O outputs.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

@@ -1,7 +1,5 @@
 """Between text and the engine: conversations cut to fit the context, and ids turned into text as they are made."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple

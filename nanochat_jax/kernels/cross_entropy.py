@@ -4,8 +4,6 @@ XLA makes two kernels of it, for tanh and for the rest, which exchange float32; 
 products read. `model/loss.py` has the formulas, and the plain path of a CPU or TPU.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

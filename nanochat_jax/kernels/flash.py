@@ -8,8 +8,6 @@ diagonal cuts. So a window of 512 at T = 2048 costs as little in the backward pa
 Scores are kept in base 2, exp(x) = exp2(x log2(e)); products take the inputs' type and add up in float32.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

@@ -9,8 +9,6 @@ For a GPU a product is written as that of what the bytes stand for, values times
 8-bit product with two scales on an H100 and later. Elsewhere products are emulated, to the same numbers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

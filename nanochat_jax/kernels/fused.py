@@ -7,8 +7,6 @@ partitions the program, the functions are the plain formulas that stand beside t
 Shapes: B batch, T time, D width, H heads, N head size. Kernels compute in float32.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

@@ -1,7 +1,5 @@
 """When a Pallas kernel is used, and how it is launched: on a GPU, compiled by Triton."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

@@ -5,8 +5,6 @@ into float32; a result that is asked for in bfloat16 is made by converting both 
 the first operand must be turned, as in a weight's gradient.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

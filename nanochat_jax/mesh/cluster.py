@@ -7,8 +7,6 @@ in an interactive shell), gives every process one GPU, does not know Open MPI 5,
 manifest can say. So the launchers' variables are read here.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Mapping

@@ -8,8 +8,6 @@ MPI and Kubernetes by themselves (configs/cluster/), or by three variables. When
 within half a minute, as their last line, and exit with 75: the same command resumes from the last checkpoint.
 """
 
-from __future__ import annotations
-
 import atexit
 import ctypes
 import os

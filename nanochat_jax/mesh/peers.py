@@ -9,8 +9,6 @@ Messages are lines of JSON: {"hello"} and {"welcome"} or {"refused"} at first; t
 come to a meeting and {"all"} to everybody when the last one has; {"end"} says why all must end now.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -7,8 +7,6 @@ What crosses `data` and `fsdp` is written out here (`over_rows`): parameters gat
 reduce-scattered once a step. What crosses `tensor` is left to XLA. The same step runs on one device and on many.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -8,8 +8,6 @@ was measured, `default_backend` is used.
 Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), N head size.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Iterable

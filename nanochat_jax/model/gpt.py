@@ -7,8 +7,6 @@ meet keys and values: training passes causal attention, the engine its cache.
 Shapes: B batch, T time, D width, H query heads, K key/value heads, N head size, V vocabulary (padded where stored).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ is twice the rank. W is frozen, in the dtype of the products. Only a and b have 
 and only they are saved in a checkpoint.
 """
 
-from __future__ import annotations
-
 import math
 
 import jax

@@ -16,8 +16,6 @@ The loss is a weighted sum over tokens, so that one function serves pretraining 
 policy gradient of RL (the advantage).
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

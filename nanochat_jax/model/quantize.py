@@ -3,8 +3,6 @@
 Symmetric rounding to the nearest of 255 levels (LLM.int8()'s vector-wise absmax, arXiv 2208.07339, for weights alone).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

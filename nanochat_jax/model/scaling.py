@@ -4,8 +4,6 @@ Plain arithmetic, no arrays. The rules are those of karpathy/nanochat: batch by 
 the constant-epoch rule of Wang and Aitchison (arXiv 2405.13698), both relative to depth 12.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

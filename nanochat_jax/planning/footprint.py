@@ -1,8 +1,6 @@
 """What a step of the base stage needs of a device's memory, by kind of array, before it runs: as the compiler sees it,
 or by a formula that was fitted to that for H100s."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

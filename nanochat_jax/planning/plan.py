@@ -12,8 +12,6 @@ measured. The memory of a step is in `footprint`. A time, rate or price that is 
 Not counted: compiling (minutes at first, then cached), waiting for downloads, and restarts.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json

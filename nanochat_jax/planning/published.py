@@ -1,8 +1,6 @@
 """How fast the reference, karpathy/nanochat, trained in published runs: what a plan assumes where this code itself has
 not been measured. File names are the reference's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -9,8 +9,6 @@ was stopped in any way resumes when the same command is given again, also with m
 folder has sweep.md with the table, the plot and the fits (`fit`), and all figures in sweep.json. One host only.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

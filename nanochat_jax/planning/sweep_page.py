@@ -1,7 +1,5 @@
 """What a sweep found, as sweep.md with its plot and sweep.json: the models, the fits, the best tokens per parameter."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path

@@ -7,8 +7,6 @@ What such a compilation does not know: cuDNN's scratch (its attention's backward
 values of one layer at a time), and what autotuning on the device would choose.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import os

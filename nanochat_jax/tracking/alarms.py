@@ -3,8 +3,6 @@
 The first two are a function of the records so far, so that a resumed run raises the same alarms again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import statistics

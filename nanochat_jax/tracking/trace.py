@@ -1,7 +1,5 @@
 """A profile of a few steps in the middle of a run, which Perfetto (ui.perfetto.dev) and XProf open."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path

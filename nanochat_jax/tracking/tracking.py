@@ -9,8 +9,6 @@ Floats that are not finite are null.
 The console is stderr: the last line on stdout belongs to the result.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import json

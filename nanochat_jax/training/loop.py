@@ -5,8 +5,6 @@ parameters. Pretraining, midtraining and SFT differ in the rows and in which tok
 advantages.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -1,7 +1,5 @@
 """Whether a step fits a device, by the compiler's own analysis of the compiled step, before anything runs."""
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 from collections.abc import Callable

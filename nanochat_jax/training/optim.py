@@ -4,8 +4,6 @@ Every rate, momentum and decay is a pure function of the step. Muon: Jordan 2024
 NorMuon: arXiv 2510.05491; AdamW: arXiv 1711.05101. Matrices are stored (out, in): rows are outputs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

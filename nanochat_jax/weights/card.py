@@ -1,7 +1,5 @@
 """The README.md of an exported folder: what it is, and how to load it."""
 
-from __future__ import annotations
-
 from nanochat_jax.config import GPTConfig
 
 CLASSIC = """\

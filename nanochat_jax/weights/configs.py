@@ -3,8 +3,6 @@
 What our settings cannot express is refused by name, so that no model comes in as another one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 from nanochat_jax.config import GPTConfig, ModelConfig

@@ -7,8 +7,6 @@ tokenizer.json, tokenizer_config.json, chat_template.jinja; tokenizer.model wher
 README.md                how to load them
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

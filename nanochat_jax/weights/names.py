@@ -3,8 +3,6 @@
 Both store weights (out, in), as we do, so that only names have to be translated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import jax

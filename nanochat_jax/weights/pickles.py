@@ -4,8 +4,6 @@ Both are pickles, which may name any function to be called. Here they may name t
 neither package is needed and nothing else runs.
 """
 
-from __future__ import annotations
-
 import pickle
 import zipfile
 from collections import OrderedDict

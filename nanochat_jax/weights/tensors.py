@@ -4,8 +4,6 @@ Written here, and not by the package of that name, because the same arrays and n
 writes the notes in an order that changes from call to call. Reading maps the file and copies nothing.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

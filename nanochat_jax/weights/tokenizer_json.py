@@ -14,8 +14,6 @@ special tokens have been matched. Its ids are those of `tokenizer.chat`, and its
 loss mask, except where two text parts follow each other: it joins them before they are encoded.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
