@@ -1,9 +1,9 @@
-"""Flash attention for GPUs, causal and with a left window, whose loops run over the tiles that the mask admits alone.
+"""Flash attention for GPUs, causal and with a left window; its loops skip the tiles that the mask hides.
 
 Dao, FlashAttention-2 (arXiv 2307.08691), as three Pallas kernels that Triton compiles: the output with its log-sum-exp,
-dq, and dk with dv. Every program of a kernel holds one tile of rows and walks over the tiles of the other side that
-some of its rows see: first those that the window's edge cuts, then the whole ones, without a mask, then those that the
-diagonal cuts. So a window of 512 at T = 2048 costs as little in the backward pass as in the forward one.
+dq, and dk with dv. Every program of a kernel holds one tile of rows and loops over the tiles of the other side that
+some of its rows see: first those at the window's edge, then the whole ones, without a mask, then those on the diagonal.
+So a window of 512 at T = 2048 saves as much in the backward pass as in the forward one.
 
 Scores are kept in base 2, exp(x) = exp2(x log2(e)); products take the inputs' type and add up in float32.
 """

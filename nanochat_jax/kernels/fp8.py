@@ -1,12 +1,12 @@
 """Matrix products in 8-bit floats, with one scale for a whole tensor, taken from its largest element when it is used.
 
-Micikevicius et al., arXiv 2209.05433: e4m3 for activations and weights, e5m2, which reaches further, for gradients.
-Of y = x W^T the products of the backward pass, dx = dy W and dW = dy^T x, take what the forward pass has quantised, so
-that a byte and not two is kept for every activation. An H100's 8-bit products sum over the last axis of both operands:
-the three need every array in both layouts, which one kernel writes as it quantises.
+Micikevicius et al., arXiv 2209.05433: e4m3 for activations and weights, e5m2, with the larger range, for gradients. The
+backward pass of y = x W^T, dx = dy W and dW = dy^T x, reuses what the forward pass has quantised: one byte is kept for
+every activation, not two. An H100's 8-bit products sum over the last axis of both operands, so that the three need
+every array in both layouts, which one kernel writes as it quantises.
 
-For a GPU a product is written as that of what the bytes stand for, values times scale, which XLA knows as cuBLASLt's
-8-bit product with two scales on an H100 and later. Elsewhere products are emulated, to the same numbers.
+On a GPU a product is written in the numbers that the bytes stand for, values times scale, which XLA turns into
+cuBLASLt's 8-bit product on an H100 and later. Elsewhere products are emulated, to the same numbers.
 """
 
 import math

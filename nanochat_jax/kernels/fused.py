@@ -1,8 +1,8 @@
-"""What lies between a layer's products, on a GPU as one pass over memory each: Pallas kernels that Triton compiles.
+"""The operations between a layer's products, on a GPU in one pass over memory each, by Pallas kernels.
 
-XLA reads an array once for its norm and again to apply it, and in the backward pass once more; at depth 24 a fifth of a
-step is spent so. Here every row is read once, kept in registers, and written once. Everywhere else, and where XLA
-partitions the program, the functions are the plain formulas that stand beside the kernels.
+XLA reads an array once for its norm, again to apply it, and once more in the backward pass: a fifth of a step at depth
+24. Here every row is read once, kept in registers, and written once. Everywhere else, and where XLA partitions the
+program, the functions are the plain formulas below.
 
 Shapes: B batch, T time, D width, H heads, N head size. Kernels compute in float32.
 """
@@ -26,7 +26,7 @@ def rms_norm(x: jax.Array, eps: float) -> jax.Array:
 
 @jax.custom_vjp
 def relu_squared(x: jax.Array) -> jax.Array:
-    """max(x, 0)^2 (Primer: arXiv 2109.08668); the backward pass knows x by its result, whose root is max(x, 0)."""
+    """max(x, 0)^2 (Primer: arXiv 2109.08668); the backward pass takes max(x, 0) from the root of the result."""
     return jnp.square(jax.nn.relu(x))
 
 
@@ -190,7 +190,7 @@ def _mix_fwd(x, change, x0, r, s, eps):
 
 
 def _mix_bwd(eps, kept, given):
-    """What y was mixed of is not kept: x + change = (y - s x0) / r, and r stays near one."""
+    """x + change is not kept but recomputed as (y - s x0) / r: r stays near one."""
     y, x0, r, s = kept
     dx, dx0, gy, gx0 = _over_rows(_mix_backward, eps, (y, x0, *given), (r, s), sums=2)
     ds = gx0.sum()
@@ -253,13 +253,9 @@ def _rotate(x, cos, sin, gain: float, eps: float):
     return _over_times(_rotate_forward, gain, eps, (x,), cos, sin)
 
 
-def _rotate_fwd(x, cos, sin, gain, eps):
-    return _rotate(x, cos, sin, gain, eps), (x, cos, sin)
-
-
 def _rotate_bwd(gain, eps, kept, dy):
     x, cos, sin = kept
     return _over_times(_rotate_backward, gain, eps, (x, dy), cos, sin), None, None
 
 
-_rotate.defvjp(_rotate_fwd, _rotate_bwd)
+_rotate.defvjp(lambda x, cos, sin, gain, eps: (_rotate(x, cos, sin, gain, eps), (x, cos, sin)), _rotate_bwd)

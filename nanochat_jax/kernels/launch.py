@@ -1,4 +1,4 @@
-"""When a Pallas kernel is used, and how it is launched: on a GPU, compiled by Triton."""
+"""When Pallas kernels are used, and how they are launched: on a GPU, compiled by Triton."""
 
 from collections.abc import Callable
 

@@ -1,8 +1,8 @@
-"""Matrix products, each in the form that the device is quick at; one to a GPU, not to a CPU.
+"""Matrix products in the form that is fastest on the device. On a GPU they are all the same; on a CPU they are not.
 
-XLA's products on a CPU run bfloat16 twice as fast as float32 where the cores can (`devices.cpu_has_bfloat16`), but only
-into float32; a result that is asked for in bfloat16 is made by converting both operands first. And they are slow where
-the first operand must be turned, as in a weight's gradient.
+XLA multiplies bfloat16 on a CPU twice as fast as float32 where the cores can (`devices.cpu_has_bfloat16`), but only
+into float32: for a result in bfloat16 it converts both operands first. And it is slow where the first operand must be
+transposed, as in a weight's gradient.
 """
 
 import functools
@@ -20,9 +20,9 @@ RUN = 1024  # tokens that a weight's gradient sums at once in 16 bits, whose rat
 def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x (..., in) times weight (out, in), transposed: (..., out) in x's dtype.
 
-    On two cores and a head of 32768 x 256, in float32 and bfloat16: one row with x @ W^T is read by both (0.6 ms; as an
-    einsum 1.3 and 11). For 8 rows in float32 W @ x^T spares the packing of W (2.2 ms, as an einsum 2.5), where XLA is
-    kept from turning it round again; in bfloat16 the einsum is the quick one (1.4 ms).
+    Measured on two cores with a head of 32768 x 256: for one row x @ W^T takes 0.6 ms (the einsum 1.3 in float32, 11 in
+    bfloat16). For 8 rows in float32 W @ x^T avoids repacking W (2.2 ms, the einsum 2.5), if barriers keep XLA from
+    transposing it back; in bfloat16 the einsum is the fastest (1.4 ms).
     """
     rows = math.prod(x.shape[:-1])
     if devices.platform() != "cpu":
@@ -50,8 +50,8 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def transposed(result: jax.Array) -> jax.Array:
-    """The transpose of a product's result (m, n), made after it: XLA on a CPU may turn the product round instead, into
-    a form that it has not for 16 bits, and fail when it runs (jax 0.10)."""
+    """The transpose of a product's result (m, n), after the product. XLA on a CPU may otherwise swap the operands, into
+    a form that it lacks for 16 bits, and fail when it runs (jax 0.10)."""
     return (jax.lax.optimization_barrier(result) if devices.platform() == "cpu" else result).T
 
 
@@ -61,22 +61,17 @@ def _of_many(x, weight):
     return einsum("ti,oi->to", x, weight)
 
 
-def _of_many_fwd(x, weight):
-    return _of_many(x, weight), (x, weight)
-
-
 def _of_many_bwd(kept, dy):
     x, weight = kept
     dx = einsum("to,oi->ti", dy, weight)
     if x.dtype.itemsize > 2:
-        turned = jax.lax.optimization_barrier(dy.T)
-        return dx, turned @ x
+        return dx, jax.lax.optimization_barrier(dy.T) @ x
     narrow, wide = (x, dy) if x.shape[1] < dy.shape[1] else (dy, x)
-    turned = jax.lax.optimization_barrier(narrow.T)
+    narrow_T = jax.lax.optimization_barrier(narrow.T)
     runs = [slice(start, start + RUN) for start in range(0, len(x), RUN)]
     dot = functools.partial(jnp.dot, preferred_element_type=jnp.float32)
-    total = sum(dot(turned[:, run], wide[run]) for run in runs)
+    total = sum(dot(narrow_T[:, run], wide[run]) for run in runs)
     return dx, (transposed(total) if narrow is x else total).astype(weight.dtype)
 
 
-_of_many.defvjp(_of_many_fwd, _of_many_bwd)
+_of_many.defvjp(lambda x, weight: (_of_many(x, weight), (x, weight)), _of_many_bwd)

@@ -1,7 +1,5 @@
 """Pretraining: next-token prediction on documents, packed by best fit so that every row starts with <|bos|>."""
 
-from __future__ import annotations
-
 from evals.core import evaluate_core, find_bundle
 from nanochat_jax.model import scaling
 from nanochat_jax.stages import common

@@ -3,8 +3,7 @@
 The run directory is in `run.py`, the compiled train step in `step.py`.
 """
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Callable
 
 import jax
@@ -170,6 +169,7 @@ def mix_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
+@functools.lru_cache(maxsize=64)
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
-    """A shuffle of range(n) that is a function of its arguments alone."""
+    """A shuffle of range(n) that depends on the arguments alone. Not to be written to."""
     return np.random.default_rng([seed, epoch]).permutation(n)

@@ -1,7 +1,5 @@
 """Evaluation of every trained stage that has no result yet: evals/<stage>.json."""
 
-from __future__ import annotations
-
 import time
 
 from evals.stage import evaluate_stage

@@ -5,8 +5,6 @@ alone. Rows are padded where no further conversation fits. With a lora_rank, a l
 (`lora.py`).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The updates that a step of RL makes of its samples: what `policy` weighs, through the train step of all stages."""
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
@@ -19,7 +17,7 @@ from nanochat_jax.training import loop
 
 
 class Batch(NamedTuple):
-    """What a step learns from: its minibatches' arrays, placed for the compiled train step."""
+    """The minibatches of a step, placed for the compiled train step."""
 
     step: int
     train: Step
@@ -27,7 +25,7 @@ class Batch(NamedTuple):
 
 
 def rows_per_device(run: Run) -> int:
-    """Sequences of a minibatch that each data-parallel device takes. UserError where they cannot be shared evenly."""
+    """Sequences of a minibatch on each data-parallel device. UserError where they cannot be shared evenly."""
     cfg, devices = run.config.rl, sharding.data_parallel(run.mesh)
     each, name = (2, "2 answers") if cfg.objective == "dpo" else (cfg.samples, "rl.samples")
     rows = cfg.questions * each // cfg.minibatches
@@ -40,7 +38,7 @@ def rows_per_device(run: Run) -> int:
 
 
 class Learner:
-    """The updates that a step makes of its samples, and what it measures of them."""
+    """Makes the updates of a step from its samples, and measures them."""
 
     def __init__(self, run: Run, optimizer, reference: dict | None, held: int):
         """reference: parameters for the KL and DPO, if any; held: bytes on each device beside the train step's."""
@@ -55,7 +53,7 @@ class Learner:
         self._step_of = functools.cache(lambda length: fit_step(run, "rl", step, state, arrays, (rows, length), held))
 
     def prepare(self, step: int, params: dict, batch: dict) -> tuple[Batch, dict]:
-        """The batch of a step from the arrays of `training_batch`, with -log p as of now; and mean entropy and KL."""
+        """The batch of a step from the arrays of `training_batch`, with -log p of now; and the mean entropy and KL."""
         compiled = self._step_of(batch["tokens"].shape[1])
         parts, measured = [], []
         for part in minibatches(batch, self.cfg.minibatches):

@@ -1,4 +1,4 @@
-"""What RL maximises, and the weight that it gives each sampled token.
+"""The loss of RL, and the weight that it gives each sampled token.
 
 Of a token with advantage A, log-probability log p now, log p_old when it was sampled, and log p_ref under the model
 that RL began with, the loss is
@@ -11,12 +11,10 @@ standard deviation (rl.zscore): GRPO in DeepSeekMath, arXiv 2402.03300. An upper
 
 With rl.objective=dpo the loss is that of pairs of answers instead, `preference_loss`.
 
-Either depends on the parameters through the tokens' log-probabilities alone, so its gradient is that of a weighted
-negative log-likelihood, with d loss / d nll as the weights: a pass gives the log-probabilities, `weigh` the weights,
-and the train step of the other stages does the rest. Probabilities are those of the whole softmax at temperature 1.
+Both depend on the parameters only through the tokens' log-probabilities, so that the gradient is that of a negative
+log-likelihood weighted by d loss / d nll: a forward pass gives the log-probabilities, `weigh` the weights, and the
+train step of the other stages does the rest. Probabilities are those of the whole softmax at temperature 1.
 """
-
-from __future__ import annotations
 
 import functools
 from collections.abc import Callable
@@ -50,10 +48,10 @@ def make_log_probs(graph, dtype, mesh) -> Callable:
 
 
 def make_look(log_probs: Callable, on_policy: bool = True) -> Callable:
-    """f(params, reference, batch) -> -log p of the targets under both, and mean entropy and KL over what was sampled.
+    """f(params, reference, batch) -> -log p of the targets under both, and mean entropy and KL over sampled tokens.
 
-    One program. reference: parameters, or None for neither its log-probabilities nor the KL, which takes samples of
-    params. batch: tokens, targets and share (A, R, T).
+    reference: parameters, or None for neither its log-probabilities nor the KL. on_policy: whether the samples are of
+    params, which the estimate of the KL assumes. batch: tokens, targets and share (A, R, T).
     """
 
     @jax.jit

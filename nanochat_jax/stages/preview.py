@@ -1,10 +1,8 @@
-"""How the base model goes on from a few prompts while it is trained: a line each for the records.
+"""How the base model continues a few prompts while it is trained, a line each for the records.
 
-Greedy and without a cache: every token costs a pass over a short row, which is little beside an evaluation, needs no
-memory to speak of, and is one program.
+Greedy and without a cache: every token costs a pass over a short row. That is one program, needs little memory, and is
+cheap next to an evaluation.
 """
-
-from __future__ import annotations
 
 import functools
 

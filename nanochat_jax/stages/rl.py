@@ -9,8 +9,6 @@ DPO (rl.objective=dpo, arXiv 2305.18290) samples from the model that RL began wi
 answer to the first wrong one, of questions that have both; its probabilities are not normalised by length.
 """
 
-from __future__ import annotations
-
 from typing import cast
 
 import jax

@@ -1,9 +1,7 @@
 """What RL learns from: questions of one task or several, samples of their answers, and rewards; pass@k."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,27 +26,23 @@ class Question:
 class Questions:
     """The questions of several tasks in one order: of every sum(shares) in a row, shares[name] are of task `name`.
 
-    Which one stands at a place depends on the seed and the place alone. A task that has been gone through begins again,
-    in another order.
+    The question at a place depends on the seed and the place alone. A task that is used up is shuffled anew.
     """
 
     def __init__(self, tasks: dict[str, ScoredTask], shares: dict[str, int], seed: int):
         self.tasks, self._shares, self._seed = tasks, shares, seed
         self._cycle = [(name, rank) for name, share in shares.items() for rank in range(share)]
         self._first = dict(zip(tasks, np.cumsum([0, *map(len, tasks.values())]).tolist()))
-        self._orders: dict[str, tuple[int, np.ndarray]] = {}  # the epoch that a task is in, and its order
 
     def __len__(self) -> int:
-        """Places until the first of the tasks has been gone through."""
+        """Places until the first of the tasks is used up."""
         return min(len(self.tasks[name]) * len(self._cycle) // share for name, share in self._shares.items())
 
     def __getitem__(self, place: int) -> Question:
         turn, at = divmod(place, len(self._cycle))
         name, rank = self._cycle[at]
         epoch, i = divmod(turn * self._shares[name] + rank, len(self.tasks[name]))
-        if self._orders.get(name, (None,))[0] != epoch:
-            self._orders[name] = epoch, common.permutation(self._seed, epoch, len(self.tasks[name]))
-        return self.question(name, int(self._orders[name][1][i]))
+        return self.question(name, int(common.permutation(self._seed, epoch, len(self.tasks[name]))[i]))
 
     def question(self, name: str, index: int) -> Question:
         return Question(self.tasks[name], index, self._first[name] + index)
@@ -80,13 +74,8 @@ class Sampler:
 
     def __init__(self, run: Run, model, slots: int):
         self.cfg, self.tok = run.config.rl, run.tokenizer
-        self.engine = Engine(
-            model,
-            slots=slots,
-            max_len=run.config.model.sequence_len,
-            tool=CalculatorTool(run.tokenizer),
-            mesh=run.mesh,
-        )
+        length, tool = run.config.model.sequence_len, CalculatorTool(run.tokenizer)
+        self.engine = Engine(model, slots=slots, max_len=length, tool=tool, mesh=run.mesh)
 
     def __call__(
         self, params: dict, questions: Sequence[Question], samples: int, seed_of: Callable[[int, int], int]
@@ -95,18 +84,15 @@ class Sampler:
         self.engine.update_params(params)
         conversations = [q.task[q.index] for q in questions]
         prompts = [render_prompt(self.tok, c["messages"][:-1]) for c in conversations]
-        requests = [
-            Request(
-                ids=p,
-                max_new_tokens=self.cfg.max_new_tokens,
-                temperature=self.cfg.temperature,
-                top_k=self.cfg.top_k,
-                seed=seed_of(q.id, s),
-                stop_ids=(self.tok.assistant_end, self.tok.bos),
-            )
-            for q, p in zip(questions, prompts)
-            for s in range(samples)
-        ]
+        like = Request(
+            ids=[],
+            max_new_tokens=self.cfg.max_new_tokens,
+            temperature=self.cfg.temperature,
+            top_k=self.cfg.top_k,
+            stop_ids=(self.tok.assistant_end, self.tok.bos),
+        )
+        asked = [(p, seed_of(q.id, s)) for q, p in zip(questions, prompts) for s in range(samples)]
+        requests = [replace(like, ids=p, seed=seed) for p, seed in asked]
         flat = self.engine.generate(requests)
         completions = [flat[i * samples : (i + 1) * samples] for i in range(len(prompts))]
         rewards = [
@@ -138,7 +124,7 @@ def training_batch(rollouts: Rollouts, end_id: int, pad_id: int, max_len: int, z
             end = [end_id] if c.finish_reason == "stop" else []
             rows.append((prompt + c.ids + end)[: max_len + 1])
             masks.append(([0] * len(prompt) + c.mask + [1] * len(end))[: max_len + 1])
-    longest = max(len(r) for r in rows) - 1
+    longest = max(map(len, rows)) - 1
     width = min(-(-longest // _BUCKET) * _BUCKET, max_len) + 1
     tokens = np.full((len(rows), width), pad_id, np.int32)
     sampled = np.zeros((len(rows), width), bool)

@@ -1,7 +1,5 @@
 """A run directory, and what its stages read from it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The compiled train step of a stage: how many rows at a time fit the devices, by the compiler's own analysis."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,7 +15,7 @@ from nanochat_jax.training import loop, memory
 
 
 def rows_per_device(name: str, batch_tokens: int, sequence_len: int, mesh) -> int:
-    """Rows of a batch that each data-parallel device takes. UserError where they cannot be shared evenly."""
+    """Rows of a batch on each data-parallel device. UserError where they cannot be shared evenly."""
     rows, shares = batch_tokens // sequence_len, sharding.data_parallel(mesh)
     if rows < 1 or rows % shares:
         raise UserError(

@@ -1,7 +1,5 @@
 """The tokenizer: trained on the documents' training split and on some conversations, kept in the run directory."""
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterator
