@@ -41,10 +41,14 @@ def load_questions(run: Run, shares: dict[str, int], split: str) -> Questions:
 
 def main(run: Run) -> dict:
     cfg, tok, seed = run.config.rl, run.tokenizer, run.config.seed
+
+    # questions
     named = cfg.task or default_task(run)
     shares = named if isinstance(named, dict) else {named: 1}
     questions, held_out = (load_questions(run, shares, split) for split in ("train", "test"))
     before = next((s for s in ("sft", "mid", "base") if read_done(run.dir / s)), "sft")
+
+    # policy, reference and optimizer
     steps = cfg.steps or max(1, len(questions) // cfg.questions)
     rollouts_per_step = cfg.questions * cfg.samples
     updates = steps * cfg.epochs * cfg.minibatches
@@ -61,6 +65,7 @@ def main(run: Run) -> dict:
     names = " and ".join(shares)
     run.log.say(f"rl: {steps} steps of {cfg.questions} questions x {cfg.samples} samples of {names}, from {before}")
 
+    # training
     def next_batch(step: int, params: dict) -> tuple[Batch, dict]:
         chosen = [questions[step * cfg.questions + i] for i in range(cfg.questions)]
         policy = params if reference is None or cfg.objective != "dpo" else reference
