@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         show(console, record)
     right = sum(r["correct"] for r in asked)
     line = f"{run} {having[-1]} {args.task}: {right} of {len(asked)} right; {len(shown)} of {len(chosen)} chosen shown"
-    console.print(Text(line + ("" if len(shown) == len(chosen) else " (--limit 0 shows all)"), "bold"))
+    console.print(Text(line + ("" if len(shown) == len(chosen) else " (--limit 0 shows all)"), "bold"), soft_wrap=True)
     return 0
 
 

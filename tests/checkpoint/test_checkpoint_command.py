@@ -75,7 +75,8 @@ def test_a_stage_and_a_single_checkpoint_will_do(run, below, capsys):
     assert {c["stage"] for c in found["checkpoints"]} == {"base"} and found["checkpoints"][-1]["step"] == 20
 
 
-def test_show(run, capsys):
+def test_show(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # the path on one line
     assert main(["show", str(run / "base")]) == 0
     out = capsys.readouterr().out
     assert "checkpoints/20" in out.replace("\n", "") and "tokenizer" in out and "ab12" in out and "loss 2.125" in out

@@ -261,7 +261,7 @@ def test_all_processes_end_with_the_one_that_trains(tmp_path):
         time.sleep(0.02)
     trainer.kill()
     trainer.wait()
-    gone, alive = psutil.wait_procs(found, timeout=10)
+    gone, alive = psutil.wait_procs(found, timeout=60)
     assert len(gone) == 3 and not alive
 
 
