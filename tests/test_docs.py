@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import evals.stage
 import evals.tasks
 import run_speedrun
 from conftest import ROOT
@@ -137,7 +138,9 @@ def the_new_task(monkeypatch):
     exec(re.search(r"```python\n(.*?)```", text, re.S)[1], scope)
     monkeypatch.setitem(evals.tasks._GENERATED, "backwards", scope["Backwards"])
     monkeypatch.setattr(evals.tasks, "MADE_HERE", (*evals.tasks.MADE_HERE, "backwards"))
-    monkeypatch.setattr(evals.tasks, "TASKS", (*evals.tasks.TASKS, "backwards"))
+    known = (*evals.tasks.TASKS, "backwards")
+    monkeypatch.setattr(evals.tasks, "TASKS", known)
+    monkeypatch.setattr(evals.stage, "TASKS", known)
     return scope["Backwards"]
 
 

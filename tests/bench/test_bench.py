@@ -99,7 +99,8 @@ def test_the_suite_goes_on_after_a_failure_and_leaves_out_what_would_not_end(tmp
     monkeypatch.setattr(suite, "CPU", entries)
     monkeypatch.setattr(suite, "on_gpu", lambda: False)
     monkeypatch.delenv("XLA_FLAGS")
-    assert main(["suite", "--minutes=5", f"--out={tmp_path}"]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        main(["suite", "--minutes=5", f"--out={tmp_path}"])
     records = {r["name"]: r for r in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
     assert set(records) == {"bad", "good", "flagged", "stuck"} and "slow: left out" in capsys.readouterr().out
     assert records["bad"]["ended"] == "status 2" and records["bad"]["result"] is None
