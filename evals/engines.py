@@ -5,7 +5,6 @@ shared, and attention reads the cache by one core. So every core gets an engine 
 all of them take from one queue.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -14,14 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 
 from nanochat_jax.engine.engine import Completion, Engine, Request, Ticket
+from nanochat_jax.processes import cores
 
 MOST = 8  # engines on a CPU, as each reads all weights for its own rows
 ROWS = 8  # of each there: what they hold of a small model stays near its core; 16 were a tenth slower
-
-
-def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Engines:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_jax import processes
-from nanochat_jax.cli import command, count, positive
+from nanochat_jax.cli import command
 from nanochat_jax.errors import UserError
 
 
@@ -24,8 +24,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--stage", help="base, mid, sft or rl; default: the latest that has ended")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be seen from other machines")
     p.add_argument("--port", type=int, default=8000)
-    p.add_argument("--slots", type=positive, default=32, help="answers that are made at the same time; default 32")
-    p.add_argument("--max-waiting", type=count, default=64, help="answers that may wait for a slot; default 64")
+    p.add_argument("--slots", type=int, default=32, help="answers that are made at the same time; default 32")
+    p.add_argument("--max-waiting", type=int, default=64, help="answers that may wait for a slot; default 64")
     p.add_argument("--int8", action="store_true", help="weights as 8-bit integers: half the memory, nearly the same")
     p.add_argument("--cors-origin", action="append", default=[], help="an origin whose pages may call; repeatable")
     return p.parse_args(argv)
@@ -46,6 +46,9 @@ def bind(host: str, port: int) -> socket.socket:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
+    for name, value, least in (("--slots", args.slots, 1), ("--max-waiting", args.max_waiting, 0)):
+        if value < least:
+            raise UserError(f"{name} {value} must be at least {least}")
     listening = bind(args.host, args.port)
 
     import jax

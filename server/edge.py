@@ -37,7 +37,7 @@ class Edge:
         try:
             with self._metrics.in_flight.track_inprogress():
                 if self._allowed(scope):
-                    await self._app(scope, bounded(receive), counted)
+                    await self._app(scope, bounded(receive, Headers(scope=scope)), counted)
                 else:
                     message, asks = "needs this server's API key as a bearer token", {"WWW-Authenticate": "Bearer"}
                     refusal = ApiError(401, message, code="invalid_api_key", headers=asks).response()
@@ -54,13 +54,17 @@ class Edge:
         return hmac.compare_digest(given, f"Bearer {self._key}".encode())
 
 
-def bounded(receive: Receive) -> Receive:
-    """The same, raising 413 where a body is too large and 408 where it comes too slowly."""
+def bounded(receive: Receive, headers: Headers) -> Receive:
+    """The same, raising 413 where a body is, or says it is, too large and 408 where it comes too slowly."""
     size, whole = 0, False
+    announced = headers.get("content-length", "")
+    too_large = ApiError(413, f"the body is larger than {MAX_BODY} bytes", headers=CLOSE)
     end = asyncio.get_running_loop().time() + BODY_SECONDS
 
     async def receive_in_time() -> Message:
         nonlocal size, whole
+        if announced.isdecimal() and int(announced) > MAX_BODY:
+            raise too_large
         try:
             async with asyncio.timeout_at(None if whole else end):
                 message = await receive()
@@ -68,7 +72,7 @@ def bounded(receive: Receive) -> Receive:
             raise ApiError(408, f"the body did not come within {BODY_SECONDS:g} s", headers=CLOSE) from None
         size, whole = size + len(message.get("body", b"")), not message.get("more_body")
         if size > MAX_BODY:
-            raise ApiError(413, f"the body is larger than {MAX_BODY} bytes", headers=CLOSE)
+            raise too_large
         return message
 
     return receive_in_time

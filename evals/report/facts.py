@@ -3,11 +3,8 @@
 import functools
 from pathlib import Path
 
-import yaml
-
 from evals import records
-from nanochat_jax.config import RunConfig, from_dict
-from nanochat_jax.errors import UserError
+from nanochat_jax.config import read_run_config
 from nanochat_jax.files import read_json
 from nanochat_jax.tracking.tracking import read_records, system_info
 from nanochat_jax.words import listed, plain
@@ -48,11 +45,8 @@ class Facts:
     """
 
     def __init__(self, run_dir: Path):
-        if not (run_dir / "config.yaml").is_file():
-            raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
         self.dir = run_dir
-        # not load_config: the page can be made where the run's data folder is not at hand
-        self.config: RunConfig = from_dict(RunConfig, yaml.safe_load((run_dir / "config.yaml").read_text()))
+        self.config = read_run_config(run_dir)
         parts = ("tokenizer", *STAGES, "eval")
         self.done: dict[str, dict] = {p: read_json(run_dir / p / "done.json") or {} for p in parts}
         self.metrics = {p: read_records(run_dir / p / "metrics.jsonl") for p in parts}

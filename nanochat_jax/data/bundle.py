@@ -6,11 +6,12 @@ and CRCs of the archive; the SHA-256 of what came is written down beside it, in 
 
 import csv
 import shutil
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
@@ -102,13 +103,18 @@ def _unpack(archive: Path, folder: Path, source: dict) -> None:
     part = part_of(folder)
     try:
         with zipfile.ZipFile(archive) as zipped:
+            for member in zipped.infolist():
+                path, is_link = PurePosixPath(member.filename), stat.S_ISLNK(member.external_attr >> 16)
+                if path.is_absolute() or ".." in path.parts or "\\" in member.filename or is_link:
+                    name = repr(member.filename)
+                    raise UserError(f"{archive} has a member {name}, which would lie outside of its folder; {ADVICE}")
             needed, free = sum(m.file_size for m in zipped.infolist()), shutil.disk_usage(folder.parent).free
             if needed > free:
                 raise UserError(
                     f"{archive.name} unpacks to {needed / 1e9:.2f} GB, and the disk of {folder.parent} has "
                     f"{free / 1e9:.2f} GB free; {hub.ELSEWHERE}"
                 )
-            zipped.extractall(part)  # compares the CRCs, and keeps every member inside of the folder
+            zipped.extractall(part)  # compares the CRCs
         roots = [path.parent for path in part.rglob(FILES[0])]
         if not roots:
             raise UserError(f"{archive} holds no {FILES[0]}, so it is no CORE bundle; {ADVICE}")

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.processes import cores
 
 PREFETCH = 32  # values made before they are asked for
 NICE = 10  # training has priority
@@ -32,8 +33,7 @@ class Killed(Exception):
 
 def spare_cores() -> int:
     """Cores that this process may use, less one for itself; from 1 to MOST."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(max(cores - 1, 1), MOST)
+    return min(max(cores() - 1, 1), MOST)
 
 
 class Child(contextlib.AbstractContextManager):

@@ -155,8 +155,10 @@ class Engine:
         """Queues a request. ValueError where its prompt is empty or leaves no room for a token."""
         if not 1 <= len(request.ids) < self.max_len:
             raise ValueError(f"a prompt of {len(request.ids)} tokens does not fit: 1 to {self.max_len - 1}")
-        if request.max_new_tokens < 1 or not -1 <= request.logprobs <= TOP_LOGPROBS:
-            raise ValueError(f"needs max_new_tokens of 1 or more and logprobs of -1 to {TOP_LOGPROBS}")
+        if request.max_new_tokens < 1:
+            raise ValueError("max_new_tokens must be at least 1")
+        if not -1 <= request.logprobs <= TOP_LOGPROBS:
+            raise ValueError(f"logprobs={request.logprobs} must be -1 to {TOP_LOGPROBS}")
         ticket = Ticket(request, self._tool.start() if self._tool else None, list(request.ids))
         self._queue.append(ticket)
         if self._running:

@@ -198,8 +198,9 @@ def _cpu_name() -> str:
 def _git(*args: str) -> str | None:
     root = Path(__file__).resolve().parents[2]
     try:
-        return subprocess.check_output(["git", "-C", root, *args], stderr=subprocess.DEVNULL, text=True).strip()
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return None
 
 
