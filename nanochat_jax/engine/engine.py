@@ -43,8 +43,8 @@ from nanochat_jax.mesh import sharding
 
 SHORT, LONG = 8, 32  # tokens of a time slice: while requests wait, and at most
 SLICE_SECONDS = 0.08  # of a slice while none waits
-PATIENT_PARTS = 8  # slices of a usual answer in patient mode: what the last one decodes in vain is then little
-TRAFFIC_SECONDS = 1.0  # after a request came beside others, another one is expected for so long
+PATIENT_PARTS = 8  # slices of a usual answer in patient mode: this bounds what the last slice wastes
+TRAFFIC_SECONDS = 1.0  # after requests came together, short slices for so long: more are expected
 PREFILL_TOKENS = 8192  # rows times chunk of one prefill call, at most
 PREFILL_BESIDE = 512  # the same while others decode, who stand still meanwhile
 WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
@@ -249,7 +249,7 @@ class Engine:
         load = Counter(s.device for s in taken)
         own = {s: s.reusable(prompt, self._safe) for s in self._slots if s not in taken}
         for slot, n in own.items():
-            if 2 * n < len(slot.ids):  # it holds much more than that: worth keeping, and its part is copied
+            if 2 * n < len(slot.ids):  # it holds much more than that: worth keeping, so the shared prefix is copied
                 own[slot] = 0
         best = max(own, key=lambda s: (own[s], -load[s.device], -s.last_used))
         shared = {t: kv.common_prefix(t.prompt[:-1], prompt) for t in self._running if not t.ready and t.leader is None}
@@ -354,7 +354,7 @@ class Engine:
     def _slice_length(self, tickets: Sequence[Ticket], key: tuple) -> int:
         """Tokens of the next slice: short while a request waits or may soon, about SLICE_SECONDS of them otherwise.
 
-        Patient: a part of what answers were long so far, as the rest of an answer's last slice is lost.
+        Patient: a fraction of the mean length of answers so far, as the rest of an answer's last slice is lost.
         """
         wanted = 0.0
         if self.patient:

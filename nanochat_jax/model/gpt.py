@@ -1,8 +1,8 @@
 """The GPT, from configuration to logits.
 
-`modern` (windows, residual scalars, value embeddings, smear, backout) and `classic` (none of these) differ in
-`GPTConfig` alone. Weights are float32 masters stored (out, in); products run in `dtype`. The caller says how queries
-meet keys and values: training passes causal attention, the engine its cache.
+`modern` (windows, residual scalars, value embeddings, smear, backout) and `classic` (none of these) are both
+a `GPTConfig`. Weights are float32 masters stored (out, in); products run in `dtype`. The caller supplies
+the attention function: training a causal one, the engine one that uses its cache.
 
 Shapes: B batch, T time, D width, H query heads, K key/value heads, N head size, V vocabulary (padded where stored).
 """
@@ -184,20 +184,22 @@ class GPT(nnx.Module):
             x = self._smear(x, prev_tokens)
         rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
         x0 = x
-        change: Any = None  # the result of the last MLP, not yet added to x
+        mlp_out: Any = None  # of the last block, not yet added to x
         for i, block in enumerate(self.blocks):
             if cfg.residual_scalars:
                 r, s = self.resid_scalars[...][i], self.x0_scalars[...][i]
-                x, normed, x0 = mix_and_norm(x, change, x0, r, s, cfg.norm_eps)
+                x, normed, x0 = mix_and_norm(x, mlp_out, x0, r, s, cfg.norm_eps)
             else:
-                x, normed = (x, rms_norm(x, cfg.norm_eps)) if change is None else add_and_norm(x, change, cfg.norm_eps)
+                x, normed = (
+                    (x, rms_norm(x, cfg.norm_eps)) if mlp_out is None else add_and_norm(x, mlp_out, cfg.norm_eps)
+                )
             value_embed = self.value_embeds[str(i)](tokens).astype(x.dtype) if cfg.has_value_embed(i) else None
             attended = block.attn(normed, rope, lambda q, k, v, i=i: attend(i, q, k, v), value_embed)
             x, normed = add_and_norm(x, attended, cfg.norm_eps)
-            change = block.mlp(normed)
+            mlp_out = block.mlp(normed)
             if i == cfg.n_layer // 2:
-                middle = x + change
-        x = x + change
+                middle = x + mlp_out  # for backout
+        x = x + mlp_out
         if cfg.backout:
             x = x - self.backout_lambda[...].astype(x.dtype) * middle
         return rms_norm(x, cfg.norm_eps)

@@ -31,7 +31,7 @@ CHUNK = 512  # tokens on a CPU
 # large, as every chunk reads and writes the head's whole gradient, V x D in float32, and as the product for dx has only
 # C x D elements to share out; half of it where the logits are in float32, for their size
 GPU_CHUNK = 8192
-EVEN = 128  # rows of a product's tile on a GPU: chunks are rounded up to it
+GPU_TILE = 128  # rows of a product's tile on a GPU: chunks are rounded up to it
 CPU_BLOCK = 4096  # entries of the vocabulary; a chunk's logits of one block are 8 MB, which the last-level cache holds
 
 
@@ -41,7 +41,7 @@ def _chunk(tokens: int, chunk: int | None, logits=jnp.float32) -> int:
         return min(chunk or CHUNK, tokens)
     most = GPU_CHUNK if jnp.dtype(logits).itemsize < 4 else GPU_CHUNK // 2
     even = -(-tokens // -(-tokens // most))
-    return min(even + -even % EVEN, tokens)
+    return min(even + -even % GPU_TILE, tokens)
 
 
 def _by_kernels() -> bool:

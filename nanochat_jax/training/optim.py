@@ -43,22 +43,26 @@ class Schedules:
 
 
 def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str) -> Schedules:
-    """The recipe's schedules over `steps` steps: warm-up, constant, linear warm-down; momentum; cosine decay."""
+    """The recipe's schedules over `steps` steps.
+
+    Learning rate, as a share of its peak: warm-up, constant, linear warm-down. Muon's momentum: up, constant, and down
+    with the rate. Weight decay: half a cosine to 0.
+    """
     warmdown = round(cfg.warmdown * steps)
 
-    def falling(step):
+    def warmdown_progress(step):
         """0 before the warm-down, rising to 1 at its end."""
         return jnp.clip((step - (steps - warmdown)) / max(warmdown, 1), 0.0, 1.0)
 
     def lr(step):
         up = jnp.minimum((step + 1) / max(cfg.warmup_steps, 1), 1.0)
-        return jnp.where(step < cfg.warmup_steps, up, 1.0 + falling(step) * (cfg.final_lr - 1.0))
+        return jnp.where(step < cfg.warmup_steps, up, 1.0 + warmdown_progress(step) * (cfg.final_lr - 1.0))
 
     def momentum(step):
         if arch == "classic":
             return 0.85 + 0.10 * jnp.minimum(step / 300, 1.0)
-        rising = 0.85 + 0.12 * step / 400
-        return jnp.where(step < 400, rising, 0.97 + falling(step) * (0.90 - 0.97))
+        warmup = 0.85 + 0.12 * step / 400
+        return jnp.where(step < 400, warmup, 0.97 + warmdown_progress(step) * (0.90 - 0.97))
 
     def decay(step):
         return weight_decay * 0.5 * (1.0 + jnp.cos(math.pi * step / steps))

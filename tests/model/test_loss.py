@@ -106,5 +106,5 @@ def test_chunks_of_a_gpu_are_even_and_hold_what_there_is():
         for tokens in (1, 100, 8192, 8193, 20480, 32768):
             chunk = loss._chunk(tokens, None, jnp.bfloat16)
             assert chunk <= loss.GPU_CHUNK
-            assert 0 <= -tokens % chunk < loss.EVEN * -(-tokens // chunk)
+            assert 0 <= -tokens % chunk < loss.GPU_TILE * -(-tokens // chunk)
             assert loss._chunk(tokens, None) <= loss.GPU_CHUNK // 2
