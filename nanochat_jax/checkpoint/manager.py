@@ -12,10 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSeconds, LatestN
 
 from nanochat_jax.checkpoint import store
@@ -23,15 +20,11 @@ from nanochat_jax.checkpoint.store import Damaged
 from nanochat_jax.config import CheckpointConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import claim
+from nanochat_jax.mesh import hosts
 
 
 def warn(text: str) -> None:
     print(text, file=sys.stderr)
-
-
-def _broadcast(number: int) -> int:
-    """Process 0's number, on every process."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 class Checkpointer:
@@ -54,7 +47,7 @@ class Checkpointer:
         if cfg.keep_every_hours is not None:  # the first one there is, and then one after every so many hours
             kept.append(EveryNSeconds(interval_secs=3600 * cfg.keep_every_hours))
         self._claim, error = None, None
-        if jax.process_index() == 0:
+        if hosts.is_main():
             try:
                 self._claim = claim(self.directory / ".lock")
                 _drop_unreadable_times(self.directory)
@@ -75,7 +68,7 @@ class Checkpointer:
         Process 0's clock decides, and elsewhere it is False: let preemption.Stop.agreed tell the others.
         """
         spent = time.monotonic() - self._saved_at
-        return self._save_seconds is not None and spent >= self._save_seconds and jax.process_index() == 0
+        return self._save_seconds is not None and spent >= self._save_seconds and hosts.is_main()
 
     def save(self, step: int, state: Any, meta: dict) -> None:
         """Copies `state` (a pytree of arrays) and `meta` (plain JSON) to the host, then writes in the background.
@@ -85,7 +78,7 @@ class Checkpointer:
         """
         self.wait()
         self._saved_at = time.monotonic()
-        if _broadcast(step in saved_steps(self.directory)):
+        if hosts.gather("save", step in saved_steps(self.directory))[0]:
             return
         args = store.to_save(state, meta)
         try:
@@ -97,8 +90,7 @@ class Checkpointer:
 
     def latest(self) -> int | None:
         """The newest step that is on the disk, or None."""
-        step = _broadcast(max(saved_steps(self.directory), default=-1))
-        return None if step < 0 else step
+        return hosts.gather("latest", max(saved_steps(self.directory), default=None))[0]
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
         """(state, meta) of `step`, or of the newest checkpoint that can be read.
@@ -110,11 +102,11 @@ class Checkpointer:
         self.wait()
         state, meta, _, damaged = newest_readable(self.directory, abstract_state, step, self._say)
         if damaged:
-            for bad in damaged if jax.process_index() == 0 else ():
-                aside = self.directory / f"{bad}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.directory / str(bad)).rename(aside)
-            _broadcast(0)  # a barrier: the others look when process 0 has done this
+            with hosts.main_first("damaged ones set aside"):
+                for bad in damaged if hosts.is_main() else ():
+                    aside = self.directory / f"{bad}.damaged"
+                    shutil.rmtree(aside, ignore_errors=True)
+                    (self.directory / str(bad)).rename(aside)
             self._manager.reload()
         return state, meta
 
@@ -154,11 +146,11 @@ def newest_readable(directory: Path, abstract: Any, step: int | None, say) -> tu
     directory = directory.absolute()  # Orbax takes no other paths
     damaged: list[int] = []
     left = [s for s in saved_steps(directory) if step in (None, s)]
-    while (candidate := _broadcast(left.pop() if left else -1)) >= 0:
+    while (candidate := hosts.gather("candidate", left.pop() if left else None)[0]) is not None:
         try:
             return *store.read(directory / str(candidate), abstract), candidate, damaged
         except Damaged as e:
-            if jax.process_index() == 0:
+            if hosts.is_main():
                 say(f"checkpoint {candidate} in {directory} is damaged and left out: {e}")
             damaged.append(candidate)
     if damaged:

@@ -17,11 +17,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.mesh import hosts
 
 
 class Damaged(Exception):
@@ -210,7 +209,7 @@ def agree(error: Exception | None) -> None:
     Every process must call it, with its error or None.
     """
     mine = 0 if error is None else 1 if isinstance(error, Damaged) else 2
-    worst = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
+    worst = max(hosts.gather("errors compared", mine))
     if error is not None and mine == worst:
         raise error
     if worst:

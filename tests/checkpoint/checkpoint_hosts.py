@@ -17,7 +17,7 @@ import numpy as np
 from nanochat_jax.checkpoint import Checkpointer, Damaged, saved_steps, store
 from nanochat_jax.config import CheckpointConfig, MeshConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.mesh import sharding
+from nanochat_jax.mesh import hosts, sharding
 from nanochat_jax.mesh.preemption import Stop
 
 
@@ -96,7 +96,8 @@ def saved_by_time(directory: Path, rank: int, mesh) -> list[int]:
 
 
 def main(folder: Path, port: str, rank: int) -> dict:
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+    hosts.start({**address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(rank)})
     first, second = (sharding.make_mesh(c) for c in (MeshConfig(1, 4, 2), MeshConfig(4, 1, 2)))
     out = {"devices": [jax.device_count(), jax.local_device_count()]}
     checkpointer = Checkpointer(folder / "two")
@@ -122,6 +123,7 @@ def main(folder: Path, port: str, rank: int) -> dict:
     out["no folder"] = refused(folder / "file" / "checkpoints")
     out["signals"] = signalled(rank)
     out["by time"] = saved_by_time(folder / "timed", rank, first), saved_steps(folder / "timed")
+    hosts.stop()
     return out
 
 

@@ -116,8 +116,8 @@ def test_a_directory_that_process_0_cannot_have_is_refused_on_both(found):
 
 def test_a_signal_to_one_stops_both_at_the_same_step(found):
     _, zero, one = found
-    assert zero["signals"] == {"stopped": 6, "due": [3], "why": "a signal to another host"}
-    assert one["signals"] == {"stopped": 6, "due": [3], "why": "SIGUSR1"}
+    assert zero["signals"] == {"stopped": 5, "due": [2], "why": "a signal to another host"}
+    assert one["signals"] == {"stopped": 5, "due": [2], "why": "SIGUSR1"}
 
 
 def test_the_clock_of_process_0_saves_on_both(found):
