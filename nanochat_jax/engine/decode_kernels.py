@@ -5,8 +5,7 @@ the value embedding, writes k and v into the cache in place and reads of the rin
 over positions that `combine` puts together. `matvec` is the product of one row with a matrix of bfloat16 or int8, with
 the norm before it and the activation, residual and scalars after it. `int8_product` is that of a few rows.
 
-Every kernel has its plain form in model.py and cache.py, which is what other platforms and several devices run;
-interpret runs the kernels on any machine, slowly.
+Every kernel has its plain form in model.py and cache.py, which is what other platforms and several devices run.
 
 Shapes: M rows, S slots, H query heads, K key/value heads, R places of a ring, N head size, D width, O outputs.
 """
@@ -18,14 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
 from nanochat_jax import devices
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.kernels.fused import rms_norm, rotate_and_norm
+from nanochat_jax.kernels.launch import launch
 from nanochat_jax.model.gpt import GPT, merge, product, rotary_tables
 from nanochat_jax.model.quantize import Int8, dequantize
 
+_WHOLE = pl.no_block_spec  # of an array that a kernel gets whole, to read where it wants
 _MASKED = -1e30  # finite: what is not seen at all then weighs 0 and not NaN
 PAD = 64  # rows of the joined matrix that end with a gate are a multiple of it
 PART = 64  # positions of a program of `attend`, at least
@@ -142,8 +142,8 @@ def _combine(out, lse, o, *, parts, padded):
     o[row, head, :] = (total / jnp.sum(weight)).astype(o.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "window", "gain", "eps", "interpret"))
-def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps, value_embed=None, interpret=False):
+@functools.partial(jax.jit, static_argnames=("heads", "window", "gain", "eps"))
+def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps, value_embed=None):
     """What one position of M rows sees, through the cache: (M, H * N), and keys and values with the new ones in them.
 
     qkv (M, >= (H + 2 K) N): raw products, behind which the K gates' stand where there is a value_embed, (tokens (M,),
@@ -159,24 +159,16 @@ def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps,
     sizes = {"H": H, "K": K, "N": N, "ring": R, "window": window, "part": part}
     kernel = functools.partial(_attend, **sizes, gain=gain, eps=eps)
     args = (position, slot, tokens, *rope, qkv, table, keys, values)
-    n_arrays = len(jax.tree.leaves(args))  # the kernel is given None for a table that is not there
-    outs = [jax.ShapeDtypeStruct((parts, M, H, N), jnp.float32), jax.ShapeDtypeStruct((parts, M, H), jnp.float32)]
+    n_arrays = len(jax.tree.leaves(args))  # without a table that is not there
+    results = [((parts, M, H, N), jnp.float32), ((parts, M, H), jnp.float32)]
+    results += [(cache.shape, cache.dtype) for cache in (keys, values)]
+    inputs, outputs = [(x, _WHOLE) for x in args], [(_WHOLE, *result) for result in results]
+    in_place = {n_arrays - 2: 2, n_arrays - 1: 3}
     with jax.named_scope(f"decode_window_{window}"):
-        out, lse, keys, values = pl.pallas_call(
-            kernel,
-            grid=(parts, K, M),
-            out_shape=[*outs, keys, values],
-            input_output_aliases={n_arrays - 2: 2, n_arrays - 1: 3},
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-        )(*args)
-        o = pl.pallas_call(
-            functools.partial(_combine, parts=parts, padded=pl.next_power_of_2(parts)),
-            grid=(H, M),
-            out_shape=jax.ShapeDtypeStruct((M, H, N), qkv.dtype),
-            compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
-            interpret=interpret,
-        )(out, lse)
+        out, lse, keys, values = launch(kernel, (parts, K, M), inputs, outputs, warps=4, input_output_aliases=in_place)
+        combine = functools.partial(_combine, parts=parts, padded=pl.next_power_of_2(parts))
+        output = (_WHOLE, (M, H, N), qkv.dtype)
+        [o] = launch(combine, (H, M), [(out, _WHOLE), (lse, _WHOLE)], [output], warps=2)
     return o.reshape(M, H * N), keys, values
 
 
@@ -225,8 +217,8 @@ def _matvec(x, weight, scale, residual, mix, out, *mixed, norm, square):
         mixed[0][:] = (factors[0] * y + factors[1] * x0[:].astype(jnp.float32)).astype(out.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("norm", "square", "interpret"))
-def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix=None, interpret=False):
+@functools.partial(jax.jit, static_argnames=("norm", "square"))
+def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix=None):
     """x (1, D) times weight (O, D), transposed: (1, O) in x's dtype.
 
     norm: the epsilon of an RMS norm of x before it. scale (O, 1): of the rows of an int8 weight. square: relu(y)^2.
@@ -242,17 +234,9 @@ def matvec(x, weight, scale=None, *, norm=None, square=False, residual=None, mix
     rows = pl.BlockSpec((tile, D), lambda i: (i, 0))
     own = pl.BlockSpec((None, tile), lambda i: (0, i))
     scale = None if scale is None else scale.reshape(1, O)
-    optional = [None if array is None else own for array in (scale, residual)]
-    outs = 1 if mix is None else 2
-    out = pl.pallas_call(
-        functools.partial(_matvec, norm=norm, square=square),
-        grid=(O // tile,),
-        in_specs=[whole, rows, *optional, mix and (own, pl.no_block_spec)],
-        out_specs=[own] * outs,
-        out_shape=[jax.ShapeDtypeStruct((1, O), x.dtype)] * outs,
-        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=1),
-        interpret=interpret,
-    )(x, weight, scale, residual, mix)
+    inputs = [(x, whole), (weight, rows), (scale, own), (residual, own), (mix, (own, _WHOLE))]
+    outputs = [(own, (1, O), x.dtype)] * (1 if mix is None else 2)
+    out = launch(functools.partial(_matvec, norm=norm, square=square), (O // tile,), inputs, outputs, warps=warps)
     return out[0] if mix is None else out
 
 
@@ -273,8 +257,8 @@ def _int8_product(x, weight, out, *, steps):
     out[pl.program_id(1), rows[:, None], outputs[None]] = acc
 
 
-@functools.partial(jax.jit, static_argnames=("interpret",))
-def int8_product(x, values, interpret=False):
+@jax.jit
+def int8_product(x, values):
     """x (M, D), of at most ROWS rows, times int8 values (O, D), transposed: (M, O) in float32.
 
     cuBLAS takes no such pair: XLA would write the values out in 16 bits in every step, four times the bytes.
@@ -282,13 +266,9 @@ def int8_product(x, values, interpret=False):
     (M, D), O = x.shape, len(values)
     steps = D // COLUMNS
     parts = next(n for n in range(1, steps + 1) if steps % n == 0 and (n == steps or n * O >= PROGRAMS * 8))
-    out = pl.pallas_call(
-        functools.partial(_int8_product, steps=steps // parts),
-        grid=(O // OUTPUTS, parts),
-        out_shape=jax.ShapeDtypeStruct((parts, M, O), jnp.float32),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=4),
-        interpret=interpret,
-    )(x, values)
+    kernel, inputs = functools.partial(_int8_product, steps=steps // parts), [(x, _WHOLE), (values, _WHOLE)]
+    output = (_WHOLE, (parts, M, O), jnp.float32)
+    [out] = launch(kernel, (O // OUTPUTS, parts), inputs, [output], warps=4, stages=4)
     return out.sum(axis=0)  # XLA joins it with what comes next
 
 
@@ -347,12 +327,6 @@ def _attention(cfg: GPTConfig, params: dict, x, rope, attend, value_embed=None):
     return product(attend(q, k, v).reshape(B, T, D), params["proj"]["weight"])
 
 
-def rope_tables(cfg: GPTConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin (length, N/2)."""
-    cos, sin = rotary_tables(jnp.arange(length), cfg.head_dim, cfg.rope_base)
-    return cos[:, 0], sin[:, 0]
-
-
 def _in_order(blocks: dict) -> list[dict]:
     return [blocks[i] for i in sorted(blocks, key=int)]
 
@@ -384,13 +358,14 @@ def mixture(x, x0, factors):
     return r * x + s * x0
 
 
-def step(model: GPT, params: dict, cache: list, slots, rope, token, position, before):
+def step(model: GPT, params: dict, cache: list, slots, max_len: int, token, position, before):
     """Logits (M, V) of tokens (M,) at positions (M,), negative for an unused row, in slots (M,) of the cache.
 
-    cache: a list of keys and values (S, K, R, N) per layer, in which the new ones are put. rope: cos and sin of all
-    positions. before (M,): the tokens left of these.
+    cache: a list of keys and values (S, K, R, N) per layer, in which the new ones are put. before (M,): the tokens left
+    of these.
     """
     cfg, eps = model.cfg, model.cfg.norm_eps
+    rope = tuple(t[:, 0] for t in rotary_tables(jnp.arange(max_len), cfg.head_dim, cfg.rope_base))
     x = model.embed(token[:, None])
     x = (model._smear(x, before) if cfg.smear else x)[:, 0]
     x0 = kept = x

@@ -103,8 +103,7 @@ class Program:
         places (R,): for kernels, the slot of `rows` that each row has.
         """
         if self.fused:
-            rope = decode_kernels.rope_tables(self.cfg, self.max_len)
-            return decode_kernels.step(self.model(params), params, rows, places, rope, token, position, before)
+            return decode_kernels.step(self.model(params), params, rows, places, self.max_len, token, position, before)
         model, hidden = self.trunk(params, rows, token[:, None], position[:, None], before)
         return model.logits(hidden[:, 0])
 

@@ -21,9 +21,10 @@ def by_kernels(x: jax.Array) -> bool:
 def launch(kernel: Callable, grid, inputs, outputs, *, warps: int, stages: int = 1, **more) -> list[jax.Array]:
     """The results of a kernel's programs over `grid`. inputs: (array, BlockSpec); outputs: (BlockSpec, shape, dtype).
 
+    An input may be None, and so is its reference in the kernel then.
     Triton compiles it; where programs are traced for a CPU, as in tests, it is interpreted, slowly.
     """
-    arrays, in_specs = zip(*inputs)
+    arrays, in_specs = zip(*((x, None if x is None else spec) for x, spec in inputs))
     more.setdefault("interpret", devices.platform() == "cpu")
     return pl.pallas_call(
         kernel,

@@ -1,7 +1,5 @@
 """The kernels of a decode step, interpreted, beside the plain forms in cache.py and model.py."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +54,7 @@ def test_attend_is_append_and_attend(window, ring, heads, kv_heads, with_value):
     rope = tuple(t[:, 0] for t in rotary_tables(jnp.arange(5 * ring + 8), N, 10000.0))
     got = decode_kernels.attend(
         qkv, keys, values, position, slot, rope,
-        heads=heads, window=window, gain=GAIN, eps=EPS, value_embed=value_embed, interpret=True,
+        heads=heads, window=window, gain=GAIN, eps=EPS, value_embed=value_embed,
     )  # fmt: skip
     want = plain(qkv, keys, values, position, slot, heads, window, value_embed)
     meant = np.asarray(position) >= 0
@@ -76,12 +74,12 @@ def test_splits_fill_the_chip_and_no_more():
 def test_matvec_with_all_that_goes_around_it(width, outputs):
     x, weight = normal(0, 1, width), normal(1, outputs, width)
     scale, residual, x0, factors = normal(2, outputs, 1), normal(3, 1, outputs), normal(4, 1, outputs), normal(5, 2)
-    got = decode_kernels.matvec(x, weight, interpret=True)
+    got = decode_kernels.matvec(x, weight)
     np.testing.assert_allclose(got, x @ weight.T, rtol=1e-4, atol=1e-4)
-    got = decode_kernels.matvec(x, weight, norm=EPS, square=True, interpret=True)
+    got = decode_kernels.matvec(x, weight, norm=EPS, square=True)
     np.testing.assert_allclose(got, jnp.square(jax.nn.relu(rms_norm(x, EPS) @ weight.T)), rtol=1e-4, atol=1e-3)
     whole = jnp.round(weight * 20).astype(jnp.int8)
-    got = decode_kernels.matvec(x, whole, scale, residual=residual, mix=(x0, factors), interpret=True)
+    got = decode_kernels.matvec(x, whole, scale, residual=residual, mix=(x0, factors))
     want = x @ (whole.astype(jnp.float32) * scale).T + residual
     np.testing.assert_allclose(got[0], want, rtol=1e-4, atol=1e-2)
     np.testing.assert_allclose(got[1], factors[0] * want + factors[1] * x0, rtol=1e-4, atol=1e-2)
@@ -90,15 +88,13 @@ def test_matvec_with_all_that_goes_around_it(width, outputs):
 @pytest.mark.parametrize("rows", [3, 32])
 def test_int8_product_of_a_few_rows(rows):
     x, values = normal(0, rows, 640), jnp.round(30 * normal(1, 192, 640)).astype(jnp.int8)
-    got = decode_kernels.int8_product(x, values, interpret=True)
+    got = decode_kernels.int8_product(x, values)
     np.testing.assert_allclose(got, x @ values.T.astype(jnp.float32), rtol=1e-4, atol=0.02)
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
     """Engines made here decode by the kernels, interpreted."""
-    for name in ("attend", "matvec"):
-        monkeypatch.setattr(decode_kernels, name, functools.partial(getattr(decode_kernels, name), interpret=True))
     monkeypatch.setattr(decode_kernels, "takes", lambda cfg: True)
     monkeypatch.setattr(decode_kernels, "_reads", lambda width: True)
 
