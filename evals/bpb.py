@@ -1,8 +1,8 @@
 """Bits per byte on packed validation rows: a loss that does not depend on the vocabulary.
 
-The nats of all targets that stand for text, over ln 2 times the bytes that they stand for. Specials stand for none and
-do not count, nor do positions that a mask leaves out. Beside it a floor to beat: the entropy of the bytes of the same
-text taken one by one, which is what a model of byte frequencies alone would score.
+The nats of all targets that stand for text, over ln 2 times the bytes that they stand for; specials stand for none and
+do not count. Beside it a floor to beat: the entropy of the bytes of the same text taken one by one, which is what a
+model of byte frequencies alone would score.
 """
 
 import math
@@ -15,35 +15,27 @@ from evals.scoring import Scorer
 from evals.significance import ratio_error
 
 
-def evaluate_bpb(scorer: Scorer, dataset, tokenizer, max_tokens: int | None = None, path: Path | None = None) -> dict:
-    """{"bpb", "stderr", "byte_unigram", "below_unigram", "loss", "tokens", "bytes", "rows"} of `dataset`'s first rows.
+def evaluate_bpb(scorer: Scorer, dataset, tokenizer, path: Path | None = None) -> dict:
+    """{"bpb", "stderr", "byte_unigram", "below_unigram", "loss", "tokens", "bytes", "rows"} of the rows of `dataset`.
 
-    dataset: len and rows(indices) -> {"tokens": (n, T + 1), "mask": (n, T + 1) or None}. max_tokens bounds the rows.
-    bpb and byte_unigram are in bits per byte, below_unigram the share by which bpb is smaller, loss in nats per token.
-    stderr: of bpb, rows taken as independent draws of such text. What each of them cost goes to the file `path`.
+    dataset: len and rows(indices) -> {"tokens": (n, T + 1)}. bpb and byte_unigram are in bits per byte, below_unigram
+    the share by which bpb is smaller, loss in nats per token. stderr: of bpb, rows taken as independent draws of such
+    text. What each row cost goes to the file `path`.
     """
     table = np.asarray(tokenizer.token_bytes(), np.int64)
     counts = np.zeros(len(table), np.int64)
-    n_rows, row, nats, costs = len(dataset), scorer.batch_rows, 0.0, []
-    if n_rows and max_tokens is not None:
-        width = dataset.rows([0])["tokens"].shape[1] - 1
-        n_rows = min(n_rows, max(1, max_tokens // width))
-    for at in range(0, n_rows, row):
-        got = dataset.rows(list(range(at, min(at + row, n_rows))))
-        ids = np.asarray(got["tokens"]).astype(np.int32)
-        targets = ids[:, 1:].copy()
-        if got.get("mask") is not None:
-            targets[np.asarray(got["mask"])[:, 1:] == 0] = -1
-        spare = ((0, row - len(ids)), (0, 0))  # the last batch is filled up, so that one program serves all
-        targets = np.pad(targets, spare, constant_values=-1)
-        losses = scorer.row_losses(np.pad(ids[:, :-1], spare), targets)
-        sizes = np.where(targets >= 0, table[np.maximum(targets, 0)], 0)  # bytes that each target stands for
+    n_rows, nats, costs = len(dataset), 0.0, []
+    for at in range(0, n_rows, scorer.batch_rows):
+        ids = np.asarray(dataset.rows(list(range(at, min(at + scorer.batch_rows, n_rows))))["tokens"]).astype(np.int32)
+        targets = ids[:, 1:]
+        losses = scorer.row_losses(ids[:, :-1], targets)
+        sizes = table[targets]  # bytes that each target stands for
         text = sizes > 0
         nats += float(losses[text].sum(dtype=np.float64))
         bits = np.where(text, losses, 0).sum(axis=1, dtype=np.float64) / math.log(2)
-        for r, (row_bits, row_bytes) in enumerate(zip(bits[: len(ids)], sizes.sum(axis=1))):
-            id = records.content_id(ids[r].tobytes())
-            costs.append({"index": at + r, "id": id, "bits": float(row_bits), "bytes": int(row_bytes)})
+        for i, (row, row_bits, row_bytes) in enumerate(zip(ids, bits, sizes.sum(axis=1)), at):
+            id = records.content_id(row.tobytes())
+            costs.append({"index": i, "id": id, "bits": float(row_bits), "bytes": int(row_bytes)})
         counts += np.bincount(targets[text], minlength=len(table))
     if path is not None:
         records.write(path, costs)

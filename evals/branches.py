@@ -1,10 +1,9 @@
 """Texts with a common prefix: its keys and values are computed once, and what follows in each text branches off.
 
 A row holds, behind the prefix, only the tokens whose predictions are asked for: the stem, which is the last token that
-all texts share, and then the branches, one after the other. A token attends to the prefix, the stem and what stands
-before it in its own branch. Positions continue from the prefix in every branch, so that windows and rotary angles are
-those of the text by itself, and the smear gets the token before it in its text. The last token of a text is a target
-only and is not computed.
+all texts share, and then the branches, one after the other. A token attends to the prefix, the stem and what is before
+it in its own branch, where its position, and so windows and rotary angles, and the token that the smear adds, are those
+of the text by itself. The last token of a text is a target only and is not computed.
 
 Shapes: R rows, P tokens of a prefix, S of stem and branches, M targets, D width, H heads, K key/value heads, N head
 size.
@@ -109,7 +108,5 @@ def _attend(q, keys, values, seen) -> jax.Array:
     parts = [jnp.einsum("rskgn,rpkn->rkgsp", q, k, preferred_element_type=jnp.float32) for k in keys]
     scores = jnp.where(seen[:, None, None], jnp.concatenate(parts, axis=-1), -1e30)
     probs = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    of_prefix, of_row = (
-        jnp.einsum("rkgsp,rpkn->rskgn", p, v) for p, v in zip((probs[..., :P], probs[..., P:]), values)
-    )
+    of_prefix, of_row = (jnp.einsum("rkgsp,rpkn->rskgn", p, v) for p, v in zip(jnp.split(probs, [P], axis=-1), values))
     return (of_prefix + of_row).reshape(R, S, H, N)

@@ -1,9 +1,8 @@
 """Scores of a chat model: accuracy on tasks, pass@k, and ChatCORE.
 
-Multiple choice is not sampled: the answer is the letter with the largest logit right after the prompt, among those that
-the question offers. Other tasks are answered greedily by the engine, with its calculator, in one continuous batch;
-for pass@k more answers to each are sampled. ChatCORE is the mean of accuracies centred at what guessing scores: 0 is
-chance, 1 is all right.
+Multiple choice: the answer is the letter with the largest logit right after the prompt, among those that are offered.
+Other tasks are answered greedily by the engine, with its calculator, in one continuous batch; for pass@k more answers
+are sampled. ChatCORE is the mean of the accuracies centred at chance: 0 is chance, 1 is all right.
 """
 
 import hashlib
@@ -33,7 +32,7 @@ IntRows = Sequence[Sequence[int]]  # of each prompt the ids, or the seeds of its
 
 @dataclass(frozen=True)
 class Draws:
-    """Answers that are sampled beside the greedy one to every question of a generative task, for pass@k."""
+    """Answers that are sampled, beside the greedy one, to every question of a generative task."""
 
     samples: int
     temperature: float
@@ -58,15 +57,14 @@ def evaluate_chat_task(
 ) -> dict:
     """Accuracy of the model on a task, with its standard error; every question and verdict goes to the file `path`.
 
-    Returns accuracy (of the greedy answers), stderr, n, of (questions that the task has), baseline, centered, kind; for
-    tasks with subjects `subjects` ({name: {accuracy, stderr, n}}) and `macro` (the mean of their accuracies, with its
-    stderr); for generative tasks, which need an engine, `unfinished`, the share of answers that met the token limit,
-    and with draws `samples`, `temperature` and `pass_at_k`.
+    Returns accuracy (of the greedy answers), stderr, n, of (questions that the task has), baseline, centered, kind;
+    with subjects: subjects ({name: {accuracy, stderr, n}}), macro (the mean of their accuracies, with its stderr);
+    for generative tasks, which need an engine: unfinished, the share of answers that met the token limit;
+    with draws: samples, temperature and pass_at_k.
     """
     if not isinstance(task, ScoredTask):
         raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
-    asked = pick(len(task), max_per_task)
-    if not asked:
+    if not (asked := pick(len(task), max_per_task)):
         raise ValueError(f"the task {task.name} has no questions")
     conversations = [task[i] for i in asked]
     prompts = [render_prompt(tokenizer, prompt_messages(c)) for c in conversations]
@@ -93,7 +91,11 @@ def evaluate_chat_task(
             out["pass_at_k"] = pass_estimates(right[:, 1:])
     if path is not None:
         found = zip(asked, conversations, answers)
-        records.write(path, (records.of_question(i, c, first, more) for i, c, (first, *more) in found))
+        lines = (
+            {"index": i, **records.asked(c), **greedy} | ({"samples": more} if more else {})
+            for i, c, (greedy, *more) in found
+        )
+        records.write(path, lines)
     return out
 
 
@@ -105,9 +107,6 @@ def pick(n_questions: int, max_per_task: int | None) -> list[int]:
     if max_per_task is None or max_per_task >= n_questions:
         return list(range(n_questions))
     return sorted(random.Random(SUBSET_SEED).sample(range(n_questions), n_questions)[:max_per_task])
-
-
-# --------------------------------------------------------------------------------------------------- answers
 
 
 def answer_categorical(scorer: Scorer, tokenizer, prompts: IntRows, letters: Sequence[Sequence[str]]) -> list[str]:
@@ -147,20 +146,15 @@ def answer_generative(
     return [[answer(ids) for _ in mine] for ids, mine in asked]
 
 
-# ---------------------------------------------------------------------------------------------------- scores
-
-
 def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[list[dict]]) -> np.ndarray:
     """(questions, answers to each) bool; adds `correct`, and `reason` where there is one, to every answer."""
 
-    def verdict(pair: tuple[dict, dict]) -> None:
-        conversation, answer = pair
+    def judge(conversation: dict, answer: dict) -> None:
         correct, reason = task.judge(conversation, answer["completion"])
         answer |= {"correct": bool(correct)} | ({"reason": reason} if reason else {})
 
-    # Threads, because HumanEval's verdicts wait for processes.
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(verdict, ((c, a) for c, group in zip(conversations, answers) for a in group)))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # HumanEval's verdicts wait for processes
+        list(pool.map(judge, *zip(*((c, a) for c, group in zip(conversations, answers) for a in group))))
     return np.array([[a["correct"] for a in group] for group in answers])
 
 
@@ -174,20 +168,17 @@ def by_subject(subjects: Sequence[str | None], right: np.ndarray) -> dict:
     found = {name: _accuracy(right[[s == name for s in subjects]]) for name in sorted({s for s in subjects if s})}
     if not found:
         return {}
-    accuracy, stderr = mean_of([s["accuracy"] for s in found.values()], [s["stderr"] for s in found.values()])
+    accuracy, stderr = mean_of(*([s[key] for s in found.values()] for key in ("accuracy", "stderr")))
     return {"subjects": found, "macro": {"accuracy": accuracy, "stderr": stderr}}
 
 
 def chatcore(results: dict[str, dict], members: Sequence[str]) -> dict:
     """{"score", "stderr", "tasks", "missing", "partial"}: the mean of the centred accuracies of `members`.
 
-    Where a member was not evaluated, it is the mean over all tasks that were, and partial: it can be followed over time
-    but not compared with other runs.
+    Where a member was not evaluated, it is the mean over all tasks that were, and partial: nothing to compare runs by.
     """
     missing = [name for name in members if name not in results]
     tasks = list(results if missing else members)
-    score = stderr = None
-    if tasks:
-        errors = [results[t]["stderr"] / (1 - results[t]["baseline"]) for t in tasks]
-        score, stderr = mean_of([results[t]["centered"] for t in tasks], errors)
+    errors = [results[t]["stderr"] / (1 - results[t]["baseline"]) for t in tasks]
+    score, stderr = mean_of([results[t]["centered"] for t in tasks], errors) if tasks else (None, None)
     return {"score": score, "stderr": stderr, "tasks": tasks, "missing": missing, "partial": bool(missing) or not tasks}

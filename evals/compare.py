@@ -31,6 +31,7 @@ ALPHA = 0.05
 HEADLINES = {"bpb": "rows", "core": "tasks", "chatcore": "tasks"}  # figure -> what its n counts
 TABLE_WIDTH = 104
 IN_COMMON = 0.5  # of the smaller one's questions: from there on the comparison is of these, question by question
+VERDICTS = {"a": "[bold red]A better", "b": "[bold green]B better", None: "[dim]noise"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,6 @@ class Side:
 
     def __str__(self):
         return f"{self.run}:{self.stage}"
-
-    def section(self, name: str) -> dict:
-        """bpb, core or chatcore of the result; {} where it was not measured."""
-        return self.result.get(name) or {}
 
     def records(self, task: str) -> dict[tuple, dict]:
         """{(index, id of what was shown): record} of a task; {} where there is none."""
@@ -90,14 +87,12 @@ class Difference:
         return "b" if (self.difference > 0) != (self.name == "bpb") else "a"  # less of bpb is better
 
 
-# ------------------------------------------------------------------------------------------------- comparisons
-
-
 def compare(a: Side, b: Side, tasks: Sequence[str] | None = None) -> list[Difference]:
     """All figures that both have, headlines first, with corrected p. UserError where there are none, or not all."""
-    chat = {name: verdicts(name, a, b) for name in a.result["chat"] if name in b.result["chat"]}
-    found = [*bpb(a, b), *core_metric(a, b), *chatcore(a, b, chat), *chat.values()]
-    found += [d for name in chat for d in pass_differences(name, a, b)] + core_tasks(a, b)
+    bpb, core, chatcore = ([side.result.get(name) or {} for side in (a, b)] for name in HEADLINES)
+    chat = {name: _verdicts(name, a, b) for name in a.result["chat"] if name in b.result["chat"]}
+    found = [*_bpb(a, b, *bpb), *_core(*core), *_chatcore(*chatcore, chat, a.result["chat"]), *chat.values()]
+    found += [d for name in chat for d in _pass_at_k(name, a, b)] + _core_tasks(*core)
     if tasks is not None:
         if unknown := [t for t in tasks if t not in {name for d in found for name in (d.name, d.task)}]:
             there = ", ".join(dict.fromkeys(d.task for d in found)) or "nothing"
@@ -109,7 +104,7 @@ def compare(a: Side, b: Side, tasks: Sequence[str] | None = None) -> list[Differ
     return [replace(d, p_holm=p) for group in groups for d, p in zip(group, holm([d.p for d in group]))]
 
 
-def _paired(task: str, a: Side, b: Side, value: Callable[[dict], Any]) -> list[np.ndarray]:
+def _in_pairs(task: str, a: Side, b: Side, value: Callable[[dict], Any]) -> list[np.ndarray]:
     """Each side's values on the questions that both were asked, in one order; [] where these are too few of all."""
     found = [side.records(task) for side in (a, b)]
     both = [key for key in found[0] if key in found[1]]
@@ -137,9 +132,9 @@ def _by_shares(name: str, a: tuple[float, int], b: tuple[float, int]) -> Differe
     return Difference(name, "two proportions", (a[1], b[1]), a[0], b[0], stderr, p)
 
 
-def verdicts(task: str, a: Side, b: Side) -> Difference:
+def _verdicts(task: str, a: Side, b: Side) -> Difference:
     """The accuracy of a chat task."""
-    if not (right := _paired(task, a, b, lambda r: r["correct"])):
+    if not (right := _in_pairs(task, a, b, lambda r: r["correct"])):
         one, other = (side.result["chat"][task] for side in (a, b))
         return _by_shares(task, (one["accuracy"], one["n"]), (other["accuracy"], other["n"]))
     n, (right_a, right_b) = len(right[0]), right
@@ -148,12 +143,12 @@ def verdicts(task: str, a: Side, b: Side) -> Difference:
     return Difference(task, "McNemar", n, float(right_a.mean()), float(right_b.mean()), stderr, mcnemar(*only), only)
 
 
-def pass_differences(task: str, a: Side, b: Side) -> list[Difference]:
+def _pass_at_k(task: str, a: Side, b: Side) -> list[Difference]:
     """pass@1 and pass@k, for the largest k that both have samples for."""
     results = [side.result["chat"][task] for side in (a, b)]
     one, other = (result.get("pass_at_k", {}) for result in results)
     ks = sorted(int(name.split("@")[1]) for name in one if name in other)
-    right = _paired(task, a, b, lambda r: [s["correct"] for s in r["samples"]]) if ks else []
+    right = _in_pairs(task, a, b, lambda r: [s["correct"] for s in r["samples"]]) if ks else []
     out = []
     for k in dict.fromkeys(ks[:1] + ks[-1:]):
         if right:
@@ -164,70 +159,62 @@ def pass_differences(task: str, a: Side, b: Side) -> list[Difference]:
     return out
 
 
-def bpb(a: Side, b: Side) -> list[Difference]:
+def _bpb(a: Side, b: Side, one: dict, other: dict) -> list[Difference]:
     """Bits per byte: of the same rows where the tokenizers and the text are the same."""
-    one, other = a.section("bpb"), b.section("bpb")
     if one.get("stderr") is None or other.get("stderr") is None:
         return []
-    rows = _paired("bpb", a, b, lambda r: (r["bits"], r["bytes"]))
+    rows = _in_pairs("bpb", a, b, lambda r: (r["bits"], r["bytes"]))
     if rows and len(rows[0]) > 1:
         return [_by_pairs("bpb", rows[0][:, 0], rows[1][:, 0], rows[0][:, 1])]
     n = one["rows"], other["rows"]
     return [_by_errors("bpb", n, one["bpb"], other["bpb"], one["stderr"], other["stderr"])]
 
 
-def core_tasks(a: Side, b: Side) -> list[Difference]:
+def _core_tasks(one: dict, other: dict) -> list[Difference]:
     """The tasks of CORE that both have with the same data."""
-    one, other = a.section("core"), b.section("core")
     both = [name for name in one.get("results", {}) if name in other.get("results", {})]
     same = [name for name in both if one["substitutes"].get(name) == other["substitutes"].get(name)]
     return [_by_shares(f"core {x}", *((core["results"][x], core["n"][x]) for core in (one, other))) for x in same]
 
 
-def core_metric(a: Side, b: Side) -> list[Difference]:
+def _core(one: dict, other: dict) -> list[Difference]:
     """CORE, where both are of the same tasks."""
-    one, other = a.section("core"), b.section("core")
     if not one.get("results") or any(set(one[k]) != set(other.get(k, ())) for k in ("results", "substitutes")):
         return []
     figures = (core[k] for k in ("core_metric", "core_stderr") for core in (one, other))
     return [_by_errors("core", one["n_tasks"], *figures)]
 
 
-def chatcore(a: Side, b: Side, chat: dict[str, Difference]) -> list[Difference]:
+def _chatcore(one: dict, other: dict, chat: dict[str, Difference], scores: dict[str, dict]) -> list[Difference]:
     """ChatCORE, where both are of the same tasks; its error is made of those of the tasks' differences."""
-    one, other = a.section("chatcore"), b.section("chatcore")
     if one.get("score") is None or sorted(one["tasks"]) != sorted(other.get("tasks", ())):
         return []
     tasks = one["tasks"]
-    errors = [chat[t].stderr / (1 - a.result["chat"][t]["baseline"]) / len(tasks) for t in tasks]
+    errors = [chat[t].stderr / (1 - scores[t]["baseline"]) / len(tasks) for t in tasks]
     return [_by_errors("chatcore", len(tasks), one["score"], other["score"], *errors)]
 
 
-# ------------------------------------------------------------------------------------------------------ the command
-
-
-def open_sides(specs: Sequence[str], stage: str | None) -> tuple[Side, Side]:
+def open_sides(specs: Sequence[str], stage: str | None) -> list[Side]:
     """The two sides, of the named stages; where none is named of the latest that both runs have. UserError."""
     named = [records.split_spec(spec) for spec in specs]
     found = [records.results(run) for run, _ in named]
-    default = named[0][1] or named[1][1] or stage
+    default = stage or named[0][1] or named[1][1]
     if default is None:
         both = [s for s in found[0] if s in found[1]]
         if not both:
             has = "; ".join(f"{run} has {', '.join(f)}" for (run, _), f in zip(named, found))
             raise UserError(f"no stage of both runs has been evaluated: {has}")
         default = both[-1]
-    stages = [records.stage_of(run, f, own or stage or default) for (run, own), f in zip(named, found)]
-    a, b = (Side(run, s, f[s]) for (run, _), s, f in zip(named, stages, found))
+    stages = [records.stage_of(run, f, own or default) for (run, own), f in zip(named, found)]
+    a, b = sides = [Side(run, s, f[s]) for (run, _), s, f in zip(named, stages, found)]
     if (a.run.resolve(), a.stage) == (b.run.resolve(), b.stage):
         raise UserError(f"{a} and {b} are the same; name another run, or a stage with each: {a.run}:sft {a.run}:rl")
-    return a, b
+    return sides
 
 
 def table(found: Sequence[Difference], alpha: float) -> Table:
     numbers = [Column(h, justify="right", no_wrap=True) for h in ("A", "B", "B - A", "n", "only A, B", "Holm's p")]
     out = Table(Column("", no_wrap=True), *numbers, Column("", no_wrap=True), box=SIMPLE_HEAD, pad_edge=False)
-    verdicts = {"a": "[bold red]A better", "b": "[bold green]B better", None: "[dim]noise"}
     for d in found:
         digits = 4 if d.headline else 3
         figures = [f"{d.a:.{digits}f}", f"{d.b:.{digits}f}", f"{d.difference:+.{digits}f} ± {d.stderr:.{digits}f}"]
@@ -235,7 +222,7 @@ def table(found: Sequence[Difference], alpha: float) -> Table:
         n += f" {HEADLINES[d.name]}" if d.headline else ""
         only = f"{d.only[0]:,}, {d.only[1]:,}" if d.only else ""
         p = "< 0.001" if d.p_holm < 0.001 else f"{d.p_holm:.3f}"
-        out.add_row(d.name, *figures, n, only, p, verdicts[d.better(alpha)])
+        out.add_row(d.name, *figures, n, only, p, VERDICTS[d.better(alpha)])
     return out
 
 
@@ -273,6 +260,5 @@ def main(argv: Sequence[str]) -> int:
 
 def _as_json(d: Difference, alpha: float) -> dict:
     figures = {k: v for k, v in asdict(d).items() if v is not None} | {"difference": d.difference}
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()} | {
-        "better": d.better(alpha)
-    }
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in figures.items()}
+    return rounded | {"better": d.better(alpha)}

@@ -1,11 +1,9 @@
 """CORE: how a base model does on 22 tasks, zero- or few-shot, from 0 (chance) to 1. DCLM, arXiv 2406.11794.
 
-The bundle is a folder of `core.yaml` (the tasks), `eval_meta_data.csv` (what chance scores) and `eval_data/` (JSON
-lines). Prompts, the choice of few-shot examples and the order of the data are those of karpathy/nanochat, so that
-scores compare with published ones, and so are the wrong answers that the bundle states as right; a score by the right
-ones stands beside it (corrections.py). The work is batched, and what the choices of a question share is computed once.
-A task without its file is left out and named, and the score is then marked partial: the mean over fewer tasks is
-another quantity.
+Prompts, the choice of few-shot examples and the order of the data are those of karpathy/nanochat, so that scores can be
+compared with published ones, and so are the wrong answers that the bundle states as right; a score by the right ones
+stands beside it (corrections.py). A task without its file is left out and named, and the score is then marked partial:
+the mean over fewer tasks is another quantity.
 
     results = evaluate_core(scorer, tokenizer, "eval_bundle", max_per_task=100)
 """
@@ -43,9 +41,6 @@ def find_bundle(config: RunConfig, cache_dir: Path) -> Path | None:
     return next((f for f in [*folders, Path(cache_dir) / "hub" / FOLDER] if is_bundle(f)), None)
 
 
-# --------------------------------------------------------------------------------------------------- prompts
-
-
 def fewshot_indices(idx: int, n_examples: int, num_fewshot: int) -> list[int]:
     """Which other examples stand before example `idx`; at most as many as there are."""
     others = [i for i in range(n_examples) if i != idx]
@@ -64,9 +59,8 @@ def _texts(task_type: str, item: dict, delimiter: str) -> list[str]:
 
 
 def render_prompts(task_type: str, item: dict, delimiter: str, fewshot: list[dict]) -> list[str]:
-    """The texts to score for one example: one for each answer, after the examples of `fewshot` with their right ones.
-
-    language_modeling: the context alone (without white space at its end, which would be part of the next token) and
+    """The texts to score for one example: one for each answer, after the examples of `fewshot` with their right ones;
+    for language_modeling the context alone (without white space at its end, which would be part of the next token) and
     with the continuation.
     """
     is_lm = task_type == "language_modeling"
@@ -101,9 +95,6 @@ def load_examples(path: Path, max_per_task: int | None) -> list[dict]:
     return examples[:max_per_task]
 
 
-# ---------------------------------------------------------------------------------------------------- scores
-
-
 class Marks(NamedTuple):
     """Of one task's examples."""
 
@@ -113,7 +104,6 @@ class Marks(NamedTuple):
 
 
 def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict]) -> Marks:
-    """What the model makes of every example."""
     marks = Marks([], [], [])
     for at in range(0, len(examples), BLOCK):
         indices = range(at, min(at + BLOCK, len(examples)))
@@ -147,11 +137,9 @@ def evaluate_core(
 
     Returns core_metric (mean of the centred accuracies, None without a task) and its stderr; per task results
     (accuracy), centered, stderr (of the accuracy), n; n_tasks of total_tasks; missing (tasks without data);
-    substitutes (task: the file that stood in); partial: not all tasks, or not all with their own data.
-
-    Per task, where there is something to say: corrected (accuracy by the right answers, where the bundle has wrong
-    ones) with core_metric_corrected, None where no task has any; long and cropped, how many examples have a prompt
-    beyond the model's context, and beyond what is scored of one.
+    substitutes (task: the file that stood in); partial: not all tasks, or not all with their own data; where the bundle
+    has wrong answers, corrected (accuracy by the right ones) and core_metric_corrected, else None; long and cropped,
+    how many examples of a task have a prompt beyond the model's context, and beyond what is scored of one.
     """
     bundle, context = Path(bundle), scorer.cfg.sequence_len
     tasks = load_tasks(bundle)
@@ -180,16 +168,15 @@ def evaluate_core(
             "cropped": sum(length > CONTEXTS * context for length in marks.lengths),
             "substitutes": path.name if stand_in else "",
         }
-        for name, value in [*found.items(), *((k, v) for k, v in notes.items() if v)]:
+        for name, value in (found | {k: v for k, v in notes.items() if v}).items():
             out[name][task.label] = value
         say(
             f"CORE {task.label} ({task.num_fewshot}-shot, {n} examples): accuracy {accuracy:.4f}, "
             f"centred {centered:.4f}, {time.monotonic() - started:.1f} s"
         )
-    out |= dict.fromkeys(("core_metric", "core_metric_corrected", "core_stderr"))
-    if n := len(errors):
-        out["core_metric"], out["core_stderr"] = mean_of([*out["centered"].values()], errors)
-        if out["corrected"]:
-            out["core_metric_corrected"] = out["core_metric"] + gained / n
+    n = len(errors)
+    metric, stderr = mean_of([*out["centered"].values()], errors) if n else (None, None)
+    corrected = metric + gained / n if metric is not None and out["corrected"] else None
+    out |= {"core_metric": metric, "core_metric_corrected": corrected, "core_stderr": stderr}
     out |= {"n_tasks": n, "total_tasks": len(tasks), "max_per_task": max_per_task}
     return out | {"partial": bool(out["missing"] or out["substitutes"])}

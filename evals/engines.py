@@ -1,8 +1,7 @@
-"""Many requests at once on what the machine has: an engine for each core of a CPU, and one engine elsewhere.
+"""Many requests at once: an engine for each core of a CPU, and one engine elsewhere.
 
-XLA takes one core for most of a decode step on a CPU, however many there are: products of few rows are too small to be
-shared, and attention reads the cache by one core. So every core gets an engine with slots of its own, in a thread, and
-all of them take from one queue.
+On a CPU, XLA uses one core for most of a decode step: products of few rows are too small to be split, and one core reads
+the cache for attention. So every core gets an engine with slots of its own, in a thread, and all take from one queue.
 """
 
 import threading
@@ -34,10 +33,8 @@ class Engines:
             engine.params, engine.patient = self._engines[0].params, True  # one copy of the parameters serves all
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """All of them to their end, in order.
-
-        Those with long prompts begin, so that rows beside each other are of like lengths: a call looks at as much of
-        the cache for all as the longest needs.
+        """The completions, in the order of the requests. Long prompts go first, so that rows of one batch are of like
+        lengths: attention reads as much of the cache for all as the longest needs.
         """
         tickets: dict[int, Ticket] = {}
         waiting = deque(sorted(range(len(requests)), key=lambda i: -len(requests[i].ids)))

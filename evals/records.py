@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.tasks.base import prompt_messages
+from nanochat_jax.config import read_run_config
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, read_json
 
@@ -42,12 +43,6 @@ def said(answer: dict) -> str:
     marks = {"text": "{}", "python": "<<{}", "python_output": "={}>>"}
     parts = answer.get("parts") or [{"type": "text", "text": answer["completion"]}]
     return "".join(marks[p["type"]].format(p["text"]) for p in parts)
-
-
-def of_question(index: int, conversation: dict, greedy: dict, samples: Sequence[dict]) -> dict:
-    """The record of a question and the answers to it."""
-    record = {"index": index, **asked(conversation), **greedy}
-    return record | ({"samples": samples} if samples else {})
 
 
 def asked(conversation: dict) -> dict:
@@ -85,26 +80,23 @@ def write(path: Path, records: Iterable[dict]) -> None:
 def read(path: Path) -> list[dict]:
     """The records of a file, [] where there is none. UserError where a line is not a record."""
     out: list[dict] = []
-    if path.is_file():
-        with open(path, encoding="utf-8", newline="\n") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    out.append(json.loads(line))
-                except ValueError:
-                    raise UserError(f"{path}, line {number} is not a record; evaluate that task anew") from None
+    lines = path.read_bytes().splitlines() if path.is_file() else ()  # of bytes: "\u2028" ends no line
+    for number, line in enumerate(lines, 1):
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number} is not a record; evaluate that task anew") from None
     return out
 
 
 def results(run_dir: str | Path) -> dict[str, dict]:
     """{stage: what its evals/<stage>.json says}, in the order of training. UserError where there is nothing."""
-    run_dir = Path(run_dir)
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
-    found: dict[str, Any] = {path.stem: read_json(path) for path in (run_dir / "evals").glob("*.json")}
+    read_run_config(run_dir)  # or UserError
+    found: dict[str, Any] = {path.stem: read_json(path) for path in Path(run_dir).glob("evals/*.json")}
     if not found:
         raise UserError(f"no stage of {run_dir} has been evaluated; python -m evals --run-dir {run_dir} does that")
-    places = dict(zip(ORDER, range(len(ORDER))))
-    return dict(sorted(found.items(), key=lambda item: (places.get(item[0].split("-")[0], len(ORDER)), item[0])))
+    places = {stage: place for place, stage in enumerate(ORDER)}
+    return {stage: found[stage] for stage in sorted(found, key=lambda s: (places.get(s.split("-")[0], len(ORDER)), s))}
 
 
 def stage_of(run_dir: str | Path, found: dict[str, dict], stage: str | None) -> str:

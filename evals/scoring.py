@@ -1,14 +1,11 @@
 """The losses and logits that a model gives to texts. Nothing is sampled here.
 
-CORE, bits per byte and the multiple-choice tasks all go through `Scorer`. Questions of any length become batches of a
-few fixed shapes: those of like length together, padded to the next of a few lengths. The prefix that the texts of a
-question share is computed once (branches.py), and the head reads only the positions asked for, in chunks: logits of a
-whole batch are never in memory, and a long context costs the head no more than its answers.
+Questions of any length become batches of a few fixed shapes (shapes.py). The prefix that the texts of a question share
+is computed once (branches.py), and the head reads only the positions asked for, in chunks: logits of a whole batch are
+never in memory. On a mesh, rows are split over its data axes, and parameters are sharded as sharding.py says.
 
     scorer = Scorer(model, batch_rows=32)
     ((nll, best),) = scorer.token_losses([[(ids, 1, len(ids))]])[0]
-
-On a mesh, rows are split over its data axes, and parameters are sharded as sharding.py says.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,13 +44,10 @@ def crop_left(answers: Sequence[Answer], limit: int) -> list[Answer]:
     return [(ids[cut:], max(1, start - cut), max(1, end - cut)) for ids, start, end in answers]
 
 
-# ------------------------------------------------------------------------------------------------- the programs
-
-
 def _program(local: Callable) -> Callable:
     """local(model, *arrays) as a jitted function of (graph, mesh, params, *arrays); each device does its own rows.
 
-    The model's graph and the mesh are static, so that a second Scorer of the same kind compiles nothing anew.
+    Graph and mesh are static arguments, so that a second Scorer of the same kind compiles nothing anew.
     """
 
     def program(graph, mesh, params, *arrays):
@@ -111,10 +105,8 @@ def _losses(model, hidden, targets):
 
 
 class Scorer:
-    """Scores texts with `model`, on one device or, with a mesh, over the devices of that.
-
-    The model is a GPT. Texts longer than the context, or than `limit`, are cropped at the left. batch_rows is what
-    row_losses should be given at a time, and bounds a batch to as many contexts' worth of tokens.
+    """Scores texts with a GPT, on one device or over those of a mesh. Texts longer than the context, or than `limit`,
+    are cropped at the left. A batch has the tokens of at most `batch_rows` contexts.
     """
 
     def __init__(self, model, batch_rows: int = 32, mesh: jax.sharding.Mesh | None = None):
@@ -151,10 +143,9 @@ class Scorer:
     def row_losses(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """tokens and targets (R, T) int32, targets negative where there is none -> losses (R, T) float32, 0 there."""
         n, width = tokens.shape
-        whole = -(-n // self._devices) * self._devices
-        each = min(whole, max(1, self._tokens // width) * self._devices)
-        spare = ((0, -n % each), (0, 0))
-        tokens, targets = (np.pad(np.asarray(a, np.int32), spare) for a in (tokens, targets))
+        each = min(-(-self.batch_rows // self._devices), max(1, self._tokens // width)) * self._devices
+        padding = ((0, -n % each), (0, 0))  # so that all batches have one shape
+        tokens, targets = (np.pad(np.asarray(a, np.int32), padding) for a in (tokens, targets))
         batches = [(tokens[at : at + each], targets[at : at + each]) for at in range(0, n, each)]
         return np.concatenate([_to_host(x) for x in [self._run(_row_losses, *self._put(b)) for b in batches]])[:n]
 
@@ -169,7 +160,6 @@ class Scorer:
         return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, split, lambda at: a[at]), arrays)
 
     def _score_targets(self, trees: list[Tree]) -> Iterator[Scored]:
-        """Losses and best guesses."""
         for batch, kept, rows in self._batches(trees):
             n, size = rows["tokens"].shape
             each = n // self._devices  # rows of a device; the targets of its trees are packed one after the other
@@ -192,10 +182,8 @@ class Scorer:
             yield batch, range(len(batch)), [self._run(_branch_logits, kept, rows, self._put(ids))]
 
     def _batches(self, trees: list[Tree]) -> Iterator[tuple[list[int], Kept, dict]]:
-        """(indices of trees of one size, keys and values of their prefixes, arrays for branch_hidden).
-
-        The longest prefixes come first. The number of rows follows from the widths, not from how many trees are left,
-        so that there are few programs; spare rows stay empty.
+        """(indices of trees of one size, keys and values of their prefixes, arrays for branch_hidden), longest prefixes
+        first. The number of rows follows from the widths, not from how many trees are left: so there are few programs.
         """
         if any(not tree.tokens for tree in trees):
             raise ValueError("a sequence to score must hold one token at least")
@@ -227,7 +215,7 @@ def _fetched(batches: Iterable[Scored]) -> Iterator[tuple[int, list[np.ndarray]]
 
 
 def _to_host(x: jax.Array) -> np.ndarray:
-    """The whole array, on every host; a part of it may be with others."""
+    """The whole array, of which other hosts may have a part."""
     if x.is_fully_addressable:
         return np.asarray(x)
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""The few shapes that questions of any length are brought to, so that few programs are compiled."""
+"""The few shapes that questions of any length are padded to, so that few programs are compiled."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -49,10 +49,7 @@ def two_proportions(a: float, n_a: int, b: float, n_b: int) -> tuple[float, floa
 
 
 def paired(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """(standard error, p of the paired t-test) of b - a, means of n independent pairs (n,), or sums over sum(weights).
-
-    With weights it is the error of a ratio, by the residuals from it.
-    """
+    """(standard error, p of the paired t-test) of b - a, means of n independent pairs (n,), or sums over sum(weights)."""
     weights = np.ones(len(a)) if weights is None else weights
     if len(a) < 2:
         return 0.0, 1.0
@@ -64,19 +61,13 @@ def holm(p: Sequence[float]) -> list[float]:
     """p-values such that, whatever is true, the chance of any of them to be small by luck is as it says (Holm 1979)."""
     out, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
-        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
-        out[i] = largest
+        out[i] = largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
     return out
-
-
-# ----------------------------------------------------------------------------------------------------- pass@k
 
 
 def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
     """(Q,) float64, the chance that one of k answers is right: 1 - C(n - c, k) / C(n, k) for each question of right
-    (Q, n) bool, c of whose n answers are right. Chen et al., arXiv 2107.03374.
-
-    Its mean over drawings of the n answers is the chance itself, where 1 - (1 - c / n)^k would be too small.
+    (Q, n) bool, c of whose n answers are right. Unbiased: 1 - (1 - c / n)^k is too small. Chen et al., arXiv 2107.03374.
     """
     n, c, i = right.shape[1], right.sum(axis=1), np.arange(k)[:, None]
     if not 1 <= k <= n:
@@ -85,10 +76,7 @@ def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
 
 
 def pass_estimates(right: np.ndarray) -> dict[str, dict[str, float]]:
-    """{"pass@1": {"value", "stderr"}, ...} of right (Q, n) bool, for k of 1, 2, 4, ..., 10 and 100 up to n.
-
-    The standard error is that over questions.
-    """
+    """{"pass@1": {"value", "stderr" over questions}, ...} of right (Q, n) bool, for k of 1, 2, 4, ..., 10, 100 up to n."""
     n = right.shape[1]
     ks = sorted({2**i for i in range(n.bit_length())} | {k for k in PUBLISHED_K if k <= n})
     chances, ones = {k: pass_at_k(right, k) for k in ks}, np.ones(len(right))

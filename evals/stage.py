@@ -66,11 +66,9 @@ def evaluate_stage(
     """Evaluates the model that `stage` (None: the latest) ended with; writes, and returns, evals/<stage>.json.
 
     int8: with its weights rounded as they are for serving; the file is then evals/<stage>-int8.json.
-
-    tasks: names of chat tasks, `bpb`, `core`, `samples`; None for all that the stage and the data allow. Where given,
-    the results join those that are in the file already. settings: in place of those of config.evals, such as
-    max_per_task, samples and temperature; None changes nothing. UserError for an unknown task, or a run or stage that
-    is not there.
+    tasks: names of chat tasks, `bpb`, `core`, `samples`, whose results join those that are in the file already; None: all
+    that the stage and the data allow. settings: in place of those of config.evals where not None, such as samples.
+    UserError for an unknown task, or a run or stage that is not there.
     """
     began = time.perf_counter()
     run_dir, known = Path(run_dir), (*MEASURES, *TASKS)
@@ -81,8 +79,7 @@ def evaluate_stage(
     given = {name: value for name, value in settings.items() if value is not None}
     config = replace(config, evals=replace(config.evals, **given))
     check_evals(config.evals)
-    name = f"{stage}-int8" if int8 else stage
-    model = rounded(loaded.model) if int8 else loaded.model
+    name, model = (f"{stage}-int8", rounded(loaded.model)) if int8 else (stage, loaded.model)
     evaluation = _Evaluation(run_dir, name, model, loaded, config, log)
     chosen = evaluation.default_tasks() if tasks is None else tasks
     out: dict[str, Any] = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
@@ -104,7 +101,7 @@ def evaluate_stage(
 
 
 class _Evaluation:
-    """One loaded model, with what measures it: the scorer at once, the engine when first needed."""
+    """One loaded model, with what measures it."""
 
     def __init__(self, run_dir: Path, name: str, model, loaded: Loaded, config: RunConfig, log: Callable[[str], None]):
         self.run_dir, self.name, self.stage, self.config, self.log = run_dir, name, loaded.stage, config, log
@@ -157,14 +154,12 @@ class _Evaluation:
     def chat(self, name: str) -> dict:
         task, began, evals = self.load(name), time.perf_counter(), self.config.evals
         limit = evals.max_per_task
-        if self.stage == "base":
-            limit = min(limit or BASE_QUESTIONS, BASE_QUESTIONS)
         out = evaluate_chat_task(
             task,
             self.tok,
             self.scorer,
             self.engine if task.kind == "generative" else None,
-            max_per_task=limit,
+            max_per_task=min(limit or BASE_QUESTIONS, BASE_QUESTIONS) if self.stage == "base" else limit,
             max_new_tokens=evals.max_new_tokens,
             draws=Draws(evals.samples, evals.temperature, self.config.seed) if evals.samples else None,
             path=records.path_of(self.run_dir, self.name, name),
@@ -187,6 +182,6 @@ class _Evaluation:
         else:
             prompts, budget = CHAT_PROMPTS, CHAT_SAMPLE_TOKENS
             ids = [render_prompt(self.tok, [{"role": "user", "content": p}]) for p in prompts]
-        answers = [answer for [answer] in answer_generative(self.engine, self.tok, ids, budget)]
-        fit = [(p, a) for p, a in zip(prompts, answers) if a["finish_reason"] != "prompt too long"]
-        return [{"prompt": p} | {name: value for name, value in a.items() if name != "tokens"} for p, a in fit]
+        answers = zip(prompts, answer_generative(self.engine, self.tok, ids, budget))
+        kept = [{"prompt": p, **answer} for p, [answer] in answers if answer["finish_reason"] != "prompt too long"]
+        return [{name: value for name, value in sample.items() if name != "tokens"} for sample in kept]

@@ -167,9 +167,7 @@ class RLConfig:
     beta: float = 0.1  # of DPO: strength of the pull towards the model that RL began with
     zscore: bool = False  # divide a question's advantages by their standard deviation
     kl: float | None = None  # weight of the KL to the model that RL began with; 0: recorded only; None: not computed
-    clip: float | None = (
-        None  # the ratio to the policy that sampled is kept within 1 - clip .. 1 + clip; None: no clipping
-    )
+    clip: float | None = None  # keeps the ratio to the policy that sampled in 1 - clip .. 1 + clip; None: no clipping
     clip_high: float | None = None  # the ratio's upper bound is then 1 + clip_high; None: as clip
     epochs: int = 1  # passes over a step's samples; beyond the first update the ratio is not 1
     minibatches: int = 1  # updates in a pass, each on its part of the questions
@@ -234,9 +232,7 @@ class RunConfig:
     """The whole run."""
 
     seed: int = 1337  # of the weights, of the order of rows and of sampling
-    dtype: str = (
-        "auto"  # float32 | bfloat16; auto: bfloat16, but on a CPU only to train, where its cores are fast at it
-    )
+    dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16, on a CPU only to train and where its cores are fast at it
     attention: str = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
     price_per_hour: float | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = ModelConfig()
@@ -265,26 +261,27 @@ class SweepConfig:
 # ---------------------------------------------------------------------------------------------- building
 
 
-def _convert(value, hint, where: str):
+def _convert(value, hint, where: str, default=None):
     """`value` from YAML as the annotated type `hint`; a UserError that names `where` if it does not fit."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
         if value is None:
             return None
-        hints = [a for a in typing.get_args(hint) if a is not type(None)]
-        hint = next((a for a in hints if (typing.get_origin(a) or a) is type(value)), hints[0])
-        return _convert(value, hint, where)
+        fitting = [a for a in args if (typing.get_origin(a) or a) is type(value)]
+        return _convert(value, [*fitting, *args][0], where)
     if dataclasses.is_dataclass(hint):
-        raise UserError(f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}")
+        if not isinstance(value, dict):
+            raise UserError(f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}")
+        return from_dict(hint, value, where, default)
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             raise UserError(f"{where} takes a list such as a,b and not {value!r}")
-        return tuple(_convert(v, typing.get_args(hint)[0], where) for v in items)
+        return tuple(_convert(v, args[0], where) for v in items)
     if origin is dict:
         if not isinstance(value, dict):
             raise UserError(f"{where} takes a mapping such as {{name: 1}} and not {value!r}")
-        return {str(k): _convert(v, typing.get_args(hint)[1], f"{where}.{k}") for k, v in value.items()}
+        return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
     if hint is float and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):
             return float(value)  # of an int as well, and of text: YAML 1.1 reads 1e-3 as such
@@ -304,16 +301,12 @@ def from_dict(cls, values: dict, where: str = "", default=None):
     hints = typing.get_type_hints(cls)
     kwargs = {}
     for key, value in (values or {}).items():
-        path = f"{where}.{key}" if where else str(key)
+        path = f"{where}.{key}".lstrip(".")
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(hints)}"
             raise UserError(f"unknown setting {path}: {hint}")
-        section = getattr(default, key)
-        if dataclasses.is_dataclass(section) and isinstance(value, dict):
-            kwargs[key] = from_dict(type(section), value, path, section)
-        else:
-            kwargs[key] = _convert(value, hints[key], path)
+        kwargs[key] = _convert(value, hints[key], path, getattr(default, key))
     return replace(default, **kwargs)
 
 

@@ -39,27 +39,31 @@ class Piece(Protocol):
         """Its documents in order, as they are read; empty ones are left out. UserError where the file is damaged."""
 
 
-def kind_of(name: str) -> tuple[str, str | None] | None:
-    """(parquet, lines or text; gzip, zstd or None) of a file by its name; None where it is no file of documents."""
+def compression_of(path: PurePath) -> str | None:
+    return COMPRESSIONS.get(path.suffix.lower())
+
+
+def kind_of(name: str) -> str | None:
+    """parquet, lines or text, by a file's name; None where it is no file of documents."""
     path = PurePath(name.lower())
-    compression = COMPRESSIONS.get(path.suffix)
+    compression = compression_of(path)
     suffix = PurePath(path.stem).suffix if compression else path.suffix
-    if suffix not in KINDS or path.name.startswith(".") or suffix == (".parquet" if compression else ".json"):
+    if path.name.startswith(".") or suffix == (".parquet" if compression else ".json"):
         return None
-    return KINDS[suffix], compression
+    return KINDS.get(suffix)
 
 
 def pieces_of(path: Path, column: str) -> Iterator[Piece]:
     """The pieces of a file, in order. UserError where it cannot be read, or has no such column."""
-    kind, compression = kind_of(path.name) or ("text", None)
+    kind = kind_of(path.name)
     if kind == "parquet":
         yield from _row_groups(path, column)
         return
-    make = partial(Lines, path, compression, column) if kind == "lines" else partial(Text, path, compression)
-    if compression:
+    make = partial(Lines, path, column) if kind == "lines" else partial(Text, path)
+    if compression_of(path):
         yield make(0, None)
         return
-    with _opened(path, None) as file:
+    with _opened(path) as file:
         size, start = os.fstat(file.fileno()).st_size, 0
         if not size:
             return  # which mmap refuses
@@ -119,24 +123,17 @@ def _parquet(path: Path, column: str) -> Iterator:
         raise UserError(f"{path} cannot be read as parquet ({reason}); fetch it again") from None
 
 
-def parquet_texts(path: Path, column: str = "text") -> Iterator[str]:
-    """A column of a parquet file, as it is read. UserError as of `pieces_of`."""
-    for piece in _row_groups(Path(path), column):
-        yield from piece.texts()
-
-
 @dataclass(frozen=True)
 class Lines:
     """Lines of JSON from byte `start`, where a line begins, to `end`, where one ends, or the whole file."""
 
     path: Path
-    compression: str | None
     column: str
     start: int
     end: int | None
 
     def texts(self) -> Iterator[str]:
-        with _opened(self.path, self.compression) as file:
+        with _opened(self.path) as file:
             place = self.start
             if place:
                 file.seek(place)
@@ -158,7 +155,8 @@ class Lines:
         text = row[self.column]
         if text is not None and not isinstance(text, str):
             raise UserError(f"{self._where(number)}: `{self.column}` holds {type(text).__name__} and not text")
-        return text and _without_lone_surrogates(text)
+        # JSON can spell halves of characters, which are no text
+        return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
     def _where(self, number: int) -> str:
         """The file and the line; those before `start` are counted only here, where something went wrong."""
@@ -168,30 +166,19 @@ class Lines:
         return f"{self.path}, line {number}"
 
 
-def _without_lone_surrogates(text: str) -> str:
-    """JSON can spell halves of characters, which are no text."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
 @dataclass(frozen=True)
 class Text:
     """Plain text from byte `start` to `end`, or the whole file. What is not UTF-8 in it becomes U+FFFD."""
 
     path: Path
-    compression: str | None
     start: int
     end: int | None
 
     def texts(self) -> Iterator[str]:
-        with _opened(self.path, self.compression) as file:
-            if self.end is None:
-                blocks = _blocks(file)
-            else:
+        with _opened(self.path) as file:
+            if self.start:
                 file.seek(self.start)
-                blocks = iter([file.read(self.end - self.start)])
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(_blocks(file) if self.end is None else [file.read(self.end - self.start)]):
                 text = block.decode("utf-8-sig" if self.start == i == 0 else "utf-8", "replace").replace("\r\n", "\n")
                 for document in text.split(BETWEEN):
                     yield from _cut(document)
@@ -230,16 +217,16 @@ def _blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, compression: str | None) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed. UserError where they cannot be read."""
     try:
-        if compression is None:
-            with open(path, "rb") as file:
-                yield file
-        else:
+        if compression := compression_of(path):
             import pyarrow
 
             with pyarrow.input_stream(str(path), compression=compression) as stream:
                 yield io.BufferedReader(stream, 1 << 20)
+        else:
+            with open(path, "rb") as file:
+                yield file
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or str(e).splitlines()[0]}); fetch it again") from None

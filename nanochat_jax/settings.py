@@ -1,10 +1,7 @@
 """Every setting with its default and the comment that stands beside it in config.py: `run_speedrun.py --settings`."""
 
-import ast
 import dataclasses
 import inspect
-import io
-import tokenize
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,18 +43,11 @@ def _written(value: Any) -> str:
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment of each field of a dataclass: the lines of comment right above it and what is beside it, with YAML's
-    word for None."""
-    source = inspect.getsource(cls)
-    found = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
-    said = {t.start[0]: t.string.lstrip("# ") for t in found}
-    alone = {t.start[0] for t in found if t.line.strip() == t.string}
-    out = {}
-    for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]  # it is a class
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            first = node.lineno
-            while first - 1 in alone:
-                first -= 1
-            numbers = range(first, (node.end_lineno or first) + 1)
-            out[node.target.id] = " ".join(said[n] for n in numbers if n in said).replace("None", "null")
-    return out
+    """The comment of each field of a dataclass, above it or beside it, with YAML's word for None."""
+    found, said = {}, ""
+    for line in inspect.getsource(cls).splitlines():
+        code, _, comment = line.strip().partition("# ")
+        said = f"{said} {comment}".strip()
+        if code:
+            found[code.split(":")[0]], said = said.replace("None", "null"), ""
+    return found

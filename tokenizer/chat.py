@@ -13,13 +13,14 @@ from nanochat_jax.errors import UserError
 from tokenizer.tokenizer import Tokenizer
 
 PART_TYPES = ("text", "python", "python_output")
+Turn = tuple[str, list[dict]]  # (role, parts); a user's has one part
 
 
-def _turns(messages: Sequence[dict]) -> list[tuple[str, list[dict]]]:
-    """(role, parts) of each turn, checked; a system message is put before the first user's text. UserError."""
+def _turns(messages: Sequence[dict]) -> list[Turn]:
+    """The turns, checked; a system message is put before the first user's text. UserError."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise UserError("a conversation needs a list of messages that is not empty")
-    turns: list[tuple[str, list[dict]]] = []
+    turns: list[Turn] = []
     system = ""
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
@@ -60,35 +61,44 @@ def _parts(i: int, role: str, content) -> list[dict]:
     return [{"type": "text", "text": "".join(part["text"] for part in content)}]
 
 
-def render(tok: Tokenizer, conversation: dict, max_tokens: int | None = None) -> tuple[list[int], list[int]]:
-    """A conversation as (ids, mask), lists of equal length, cropped at max_tokens; mask 1 where a token is a target.
+def render(tok: Tokenizer, conversation: dict) -> tuple[list[int], list[int]]:
+    """A conversation as (ids, mask), lists of equal length; mask 1 where a token is a target.
 
     Raises UserError that names the message if roles do not alternate from a user on, or a content is malformed.
     """
-    if not isinstance(conversation, dict) or "messages" not in conversation:
-        raise UserError('a conversation is a mapping with "messages"')
-    ids, mask = _render(tok, _turns(conversation["messages"]))
-    return ids[:max_tokens], mask[:max_tokens]
+    return render_batch(tok, [conversation], threads=1)[0]
 
 
-def _render(tok: Tokenizer, turns: list[tuple[str, list[dict]]]) -> tuple[list[int], list[int]]:
-    segments = [([tok.bos], 0)]  # (ids, whether they are targets)
-    for role, parts in turns:
-        if role == "user":
-            segments.append(([tok.user_start, *tok.encode(parts[0]["text"]), tok.user_end], 0))
-            continue
-        segments.append(([tok.assistant_start], 0))
-        for part in parts:
-            text = tok.encode(part["text"])
-            if part["type"] == "text":
-                segments.append((text, 1))
-            elif part["type"] == "python":
-                segments.append(([tok.python_start, *text, tok.python_end], 1))
-            else:
-                segments.append(([tok.output_start, *text, tok.output_end], 0))
-        segments.append(([tok.assistant_end], 1))
-    mask = chain.from_iterable([target] * len(ids) for ids, target in segments)
-    return list(chain.from_iterable(ids for ids, _ in segments)), list(mask)
+def render_batch(tok: Tokenizer, conversations: Sequence[dict], threads: int) -> list[tuple[list[int], list[int]]]:
+    """`render` of each conversation, with so many threads that tokenize."""
+    for conversation in conversations:
+        if not isinstance(conversation, dict) or "messages" not in conversation:
+            raise UserError('a conversation is a mapping with "messages"')
+    return _render(tok, [_turns(conversation["messages"]) for conversation in conversations], threads)
+
+
+def _render(tok: Tokenizer, conversations: list[list[Turn]], threads: int) -> list[tuple[list[int], list[int]]]:
+    texts = [part["text"] for turns in conversations for _, parts in turns for part in parts]
+    encoded = iter(tok.encode_batch(texts, num_threads=threads))
+    rendered = []
+    for turns in conversations:
+        segments = [([tok.bos], 0)]  # (ids, whether they are targets)
+        for role, parts in turns:
+            if role == "user":
+                segments.append(([tok.user_start, *next(encoded), tok.user_end], 0))
+                continue
+            segments.append(([tok.assistant_start], 0))
+            for part in parts:
+                if part["type"] == "text":
+                    segments.append((next(encoded), 1))
+                elif part["type"] == "python":
+                    segments.append(([tok.python_start, *next(encoded), tok.python_end], 1))
+                else:
+                    segments.append(([tok.output_start, *next(encoded), tok.output_end], 0))
+            segments.append(([tok.assistant_end], 1))
+        mask = chain.from_iterable([target] * len(ids) for ids, target in segments)
+        rendered.append((list(chain.from_iterable(ids for ids, _ in segments)), list(mask)))
+    return rendered
 
 
 def render_prompt(tok: Tokenizer, messages: Sequence[dict]) -> list[int]:
@@ -96,7 +106,8 @@ def render_prompt(tok: Tokenizer, messages: Sequence[dict]) -> list[int]:
     turns = _turns(messages)
     if turns[-1][0] != "user":
         raise UserError(f"message {len(messages) - 1} must be from the user, for the assistant to answer")
-    return _render(tok, turns)[0] + [tok.assistant_start]
+    ((ids, _),) = _render(tok, [turns], threads=1)
+    return [*ids, tok.assistant_start]
 
 
 def parse_completion(tok: Tokenizer, ids: Iterable[int]) -> tuple[str, list[dict]]:

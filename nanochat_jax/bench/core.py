@@ -94,7 +94,6 @@ def worker(args: argparse.Namespace) -> None:
         right = evaluate_task(scorer, tokenizer, task, examples).right
         return {"seconds": time.perf_counter() - began, "right": right}
 
-    frame.compiled()
     frame.serve(answer)
 
 

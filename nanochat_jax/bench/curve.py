@@ -9,7 +9,6 @@ much; a larger batch or --lr-scale makes it less.
 
 import argparse
 import json
-import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -20,14 +19,13 @@ import jax
 import numpy as np
 
 from nanochat_jax.bench import frame
-from nanochat_jax.bench.step import RecipeStep
 from nanochat_jax.bench.train import SHAPE
 from nanochat_jax.cli import positive
 from nanochat_jax.config import MeshConfig, OptimConfig
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import init_params
-from nanochat_jax.training import optim
+from nanochat_jax.planning.step import TrainStep, recipe
 from nanochat_jax.weights.names import from_reference, to_reference
 
 ASKED = 10  # steps of an order
@@ -46,10 +44,12 @@ def options(p: argparse.ArgumentParser) -> None:
     frame.add_reference(p)
 
 
-def make(args: argparse.Namespace, precision: str) -> RecipeStep:
+def make(args: argparse.Namespace, precision: str) -> TrainStep:
     """The step of one side, on one device."""
     mesh, batch = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), args.rows * args.accumulation * args.seq
-    return RecipeStep.of(args, mesh, precision=precision, batch_tokens=batch, steps=args.steps, lr_scale=args.lr_scale)
+    more = {"batch_tokens": batch, "optim": OptimConfig(lr_scale=args.lr_scale)}
+    config = recipe(args.depth, args.seq, args.vocab, args.pattern, precision, **more)
+    return TrainStep(config, mesh, steps=args.steps)
 
 
 def write_common(folder: Path, args: argparse.Namespace) -> None:
@@ -62,10 +62,9 @@ def write_common(folder: Path, args: argparse.Namespace) -> None:
         packed.wait_for(args.steps * rows)
         tokens = np.asarray(packed.rows(range(args.steps * rows))["tokens"])
     np.save(folder / "tokens.npy", tokens.reshape(args.steps, rows, args.seq + 1))
-    scale = math.sqrt(rows * args.seq / optim.REFERENCE_BATCH)
     names = ("unembedding_lr", "embedding_lr", "scalar_lr", "matrix_lr")
     steps = np.arange(args.steps, dtype=np.int32)
-    settings: dict = {"rates": {name: scale * getattr(rates, name) for name in names}}
+    settings: dict = {"rates": {name: made.plan.lr_scale * getattr(rates, name) for name in names}}
     for name in ("lr", "momentum", "weight_decay"):
         settings[name] = jax.vmap(getattr(made.schedules, name))(steps).tolist()
     settings["lr"] = [args.lr_scale * lr for lr in settings["lr"]]
@@ -81,19 +80,20 @@ def worker(args: argparse.Namespace) -> None:
     if args.away:
         rng = np.random.default_rng(1)
         weights = {name: w * (1 + AWAY * rng.standard_normal(w.shape, np.float32)) for name, w in weights.items()}
-    state = made.init(from_reference(weights, jax.eval_shape(lambda: init_params(made.cfg, 0)), made.cfg))
+    state = made.init(from_reference(weights, made.state.params, made.cfg))
+    split = made.tokens(args.rows, args.accumulation).sharding
 
     def answer(order) -> list[float]:
         nonlocal state
         found = []
         for n in range(*order["losses"]):
             rows = tokens[n].astype(np.int32).reshape(args.accumulation, args.rows, -1)
-            batch = {"tokens": rows[..., :-1], "targets": rows[..., 1:]}
-            state, metrics = made.jitted(state, {k: jax.device_put(v, made.split) for k, v in batch.items()})
+            state, metrics = made.jitted(
+                state, jax.device_put({"tokens": rows[..., :-1], "targets": rows[..., 1:]}, split)
+            )
             found.append(metrics["loss"])
         return [float(x) for x in jax.device_get(found)]
 
-    frame.compiled()
     frame.serve(answer)
 
 

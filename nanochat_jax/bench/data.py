@@ -96,7 +96,6 @@ def worker(args: argparse.Namespace) -> None:
 
         answer({"steps": 20})
         answer({"paced": 3})
-        frame.compiled()
         frame.serve(answer)
 
 

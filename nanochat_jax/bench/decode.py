@@ -110,7 +110,6 @@ def worker(args: argparse.Namespace) -> None:
     for batch in args.batch:
         for new in (1, args.new):
             answer({"batch": batch, "new": new})
-    frame.compiled()
     frame.serve(answer)
 
 

@@ -144,14 +144,11 @@ def wait_for_turn() -> None:
             time.sleep(0.02)
 
 
-def compiled() -> None:
-    """For a worker: says that it has compiled, and waits until it may use the device for itself."""
+def serve(answer: Callable[[Any], Any], begin: Callable[[], Any] = lambda: None) -> None:
+    """For a worker that has compiled: waits until it may use the device for itself, begins, and answers every order."""
     print("compiled", flush=True)
     sys.stdin.readline()
-
-
-def serve(answer: Callable[[Any], Any]) -> None:
-    """For a worker, after `compiled`: answers every order."""
+    begin()
     print("ready", flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(json.loads(line))), flush=True)

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanochat_jax.bench import frame
-from nanochat_jax.bench.step import RecipeStep
 from nanochat_jax.cli import count, positive
-from nanochat_jax.config import MeshConfig, ModelConfig
+from nanochat_jax.config import MeshConfig, RunConfig
 from nanochat_jax.mesh import sharding
-from nanochat_jax.model import attention, scaling
+from nanochat_jax.model import attention
 from nanochat_jax.planning import targets
+from nanochat_jax.planning.step import TrainStep, base_plan, recipe
 
 ACCUMULATION = 2  # micro-batches of the compiled step
 
@@ -233,19 +233,13 @@ def by_part(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, 
     return out
 
 
-def compiled_text(args: argparse.Namespace) -> str:
+def compiled_text(args: argparse.Namespace, config: RunConfig) -> str:
     """The optimised program of the step for the GPU."""
-    step = RecipeStep.of(args, sharding.make_mesh(MeshConfig(), targets.devices(args.gpu)), kind=args.gpu)
+    step = TrainStep(config, sharding.make_mesh(MeshConfig(), targets.devices(args.gpu)), args.gpu)
     if args.attention:
         with targets.tracing(args.gpu):
             attention.choose(attention.shapes_of(step.cfg, args.seq, step.dtype), args.rows, Path(), args.attention)
-    return step.lower(args.rows, ACCUMULATION).compile().as_text() or ""
-
-
-def recipe_accumulation(args: argparse.Namespace) -> int:
-    """Micro-batches of the recipe's batch on one device."""
-    cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
-    return max(1, scaling.plan(cfg, ratio=12.0).batch_tokens // (args.rows * args.seq))
+    return step.compile(args.rows, ACCUMULATION).as_text() or ""
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -261,10 +255,13 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict:
-    text = args.hlo.read_text() if args.hlo else compiled_text(args)
+    config = recipe(args.depth, args.seq, args.vocab, args.pattern, args.precision)
+    text = args.hlo.read_text() if args.hlo else compiled_text(args, config)
     if args.dump:
         args.dump.write_text(text)
-    bandwidth, accumulation = targets.GPUS[args.gpu].bandwidth, args.accumulation or recipe_accumulation(args)
+    _, plan = base_plan(config)
+    accumulation = args.accumulation or max(1, plan.batch_tokens // (args.rows * args.seq))
+    bandwidth = targets.GPUS[args.gpu].bandwidth
     kernels = with_accumulation(list(Program.parse(text).kernels()), accumulation)
     parts = by_part(kernels, bandwidth, args.gpu)
     seconds = sum(row["seconds"] for row in parts.values())

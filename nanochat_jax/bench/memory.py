@@ -7,21 +7,21 @@ runs two steps of the planned size and compares. On a CPU give it one depth: its
 """
 
 import argparse
-import math
+from itertools import islice
 from pathlib import Path
 
 import jax
-import numpy as np
 import psutil
 from scipy.interpolate import make_interp_spline
 
 from nanochat_jax.bench import frame
-from nanochat_jax.bench.step import RecipeStep
 from nanochat_jax.cli import positive
 from nanochat_jax.config import MeshConfig
-from nanochat_jax.devices import POOL, use_compilation_cache
+from nanochat_jax.devices import use_compilation_cache
 from nanochat_jax.mesh import sharding
 from nanochat_jax.planning import targets
+from nanochat_jax.planning.footprint import Machine
+from nanochat_jax.planning.step import TrainStep, recipe, sharded_bytes
 from nanochat_jax.tracking.tracking import device_memory_gb
 from nanochat_jax.training import memory
 
@@ -57,19 +57,18 @@ def run(args: argparse.Namespace) -> dict:
 def planned(kind: str | None, depth: int, args: argparse.Namespace, table: frame.Table) -> dict:
     """Plans one depth for one kind of device, None for those at hand, and prints it."""
     devices = targets.devices(kind, args.devices) if kind else jax.devices()
-    limit = memory.MARGIN * POOL * targets.GPUS[kind].gb * 1e9 if kind else memory.device_bytes()
+    limit = Machine(kind, len(devices)).limit
     mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), devices)
-    step = RecipeStep(depth, mesh, seq=args.seq, vocab=args.vocab, precision=args.precision, kind=kind)
+    step = TrainStep(recipe(depth, args.seq, args.vocab, precision=args.precision), mesh, kind)
     per_device = step.plan.batch_tokens // args.seq // sharding.data_parallel(mesh)
     points = [n for n in POINTS if n <= per_device] or [1]
-    needed = {n: memory.needed_bytes(step.lower(n, ACCUMULATION).compile()) for n in points}
+    needed = {n: memory.needed_bytes(step.compile(n, ACCUMULATION)) for n in points}
     # bytes by rows: an upper bound between the points
     estimate = make_interp_spline(points, list(needed.values()), k=min(1, len(points) - 1))
     sizes = memory.micro_batches(per_device, args.max_rows)
     rows = next((m for m in sizes if estimate(m) <= limit), None)
-    leaves = jax.tree.leaves(step.abstract_state)
-    state = sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in leaves)
-    figures = {"GB": limit / 1e9, "state": state / 1e9}
+    state = sharded_bytes(step.state)
+    figures: dict = {"GB": limit / 1e9, "state": state / 1e9}
     figures |= {f"{n} rows": needed[n] / 1e9 if n in needed else None for n in POINTS}
     figures["fits"] = f"{rows} x {per_device // rows}" if rows else "no"
     table.row(f"{mesh.size} x {kind or devices[0].device_kind}, depth {depth}", figures)
@@ -81,16 +80,12 @@ def planned(kind: str | None, depth: int, args: argparse.Namespace, table: frame
     return out
 
 
-def check(step: RecipeStep, rows: int) -> dict:
+def check(step: TrainStep, rows: int) -> dict:
     """What the analysis says, and the most bytes of one device while two steps run for real."""
-    compiled = step.lower(rows, ACCUMULATION).compile()
+    compiled = step.compile(rows, ACCUMULATION)
     before = psutil.Process().memory_info().rss / 1e9
-    shape = (ACCUMULATION, rows * sharding.data_parallel(step.mesh), step.cfg.sequence_len)
-    batch = jax.device_put(np.zeros(shape, np.int32), step.split)
-    state = step.init()
-    for _ in range(2):
-        state, metrics = compiled(state, {"tokens": batch, "targets": batch})
-    jax.block_until_ready(metrics)
+    for _ in islice(step.times(compiled, rows, ACCUMULATION), 2):
+        pass
     held = device_memory_gb()
     if jax.default_backend() == "cpu":  # of the process: what it held before does not count
         held = (held - before) / jax.local_device_count()

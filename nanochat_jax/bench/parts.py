@@ -46,8 +46,8 @@ def events(trace: Path):
                     yield op, event.name, event.duration_ns / 1e9
 
 
-def by_part(trace: Path, program: str, steps: int) -> dict[str, float]:
-    """Part -> seconds of a step, summed over streams or threads, the largest first; of a trace of `steps` steps."""
+def by_part(trace: Path, program: str) -> dict[str, float]:
+    """Part -> its seconds in a trace, summed over streams or threads, the largest first."""
     parts, seconds = parts_of_program(program), Counter[str]()
     named = {re.sub(r"[.\-]", "_", name): part for name, part in parts.items()}
     containers = re.compile(rf"({'|'.join(_CONTAINERS)})(\.\d+)?$")
@@ -57,5 +57,5 @@ def by_part(trace: Path, program: str, steps: int) -> dict[str, float]:
         part = parts.get(op) or named.get(re.sub(r"[.\-]", "_", kernel))
         if part is None:
             part = next((p for pattern, p in _BY_NAME if re.search(pattern, kernel.lower())), "other")
-        seconds[part] += duration / steps
+        seconds[part] += duration
     return dict(seconds.most_common())

@@ -12,19 +12,20 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from nanochat_jax import devices
 from nanochat_jax.bench import frame, parts
-from nanochat_jax.bench.step import RecipeStep
 from nanochat_jax.cli import positive
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.packed import PackedDataset, write_packed
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import attention, scaling
+from nanochat_jax.planning.step import TrainStep, recipe
 from nanochat_jax.tracking.tracking import device_memory_gb
 from nanochat_jax.training import memory
 
@@ -53,27 +54,33 @@ def random_rows(folder: Path, args: argparse.Namespace) -> str:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answers {"steps"} with the seconds that they took, {"profile", "steps"} with the parts' seconds, "about"."""
+    """Answers {"steps"} with the seconds that they took, {"profile": folder} with those of a step and of its parts, and
+    "about"."""
     if args.cache:
         devices.use_compilation_cache(Path(args.cache))
-    made = RecipeStep.of(args, sharding.make_mesh(MeshConfig()))
+    config = recipe(args.depth, args.seq, args.vocab, args.pattern, args.precision)
+    made = TrainStep(config, sharding.make_mesh(MeshConfig()))
     shapes, cache = attention.shapes_of(made.cfg, args.seq, made.dtype), Path(args.cache or "runs/cache")
     attention.choose(shapes, args.rows, cache, args.attention, say=partial(print, file=sys.stderr))
-    compiled = made.lower(args.rows, args.accumulation).compile()
-    frame.compiled()
-    state, done = made.init(), 0
-    rows = args.rows * sharding.data_parallel(made.mesh)
-    dataset = PackedDataset(Path(args.packed))
-    with Loader(dataset, seed=0, accumulation=args.accumulation, rows=rows, sharding=made.split) as loader:
+    compiled, batch = made.compile(args.rows, args.accumulation), made.tokens(args.rows, args.accumulation)
+    (accumulation, rows, _), dataset = batch.shape, PackedDataset(Path(args.packed))
+    state: Any = None
+    done = 0
+    with Loader(dataset, seed=0, accumulation=accumulation, rows=rows, sharding=batch.sharding) as loader:
 
-        def run(n: int) -> float:
+        def run(steps: int) -> float:
             nonlocal state, done
             began = time.perf_counter()
-            for _ in range(n):
+            for _ in range(steps):
                 state, metrics = compiled(state, loader.at(done))
                 done += 1
             jax.block_until_ready(metrics["loss"])
             return time.perf_counter() - began
+
+        def begin() -> None:
+            nonlocal state
+            state = made.init()
+            run(1)
 
         def answer(order):
             if order == "about":
@@ -87,16 +94,15 @@ def worker(args: argparse.Namespace) -> None:
                     "planned_gb": memory.needed_bytes(compiled) / 1e9,
                     "peak_gb": device_memory_gb(),
                 }
-            if "profile" not in order:
+            if "steps" in order:
                 return run(order["steps"])
             folder, program = Path(order["profile"]), compiled.as_text()
             with jax.profiler.trace(folder):
-                seconds = run(order["steps"])
+                seconds = run(1)
             (folder / "program.txt").write_text(program)
-            return {"seconds": seconds / order["steps"], "parts": parts.by_part(folder, program, order["steps"])}
+            return {"seconds": seconds, "parts": parts.by_part(folder, program)}
 
-        run(1)
-        frame.serve(answer)
+        frame.serve(answer, begin)
 
 
 def start(args: argparse.Namespace, result: dict) -> frame.Side:
@@ -141,7 +147,7 @@ def run(args: argparse.Namespace) -> dict:
                 found["peak_memory_gb"] = about["peak_gb"] if side is sides[0] else side.ask("peak_gb")
                 table.row(side.name, found)
             if args.profile:
-                profile = result["profile"] = sides[0].ask({"profile": args.profile, "steps": 1})
+                profile = result["profile"] = sides[0].ask({"profile": args.profile})
                 print(f"a step took {1e3 * profile['seconds']:.1f} ms while it was traced; kernels:")
                 whole, table = sum(profile["parts"].values()), frame.Table()
                 for name, seconds in profile["parts"].items():

@@ -7,26 +7,28 @@ third of all tokens at a context of 2048. In exchange every token sees its docum
 
 import itertools
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from nanochat_jax.config import RunConfig, fingerprint
 from nanochat_jax.data import packed
-from nanochat_jax.data.ahead import Job, Packer, pack
-from nanochat_jax.data.children import Child, spare_cores
 from nanochat_jax.data.fit import best_fit
 from nanochat_jax.data.packed import PackedDataset, dtype_of, write_packed
+from nanochat_jax.data.packer import Job, Packer, pack
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
-from tokenizer.chat import render
+from nanochat_jax.processes import cores
+from tokenizer.chat import render_batch
 
 VERSION = 2  # of what is packed: part of the cache's key
-BATCH = 128  # conversations rendered at a time
-CONVERSATIONS_PER_WORKER = 5000  # conversations for which one more process is started
+BATCH = 256  # conversations rendered at a time
+
+
+def spare_cores() -> int:
+    """Cores that this process may use, less one for itself; at least 1."""
+    return max(cores() - 1, 1)
 
 
 def pack_documents(
@@ -43,8 +45,9 @@ def pack_documents(
 ) -> PackedDataset:
     """Rows of the documents' `split` (train or val). Returns immediately: another process packs what is missing.
 
-    goal_rows bounds the rows (None: all); packing resumes from those that are there. workers tokenize; None is one a
-    core but one, and with 0 everything happens here, before this returns. Closing the dataset stops the packing.
+    goal_rows bounds the rows (None: all); packing resumes from those that are there. workers: threads that tokenize;
+    None is one for each core but one, and with 0 everything happens here, before this returns. Closing the dataset
+    stops the packing.
     UserError, here or from the dataset, where the split does not fill a row, cannot be had, or the rows cannot be
     written.
     """
@@ -55,7 +58,7 @@ def pack_documents(
     if manifest := job.at_hand():
         log(f"packed rows: {manifest['rows']:,} at hand in {folder.name}")
     elif workers == 0:
-        for line in pack(job, workers):
+        for line in pack(job, threads=1):
             log(line)
     else:
         packer = Packer(job, workers or spare_cores(), log)
@@ -99,8 +102,8 @@ def pack_conversations(
 
     all_targets: every token is a target, not the assistant's alone. `key` (plain data) names the mixture's contents.
     A conversation longer than a row is cropped to it, and dropped if it then has no target; both are counted. So none
-    can block the buffer, and no row is without targets. Conversations are read here and rendered by `workers` children
-    (0: none; None: as many as have cores and enough to do).
+    can block the buffer, and no row is without targets. workers: threads that tokenize; None is one for each core but
+    one, and 0 is one.
     """
     path = Path(cache) / f"chat-{fingerprint([VERSION, key, tok.hash, seq_len, all_targets, max_rows, buffer])}"
     if manifest := read_json(path / packed.MANIFEST):
@@ -108,14 +111,14 @@ def pack_conversations(
         return PackedDataset(path, tokenizer_hash=tok.hash, row_len=seq_len + 1)
     began, row_len, dtype = time.perf_counter(), seq_len + 1, dtype_of(tok)
     counts = {"tokenizer": tok.hash, "conversations": 0, "cropped": 0, "dropped": 0, "tokens": 0, "targets": 0}
-    if workers is None:
-        workers = min(spare_cores(), len(mixture) // CONVERSATIONS_PER_WORKER)
-        workers = workers if workers > 1 else 0  # one would do no more than this process can
+    threads = spare_cores() if workers is None else max(workers, 1)
 
     def rendered():
-        for batch in _rendered(mixture, tok, row_len, workers):
-            kept = [(ids, np.ones_like(mask) if all_targets else mask) for ids, mask, _ in batch if mask[1:].any()]
-            counts["cropped"] += sum(cropped for *_, cropped in batch)
+        conversations = iter(mixture)
+        while batch := render_batch(tok, list(itertools.islice(conversations, BATCH)), threads):
+            cropped = [(np.array(i[:row_len], dtype), np.array(m[:row_len], bool)) for i, m in batch]
+            kept = [(ids, np.ones_like(mask) if all_targets else mask) for ids, mask in cropped if mask[1:].any()]
+            counts["cropped"] += sum(len(ids) > row_len for ids, _ in batch)
             counts["dropped"] += len(batch) - len(kept)
             yield kept
 
@@ -139,32 +142,3 @@ def pack_conversations(
         f"{time.perf_counter() - began:.1f} s"
     )
     return PackedDataset(path, tokenizer_hash=tok.hash, row_len=row_len)
-
-
-Rendered = tuple[np.ndarray, np.ndarray, bool]  # ids and mask, as far as a row holds them, and whether that is cropped
-
-
-def _rendered(mixture, tok, row_len: int, workers: int) -> Iterator[list[Rendered]]:
-    """The mixture's conversations in order, rendered, some at a time."""
-    conversations = iter(mixture)
-    batches = iter(lambda: list(itertools.islice(conversations, BATCH)), [])
-    if not workers:
-        yield from render_batches(batches, tok, row_len)
-        return
-    with ExitStack() as stack:
-        children = [stack.enter_context(Child(render_batches, tok, row_len)) for _ in range(workers)]
-        asked: deque[Child] = deque()
-        for child, batch in zip(itertools.cycle(children), batches):
-            child.send(batch)
-            asked.append(child)
-            if len(asked) > 3 * workers:  # enough for all of them to have something to do
-                yield next(asked.popleft())
-        for child in asked:
-            yield next(child)
-
-
-def render_batches(batches: Iterable[list[dict]], tok, row_len: int) -> Iterator[list[Rendered]]:
-    dtype = dtype_of(tok)
-    for batch in batches:
-        rendered = [render(tok, conversation) for conversation in batch]
-        yield [(np.array(i[:row_len], dtype), np.array(m[:row_len], bool), len(i) > row_len) for i, m in rendered]

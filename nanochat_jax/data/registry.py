@@ -145,7 +145,7 @@ def _list(repo: str, subfolder: str) -> list[HubFile]:
         return [HubFile(e.path, e.size, e.lfs.sha256 if e.lfs else None, commit) for e in entries]
 
     url = f"{api.endpoint}/datasets/{repo}/{subfolder}".rstrip("/")
-    found = [(kind[0], file) for file in hub.retrying(url, ask) if (kind := kind_of(file.name))]
+    found = [(kind, file) for file in hub.retrying(url, ask) if (kind := kind_of(file.name))]
     for wanted in ("parquet", "lines", "text"):
         if files := [file for kind, file in found if kind == wanted]:
             return sorted(files, key=lambda f: f.name)

@@ -5,8 +5,6 @@
 an engine feeds with tokens: when a call closes, it answers with the tokens that the engine must force.
 """
 
-from __future__ import annotations
-
 import ast
 import math
 import operator
@@ -82,7 +80,7 @@ class CalculatorTool:
         self._tok = tok
         self._call: list[int] | None = None
 
-    def start(self) -> CalculatorTool:
+    def start(self) -> "CalculatorTool":
         """A state machine for another sequence."""
         return CalculatorTool(self._tok)
 

@@ -19,8 +19,6 @@ the cache is addressed by position, and those positions are written again.
     [completion] = engine.generate([Request(ids, max_new_tokens=100, temperature=0.0, stop_ids=(end,))])
 """
 
-from __future__ import annotations
-
 import itertools
 import sys
 import time
@@ -68,7 +66,7 @@ class Ticket:
     completion: Completion = field(default_factory=Completion)
     forced: deque[int] = field(default_factory=deque)  # tokens that the tool wants next
     filled: int = -1  # ids of the prompt that are in the cache; -1: not yet compared with what the cache holds
-    leader: Ticket | None = None  # whose prompt begins the same and is being prefilled: to be waited for
+    leader: "Ticket | None" = None  # whose prompt begins the same and is being prefilled: to be waited for
 
     @property
     def length(self) -> int:

@@ -4,14 +4,12 @@ Each is compiled once for each kind of engine and shape. A decode step uses kern
 formulas on this device.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +36,7 @@ class Shapes(NamedTuple):
     max_len: int
 
     @classmethod
-    def of(cls, platform: str, slots: int, max_len: int) -> Shapes:
+    def of(cls, platform: str, slots: int, max_len: int) -> Self:
         if platform == "gpu":
             return cls((32, kv.SLACK), (512,), 4, slots, max_len)
         return cls((16, 64, kv.SLACK), (128, 192), 2, slots, max_len)
@@ -108,14 +106,6 @@ class Program:
         return model.logits(hidden[:, 0])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _one_step(program: Program, params, cache, token, position, before):
-    """Logits of the rows in use, 0 for others, and the rows of the cache afterwards."""
-    rows = list(cache)
-    logits = program.step(params, rows, jnp.arange(len(token)), token, position, before)
-    return jnp.where(position[:, None] >= 0, logits, 0.0), rows
-
-
 @functools.cache
 def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
     """Whether a decode step by kernels gives on this device what the plain one gives, in two layers of this shape.
@@ -134,14 +124,21 @@ def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
         cache = [tuple(draw(shape).astype(dtype) for _ in range(2)) for shape in shapes]
         token, before = rng.integers(0, cfg.vocab_size, (2, len(position))).astype(np.int32)
 
-        def ask(fused, *rest):
+        def ask(fused):
+            """Logits of the rows in use, 0 for others, and the cache afterwards."""
+
+            @jax.jit
+            def step(params, cache):
+                logits = program.step(params, cache, np.arange(len(token)), token, position, before)
+                return jnp.where(position[:, None] >= 0, logits, 0.0), cache
+
             program = Program(graph, cfg, dtype, max_len, fused)
-            found = _one_step(program, prepared(params, dtype, fused, False), *rest)
+            found = step(prepared(params, dtype, fused, False), cache)
             return [np.asarray(x, np.float32) for x in jax.tree.leaves(found)]
 
-        want = ask(False, cache, token, position, before)
+        want = ask(False)
         try:
-            got = ask(True, cache, token, position, before)
+            got = ask(True)
         except Exception:  # no such kernel for this device
             return False
         if any(not np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) for a, b in zip(got, want, strict=True)):

@@ -4,12 +4,10 @@ A row's sample depends on its logits, settings, seed and position only: not on w
 the batch is compiled.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +58,7 @@ class Settings(NamedTuple):
     seed: Any  # uint32
 
     @classmethod
-    def blank(cls, rows: int) -> Settings:
+    def blank(cls, rows: int) -> Self:
         """Greedy rows, as numpy arrays to be filled in."""
         kinds = ((0, np.float32), (0, np.int32), (1, np.float32), (0, np.uint32))
         return cls(*(np.full(rows, value, dtype) for value, dtype in kinds))

@@ -5,9 +5,7 @@ import contextlib
 import functools
 import math
 import statistics
-import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,9 +15,9 @@ from nanochat_jax.config import GPTConfig, RunConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import scaling
-from nanochat_jax.model.gpt import graph_of
 from nanochat_jax.planning import targets
-from nanochat_jax.training import loop, memory, optim
+from nanochat_jax.planning.step import TrainStep, base_plan, sharded_bytes
+from nanochat_jax.training import memory
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,7 @@ class Job:
     on: Machine
 
     def __post_init__(self):
-        base, model = self.config.base, self.config.model
-        self.cfg = scaling.gpt_config(model, self.config.tokenizer.vocab_size)
-        self.base = scaling.plan(
-            self.cfg, ratio=base.ratio, tokens=base.tokens, batch_tokens=base.batch_tokens, head_dim=model.head_dim
-        )
+        self.cfg, self.base = base_plan(self.config)
         self.mesh = data, fsdp, _ = tuple(sharding.make_mesh(self.config.mesh, np.arange(self.on.count)).shape.values())
         rows = self.base.batch_tokens // self.cfg.sequence_len
         if rows < 1 or rows % (data * fsdp):
@@ -90,7 +84,7 @@ class Job:
                 f"multiple of {data * fsdp * self.cfg.sequence_len}"
             )
         self.per_device = rows // (data * fsdp)
-        self.sizes = memory.micro_batches(self.per_device, base.micro_batch)
+        self.sizes = memory.micro_batches(self.per_device, self.config.base.micro_batch)
 
 
 # bytes of activations for a value of the residual stream: in each layer, and once
@@ -123,36 +117,15 @@ def estimated(job: Job) -> Memory:
     return next((m for m in found if m.total <= job.on.limit), replace(found[-1], rows=0))
 
 
-class Compiled:
+class Compiled(TrainStep):
     """The stage's own step, compiled. UserError where the libraries of a GPU that is not here are not installed."""
 
     def __init__(self, job: Job):
-        config, plan, gpu = job.config, job.base, job.on.gpu
-        rates = config.base.optim
-        self.job, self.program = job, functools.cache(self._compile)
-        self.mesh = sharding.make_mesh(config.mesh, targets.devices(gpu, job.on.count) if gpu else jax.devices())
-        self.dtype = devices.training_dtype("bfloat16" if gpu and config.dtype == "auto" else config.dtype)
-        schedules = optim.make_schedules(rates, plan.steps, plan.weight_decay, config.model.arch)
-        self.optimizer = optim.make_optimizer(
-            job.cfg, rates, schedules, plan.batch_tokens, orth_dtype=self.dtype, mesh=self.mesh
-        )
-        self.state = sharding.abstract(jax.eval_shape(self._fresh), self.mesh)
-
-    def _fresh(self) -> loop.TrainState:
-        return loop.init_state(self.job.cfg, self.optimizer, self.job.config.seed, self.mesh)
-
-    def _batch(self, rows: int) -> jax.ShapeDtypeStruct:
-        """Token ids of a step with `rows` at a time on a device."""
-        shape = (self.job.per_device // rows, rows * sharding.data_parallel(self.mesh), self.job.cfg.sequence_len)
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(self.mesh, leading=1))
-
-    def _compile(self, rows: int) -> jax.stages.Compiled:
-        job, batch = self.job, self._batch(rows)
-        step: Any = loop.make_step(
-            graph_of(job.cfg, self.dtype, job.config.base.fp8), self.optimizer, self.dtype, self.mesh
-        )
-        with targets.tracing(job.on.gpu) if job.on.gpu else contextlib.nullcontext():
-            return step.lower(self.state, {"tokens": batch, "targets": batch}).compile()
+        gpu = job.on.gpu
+        devices = targets.devices(gpu, job.on.count) if gpu else jax.devices()
+        super().__init__(job.config, sharding.make_mesh(job.config.mesh, devices), gpu)
+        self.job = job
+        self.program = functools.cache(lambda rows: self.compile(rows, job.per_device // rows))
 
     def memory(self) -> Memory:
         """With the largest micro-batch that fits, as the run will choose it."""
@@ -164,26 +137,16 @@ class Compiled:
         with contextlib.suppress(UserError):
             rows = memory.largest_that_fits(sizes, needed, self.job.on.limit, "base")
         size = rows or sizes[-1]
-        params, moments = _bytes(self.state.params), _bytes(self.state.opt_state)
+        params, moments = sharded_bytes(self.state.params), sharded_bytes(self.state.opt_state)
         cast = 0 if self.dtype.itemsize == 4 else params / 2
         gradients = params * (2 if self.job.per_device > size else 1)  # of a micro-batch, and their sum
         rest = needed(size) - params - cast - moments - gradients
         return Memory(params + cast, moments, gradients, rest, rows, "by the compiled step")
 
     def seconds(self, rows: int, least: float = 5.0) -> float:
-        """The median step time on batches of one token id, over `least` seconds and at least three steps, after one
-        that is not counted."""
-        state, program, took = self._fresh(), self.program(rows), list[float]()
-        shape = self._batch(rows)
-        batch = jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+        """The median time of a step, over `least` seconds and at least three steps, after one that is not counted."""
+        took: list[float] = []
+        times = self.times(self.program(rows), rows, self.job.per_device // rows)
         while len(took) < 4 or sum(took) < least:
-            began = time.perf_counter()
-            state, metrics = program(state, {"tokens": batch, "targets": batch})
-            jax.block_until_ready((state, metrics))
-            took.append(time.perf_counter() - began)
+            took.append(next(times))
         return statistics.median(took[1:])
-
-
-def _bytes(tree) -> int:
-    """Of abstract arrays, on one device."""
-    return sum(x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree))

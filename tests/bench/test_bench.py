@@ -123,4 +123,4 @@ def test_a_profile_is_told_by_parts(tmp_path, monkeypatch):
         lambda trace: [("fusion.1", "k", 2.0), ("while.3", "k", 9.0), ("", "cutlass_gemm", 1.0), ("", "what", 0.5)],
     )
     monkeypatch.setattr(parts, "parts_of_program", lambda text: {"fusion.1": "loss"})
-    assert parts.by_part(tmp_path, "", 2) == {"loss": 1.0, "products": 0.5, "other": 0.25}
+    assert parts.by_part(tmp_path, "") == {"loss": 2.0, "products": 1.0, "other": 0.5}

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from nanochat_jax.data.documents import local_documents, split_names
 from nanochat_jax.data.embedded import EmbeddedDocuments, docstrings
 from nanochat_jax.data.sources import open_documents
 from nanochat_jax.errors import UserError
-from nanochat_jax.formats import kind_of, parquet_texts, pieces_of
+from nanochat_jax.formats import compression_of, kind_of, pieces_of
 
 # The second line is longer than most pieces below, and bytes of its characters lie on their borders.
 TEXTS = ["one", "zwei — größer 🙂" * 5, "drei", "x", "vier\nfünf", "ende"]
@@ -163,7 +164,6 @@ def test_pieces_of_parquet_are_runs_of_row_groups(tmp_path, monkeypatch):
     assert texts_of(tmp_path / "a.parquet") == (texts, 1)
     monkeypatch.setattr(formats, "PIECE", 1)
     assert texts_of(tmp_path / "a.parquet") == (texts, 15)
-    assert list(parquet_texts(tmp_path / "a.parquet")) == texts
     monkeypatch.setattr(formats, "PIECE", 2500)
     found, n = texts_of(tmp_path / "a.parquet")
     assert found == texts and 1 < n < 15
@@ -245,8 +245,9 @@ def test_a_folder_that_itself_holds_the_files(tmp_path):
 
 
 def test_kinds_of_files():
-    assert kind_of("x/a.parquet") == ("parquet", None) and kind_of("a.b.jsonl.zst") == ("lines", "zstd")
-    assert kind_of("en/c4.json.gz") == ("lines", "gzip") and kind_of("a.TXT") == ("text", None)
+    assert kind_of("x/a.parquet") == "parquet" and kind_of("a.b.jsonl.zst") == kind_of("en/c4.json.gz") == "lines"
+    assert kind_of("a.TXT") == "text" and kind_of("a.TXT.GZ") == "text"
+    assert [compression_of(Path(n)) for n in ("a.jsonl.zst", "a.TXT.GZ", "a.txt")] == ["zstd", "gzip", None]
     assert not any(map(kind_of, ("a.json", "a.parquet.gz", ".a.txt", "a.gz", "txt", "a.txt.part", "a.txt.json", "")))
 
 

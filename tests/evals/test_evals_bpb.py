@@ -13,14 +13,14 @@ TOK = ByteTokenizer()
 
 
 class Rows:
-    def __init__(self, tokens, mask=None):
-        self.tokens, self.mask = tokens, mask
+    def __init__(self, tokens):
+        self.tokens = tokens
 
     def __len__(self):
         return len(self.tokens)
 
     def rows(self, indices):
-        return {"tokens": self.tokens[indices], "mask": None if self.mask is None else self.mask[indices]}
+        return {"tokens": self.tokens[indices]}
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +56,9 @@ def test_bpb_counts_text_only(model, full):
     assert out["below_unigram"] == pytest.approx(1 - out["bpb"] / out["byte_unigram"])
 
 
-def test_masked_positions_do_not_count(model, full):
-    tokens = make_rows()
-    mask = np.ones_like(tokens, np.uint8)
-    mask[:, 30:] = 0
-    out = evaluate_bpb(Scorer(model, 4), Rows(tokens, mask), TOK)
-    keep = (tokens[:, 1:] < 256) & (mask[:, 1:] == 1)
-    assert out["bytes"] == keep.sum() and out["bpb"] == pytest.approx(expected(full, tokens, keep)[0], rel=1e-4)
-
-
-def test_max_tokens_takes_the_first_rows(model):
-    tokens = make_rows()
-    out = evaluate_bpb(Scorer(model, 2), Rows(tokens), TOK, max_tokens=3 * 40 + 7)
-    assert out["rows"] == 3 and out["bytes"] == 3 * 40 - 1
-    assert evaluate_bpb(Scorer(model, 2), Rows(tokens), TOK, max_tokens=1)["rows"] == 1
+def test_the_batch_size_changes_nothing(model):
+    one, other = (evaluate_bpb(Scorer(model, rows), Rows(make_rows()), TOK) for rows in (2, 8))
+    assert one == pytest.approx(other, rel=1e-6)
 
 
 def test_no_rows_no_figure(model):

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nanochat_jax.bench.step import RecipeStep
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import attention, loss
 from nanochat_jax.planning import targets
+from nanochat_jax.planning.step import TrainStep, recipe
 from nanochat_jax.training import memory
 
 LIBRARIES = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
@@ -90,13 +90,13 @@ def eight_bit_products(text: str) -> int:
 def test_the_whole_step_is_lowered_without_the_arrays_that_it_must_not_have(precision):
     T, rows, vocab = 1024, 16, 640
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    made = RecipeStep(2, mesh, seq=T, vocab=vocab, precision=precision)
-    array = jax.ShapeDtypeStruct((2, rows, T), jnp.int32, sharding=made.split)
+    made = TrainStep(recipe(2, T, vocab, precision=precision), mesh)
+    array = made.tokens(rows, 2)
     kernels = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton")
     skip = [jax.export.DisabledSafetyCheck.custom_call(name) for name in kernels]
     with targets.tracing("h100"):
         exported = jax.export.export(made.jitted, platforms=["cuda"], disabled_checks=skip)
-        text = exported(made.abstract_state, {"tokens": array, "targets": array}).mlir_module()
+        text = exported(made.state, {"tokens": array, "targets": array}).mlir_module()
     types = set(re.findall(r"tensor<([^>]*)>", text))
     chunk = f"{loss.GPU_CHUNK}x{vocab}x"
     assert f"{chunk}bf16" in types and f"{chunk}f32" not in types, "the logits of a chunk, in 16 bits alone"

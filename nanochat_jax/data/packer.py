@@ -1,0 +1,268 @@
+"""Packing of documents in a process of its own, beside training.
+
+One process packs, in order. Every SHARD_ROWS rows it writes
+
+    tokens_<n>.npy       the rows
+    resume_<n + 1>.npz   the documents that wait in the buffer, and the place in the documents
+    manifest.json        which makes the shard count
+
+in this order, each whole or not at all, and only then removes resume_<n>.npz: whenever it is killed, the files that
+belong to the manifest are there. Its lock on the folder ends with it. Other processes that want the same rows read
+them meanwhile, and pack the rest where rows are missing and the lock is free.
+"""
+
+import contextlib
+import itertools
+import operator
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat_jax.data.documents import Documents
+from nanochat_jax.data.fit import Buffer, best_fit
+from nanochat_jax.data.packed import MANIFEST, dtype_of, write_shard, write_whole, writing
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_json, claim, read_json
+from tokenizer.tokenizer import Tokenizer
+
+COUNTS = ("rows", "documents", "tokens", "tokens_cropped")  # of each shard, and of all
+REFILL = 256  # documents that the buffer takes in at a time: the more wait in it, the less is cropped
+PAUSE = 0.5  # seconds between two tries for the lock
+RESTARTS = 3  # of a packer that was killed, as the system does when memory is short
+NICE = 10  # training has priority
+
+Document = tuple[int, np.ndarray]  # tokens, and the ids of as many of them as a row can hold
+Place = tuple[int, int]  # a piece, and how many of its documents were taken
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to pack, and where. `goal` is the number of rows that are wanted; None for all."""
+
+    folder: Path
+    documents: Documents
+    split: str
+    tok: Tokenizer
+    row_len: int
+    buffer: int
+    goal: int | None
+    shard_rows: int
+
+    def at_hand(self) -> dict | None:
+        """The folder's manifest, where it has all that is wanted."""
+        with writing(self.folder):
+            manifest = read_json(self.folder / MANIFEST)
+        if manifest and (manifest["complete"] or (self.goal is not None and manifest["rows"] >= self.goal)):
+            return manifest
+        return None
+
+
+class Packer:
+    """`pack(job, threads)` in a child process, which ends when it is done, when this process ends, or by `close`.
+
+    The child is a fresh Python that imports neither jax nor, as those of multiprocessing do, this process's main
+    module. Where it is killed, another one takes its place.
+    """
+
+    def __init__(self, job: Job, threads: int, log: Callable[[str], None]):
+        self._job, self._threads, self._log = job, threads, log
+        self._error: Exception | None = None
+        self._process: subprocess.Popen | None = None
+        self._closed, self._lock = False, threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for _ in range(1 + RESTARTS):
+            link, theirs = Pipe()
+            with self._lock, theirs:
+                if self._closed:
+                    return
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+                )
+            with self._process, link, contextlib.suppress(EOFError, OSError):  # where it is killed
+                link.send((self._job, self._threads))
+                while isinstance(message := link.recv(), str):
+                    self._log(message)
+                self._error = message
+                return
+        status = self._process.returncode
+        ending = f"status {status}" if status >= 0 else signal.Signals(-status).name
+        self._error = UserError(
+            f"packing into {self._job.folder}: a process was killed ({ending}), again and again; is memory short?"
+        )
+
+    def working(self) -> bool:
+        """Whether it still runs. UserError where packing failed."""
+        if not self._thread.is_alive() and self._error:
+            raise self._error
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._process:
+                self._process.kill()
+        self._thread.join()
+
+
+def serve(fd: int) -> None:
+    """What the child runs: it is sent a job, and sends lines to log and at the end None or the error."""
+    link = Connection(fd)
+    os.dup2(2, 1)  # what is printed goes to stderr
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICE)
+    job, threads = link.recv()
+    threading.Thread(target=_end_with_parent, args=[link], daemon=True).start()
+    try:
+        for line in pack(job, threads):
+            link.send(line)
+        link.send(None)
+    except UserError as e:
+        link.send(e)
+    except Exception:
+        link.send(RuntimeError(traceback.format_exc()))
+    os._exit(0)  # without waiting for downloads
+
+
+def _end_with_parent(link: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        link.recv()  # nothing more is ever sent
+    os._exit(1)
+
+
+def pack(job: Job, threads: int) -> Iterator[str]:
+    """Packs here until the goal is reached, with so many `threads` that tokenize. Yields lines to log.
+
+    Waits while another process packs the same. UserError where the documents fill no row or cannot be had, or the rows
+    cannot be written.
+    """
+    while not job.at_hand():
+        with writing(job.folder):
+            try:
+                lock = claim(job.folder / ".lock")
+            except UserError:
+                lock = None
+        if lock is None:
+            time.sleep(PAUSE)
+            continue
+        with lock:
+            if not job.at_hand():
+                yield from _pack(job, threads)
+
+
+def _pack(job: Job, threads: int) -> Iterator[str]:
+    began = time.perf_counter()
+    manifest, buffer, place = _resumed(job)
+    first = manifest["rows"]
+
+    def batches() -> Iterator[list[Document]]:
+        nonlocal place
+        texts = _texts(job, place)
+        while batch := list(itertools.islice(texts, REFILL)):
+            place = batch[-1][0]
+            yield tokenize(job.tok, [text for _, text in batch], job.row_len, threads)
+
+    rows = best_fit(batches(), job.row_len, job.buffer, crop=True, length=operator.itemgetter(0), buffer=buffer)
+    while not manifest["complete"] and (job.goal is None or manifest["rows"] < job.goal):
+        used = list(itertools.islice(rows, job.shard_rows))
+        manifest["complete"] = len(used) < job.shard_rows
+        if not used and not manifest["rows"]:
+            raise UserError(
+                f"the {job.split} documents do not fill one row of {job.row_len} tokens; give more text or a "
+                "smaller model.sequence_len"
+            )
+        _add(job, manifest, used, buffer, place)
+    cropped = manifest["tokens_cropped"] / (manifest["tokens"] + manifest["tokens_cropped"])
+    seconds = time.perf_counter() - began
+    yield (
+        f"packed rows: {manifest['rows']:,} of {job.row_len} from {manifest['documents']:,} {job.split} documents, "
+        f"{100 * cropped:.1f} % of tokens cropped; the last {manifest['rows'] - first:,} in {seconds:.1f} s"
+    )
+
+
+def _texts(job: Job, place: Place) -> Iterator[tuple[Place, str]]:
+    """The documents from a place on, each with the place after it."""
+    first, skip = place
+    for piece, part in enumerate(itertools.islice(job.documents.pieces(job.split), first, None), first):
+        for taken, text in enumerate(itertools.islice(part.texts(), skip, None), skip + 1):
+            yield (piece, taken), text
+        skip = 0
+
+
+def tokenize(tok: Tokenizer, texts: Sequence[str], row_len: int, threads: int) -> list[Document]:
+    """The ids of each text begin with <|bos|> and end where a row does; its length counts all of them."""
+    encoded, dtype = tok.encode_batch(texts, num_threads=threads), dtype_of(tok)
+    return [(len(ids) + 1, np.array([tok.bos, *ids[: row_len - 1]], dtype)) for ids in encoded]
+
+
+def _add(job: Job, manifest: dict, rows: list[list[tuple[Document, int]]], buffer: Buffer, place: Place) -> None:
+    """Writes a shard (none where there are no rows), what it takes to resume after it, and the manifest with it."""
+    n = len(manifest["shards"])
+    with writing(job.folder):
+        if rows:
+            used = [(ids[:taken], length) for row in rows for (length, ids), taken in row]
+            tokens = np.concatenate([ids for ids, _ in used]).reshape(-1, job.row_len)
+            shard = write_shard(job.folder, n, {"tokens": tokens})
+            shard |= {"documents": len(used), "tokens": tokens.size}
+            shard["tokens_cropped"] = sum(length for _, length in used) - tokens.size
+            manifest["shards"].append(shard)
+            for name in COUNTS:
+                manifest[name] += shard[name]
+        if not manifest["complete"]:
+            waiting = buffer.in_order()
+            lengths = np.array([length for length, _ in waiting], np.int64)
+            ids = np.concatenate([np.empty(0, manifest["dtype"]), *(ids for _, ids in waiting)])
+            state = partial(np.savez, lengths=lengths, ids=ids, place=np.array(place, np.int64))
+            write_whole(_resume(job, n + 1), state)
+        atomic_write_json(job.folder / MANIFEST, manifest)
+        _resume(job, n).unlink(missing_ok=True)
+
+
+def _resumed(job: Job) -> tuple[dict, Buffer[Document], Place]:
+    """(manifest, buffer, place) as they were left; from the beginning where nothing was, or it cannot be read."""
+    manifest = read_json(job.folder / MANIFEST)
+    with writing(job.folder):  # removes what a killed packer left
+        states = set(job.folder.glob("resume_*")) - {_resume(job, len(manifest["shards"]) if manifest else 0)}
+        for left in states.union(job.folder.glob(".*.part")):
+            left.unlink(missing_ok=True)
+    if manifest:
+        try:
+            return manifest, *_read_state(job, len(manifest["shards"]))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            pass  # the same rows come out again, so that what others have read of them stays right
+    manifest = {"row_len": job.row_len, "dtype": dtype_of(job.tok).name, "masked": False, "tokenizer": job.tok.hash}
+    manifest |= {"shard_rows": job.shard_rows, "complete": False, "shards": [], **dict.fromkeys(COUNTS, 0)}
+    return manifest, Buffer(), (0, 0)
+
+
+def _read_state(job: Job, n: int) -> tuple[Buffer[Document], Place]:
+    buffer: Buffer[Document] = Buffer()
+    with np.load(_resume(job, n)) as state:
+        lengths, (piece, taken) = state["lengths"], state["place"].tolist()
+        ends = np.minimum(lengths, job.row_len).cumsum()
+        for length, ids in zip(lengths.tolist(), np.split(state["ids"], ends)):
+            buffer.add(length, (length, ids))
+    return buffer, (piece, taken)
+
+
+def _resume(job: Job, n: int) -> Path:
+    return job.folder / f"resume_{n:05d}.npz"
