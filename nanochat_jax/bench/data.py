@@ -19,9 +19,9 @@ import numpy as np
 from nanochat_jax.bench import frame
 from nanochat_jax.cli import positive
 from nanochat_jax.config import DataConfig, MeshConfig, TokenizerConfig
-from nanochat_jax.data.ahead import Job, pack, tokenize
 from nanochat_jax.data.loader import Loader
 from nanochat_jax.data.packed import SHARD_ROWS, PackedDataset
+from nanochat_jax.data.packer import Job, pack, tokenize
 from nanochat_jax.data.sources import open_documents
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
@@ -39,7 +39,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tokenizer", help="the folder of one; default: one is trained on the beginning of the documents")
     p.add_argument("--vocab", type=positive, default=32768)
     p.add_argument("--sample-chars", type=positive, default=10_000_000, help="that tokenizers are trained on")
-    p.add_argument("--workers", type=positive, nargs="+", default=[1, 2], help="processes that tokenize")
+    p.add_argument("--workers", type=positive, nargs="+", default=[1, 2], help="threads that tokenize")
     p.add_argument("--rows", type=positive, default=32, help="of a micro-batch")
     p.add_argument("--accumulation", type=positive, default=8, help="micro-batches of a simulated step")
     p.add_argument("--step-seconds", type=float, default=0.5, help="that a simulated step takes")
@@ -48,14 +48,14 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def pack_all(job: Job, workers: int, text_bytes: int) -> dict:
-    """Packs the training documents here, so that what this process uses is the sequential part.
+    """Packs the training documents here, so that what this thread uses is the sequential part.
 
     full_*: of all shards but the last, to compare with the reference: at the end that begins anew, and ours runs dry.
     """
-    began, used = time.perf_counter(), time.process_time()
+    began, used = time.perf_counter(), time.thread_time()
     for line in pack(job, workers):
         print(f"{workers} workers: {line}")
-    seconds, used = time.perf_counter() - began, time.process_time() - used
+    seconds, used = time.perf_counter() - began, time.thread_time() - used
     made = PackedDataset(job.folder).manifest
     full = made["shards"][:-1]
     rows, tokens, cropped = (sum(shard[name] for shard in full) for name in ("rows", "tokens", "tokens_cropped"))
@@ -103,9 +103,9 @@ def cropped_by_reference(job: Job, rows: int, side) -> dict:
     """What the reference crops of the rows that we have, with our tokenizer and with its own."""
     if not rows:
         raise UserError("these documents make less than two shards of rows, too few to compare what is cropped")
-    found = [np.asarray(message[0]) for message in tokenize(job, 0, 1, 0, 0) if message]
+    documents = tokenize(job.tok, list(job.documents.train()), job.row_len, threads=1)
     lengths = job.folder / "lengths.npy"  # of each document, with <|bos|>
-    np.save(lengths, np.concatenate(found))
+    np.save(lengths, [length for length, _ in documents])
     out = {}
     for name, file in (("reference_cropped_our_tokenizer", str(lengths)), ("reference_cropped", None)):
         with frame.ready(*side(lengths=file)) as (theirs,):

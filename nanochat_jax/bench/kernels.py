@@ -6,14 +6,12 @@ chip reaches in practice. The sum is a prediction in which every kernel runs at 
 and no measurement. `bench train --profile` measures.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochat_jax.bench import frame
@@ -25,12 +23,16 @@ from nanochat_jax.planning import targets
 from nanochat_jax.planning.step import TrainStep, base_plan, recipe
 
 ACCUMULATION = 2  # micro-batches of the compiled step
+ENTRY = "ENTRY"
 
 LAUNCH = 2e-6  # seconds between kernels
 REACHED = 0.9  # of a memory's bandwidth, by a large copy
-# part of the product's operand type -> FLOP/s that large products reach
-PRODUCTS = {"h100": {"f8": 1300e12, "": 700e12}, "h200": {"f8": 1400e12, "": 780e12}, "a100": {"": 260e12}}
-ATTENTION = {"h100": 500e12, "h200": 500e12, "a100": 170e12}  # of cuDNN's, forward and backward together
+# FLOP/s that large products reach, by how the type of their operands begins, and cuDNN's attention, both ways together
+RATES = {
+    "h100": {"attention": 500e12, "f8": 1300e12, "": 700e12},
+    "h200": {"attention": 500e12, "f8": 1400e12, "": 780e12},
+    "a100": {"attention": 170e12, "": 260e12},
+}
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 _ARRAY = re.compile(r"(pred|[subf]+\d+\w*)\[([\d,]*)\]")
@@ -90,47 +92,34 @@ class Kernel:
     looped: bool  # whether it belongs to a micro-batch
     bytes: int
     flops: float = 0.0
-    operand: str = ""  # type of its products' operands, "attention" for cuDNN's
+    operand: str = ""  # type of its products' operands, or "attention"
 
-    def floor(self, bandwidth: float, gpu: str) -> float:
+    def floor(self, gpu: str) -> float:
         """Seconds of one launch at best."""
-        seconds = self.bytes / (REACHED * bandwidth)
-        if self.operand == "attention":
-            seconds = max(seconds, self.flops / ATTENTION[gpu])
-        elif self.flops:
-            rate = next(r for part, r in PRODUCTS[gpu].items() if self.operand.startswith(part))
-            seconds = max(seconds, self.flops / rate)
-        return seconds + LAUNCH
+        rate = next(rate for kind, rate in RATES[gpu].items() if self.operand.startswith(kind))
+        return max(self.bytes / (REACHED * targets.GPUS[gpu].bandwidth), self.flops / rate) + LAUNCH
 
 
-@dataclass
 class Program:
-    """The computations of an optimised HLO module, and its entry."""
+    """The computations of an optimised HLO module by their names; the entry's is ENTRY."""
 
-    computations: dict[str, list[Instruction]] = field(default_factory=dict)
-    entry: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Program:
-        program, body = cls(), None
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = {}
+        body: list[Instruction] = []
         for line in text.splitlines():
             if head := re.match(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", line):
-                body = program.computations[head[2]] = []
-                program.entry = head[2] if head[1] else program.entry
-            elif line == "}":
-                body = None
-            elif body is not None and (found := _INSTRUCTION.match(line)):
+                body = self.computations[ENTRY if head[1] else head[2]] = []
+            elif found := _INSTRUCTION.match(line):
                 operands = re.findall(r"%([\w.\-]+)", found[4][: found[4].find(")")])
                 body.append(Instruction(found[1], found[2], found[3], operands, line))
-        return program
 
     def inner(self, i: Instruction) -> list[Instruction]:
         """The instructions of the computation that one calls."""
         return self.computations.get(i.called("calls") or i.called("to_apply"), [])
 
-    def kernels(self, name: str = "", times: int = 1, looped: bool = False) -> Iterator[Kernel]:
+    def kernels(self, name: str = ENTRY, times: int = 1, looped: bool = False) -> Iterator[Kernel]:
         """Every launch of a computation (the entry), those in loops as often as they run."""
-        body = self.computations[name or self.entry]
+        body = self.computations[name]
         types = {i.name: i.type for i in body}
         for i in body:
             if i.op == "while":
@@ -221,7 +210,7 @@ def with_accumulation(kernels: Sequence[Kernel], micro_batches: int) -> list[Ker
     return [replace(k, times=k.times * micro_batches // ACCUMULATION) if k.looped else k for k in kernels]
 
 
-def by_part(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, dict]:
+def by_part(kernels: Sequence[Kernel], gpu: str) -> dict[str, dict]:
     """part -> launches, gigabytes, teraflops and the floor's seconds, of a whole step."""
     out: dict[str, dict] = {}
     for k in kernels:
@@ -229,7 +218,7 @@ def by_part(kernels: Sequence[Kernel], bandwidth: float, gpu: str) -> dict[str, 
         row["launches"] += k.times
         row["gb"] += k.times * k.bytes / 1e9
         row["tflop"] += k.times * k.flops / 1e12
-        row["seconds"] += k.times * k.floor(bandwidth, gpu)
+        row["seconds"] += k.times * k.floor(gpu)
     return out
 
 
@@ -245,9 +234,9 @@ def compiled_text(args: argparse.Namespace, config: RunConfig) -> str:
 def options(p: argparse.ArgumentParser) -> None:
     frame.add_shape(p, depth=24, rows=16, seq=2048, precision="bfloat16")
     p.add_argument(
-        "--accumulation", type=positive, help="micro-batches of a step; default: as the recipe's batch wants"
+        "--accumulation", type=positive, help="micro-batches of a step; default: those of the recipe's batch"
     )
-    p.add_argument("--gpu", choices=sorted(PRODUCTS), default="h100")
+    p.add_argument("--gpu", choices=sorted(RATES), default="h100")
     p.add_argument("--attention", choices=("cudnn", "flash", "blocks"), help="the backend; default: cudnn")
     p.add_argument("--top", type=count, default=12, help="how many of the longest kernels are named")
     p.add_argument("--hlo", type=Path, help="a file of an optimised program, instead of compiling one")
@@ -261,9 +250,8 @@ def run(args: argparse.Namespace) -> dict:
         args.dump.write_text(text)
     _, plan = base_plan(config)
     accumulation = args.accumulation or max(1, plan.batch_tokens // (args.rows * args.seq))
-    bandwidth = targets.GPUS[args.gpu].bandwidth
-    kernels = with_accumulation(list(Program.parse(text).kernels()), accumulation)
-    parts = by_part(kernels, bandwidth, args.gpu)
+    kernels = with_accumulation(list(Program(text).kernels()), accumulation)
+    parts = by_part(kernels, args.gpu)
     seconds = sum(row["seconds"] for row in parts.values())
     print(f"d{args.depth}, {accumulation} x {args.rows} rows of {args.seq} on a {args.gpu}, every kernel at its floor")
     table = frame.Table()
@@ -272,7 +260,7 @@ def run(args: argparse.Namespace) -> dict:
     tokens = accumulation * args.rows * args.seq
     print(f"{1e3 * seconds:.1f} ms, {tokens / seconds:,.0f} tokens/s at best; the longest kernels:")
     table = frame.Table()
-    for k in sorted(kernels, key=lambda k: -k.times * k.floor(bandwidth, args.gpu))[: args.top]:
-        figures = {"times": k.times, "us each": 1e6 * k.floor(bandwidth, args.gpu), "MB": k.bytes / 1e6}
+    for k in sorted(kernels, key=lambda k: -k.times * k.floor(args.gpu))[: args.top]:
+        figures = {"times": k.times, "us each": 1e6 * k.floor(args.gpu), "MB": k.bytes / 1e6}
         table.row(f"{k.part} {k.name}", figures)
     return {**frame.shown(args, ("depth", "rows", "precision", "gpu")), "parts": parts, "seconds": seconds}

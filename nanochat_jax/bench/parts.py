@@ -26,7 +26,7 @@ _BY_NAME = (
 
 def parts_of_program(text: str) -> dict[str, str]:
     """Instruction -> part, over all computations of an optimised program."""
-    program = Program.parse(text)
+    program = Program(text)
     found = (i for body in program.computations.values() for i in body if i.op not in _CONTAINERS)
     return {i.name: part_of(i, program.inner(i)) for i in found}
 
