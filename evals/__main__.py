@@ -19,20 +19,18 @@ from collections.abc import Sequence
 
 from nanochat_jax.cli import command, positive
 
+OTHERS = {"show": "evals.browse", "compare": "evals.compare", "report": "evals.report"}
 EPILOG = "python -m evals show|compare|report --help: what was answered, what differs, and the page about a run."
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in ("show", "compare", "report"):
-        module = importlib.import_module("evals.browse" if argv[0] == "show" else f"evals.{argv[0]}")
-        return module.main(argv[1:])
+def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in OTHERS:
+        return importlib.import_module(OTHERS[argv[0]]).main(argv[1:])
     return evaluate(argv)
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """The command without a name: evaluates."""
     parser = argparse.ArgumentParser(prog="python -m evals", description=__doc__.split("\n\n")[0], epilog=EPILOG)
     option = parser.add_argument
     option("--run-dir", required=True, help="the run directory")

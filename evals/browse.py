@@ -24,7 +24,7 @@ SHOWN = 10  # questions, unless told otherwise
 PLAIN_WIDTH = 120  # of what goes to a file or a pipe
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def main(argv: Sequence[str]) -> int:
     p = argparse.ArgumentParser(
         prog="python -m evals show",
         description="Questions, answers and verdicts of an evaluation. Without --task: what there is to read.",
@@ -38,11 +38,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--index", type=int, metavar="N", help="only the question of this index in the task")
     p.add_argument("--grep", metavar="TEXT", help="only where this regular expression, in any case, is found")
     p.add_argument("--limit", type=int, default=SHOWN, metavar="N", help=f"at most so many, 0 for all; default {SHOWN}")
-    return p.parse_args(argv)
-
-
-def main(argv: Sequence[str]) -> int:
-    args = parse(argv)
+    args = p.parse_args(argv)
     run, stage = records.split_spec(args.run)
     stage = args.stage or stage
     found = records.results(run)
@@ -120,12 +116,6 @@ def show(console: Console, record: dict) -> None:
 
 def _show_answer(console: Console, name: str, answer: dict) -> None:
     verdict, style = ("right", "green") if answer["correct"] else ("wrong", "red")
-    notes = [verdict]
-    if "finish_reason" in answer:
-        notes.append(f"{answer['tokens']} token{'s' if answer['tokens'] != 1 else ''}")
-        if answer["finish_reason"] != "stop":
-            notes.append({"length": "cut off at the limit"}.get(answer["finish_reason"], answer["finish_reason"]))
-    if answer.get("reason"):
-        notes.append(printable(answer["reason"]))
-    console.print(Text.assemble("\n", (name, "bold"), ": ", (", ".join(notes), style)))
+    notes = [verdict, *records.remarks(answer)]
+    console.print(Text.assemble("\n", (name, "bold"), ": ", (printable(", ".join(notes)), style)))
     console.print(Text(printable(records.said(answer).strip()) or "(nothing)"))

@@ -91,7 +91,8 @@ def compare(a: Side, b: Side, tasks: Sequence[str] | None = None) -> list[Differ
     """All figures that both have, headlines first, with corrected p. UserError where there are none, or not all."""
     bpb, core, chatcore = ([side.result.get(name) or {} for side in (a, b)] for name in HEADLINES)
     chat = {name: _verdicts(name, a, b) for name in a.result["chat"] if name in b.result["chat"]}
-    found = [*_bpb(a, b, *bpb), *_core(*core), *_chatcore(*chatcore, chat, a.result["chat"]), *chat.values()]
+    errors = {name: d.stderr / (1 - a.result["chat"][name]["baseline"]) for name, d in chat.items()}
+    found = [*_bpb(a, b, *bpb), *_core(*core), *_chatcore(errors, *chatcore), *chat.values()]
     found += [d for name in chat for d in _pass_at_k(name, a, b)] + _core_tasks(*core)
     if tasks is not None:
         if unknown := [t for t in tasks if t not in {name for d in found for name in (d.name, d.task)}]:
@@ -185,13 +186,12 @@ def _core(one: dict, other: dict) -> list[Difference]:
     return [_by_errors("core", one["n_tasks"], *figures)]
 
 
-def _chatcore(one: dict, other: dict, chat: dict[str, Difference], scores: dict[str, dict]) -> list[Difference]:
-    """ChatCORE, where both are of the same tasks; its error is made of those of the tasks' differences."""
+def _chatcore(errors: dict[str, float], one: dict, other: dict) -> list[Difference]:
+    """ChatCORE, where both are of the same tasks. errors: of the differences of the tasks' centred accuracies."""
     if one.get("score") is None or sorted(one["tasks"]) != sorted(other.get("tasks", ())):
         return []
-    tasks = one["tasks"]
-    errors = [chat[t].stderr / (1 - scores[t]["baseline"]) / len(tasks) for t in tasks]
-    return [_by_errors("chatcore", len(tasks), one["score"], other["score"], *errors)]
+    n = len(one["tasks"])
+    return [_by_errors("chatcore", n, one["score"], other["score"], *(errors[t] / n for t in one["tasks"]))]
 
 
 def open_sides(specs: Sequence[str], stage: str | None) -> list[Side]:

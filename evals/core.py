@@ -174,9 +174,10 @@ def evaluate_core(
             f"CORE {task.label} ({task.num_fewshot}-shot, {n} examples): accuracy {accuracy:.4f}, "
             f"centred {centered:.4f}, {time.monotonic() - started:.1f} s"
         )
-    n = len(errors)
-    metric, stderr = mean_of([*out["centered"].values()], errors) if n else (None, None)
-    corrected = metric + gained / n if metric is not None and out["corrected"] else None
-    out |= {"core_metric": metric, "core_metric_corrected": corrected, "core_stderr": stderr}
+    out |= dict.fromkeys(("core_metric", "core_metric_corrected", "core_stderr"))
+    if n := len(errors):
+        out["core_metric"], out["core_stderr"] = mean_of([*out["centered"].values()], errors)
+        if out["corrected"]:
+            out["core_metric_corrected"] = out["core_metric"] + gained / n
     out |= {"n_tasks": n, "total_tasks": len(tasks), "max_per_task": max_per_task}
     return out | {"partial": bool(out["missing"] or out["substitutes"])}

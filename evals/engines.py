@@ -1,7 +1,7 @@
 """Many requests at once: an engine for each core of a CPU, and one engine elsewhere.
 
-On a CPU, XLA uses one core for most of a decode step: products of few rows are too small to be split, and one core reads
-the cache for attention. So every core gets an engine with slots of its own, in a thread, and all take from one queue.
+On a CPU, XLA uses one core for most of a decode step: products of few rows are too small to be split, and attention
+reads the cache on one core. So every core gets an engine with slots of its own, in a thread, and all share one queue.
 """
 
 import threading

@@ -45,6 +45,14 @@ def said(answer: dict) -> str:
     return "".join(marks[p["type"]].format(p["text"]) for p in parts)
 
 
+def remarks(answer: dict) -> list[str]:
+    """What there is to say of an answer beside its verdict: how long it is, how it ended, why it is wrong."""
+    tokens, end = answer.get("tokens"), answer.get("finish_reason", "stop")
+    length = f"{tokens:,} token{'s' * (tokens != 1)}" if tokens is not None else ""
+    ended = {"stop": "", "length": "cut off at the limit"}.get(end, end)
+    return [remark for remark in (length, ended, answer.get("reason")) if remark]
+
+
 def asked(conversation: dict) -> dict:
     """What a record says of a question: id, prompt, expected, and subject where it has one."""
     shown, answer = prompt_messages(conversation), conversation["messages"][-1]

@@ -49,7 +49,7 @@ def two_proportions(a: float, n_a: int, b: float, n_b: int) -> tuple[float, floa
 
 
 def paired(a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """(standard error, p of the paired t-test) of b - a, means of n independent pairs (n,), or sums over sum(weights)."""
+    """(standard error, p of the paired t-test) of b - a: means of independent pairs (n,), or sums over sum(weights)."""
     weights = np.ones(len(a)) if weights is None else weights
     if len(a) < 2:
         return 0.0, 1.0
@@ -67,7 +67,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
     """(Q,) float64, the chance that one of k answers is right: 1 - C(n - c, k) / C(n, k) for each question of right
-    (Q, n) bool, c of whose n answers are right. Unbiased: 1 - (1 - c / n)^k is too small. Chen et al., arXiv 2107.03374.
+    (Q, n) bool, c of whose n answers are right. Unbiased, while 1 - (1 - c / n)^k is too small. arXiv 2107.03374.
     """
     n, c, i = right.shape[1], right.sum(axis=1), np.arange(k)[:, None]
     if not 1 <= k <= n:
@@ -76,7 +76,7 @@ def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
 
 
 def pass_estimates(right: np.ndarray) -> dict[str, dict[str, float]]:
-    """{"pass@1": {"value", "stderr" over questions}, ...} of right (Q, n) bool, for k of 1, 2, 4, ..., 10, 100 up to n."""
+    """{"pass@1": {"value", "stderr" over questions}, ...} of right (Q, n) bool, k = 1, 2, 4, ..., 10, 100 up to n."""
     n = right.shape[1]
     ks = sorted({2**i for i in range(n.bit_length())} | {k for k in PUBLISHED_K if k <= n})
     chances, ones = {k: pass_at_k(right, k) for k in ks}, np.ones(len(right))

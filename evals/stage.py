@@ -66,8 +66,8 @@ def evaluate_stage(
     """Evaluates the model that `stage` (None: the latest) ended with; writes, and returns, evals/<stage>.json.
 
     int8: with its weights rounded as they are for serving; the file is then evals/<stage>-int8.json.
-    tasks: names of chat tasks, `bpb`, `core`, `samples`, whose results join those that are in the file already; None: all
-    that the stage and the data allow. settings: in place of those of config.evals where not None, such as samples.
+    tasks: names of chat tasks, `bpb`, `core`, `samples`, whose results join those in the file; None: all that the stage
+    and the data allow. settings: in place of those of config.evals where not None, such as samples.
     UserError for an unknown task, or a run or stage that is not there.
     """
     began = time.perf_counter()

@@ -46,12 +46,7 @@ def answers(facts: Facts) -> str:
 def _answer(record: dict) -> str:
     """A question with its answer, the verdict and what there is to say of that."""
     said = ["**right**" if record["correct"] else "**wrong**"]
-    if (n := record.get("tokens")) is not None:
-        said.append(f"{n:,} token{'s' * (n != 1)}")
-    if (reason := record.get("finish_reason", "stop")) != "stop":
-        said.append("cut off at the limit" if reason == "length" else plain(reason))
-    if record.get("reason"):
-        said.append(plain(cut(record["reason"], 200, 3)))
+    said += [plain(cut(remark, 200, 3)) for remark in records.remarks(record)]
     lines = ["> " + cut(record["prompt"].strip(), CHARS, LINES).replace("\n", "\n> ")]
     lines.append(cut(records.said(record).strip(), CHARS, LINES) or "(nothing)")
     if not record["correct"] and record.get("expected"):
