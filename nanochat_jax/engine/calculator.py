@@ -30,7 +30,7 @@ class _Refused(Exception):
 
 
 def use_calculator(expression: str) -> str | None:
-    """The value of an arithmetic expression or of `'text'.count('x')`, as Python prints it; None for all else.
+    """The value of an arithmetic expression or of `'text'.count('x')` or `len('text')`, as Python prints it; None for all else.
 
     Commas in numbers are left out; powers are refused.
     """
@@ -66,8 +66,10 @@ def _bounded(value: int | float) -> int | float:
 
 
 def _count(call: ast.Call) -> int:
-    """'text'.count('x')."""
+    """'text'.count('x'), or len('text')."""
     match call:
+        case ast.Call(ast.Name("len"), [ast.Constant(str(text))], []):
+            return len(text)
         case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(part))], []):
             return text.count(part)
     raise _Refused

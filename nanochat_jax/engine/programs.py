@@ -106,6 +106,14 @@ class Program:
         return model.logits(hidden[:, 0])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _one_step(program: Program, params, cache, token, position, before):
+    """Logits of the rows in use, 0 for others, and the rows of the cache afterwards."""
+    rows = list(cache)
+    logits = program.step(params, rows, jnp.arange(len(token)), token, position, before)
+    return jnp.where(position[:, None] >= 0, logits, 0.0), rows
+
+
 @functools.cache
 def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
     """Whether a decode step by kernels gives on this device what the plain one gives, in two layers of this shape.
@@ -124,21 +132,14 @@ def kernels_agree(cfg: GPTConfig, dtype: np.dtype, max_len: int) -> bool:
         cache = [tuple(draw(shape).astype(dtype) for _ in range(2)) for shape in shapes]
         token, before = rng.integers(0, cfg.vocab_size, (2, len(position))).astype(np.int32)
 
-        def ask(fused):
-            """Logits of the rows in use, 0 for others, and the cache afterwards."""
-
-            @jax.jit
-            def step(params, cache):
-                logits = program.step(params, cache, np.arange(len(token)), token, position, before)
-                return jnp.where(position[:, None] >= 0, logits, 0.0), cache
-
+        def ask(fused, *rest):
             program = Program(graph, cfg, dtype, max_len, fused)
-            found = step(prepared(params, dtype, fused, False), cache)
+            found = _one_step(program, prepared(params, dtype, fused, False), *rest)
             return [np.asarray(x, np.float32) for x in jax.tree.leaves(found)]
 
-        want = ask(False)
+        want = ask(False, cache, token, position, before)
         try:
-            got = ask(True)
+            got = ask(True, cache, token, position, before)
         except Exception:  # no such kernel for this device
             return False
         if any(not np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b) for a, b in zip(got, want, strict=True)):
