@@ -18,13 +18,18 @@ def part_of(path: Path) -> Path:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
+    """`text` as UTF-8, whole or not at all."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: str | Path, content: bytes) -> None:
     """Writes beside the target, flushes to the disk and renames: a reader never sees half of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     try:
-        with open(part, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(part, "wb") as f:
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)

@@ -5,10 +5,10 @@ import random
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.data.packing import pack_documents
 from nanochat_jax.errors import UserError
 from tokenizer import SPECIAL_TOKENS
 
@@ -24,11 +24,14 @@ class Bytes:
     def encode(self, text):
         return [self.shift + byte for byte in text.encode()]
 
+    def encode_batch(self, texts, num_threads=None):
+        return [self.encode(text) for text in texts]
+
 
 @dataclass(frozen=True)
 class Texts:
     """Documents of a few texts a piece. Reading waits at text `hold` until the file `gate` is there, and fails with
-    `error` at text `bad`; each text takes `pause` seconds."""
+    `error` at text `bad`; each text takes `pause` seconds. `act` is called in the process that reads them."""
 
     texts: tuple[str, ...]
     per_piece: int = 7
@@ -37,12 +40,14 @@ class Texts:
     bad: int | None = None
     error: Exception | None = None
     pause: float = 0.0
+    act: Callable[[], object] = int  # which does nothing
 
     @property
     def key(self):
         return [len(self.texts)]
 
     def pieces(self, split):
+        self.act()
         for start in range(0, len(self.texts), self.per_piece):
             yield Part(self, start)
 
@@ -72,32 +77,19 @@ def random_texts(n, seed=0, longest=60):
     return tuple(chr(97 + i % 26) * rng.randint(1, longest) for i in range(n))
 
 
-def imported(received):
-    """The modules of a process that knows documents of all kinds and the tokenizer."""
+def tell_modules():
+    """Raises the names of what a process has imported that knows documents of all kinds and the tokenizer."""
     import tokenizer.chat  # noqa: F401
     from nanochat_jax.data import embedded, registry  # noqa: F401
 
-    yield sorted(sys.modules)
+    raise UserError(" ".join(sys.modules))
 
 
-def shout(received, *words):
-    print("what is printed is no message")
-    for word in words:
-        yield word.upper()
-    for word in received:
-        yield word.upper()
+def limit_files():
+    """No file may grow beyond 400 bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
 
 
-def exit_in_the_middle(received):
-    yield "half"
-    time.sleep(0.2)  # so that it is on its way
+def print_and_exit():
+    print("what is printed is no message", flush=True)
     os._exit(9)
-
-
-def pack_with_small_files(received, limit, *args, **options):
-    """What packing says where no file may grow beyond `limit` bytes, as on a full disk."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    try:
-        pack_documents(*args, split="train", buffer=10, workers=0)
-    except UserError as e:
-        yield str(e)

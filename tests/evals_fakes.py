@@ -23,7 +23,7 @@ class ByteTokenizer:
     def encode(self, text):
         return list(text.encode())
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts, num_threads=None):
         return [self.encode(t) for t in texts]
 
     def decode_bytes(self, ids):

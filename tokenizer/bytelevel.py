@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_text
 from tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 JSON_FILE = "tokenizer.json"
@@ -73,7 +74,7 @@ class ByteLevelTokenizer(Tokenizer):
 
     def save(self, dir: str | Path) -> None:
         """Writes tokenizer.json."""
-        self._write(dir, {JSON_FILE: self.text.encode()})
+        atomic_write_text(Path(dir) / JSON_FILE, self.text)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
         """`encode` of each text; `tokenizers` decides on threads by itself."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import codecs
 import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import sentencepiece
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import read_json
+from nanochat_jax.files import atomic_write_bytes, atomic_write_json, read_json
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document
@@ -115,16 +114,8 @@ class Tokenizer:
     def save(self, dir: str | Path) -> None:
         """Write tokenizer.model and meta.json; a reader sees the old files or the new ones, never half a file."""
         meta = {**self.meta, "vocab_size": self.vocab_size, "hash": self.hash}
-        self._write(dir, {META_FILE: (json.dumps(meta, indent=1) + "\n").encode(), MODEL_FILE: self.model})
-
-    @staticmethod
-    def _write(dir: str | Path, contents: dict[str, bytes]) -> None:
-        folder = Path(dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in contents.items():
-            tmp = folder / f".{name}.{os.getpid()}.tmp"
-            tmp.write_bytes(data)
-            os.replace(tmp, folder / name)
+        atomic_write_json(Path(dir) / META_FILE, meta)
+        atomic_write_bytes(Path(dir) / MODEL_FILE, self.model)
 
     def special(self, name: str) -> int:
         """The id of a special token, by its name with or without the `<|` `|>`."""

@@ -7,20 +7,19 @@ All shards but the last have `shard_rows` rows, and each has a checksum. A folde
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import shutil
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import atomic_write_json, part_of, read_json
+from nanochat_jax.files import atomic_write_bytes, atomic_write_json, part_of, read_json
 
 MANIFEST = "manifest.json"
 SHARD_ROWS = 4096
@@ -182,30 +181,17 @@ def writing(folder: Path) -> Iterator[None]:
         raise UserError(line) from None
 
 
-def write_whole(path: Path, fill: Callable[[BinaryIO], None]) -> None:
-    """A file that `fill(file)` writes, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with open(part, "wb") as f:
-            fill(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _save(file: BinaryIO, array: np.ndarray) -> None:
-    """np.save, which does not say that the disk is full."""
-    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-    file.write(np.ascontiguousarray(array).data)
+def write_arrays(path: Path, save: Callable[..., None], *arrays: np.ndarray, **named: np.ndarray) -> None:
+    """What np.save or np.savez makes of arrays, whole or not at all."""
+    content = io.BytesIO()  # with a file of its own, np.save does not say that the disk is full
+    save(content, *arrays, **named)
+    atomic_write_bytes(path, content.getvalue())
 
 
 def write_shard(folder: Path, i: int, arrays: dict[str, np.ndarray]) -> dict:
     """Writes the arrays of shard `i`; what the manifest says of it."""
     for name, array in arrays.items():
-        write_whole(folder / _file(name, i), partial(_save, array=array))
+        write_arrays(folder / _file(name, i), np.save, array)
     return {"rows": len(arrays["tokens"]), "checksum": _checksum(arrays.values())}
 
 

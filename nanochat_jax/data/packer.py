@@ -24,17 +24,15 @@ import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from nanochat_jax.data.documents import Documents
 from nanochat_jax.data.fit import Buffer, best_fit
-from nanochat_jax.data.packed import MANIFEST, dtype_of, write_shard, write_whole, writing
+from nanochat_jax.data.packed import MANIFEST, dtype_of, write_arrays, write_shard, writing
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, claim, read_json
 from tokenizer.tokenizer import Tokenizer
@@ -98,13 +96,15 @@ class Packer:
                     pass_fds=[theirs.fileno()],
                     env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
                 )
-            with self._process, link, contextlib.suppress(EOFError, OSError):  # where it is killed
-                link.send((self._job, self._threads))
-                while isinstance(message := link.recv(), str):
+            with self._process, link:
+                with contextlib.suppress(OSError):  # where it is killed; receiving will tell
+                    link.send((self._job, self._threads))
+                while isinstance(message := _received(link), str):
                     self._log(message)
+            if not isinstance(message, (EOFError, OSError)):
                 self._error = message
                 return
-        status = self._process.returncode
+            status = self._process.returncode
         ending = f"status {status}" if status >= 0 else signal.Signals(-status).name
         self._error = UserError(
             f"packing into {self._job.folder}: a process was killed ({ending}), again and again; is memory short?"
@@ -112,9 +112,11 @@ class Packer:
 
     def working(self) -> bool:
         """Whether it still runs. UserError where packing failed."""
-        if not self._thread.is_alive() and self._error:
+        if self._thread.is_alive():
+            return True
+        if self._error:
             raise self._error
-        return self._thread.is_alive()
+        return False
 
     def close(self) -> None:
         with self._lock:
@@ -143,9 +145,16 @@ def serve(fd: int) -> None:
     os._exit(0)  # without waiting for downloads
 
 
+def _received(link: Connection):
+    """The next message, or the error where the other process has ended, perhaps in the middle of one."""
+    try:
+        return link.recv()
+    except (EOFError, OSError) as e:
+        return e
+
+
 def _end_with_parent(link: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        link.recv()  # nothing more is ever sent
+    _received(link)  # nothing more is ever sent
     os._exit(1)
 
 
@@ -231,8 +240,8 @@ def _add(job: Job, manifest: dict, rows: list[list[tuple[Document, int]]], buffe
             waiting = buffer.in_order()
             lengths = np.array([length for length, _ in waiting], np.int64)
             ids = np.concatenate([np.empty(0, manifest["dtype"]), *(ids for _, ids in waiting)])
-            state = partial(np.savez, lengths=lengths, ids=ids, place=np.array(place, np.int64))
-            write_whole(_resume(job, n + 1), state)
+            state = {"lengths": lengths, "ids": ids, "place": np.array(place, np.int64)}
+            write_arrays(_resume(job, n + 1), np.savez, **state)
         atomic_write_json(job.folder / MANIFEST, manifest)
         _resume(job, n).unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from nanochat_jax.processes import cores
 from tokenizer.chat import render_batch
 
 VERSION = 2  # of what is packed: part of the cache's key
-BATCH = 256  # conversations rendered at a time
+BATCH = 128  # conversations rendered at a time; the rows depend on it
 
 
 def spare_cores() -> int:

@@ -1,11 +1,10 @@
-"""Packing in processes: the same rows whatever the number of workers, whoever is killed, whoever packs beside it."""
+"""Packing in the background: the same rows with any number of threads, whoever is killed, whoever packs beside it."""
 
 import errno
 import itertools
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -14,18 +13,9 @@ import time
 import numpy as np
 import psutil
 import pytest
-from data_fakes import (
-    Bytes,
-    Texts,
-    exit_in_the_middle,
-    imported,
-    pack_with_small_files,
-    random_texts,
-    shout,
-)
+from data_fakes import Bytes, Texts, limit_files, print_and_exit, random_texts, tell_modules
 
-from nanochat_jax.data import ahead
-from nanochat_jax.data.children import Child, Killed
+from nanochat_jax.data import packer
 from nanochat_jax.data.fit import best_fit
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_conversations, pack_documents
@@ -77,7 +67,7 @@ def whole(tmp_path_factory):
 def test_the_rows_are_those_of_best_fit_over_the_documents_in_order(whole, tmp_path):
     tok = Bytes()
     documents = [[tok.bos, *tok.encode(text)] for text in TEXTS]
-    batches = (documents[i : i + ahead.REFILL] for i in range(0, len(documents), ahead.REFILL))
+    batches = (documents[i : i + packer.REFILL] for i in range(0, len(documents), packer.REFILL))
     used = list(best_fit(batches, SEQ + 1, 10, crop=True))
     want = [[i for document, taken in row for i in document[:taken]] for row in used]
     data = packed(Texts(TEXTS), tmp_path, workers=0)
@@ -125,7 +115,7 @@ def test_a_vocabulary_beyond_sixteen_bits(whole, tmp_path):
     assert np.array_equal(rows - 70_000, narrow.rows(range(len(narrow)))["tokens"])
 
 
-def test_conversations_are_rendered_by_children_in_the_same_order(tmp_path):
+def test_conversations_come_in_the_same_order_with_any_number_of_threads(tmp_path):
     mixture = [
         {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]}
         for text in TEXTS
@@ -212,40 +202,41 @@ def test_killed_between_any_two_changes_of_the_folder(whole, tmp_path, monkeypat
     assert n > 20
 
 
+def packers():
+    """The processes that pack for this one."""
+    return psutil.Process().children()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments(whole, tmp_path, seed):
     rng = random.Random(seed)
-    documents = Texts(TEXTS, pause=0.002)
-    with start(documents, tmp_path, workers=2) as data:
-        for _ in range(ahead.RESTARTS):  # started again by who waits for rows
+    with start(Texts(TEXTS, pause=0.002), tmp_path, workers=2) as data:
+        for _ in range(packer.RESTARTS):
             time.sleep(rng.uniform(0.2, 0.8))
-            if not data.packer.working():
-                break
-            family = [psutil.Process(data.packer.pid), *psutil.Process(data.packer.pid).children()]
-            victim = rng.choice(family)
-            victim.send_signal(signal.SIGKILL)
-            psutil.wait_procs(family, timeout=10)
+            for process in packers():
+                process.kill()
             if data.complete:
                 break
             data.wait_for(data.available() + 1)
     assert contents(packed(Texts(TEXTS), tmp_path, workers=2).path) == whole
 
 
-def test_who_is_killed_again_and_again_is_not_started_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(ahead, "RESTARTS", 1)
-    with start(Texts(TEXTS, gate=tmp_path / "never"), tmp_path, workers=1) as data:
-        for _ in range(2):
-            os.kill(data.packer.pid, signal.SIGKILL)
-            data.packer._listener.join()
-            if _ == 0:
-                assert data.packer.working()
-        with pytest.raises(UserError, match="SIGKILL"):
-            data.wait_for(1)
+def test_a_packer_that_is_killed_again_and_again_is_given_up(tmp_path, capfd):
+    with pytest.raises(UserError, match=r"killed \(status 9\), again and again"):
+        packed(Texts(TEXTS, act=print_and_exit), tmp_path, workers=1)
+    out, err = capfd.readouterr()
+    assert not out and err.count("what is printed is no message") == 1 + packer.RESTARTS
+    documents = Texts(TEXTS, gate=tmp_path / "never")
+    with start(documents, tmp_path, workers=1) as data, pytest.raises(UserError, match="SIGKILL"):
+        while data.packer.working():
+            for process in packers():
+                process.kill()
 
 
-def test_all_processes_end_with_the_one_that_trains(tmp_path):
+def test_the_packer_ends_with_the_process_that_trains(tmp_path):
     code = (
         "import sys; from pathlib import Path; from data_fakes import *\n"
+        "from nanochat_jax.data.packing import pack_documents\n"
         "folder = Path(sys.argv[1])\n"
         "data = pack_documents(Texts(random_texts(50), gate=folder / 'never'), Bytes(), 31, folder, split='train',"
         " workers=2)\n"
@@ -255,14 +246,13 @@ def test_all_processes_end_with_the_one_that_trains(tmp_path):
     env = {**os.environ, "PYTHONPATH": path}
     trainer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=env)
     assert trainer.stdout.readline() == b"started\n"
-    family = psutil.Process(trainer.pid)
     deadline = time.monotonic() + 60
-    while len(found := family.children(recursive=True)) < 3 and time.monotonic() < deadline:
+    while not (found := psutil.Process(trainer.pid).children()) and time.monotonic() < deadline:
         time.sleep(0.02)
     trainer.kill()
     trainer.wait()
     gone, alive = psutil.wait_procs(found, timeout=60)
-    assert len(gone) == 3 and not alive
+    assert len(gone) == 1 and not alive
 
 
 def test_a_damaged_state_packs_from_the_beginning(whole, tmp_path):
@@ -293,9 +283,9 @@ def test_documents_that_fill_no_row(tmp_path, workers):
 
 
 def test_a_full_disk(whole, tmp_path):
-    with Child(pack_with_small_files, 400, Texts(TEXTS), Bytes(), SEQ, tmp_path) as child:
-        message = next(child)
-    assert "no space is left for packed rows" in message and "\n" not in message
+    with pytest.raises(UserError, match="no space is left for packed rows") as told:
+        packed(Texts(TEXTS, act=limit_files), tmp_path, workers=1)
+    assert "\n" not in str(told.value)
     (folder,) = tmp_path.iterdir()
     assert contents(folder) == {}
     assert contents(packed(Texts(TEXTS), tmp_path, workers=0).path) == whole
@@ -310,7 +300,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     def read_only(path):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(ahead, "claim", read_only)
+    monkeypatch.setattr(packer, "claim", read_only)
     with pytest.raises(UserError, match="Read-only file system"):
         packed(Texts(TEXTS), tmp_path, workers=0)
     assert len(packed(Texts(TEXTS), tmp_path, workers=0, goal_rows=10)) == len(data)  # reading takes no lock
@@ -323,23 +313,9 @@ def test_a_folder_that_nobody_packs_is_not_waited_for(tmp_path):
     assert PackedDataset(path).wait_for(12) == 16
 
 
-# ---------------------------------------------------------------------------------------------- children
-
-
-def test_children_import_no_jax():
-    with Child(imported) as child:
-        names = next(child)
-    assert "data_fakes" in names and "nanochat_jax.data.packing" in names
+def test_the_packer_imports_no_jax(tmp_path):
+    with pytest.raises(UserError) as told:
+        packed(Texts(TEXTS, act=tell_modules), tmp_path, workers=1)
+    names = str(told.value).split()
+    assert "data_fakes" in names and "nanochat_jax.data.packer" in names
     assert not {"jax", "jaxlib", "grain", "flax"} & set(names)
-
-
-def test_children_answer_in_order():
-    with Child(shout, "a", "b") as child:
-        child.send("c")
-        assert list(itertools.islice(child, 3)) == ["A", "B", "C"]
-    with Child(exit_in_the_middle) as child:
-        assert next(child) == "half"
-        with pytest.raises(Killed, match="status 9"):
-            next(child)
-    with Child(shout, 7) as child, pytest.raises(RuntimeError, match="no attribute 'upper'"):
-        next(child)

@@ -13,7 +13,7 @@ from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
 from tokenizer import SPECIAL_TOKENS, load_tokenizer
 from tokenizer.__main__ import main
-from tokenizer.chat import parse_completion, render, render_prompt
+from tokenizer.chat import parse_completion, render, render_batch, render_prompt
 from tokenizer.evaluate import evaluate, table
 from tokenizer.tokenizer import MAX_PIECE_CHARS
 from tokenizer.train import sample_documents, train_tokenizer
@@ -285,12 +285,8 @@ def test_render(tok):
     ]
     assert ids == [i for part, _ in want for i in part]
     assert mask == [target for part, target in want for _ in part]
-
-
-def test_render_crops(tok):
-    ids, mask = render(tok, {"messages": CHAT})
-    for n in (0, 1, 7, len(ids), len(ids) + 5):
-        assert render(tok, {"messages": CHAT}, max_tokens=n) == (ids[:n], mask[:n])
+    others = [{"messages": CHAT[:2]}, {"messages": CHAT}, {"messages": CHAT[:2]}]
+    assert render_batch(tok, others, threads=2) == [render(tok, conversation) for conversation in others]
 
 
 def test_system_message_is_folded(tok):
