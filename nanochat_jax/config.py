@@ -100,7 +100,7 @@ class DataConfig:
     hub_shards: int = 8  # training shards to download; the last shard of the dataset is always the validation shard
     max_train_tokens: int | None = None  # stop packing after so many; None: all the text
     pack_buffer: int = 1000  # documents that best-fit packing chooses from
-    pack_workers: int | None = None  # processes that tokenize beside training; None: all cores but one; 0: none
+    pack_workers: int | None = None  # threads that tokenize beside training; None: all cores but one; 0: pack before it
 
 
 @dataclass(frozen=True)
