@@ -54,8 +54,8 @@ class Answer:
             choice = self.choices[index]
             if choice.reason is not None:
                 continue
-            if update.error is not None:
-                raise update.error
+            if isinstance(update, Exception):
+                raise update
             if self._first and update.ids:
                 self._first = False
                 self._metrics.first_token.observe(time.perf_counter() - self._began)

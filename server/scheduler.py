@@ -1,5 +1,6 @@
 """One thread owns the engine. Requests come to it through an inbox, and what it makes goes back by callbacks."""
 
+import functools
 import math
 import queue
 import threading
@@ -8,29 +9,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nanochat_jax.engine.engine import Completion, Engine, Request, Ticket
+from nanochat_jax.engine.engine import Engine, Event, Request, Ticket
 from nanochat_jax.errors import UserError
 from server.errors import Busy, Stopped
 
-
-@dataclass(frozen=True)
-class Update:
-    """New ids of a request; the completion when it has ended; an error when it never will."""
-
-    ids: Sequence[int] = ()
-    logprobs: Sequence = ()  # as long as ids, or empty where none were asked for
-    completion: Completion | None = None
-    error: Exception | None = None
+Update = Event | Exception  # what is new of a request, or why nothing will come any more
 
 
 @dataclass(eq=False)
 class Job:
     request: Request
-    index: int  # among the requests that were submitted with it
-    deliver: Callable[[int, Update], None]  # (index, what is new); called in the engine thread
+    deliver: Callable[[Update], None]  # called in the engine thread
     ticket: Ticket | None = None
     began: float | None = None  # when its first ids came
-    cancelled: bool = False
     ended: bool = False
 
 
@@ -78,8 +69,11 @@ class Scheduler:
         return {"active": active, "queued": max(0, len(self._unended) - active)}
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[int, Update], None]) -> list[Job]:
-        """All of them or none: Busy where too many wait, Stopped where the engine is down."""
-        jobs = [Job(request, i, deliver) for i, request in enumerate(requests)]
+        """All of them or none: Busy where too many wait, Stopped where the engine is down.
+
+        deliver(i, update) says what is new of requests[i].
+        """
+        jobs = [Job(request, functools.partial(deliver, i)) for i, request in enumerate(requests)]
         with self._lock:
             if not self.alive:
                 raise self._stopped()
@@ -92,8 +86,7 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """Nobody wants the rest. Nothing where the job has ended."""
-        job.cancelled = True
-        self._inbox.put(job)
+        self._inbox.put(job)  # for the second time
 
     def _retry_after(self, wanted: int) -> int:
         """Whole seconds until `wanted` of those that run should have ended, from how long the last ones took."""
@@ -109,7 +102,7 @@ class Scheduler:
                 if self.engine.busy:
                     for event in self.engine.step():
                         job = self._jobs[event.ticket] if event.completion is None else self._jobs.pop(event.ticket)
-                        self._deliver(job, Update(event.ids, event.logprobs, event.completion))
+                        self._deliver(job, event)
                 elif self._to_compile is not None and next(self._to_compile, self) is self:
                     self._to_compile = None
         except Exception as e:
@@ -117,7 +110,7 @@ class Scheduler:
         with self._lock:
             self._stopping = True
         for job in list(self._unended):
-            self._deliver(job, Update(error=self._stopped()))
+            self._deliver(job, self._stopped())
 
     def _stopped(self) -> Stopped:
         return Stopped(self.failure or "the server is stopping")
@@ -133,23 +126,21 @@ class Scheduler:
                 continue
             if job.ticket is not None:
                 self.engine.cancel(job.ticket)
-            elif job.cancelled:
-                self._deliver(job, Update(completion=Completion(finish_reason="cancelled")))
             else:
                 try:
                     job.ticket = self.engine.submit(job.request)
                     self._jobs[job.ticket] = job
                 except ValueError as e:  # this request's fault, and no other's
-                    self._deliver(job, Update(error=UserError(str(e))))
+                    self._deliver(job, UserError(str(e)))
 
     def _deliver(self, job: Job, update: Update) -> None:
         now = time.perf_counter()
-        if update.ids and job.began is None:
+        if isinstance(update, Event) and update.ids and job.began is None:
             job.began = now
-        if update.completion is not None or update.error is not None:
+        if isinstance(update, Exception) or update.completion is not None:
             with self._lock:
                 self._unended.discard(job)
                 if job.began is not None:
                     self._took.append(now - job.began)
             job.ended = True
-        job.deliver(job.index, update)
+        job.deliver(update)

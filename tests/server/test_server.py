@@ -432,7 +432,7 @@ def collector():
 
     def deliver(index, update):
         updates.append(update)
-        if update.completion is not None or update.error is not None:
+        if isinstance(update, Exception) or update.completion is not None:
             ended.set()
 
     return updates, ended, deliver
@@ -491,7 +491,7 @@ def test_scheduler_cancels_and_stops():
     scheduler.cancel(a)  # once more: nothing
     scheduler.submit([long], left[2])
     scheduler.stop()
-    assert left[1].wait(10) and isinstance(left[0][-1].error, Stopped)
+    assert left[1].wait(10) and isinstance(left[0][-1], Stopped)
 
 
 def test_an_engine_that_fails_at_a_request_leaves_nobody_waiting(monkeypatch):
@@ -500,7 +500,7 @@ def test_an_engine_that_fails_at_a_request_leaves_nobody_waiting(monkeypatch):
         got = collector()
         scheduler.submit([REQUEST], got[2])
         assert got[1].wait(10)
-        return got[0][-1].error
+        return got[0][-1]
 
     engine = Scripted(SCRIPT)
     scheduler = Scheduler(engine)
