@@ -72,12 +72,6 @@ def _join_jax(cluster: Cluster, timeout: float) -> None:
     )
 
 
-def _leave_jax() -> None:
-    import jax
-
-    jax.distributed.shutdown()
-
-
 def _sleep_before_aborting() -> None:
     """When jax or NCCL miss another process they abort this one, with a C++ message that names nobody, often before the
     watch's thread has run. So the aborting thread sleeps first: as many seconds as SIGABRT's number, 6. The handler is
@@ -111,11 +105,10 @@ def stop(error: BaseException | None = None, orderly: bool = False) -> None:
     been asked to stop and have saved.
     """
     global _watch
-    watch = _watch
+    watch, jax = _watch, sys.modules.get("jax")
     if watch is None:
         return
     if error is not None and not orderly:
-        jax = sys.modules.get("jax")
         if jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             time.sleep(PATIENCE)  # a collective may fail because another process died: then the watch ends this one
         _silence_cpp()
@@ -129,7 +122,8 @@ def stop(error: BaseException | None = None, orderly: bool = False) -> None:
             watch.meet(LEAVING, farewell, FAREWELL if error is not None else None)
         except queue.Empty:
             watch.end(f"{watch.who(watch.me)} {farewell[0]}; the others did not within {FAREWELL:.0f} s", START_AGAIN)
-        _leave_jax()
+        if jax:
+            jax.distributed.shutdown()
     watch.close()
     _watch = None
 

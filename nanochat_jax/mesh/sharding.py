@@ -94,10 +94,9 @@ def state_spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
     data = mesh.shape["data"]
     if data == 1 or math.prod(shape) < SMALL:
         return P(*parts)
+    joined = {None: "data", "fsdp": ("fsdp", "data"), "tensor": ("data", "tensor")}
     for axis in sorted(range(len(shape)), key=lambda axis: parts[axis] == "tensor"):
-        held = mesh.shape[parts[axis]] if parts[axis] else 1
-        if shape[axis] % (held * data) == 0:
-            joined = {None: "data", "fsdp": ("fsdp", "data"), "tensor": ("data", "tensor")}
+        if shape[axis] % (mesh.shape.get(parts[axis], 1) * data) == 0:
             parts[axis] = joined[parts[axis]]
             break
     return P(*parts)
@@ -136,13 +135,13 @@ def _axes(part) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-def _manual(spec: P) -> P:
-    """What a spec says of the batch's axes."""
-    return P(*(tuple(a for a in _axes(part) if a in BATCH) or None for part in spec))
-
-
 def _specs(tree, mesh: Mesh, rule: Callable):
-    return jax.tree.map(lambda sharding: _manual(sharding.spec), _shardings(tree, mesh, rule))
+    """What the rule's specs say of the batch's axes."""
+
+    def manual(sharding):
+        return P(*(tuple(a for a in _axes(part) if a in BATCH) or None for part in sharding.spec))
+
+    return jax.tree.map(manual, _shardings(tree, mesh, rule))
 
 
 def _per_device(f: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:

@@ -63,7 +63,6 @@ def deed(name: str, light: bool) -> None:
 def main(name: str, light: bool) -> int:
     if light:
         hosts._join_jax = lambda cluster, timeout: None
-        hosts._leave_jax = lambda: None
     try:
         with hosts.together(orderly=(Stopped,)):
             if hosts.is_main():
