@@ -407,12 +407,17 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return out
 
 
-def read_run_config(run_dir: str | Path) -> RunConfig:
-    """The settings of a run directory, unchecked: its data may be elsewhere by now. UserError if there is none."""
+def config_file(run_dir: str | Path) -> Path:
+    """The settings' file of a run directory. UserError where there is none."""
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); train one with run_speedrun.py")
-    return from_dict(RunConfig, yaml.safe_load(path.read_text()))
+    return path
+
+
+def read_run_config(run_dir: str | Path) -> RunConfig:
+    """The settings of a run directory, unchecked: its data may be elsewhere by now. UserError if there is none."""
+    return from_dict(RunConfig, yaml.safe_load(config_file(run_dir).read_text()))
 
 
 def check_same(run_dir: Path, config: RunConfig, option: str) -> None:

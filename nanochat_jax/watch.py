@@ -25,13 +25,13 @@ from rich.table import Table
 from rich.text import Text
 
 from nanochat_jax.cli import command
-from nanochat_jax.errors import UserError
+from nanochat_jax.config import config_file
 from nanochat_jax.files import read_json
 from nanochat_jax.tracking.alarms import STALL_SECONDS, STALL_TIMES
 from nanochat_jax.tracking.tracking import read_records
 from nanochat_jax.words import count
 
-STAGES = ("base", "mid", "sft", "rl")
+STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval")  # the first and the last keep no records
 RECENT = 32  # steps over which rates and losses are taken
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE = 20  # characters
@@ -117,71 +117,58 @@ def _records(path: Path, size: int, changed: int) -> list[dict]:
     return read_records(path)
 
 
-class RunView:
-    """A run directory. UserError where it is none."""
-
-    def __init__(self, run_dir: Path):
-        if not (run_dir / "config.yaml").is_file():
-            raise UserError(f"{run_dir} is not a run directory (it has no config.yaml); run_speedrun.py makes one")
-        self.dir = run_dir
-
-    def records(self, stage: str) -> list[dict]:
-        path = self.dir / stage / "metrics.jsonl"
-        return _records(path, path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else []
-
-    def done(self, stage: str) -> dict | None:
-        """The done mark of a stage that is over."""
-        return read_json(self.dir / stage / "done.json")
-
-    def stages(self) -> list[StageView]:
-        return [StageView(s, self.records(s), self.done(s)) for s in STAGES]
-
-    def log(self) -> list[str]:
-        """The last lines of log.txt, without their dates."""
-        path = self.dir / "log.txt"
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        return [re.sub(r"^\d{4}-\d\d-\d\d ", "", line) for line in lines if line.strip()][-LOG_LINES:]
-
-    def samples(self) -> tuple[str, list[str]]:
-        """(their source, texts): of the stage evaluated last, else what a stage recorded last."""
-        for stage in reversed(STAGES):
-            found = read_json(self.dir / "evals" / f"{stage}.json")
-            if found and found.get("samples"):
-                between = "" if stage == "base" else "  →  "
-                texts = [s["prompt"] + between + s["completion"].strip("\n") for s in found["samples"]]
-                return f"{stage}, evaluated", texts[:SAMPLES]
-            noted = [r for r in self.records(stage) if r.get("sample")]
-            if noted:
-                return f"{stage}, step {noted[-1]['step']:,}", noted[-1]["sample"].splitlines()[:SAMPLES]
-        return "", []
+def read_stage(run_dir: Path, name: str) -> StageView:
+    path = run_dir / name / "metrics.jsonl"
+    records = _records(path, path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else []
+    return StageView(name, records, read_json(run_dir / name / "done.json"))
 
 
-def frame(view: RunView, now: float) -> RenderableType:
+def _log(run_dir: Path) -> list[str]:
+    """The last lines of log.txt, without their dates."""
+    path = run_dir / "log.txt"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return [re.sub(r"^\d{4}-\d\d-\d\d ", "", line) for line in lines if line.strip()][-LOG_LINES:]
+
+
+def _samples(run_dir: Path, stages: list[StageView]) -> tuple[str, list[str]]:
+    """(their source, texts): of the stage evaluated last, else what a stage recorded last."""
+    for stage in reversed(stages):
+        found = read_json(run_dir / "evals" / f"{stage.name}.json")
+        if found and found.get("samples"):
+            between = "" if stage.name == "base" else "  →  "
+            texts = [s["prompt"] + between + s["completion"].strip("\n") for s in found["samples"]]
+            return f"{stage.name}, evaluated", texts[:SAMPLES]
+        noted = [r for r in stage.records if r.get("sample")]
+        if noted:
+            return f"{stage.name}, step {noted[-1]['step']:,}", noted[-1]["sample"].splitlines()[:SAMPLES]
+    return "", []
+
+
+def frame(run_dir: Path, now: float) -> RenderableType:
     """One picture of the run at the time `now`, in seconds since 1970."""
-    stages = view.stages()
-    parts: list[RenderableType] = [Text(f"{view.dir}", style="bold"), _table(view, stages, now)]
+    stages = [read_stage(run_dir, name) for name in STAGES]
+    parts: list[RenderableType] = [Text(f"{run_dir}", style="bold"), _table(stages, now)]
     alarms = [f"{s.name} step {r['step']:,}: {r['alarm']}" for s in stages for r in s.records if r.get("alarm")]
     if alarms:
         parts.append(Panel(Text("\n".join(alarms[-3:])), title=f"alarms ({len(alarms)})", border_style="red"))
-    source, texts = view.samples()
+    source, texts = _samples(run_dir, stages)
     if texts:
         cut = [" ".join(t.split())[:SAMPLE_CHARS] for t in texts]
         parts.append(Panel(Text("\n".join(cut)), title=f"samples ({source})", title_align="left", border_style="dim"))
-    if log := view.log():
+    if log := _log(run_dir):
         text = Text("\n".join(log), no_wrap=True, overflow="ellipsis")
         parts.append(Panel(text, title="log.txt", title_align="left", border_style="dim"))
     return Group(*parts)
 
 
-def _table(view: RunView, stages: list[StageView], now: float) -> Table:
+def _table(stages: list[StageView], now: float) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage", style="bold", no_wrap=True)
     for name in ("steps", "loss", "bpb", "tok/s", "MFU", "GB"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", no_wrap=True)  # its state
     table.add_column("loss, reward", no_wrap=True)
-    without_records = [StageView(name, [], view.done(name)) for name in ("tokenizer", "eval")]
-    for stage in (without_records[0], *stages, without_records[1]):
+    for stage in stages:
         state, colour = stage.state(now)
         curve = sparkline(stage.values("reward") or stage.values("loss"))
         table.add_row(stage.name, *_figures(stage), Text(state, style=colour), curve)
@@ -208,22 +195,22 @@ def _figures(stage: StageView) -> list[str]:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.watch", description=__doc__.split("\n\n")[0])
     p.add_argument("run_dir", type=Path)
     p.add_argument("--once", action="store_true", help="print one frame and end")
     p.add_argument("--every", type=float, default=2.0, help="seconds between frames")
     args, console = p.parse_args(argv), Console()
-    view = RunView(args.run_dir)
+    config_file(args.run_dir)
     if args.once:
-        console.print(frame(view, time.time()))
-        return 0
-    shown = Live(frame(view, time.time()), console=console, screen=console.is_terminal, auto_refresh=False)
-    with contextlib.suppress(KeyboardInterrupt), shown as live:  # Ctrl-C is how it ends
+        console.print(frame(args.run_dir, time.time()))
+        return
+    first = frame(args.run_dir, time.time())
+    live = Live(first, console=console, screen=console.is_terminal, auto_refresh=False)
+    with contextlib.suppress(KeyboardInterrupt), live:  # Ctrl-C is how it ends
         while True:
             time.sleep(args.every)
-            live.update(frame(view, time.time()), refresh=True)
-    return 0
+            live.update(frame(args.run_dir, time.time()), refresh=True)
 
 
 if __name__ == "__main__":
