@@ -2,9 +2,8 @@
 
     python -m evals report --run-dir runs/demo --html
 
-It is made of the run directory alone: config.yaml, */done.json, */metrics.jsonl, evals/*. A stage or a figure that is
-not there makes it shorter; nothing is estimated. `facts` reads, a module for each section writes Markdown, `plots`
-draws, `html` renders.
+It is made of the run directory alone; a stage or a figure that is not there makes it shorter, and nothing is estimated.
+`facts` reads, a module for each section writes Markdown, `plots` draws, `html` renders.
 """
 
 import argparse

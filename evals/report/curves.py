@@ -50,8 +50,7 @@ def section(facts: Facts) -> str:
     images, rl = [], facts.metrics["rl"]
 
     def add(name: str, title: str, panels: list[Panel], **how) -> None:
-        panels = [p for p in panels if any(len(s.x) > 1 for s in p.series)]
-        if panels:
+        if panels := [p for p in panels if any(len(s.x) > 1 for s in p.series)]:
             draw(facts.dir / "report" / f"{name}.png", panels, **how)
             images.append(f"![{title}](report/{name}.png)")
 
@@ -69,18 +68,16 @@ def section(facts: Facts) -> str:
     return "\n\n".join(["## Curves", *images]) if images else ""
 
 
-def _one_line(stage: str, title: str, unit: str, xy: tuple, smooth: bool, **how) -> Panel:
-    x, y = xy
-    return Panel(f"{stage}: {title}", unit, [Series("", x, y, smooth, not smooth)], STAGE_COLOURS[stage], **how)
+def _one_line(stage: str, title: str, unit: str, xy: tuple[list, list], smooth: bool, **how) -> Panel:
+    return Panel(f"{stage}: {title}", unit, [Series("", *xy, smooth, not smooth)], STAGE_COLOURS[stage], **how)
 
 
 def _reward(rl: list[dict]) -> list[Panel]:
     keys = dict.fromkeys(k for r in rl for k in r)
     rewarded = [k for k in keys if k == "reward" or k.endswith("/reward")]
     rewards = [Series("all" if k == "reward" else k.split("/")[0], *points(rl, k), smooth=True) for k in rewarded]
-    passed = [Series(k, *points(rl, k), marks=True) for k in keys if k.startswith("pass@")]
-    passed.sort(key=lambda s: int(s.label[5:]))
-    passed = passed[:1] + passed[1:][-1:]  # the first and the last are enough to see
+    ks = sorted((k for k in keys if k.startswith("pass@")), key=lambda k: int(k[5:]))
+    passed = [Series(k, *points(rl, k), marks=True) for k in dict.fromkeys(ks[:1] + ks[-1:])]  # enough to see
     return [
         Panel("rl: reward while training", "mean reward", rewards, STAGE_COLOURS["rl"] if len(rewards) == 1 else None),
         Panel("rl: held-out questions", "share with a right answer", passed, share=True),
@@ -88,8 +85,7 @@ def _reward(rl: list[dict]) -> list[Panel]:
 
 
 def _throughput(facts: Facts, stage: str) -> Panel:
-    steps, rate = rates(facts, stage)
-    share = mfu(facts, stage)
-    right = (100 * share / statistics.median(rate), "MFU, %") if share and rate else None
+    xy, share = rates(facts, stage), mfu(facts, stage)
+    right = (100 * share / statistics.median(xy[1]), "MFU, %") if share and xy[1] else None
     title, unit = ("sampled tokens", "tokens/s sampled") if stage == "rl" else ("throughput", "tokens/s")
-    return _one_line(stage, title, unit, (steps, rate), smooth=True, from_zero=True, right=right)
+    return _one_line(stage, title, unit, xy, smooth=True, from_zero=True, right=right)

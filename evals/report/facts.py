@@ -1,6 +1,5 @@
 """What a run directory says, read once: settings, done marks, metrics, evaluations, answers."""
 
-import functools
 from pathlib import Path
 
 from evals import records
@@ -37,11 +36,15 @@ def stand_ins(core: dict) -> str:
     return ", ".join(f"{plain(path)} for {names(of)}" for path, of in tasks.items())
 
 
+def is_in_part(task: dict) -> bool:
+    """Whether not all questions of a task were asked, by its scores."""
+    return task["n"] < task.get("of", task["n"])
+
+
 class Facts:
     """What is not there yet is empty. UserError where `run_dir` is not a run directory.
 
-    done, metrics: of the stages, and also of the tokenizer and the evaluation. chat: {stage: {task: scores}}.
-    core: {stage: scores}, of the stages that have some.
+    done, metrics: also of the tokenizer and the evaluation. chat: {stage: {task: scores}}; core: {stage: scores}.
     """
 
     def __init__(self, run_dir: Path):
@@ -58,7 +61,6 @@ class Facts:
         self.seconds = sum(mark["seconds"] for mark in self.done.values() if mark)
         self.system_noted = next((m["system"] for s in STAGES if "system" in (m := self.done[s])), None)
         self.system: dict = self.system_noted or system_info()  # of the stages, or else of this process
-        self.answers = functools.cache(lambda stage, task: records.read(records.path_of(run_dir, stage, task)))
 
     @property
     def tasks(self) -> list[str]:
@@ -70,7 +72,7 @@ class Facts:
         """A remark on the tasks of which some stage was not asked all questions; "" where there is none."""
         out = []
         for task in self.tasks:
-            found = [r for s in STAGES if (r := self.chat[s].get(task)) and r["n"] < r.get("of", r["n"])]
+            found = [r for s in STAGES if (r := self.chat[s].get(task)) and is_in_part(r)]
             if found:
                 asked = " or ".join(f"{n:,}" for n in sorted({r["n"] for r in found}))
                 out.append(f"{titled(task)} ({asked} of {found[0]['of']:,})")

@@ -1,7 +1,5 @@
-"""Plots as PNG files. No state, no window: figures are drawn and written.
-
-All have one width and one scale, so that their letters are of one size on the page. The colours can be told apart with
-any colour vision (Okabe and Ito 2008, the purple darkened) and keep their meaning: one for each stage.
+"""Plots as PNG files, all of one width and scale, so that their letters are of one size on the page. The colours can be
+told apart with any colour vision (Okabe and Ito 2008, the purple darkened) and keep their meaning: one for each stage.
 """
 
 import contextlib
@@ -35,37 +33,32 @@ _DASHED = (0, (4, 3))
 
 
 class Series(NamedTuple):
-    """One line. `smooth` draws the points faintly and a moving average over them; `marks` dots the points."""
+    """One line."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    smooth: bool = False
-    marks: bool = False
+    smooth: bool = False  # the points are drawn faintly, and a moving average over them
+    marks: bool = False  # a dot at each point
 
 
 class Panel(NamedTuple):
-    """One pair of axes. share: from 0 to 1; from_zero: the scale begins there.
-
-    right: (factor, label) of a second scale, `factor` times the first.
-    """
+    """One pair of axes."""
 
     title: str
     y_label: str
     series: Sequence[Series]
     colour: str | None = None  # of the only series; else COLOURS in turn
-    share: bool = False
-    from_zero: bool = False
-    right: tuple[float, str] | None = None
+    share: bool = False  # the scale is from 0 to 1
+    from_zero: bool = False  # the scale begins at 0
+    right: tuple[float, str] | None = None  # (factor, label) of a second scale, `factor` times the first
 
 
 class Bar(NamedTuple):
-    """`other` is marked beside the bar."""
-
     name: str
     value: float
     error: float = 0.0
-    other: float | None = None
+    other: float | None = None  # marked beside the bar
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -77,7 +70,7 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 @contextlib.contextmanager
 def _drawing(path: Path, height: float) -> Iterator:
-    """A figure, which is written at the end."""
+    """A figure, which is written at the end of the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -87,9 +80,6 @@ def _drawing(path: Path, height: float) -> Iterator:
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
-
-
-# ---------------------------------------------------------------------------------------------------- over steps
 
 
 def draw(path: Path, panels: Sequence[Panel], shared: bool = False) -> None:
@@ -144,16 +134,11 @@ def _frame(axes, series: Sequence[Series], from_zero: bool) -> None:
     axes.set_ylim(low if from_zero else low - room, high + room)
 
 
-# ---------------------------------------------------------------------------------------------------- by name
-
-
 def bars(
     path: Path, title: str, x_label: str, found: Sequence[Bar], mean: tuple[float, str], chance: float, other: str = ""
 ) -> None:
-    """Writes bars with their standard errors, the last one on top, from a line at `chance`; another line at `mean`.
-
-    other: what the marks beside the bars are.
-    """
+    """Writes bars with their standard errors, the last one on top, from a line at `chance`; another line at `mean`;
+    `other` says what the marks beside the bars are."""
     with _drawing(path, 1.1 + 0.23 * len(found)) as figure:
         axes, places, (value, name) = figure.add_subplot(), range(len(found)), mean
         widths = [b.value - chance for b in found]
@@ -174,9 +159,6 @@ def bars(
         axes.legend(loc="lower right", **_OVER_LINES)
 
 
-# ---------------------------------------------------------------------------------------------------- over sizes
-
-
 class IsoFlop(NamedTuple):
     """The models of one budget. x: of both panels; lines: name -> (x of the left, x of the right, y), a curve each."""
 
@@ -186,13 +168,7 @@ class IsoFlop(NamedTuple):
     lines: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]]
 
 
-def isoflops(
-    path: Path,
-    curves: Sequence[IsoFlop],
-    x_labels: tuple[str, str],
-    y_label: str,
-    band: tuple[float, float, float] | None = None,
-) -> None:
+def isoflops(path: Path, curves: Sequence[IsoFlop], x_labels: Sequence[str], y_label: str, band: tuple | None) -> None:
     """Writes two panels of the same losses over logarithmic scales, a colour for each budget, light to dark.
 
     band: low, value and high of what the right scale shows, marked there.

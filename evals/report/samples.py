@@ -29,10 +29,11 @@ def _sample(stage: str, sample: dict) -> str:
 def answers(facts: Facts) -> str:
     """Of the latest stage that has some: the first right and wrong answers to each generative task."""
     for stage in reversed(STAGES):
-        asked = [task for task in facts.tasks if facts.chat[stage].get(task, {}).get("kind") == "generative"]
         blocks = {}
-        for task in asked:
-            if found := facts.answers(stage, task):
+        for task in facts.tasks:
+            if facts.chat[stage].get(task, {}).get("kind") != "generative":
+                continue
+            if found := records.read(records.path_of(facts.dir, stage, task)):
                 right, wrong = ([r for r in found if r["correct"] is verdict] for verdict in (True, False))
                 title = f"{titled(task)}: {len(right):,} of {len(found):,} right"
                 blocks[title] = "\n\n".join(map(_answer, wrong[:EACH] + right[:EACH]))
@@ -44,7 +45,6 @@ def answers(facts: Facts) -> str:
 
 
 def _answer(record: dict) -> str:
-    """A question with its answer, the verdict and what there is to say of that."""
     said = ["**right**" if record["correct"] else "**wrong**"]
     said += [plain(cut(remark, 200, 3)) for remark in records.remarks(record)]
     lines = ["> " + cut(record["prompt"].strip(), CHARS, LINES).replace("\n", "\n> ")]

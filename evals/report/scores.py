@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from evals.report.facts import Facts, names, stand_ins, titled
+from evals.report.facts import Facts, is_in_part, names, stand_ins, titled
 from nanochat_jax.words import DASH, duration, listed, percent, plus_minus, table
 
 LEGEND = (
@@ -37,10 +37,10 @@ def section(facts: Facts) -> str:
 
     evals, in_part = [facts.evals[s] for s in facts.evaluated], facts.asked_in_part()
     bpb, core = [e.get("bpb") or {} for e in evals], [facts.core.get(s, {}) for s in facts.evaluated]
-    row("bits per byte (↓)", DASH, [*map(_bpb, bpb)], best=min)
-    row("below byte frequencies", "0 %", [*map(_below_unigram, bpb)])
-    row("CORE", "0", [*map(_core, core)])
-    row("CORE by the right answers", "0", [*map(_core_corrected, core)])
+    row("bits per byte (↓)", DASH, [_bpb(found) for found in bpb], best=min)
+    row("below byte frequencies", "0 %", [_below_unigram(found) for found in bpb])
+    row("CORE", "0", [_core(found) for found in core])
+    row("CORE by the right answers", "0", [_core_corrected(found) for found in core])
     for task in facts.tasks:
         asked = [facts.chat[s].get(task, {}) for s in facts.evaluated]
         chance = next(found["baseline"] for found in asked if found)
@@ -48,10 +48,9 @@ def section(facts: Facts) -> str:
     row("ChatCORE", "0", [_chatcore(e, in_part) for e in evals])
     head = ["", "chance", *map(str.upper, facts.evaluated)]
     remarks = "\n".join(f"{number}. {text}" for text, number in notes.items())
-    price, took = facts.config.price_per_hour, ""
-    if facts.seconds:
-        cost = "" if price is None else f", ${price * facts.seconds / 3600:,.2f}"
-        took = f"**Total wall-clock: {duration(facts.seconds)}{cost}**, for training and evaluation."
+    price, seconds = facts.config.price_per_hour, facts.seconds
+    cost = "" if price is None else f", ${price * seconds / 3600:,.2f}"
+    took = f"**Total wall-clock: {duration(seconds)}{cost}**, for training and evaluation." if seconds else ""
     return "\n\n".join(filter(None, ["## Scores", table(head, rows), remarks, took, LEGEND]))
 
 
@@ -75,16 +74,14 @@ def _bpb(bpb: dict) -> Cell | None:
 
 
 def _below_unigram(bpb: dict) -> Cell | None:
-    value = bpb.get("below_unigram")
-    if value is None:
+    if (value := bpb.get("below_unigram")) is None:
         return None
     note = f"Less than the {bpb['byte_unigram']:.2f} bits that the frequencies of the text's bytes alone allow."
     return Cell(value, percent(value), (note,))
 
 
 def _core(core: dict) -> Cell | None:
-    value = core.get("core_metric")
-    if value is None:
+    if (value := core.get("core_metric")) is None:
         return None
     said = []
     if core["missing"]:
@@ -100,29 +97,24 @@ def _core(core: dict) -> Cell | None:
 
 
 def _core_corrected(core: dict) -> Cell | None:
-    value = core.get("core_metric_corrected")
-    if value is None:
+    if (value := core.get("core_metric_corrected")) is None:
         return None
     note = f"The bundle states wrong answers in {names(core['corrected'])}; here they are put right."
     return Cell(value, f"{value:.4f}", (note,), tuple(sorted(core["results"])))
-
-
-def _in_part(task: dict) -> bool:
-    return task["n"] < task.get("of", task["n"])
 
 
 def _task(task: dict, in_part: str) -> Cell | None:
     """in_part: the remark on tasks of which not all questions were asked."""
     if not task:
         return None
-    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), (in_part,) * _in_part(task))
+    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), (in_part,) * is_in_part(task))
 
 
 def _chatcore(found: dict, in_part: str) -> Cell | None:
     score = found.get("chatcore")
     if not score or score["score"] is None:
         return None
-    notes = [in_part] if any(_in_part(found["chat"][task]) for task in score["tasks"]) else []
+    notes = [in_part] if any(is_in_part(found["chat"][task]) for task in score["tasks"]) else []
     if score["partial"]:
         over, missing = (listed([titled(n) for n in score[k]]) for k in ("tasks", "missing"))
         notes.append(f"Partial ChatCORE: over {over}, without {missing}; not to be compared with a whole one.")

@@ -1,4 +1,4 @@
-"""Task by task: CORE, subjects, and further answers drawn for pass@k."""
+"""Task by task: CORE, subjects, and pass@k."""
 
 from evals.report.facts import STAGES, Facts, titled
 from evals.report.plots import Bar, bars
@@ -18,9 +18,8 @@ def core(facts: Facts) -> str:
             mean=(found["core_metric"], "CORE"),
             chance=0.0,
         )
-        blocks.append(
-            f"![CORE of {stage} by task](report/core_{stage}.png)\n\n{fold('As a table', _core_table(found))}"
-        )
+        table_ = fold("As a table", _core_table(found))
+        blocks.append(f"![CORE of {stage} by task](report/core_{stage}.png)\n\n{table_}")
     return "\n\n".join(["## CORE by task", *blocks]) if blocks else ""
 
 
@@ -60,7 +59,7 @@ def _subjects(facts: Facts, task: str) -> str:
     by_stage = {s: found for s in STAGES if (found := facts.chat[s].get(task, {})).get("subjects")}
     if not by_stage:
         return ""
-    last, latest = list(by_stage.items())[-1]
+    last, latest = [*by_stage.items()][-1]
     title, path = titled(task), facts.dir / "report" / f"{task}_subjects.png"
     subjects = sorted(latest["subjects"].items(), key=lambda item: item[1]["accuracy"])
     bars(
