@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nanochat_jax.config import GPTConfig, ModelConfig
+from nanochat_jax.config import GPTConfig, ModelConfig, RunConfig
 
 REFERENCE_DEPTH = 12  # where the rates were tuned
 REFERENCE_BATCH = 2**19  # tokens
@@ -87,6 +87,12 @@ class Plan:
     @property
     def tokens(self) -> int:
         return self.steps * self.batch_tokens
+
+
+def base_plan(gpt: GPTConfig, config: RunConfig) -> Plan:
+    """Of the base stage of a run."""
+    base, head_dim = config.base, config.model.head_dim
+    return plan(gpt, ratio=base.ratio, tokens=base.tokens, batch_tokens=base.batch_tokens, head_dim=head_dim)
 
 
 def plan(

@@ -32,11 +32,8 @@ def recipe(depth: int, seq: int, vocab: int, pattern: str = "SSSL", precision: s
 
 def base_plan(config: RunConfig) -> tuple[GPTConfig, scaling.Plan]:
     """The architecture of a run, and the tokens, batch and steps of its base stage."""
-    cfg, base = scaling.gpt_config(config.model, config.tokenizer.vocab_size), config.base
-    head_dim = config.model.head_dim
-    return cfg, scaling.plan(
-        cfg, ratio=base.ratio, tokens=base.tokens, batch_tokens=base.batch_tokens, head_dim=head_dim
-    )
+    cfg = scaling.gpt_config(config.model, config.tokenizer.vocab_size)
+    return cfg, scaling.base_plan(cfg, config)
 
 
 def sharded_bytes(tree) -> int:

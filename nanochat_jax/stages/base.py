@@ -27,13 +27,7 @@ def _evaluator(run: Run, val_rows):
 
 def main(run: Run) -> dict:
     cfg = run.config.base
-    plan = scaling.plan(
-        run.gpt_config,
-        ratio=cfg.ratio,
-        tokens=cfg.tokens,
-        batch_tokens=cfg.batch_tokens,
-        head_dim=run.config.model.head_dim,
-    )
+    plan = scaling.base_plan(run.gpt_config, run.config)
     decay = plan.weight_decay if cfg.optim.weight_decay is None else cfg.optim.weight_decay
     optimizer = common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay)
     wanted = plan.steps * plan.batch_tokens // run.config.model.sequence_len

@@ -116,7 +116,7 @@ def train_stage(
                 save_every=settings.save_every,
                 checkpointer=checkpointer,
                 tracker=tracker,
-                accounting=loop.Accounting(tokens_per_step, scaling.flops_per_token(run.gpt_config), peak),
+                rates=functools.partial(loop.rates, tokens_per_step, scaling.flops_per_token(run.gpt_config), peak),
                 meta=meta,
                 stop=run.stop,
                 evaluate=evaluate_untimed,

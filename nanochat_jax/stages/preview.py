@@ -49,6 +49,6 @@ def preview(run: Run, params: dict) -> dict:
     split = sharding.rows(run.mesh)
     placed = [jax.make_array_from_callback(a.shape, split, a.__getitem__) for a in (tokens, lengths)]
     found = _continue(graph_of(run.gpt_config, run.dtype), run.mesh, params, *placed)
-    found = found if found.is_fully_addressable else multihost_utils.process_allgather(found, tiled=True)
-    made = [np.asarray(found)[i, 1 : len(ids) + BASE_SAMPLE_TOKENS].tolist() for i, ids in enumerate(texts)]
+    found = multihost_utils.process_allgather(found, tiled=True)
+    made = [found[i, 1 : len(ids) + BASE_SAMPLE_TOKENS].tolist() for i, ids in enumerate(texts)]
     return {"sample": "\n".join(" ".join(tok.decode(ids).split()) for ids in made)}

@@ -26,10 +26,6 @@ from nanochat_jax.stages.run import Run
 from nanochat_jax.training import memory
 
 
-def default_task(run: Run) -> str:
-    return "gsm8k" if "gsm8k" in available(run.config.data, "train") else "arithmetic"
-
-
 def load_questions(run: Run, shares: dict[str, int], split: str) -> Questions:
     """The questions of a split. UserError for a task whose answers are not generated."""
     tasks = {n: load_task(n, split=split, data=run.config.data, cache_dir=run.cache_dir) for n in shares}
@@ -43,7 +39,7 @@ def main(run: Run) -> dict:
     cfg, tok, seed = run.config.rl, run.tokenizer, run.config.seed
 
     # questions
-    named = cfg.task or default_task(run)
+    named = cfg.task or ("gsm8k" if "gsm8k" in available(run.config.data, "train") else "arithmetic")
     shares = named if isinstance(named, dict) else {named: 1}
     questions, held_out = (load_questions(run, shares, split) for split in ("train", "test"))
     before = next((s for s in ("sft", "mid", "base") if read_done(run.dir / s)), "sft")

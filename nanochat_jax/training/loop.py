@@ -9,7 +9,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -95,19 +94,10 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join:
 # ----------------------------------------------------------------------------------------------------- the loop
 
 
-@dataclass(frozen=True)
-class Accounting:
-    """What a step is worth, for the throughput figures."""
-
-    tokens_per_step: int
-    flops_per_token: float
-    peak_flops: float | None  # of all devices together; None on an unknown device, whose MFU is n/a
-
-    def rates(self, seconds: float) -> dict:
-        """tokens/s and MFU (a share, or None) of a step of `seconds`."""
-        rate = self.tokens_per_step / max(seconds, 1e-9)
-        mfu = rate * self.flops_per_token / self.peak_flops if self.peak_flops else None
-        return {"tokens_per_second": rate, "mfu": mfu}
+def rates(tokens: int, flops_per_token: float, peak_flops: float | None, seconds: float) -> dict:
+    """tokens/s and MFU of a step; peak_flops: of all devices together, None where it is unknown, as MFU then is."""
+    rate = tokens / max(seconds, 1e-9)
+    return {"tokens_per_second": rate, "mfu": rate * flops_per_token / peak_flops if peak_flops else None}
 
 
 def fit(
@@ -119,7 +109,7 @@ def fit(
     save_every: int,
     checkpointer,
     tracker,
-    accounting: Accounting,
+    rates: Callable[[float], dict],
     meta: dict,
     stop,
     evaluate: Callable[[int, dict], dict] | None = None,
@@ -128,9 +118,9 @@ def fit(
     """Trains from state.step to `steps`, and returns the state and the last metrics.
 
     next_batch(step, params) gives a batch and metrics about it; evaluate(step, params) gives metrics. Both must depend
-    on their arguments alone, so that a run that was killed resumes bit for bit. Metrics are read one step late: the
-    device never waits for the console. `meta` goes into every checkpoint, with the seconds spent so far. Raises
-    Interrupted, after saving, when the hosts have agreed to stop.
+    on their arguments alone, so that a run that was killed resumes bit for bit. rates(seconds) gives a step's speed.
+    Metrics are read one step late: the device never waits for the console. `meta` goes into every checkpoint, with the
+    seconds spent so far. Raises Interrupted, after saving, when the hosts have agreed to stop.
     """
     last: dict = dict(meta.get("last", {}))
     began = time.perf_counter() - meta.get("seconds", 0.0)  # as if the seconds before a resume were of this process
@@ -157,9 +147,9 @@ def fit(
                 f"the loss is {values['loss']} at step {step}, which was not saved: the same command goes on from the "
                 "last checkpoint; if that ends here too, begin the stage anew with lower rates (optim.lr_scale)"
             )
-        rates, mark = accounting.rates(time.perf_counter() - mark), time.perf_counter()
+        speed, mark = rates(time.perf_counter() - mark), time.perf_counter()
         last.update(values, **extra)
-        tracker.record(step, **values, **extra, **rates)
+        tracker.record(step, **values, **extra, **speed)
 
     def assess(step, params):
         flush()

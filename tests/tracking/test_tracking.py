@@ -307,7 +307,7 @@ def test_a_spike_stops_the_loop_with_a_checkpoint_where_that_is_wanted(tmp_path,
             save_every=1000,
             checkpointer=checkpointer,
             tracker=tracker,
-            accounting=loop.Accounting(100, 6.0, None),
+            rates=lambda seconds: {},
             meta={},
             stop=stop,
         )

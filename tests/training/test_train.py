@@ -198,7 +198,7 @@ def fit(stop_at=99, loss=1.0, begin=0):
             save_every=3,
             checkpointer=recorder,
             tracker=recorder,
-            accounting=loop.Accounting(100, 6.0, None),
+            rates=lambda seconds: {},
             meta={},
             stop=stop,
             evaluate=lambda step, params: {"val_bpb": 2.0 - step / 10},
@@ -232,9 +232,9 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved():
     assert recorder.saved == []
 
 
-def test_accounting():
-    assert loop.Accounting(100, 6.0, 3000.0).rates(2.0) == {"tokens_per_second": 50.0, "mfu": 0.1}
-    assert loop.Accounting(100, 6.0, None).rates(1.0)["mfu"] is None
+def test_rates():
+    assert loop.rates(100, 6.0, 3000.0, seconds=2.0) == {"tokens_per_second": 50.0, "mfu": 0.1}
+    assert loop.rates(100, 6.0, None, seconds=1.0)["mfu"] is None
 
 
 def test_permutation_is_a_function_of_seed_and_epoch():
