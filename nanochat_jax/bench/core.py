@@ -115,20 +115,19 @@ def measure(sides: tuple[frame.Side, ...], order: dict, rounds: int) -> dict:
     return out
 
 
-def summary(found: dict[str, dict]) -> dict:
+def summary(tasks: list[dict]) -> dict:
     """All tasks together: examples over seconds, of ours also with what the first pass compiles."""
     out: dict = {}
     for side in ("ours", "reference"):
-        if mine := [task[side] for task in found.values() if side in task]:
+        if mine := [task[side] for task in tasks if side in task]:
             n, seconds = sum(t["n"] for t in mine), sum(t["seconds"] for t in mine)
             out[side] = {"examples": n, "seconds": seconds, "examples_per_second": n / seconds}
-    out["ours"]["first_seconds"] = first = sum(task["ours"]["first_seconds"] for task in found.values())
+    out["ours"]["first_seconds"] = first = sum(task["ours"]["first_seconds"] for task in tasks)
     if "reference" in out:
         out["ratio"] = out["reference"]["seconds"] / out["ours"]["seconds"]
         out["ratio_with_compiling"] = out["reference"]["seconds"] / first
-        equal = [task["ours"]["accuracy"] == task["reference"]["accuracy"] for task in found.values()]
-        out["tasks_of_equal_accuracy"] = sum(equal)
-        out["examples_that_agree"] = sum(task["agree"] for task in found.values())
+        out["tasks_of_equal_accuracy"] = sum(t["ours"]["accuracy"] == t["reference"]["accuracy"] for t in tasks)
+        out["examples_that_agree"] = sum(task["agree"] for task in tasks)
     return out
 
 
@@ -154,5 +153,6 @@ def run(args: argparse.Namespace) -> dict:
                 beside |= {"theirs/s": one["reference"]["examples_per_second"]} if args.reference else {}
                 table.row(label, one["ours"] | beside)
     shape = frame.shown(args, ("depth", "vocab", "seq", "dtype", "examples", "rounds", "run_dir"))
-    print(json.dumps(summary(found), indent=1))
-    return {"shape": shape, "all": summary(found), "tasks": found}
+    whole = summary(list(found.values()))
+    print(json.dumps(whole, indent=1))
+    return {"shape": shape, "all": whole, "tasks": found}

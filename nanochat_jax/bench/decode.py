@@ -25,8 +25,6 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.model import scaling
 from nanochat_jax.model.gpt import graph_of, init_params, merge
 
-OF_RUN = ("depth", "vocab", "seq")  # which a trained model brings
-
 
 def options(p: argparse.ArgumentParser) -> None:
     frame.add_model(p)
@@ -73,21 +71,18 @@ def step_bytes(engine: Engine, batch: int, length: int) -> int:
 
 
 def read_bandwidth() -> float:
-    """Bytes/s of this device's memory. A GPU adds 1 to 4 GB of float32 in place, read and written both counted; others
-    read 256 MB for the maxima of their rows.
-
-    256 MB pass in 0.1 ms on an H100, of which its caches hold a fifth, and a reduction there is bound by more than
-    memory: it showed 1.7 of the 3.0 TB/s that a copy reaches.
-    """
-    if jax.default_backend() == "gpu":
+    """Bytes/s of this device's memory: of a copy on a GPU, else of reading 256 MB for the maxima of their rows."""
+    if (
+        jax.default_backend() == "gpu"
+    ):  # of 256 MB an H100's caches hold a fifth, and a reduction reaches half a copy's rate
         return copy_rate(4 << 30)
     matrix, reduce = jnp.ones((16384, 4096)), jax.jit(lambda m: m.max(axis=1))
     return matrix.nbytes / fastest(lambda: reduce(matrix))
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answers {"batch", "new"} with the seconds to the end of all and the bytes that a step reads; with {"profile"}, a
-    folder, it also leaves a trace there."""
+    """Answers {"batch", "new"} with the seconds to the end of all and the bytes that a step reads, "bandwidth" with the
+    memory's; a trace goes into the folder {"profile"}."""
     model, rng = load(args), np.random.default_rng(0)
     engines: dict[int, Engine] = {}
 
@@ -124,10 +119,11 @@ def measure(side: frame.Side, batch: int, args: argparse.Namespace) -> dict:
 def run(args: argparse.Namespace) -> dict:
     if args.prompt < 2 or args.new < 2 or args.prompt + args.new > args.seq:
         raise UserError("needs --prompt and --new of 2 or more that fit --seq together")
-    names = tuple(n for n in (*OF_RUN, "prompt", "new", "temperature", "top_k") if not (args.run_dir and n in OF_RUN))
+    of_model = () if args.run_dir else ("depth", "vocab", "seq")
+    shape = frame.shown(args, (*of_model, "prompt", "new", "temperature", "top_k"))
     with frame.ready(frame.ours("decode", args), *frame.reference("decode", args, args.dtype)) as sides:
         bandwidth = sides[0].ask("bandwidth")
-        result = {"shape": frame.shown(args, names), **frame.shown(args, ("run_dir", "int8", "rounds"))}
+        result = {"shape": shape, **frame.shown(args, ("run_dir", "int8", "rounds"))}
         result |= {"read_bandwidth_gb": bandwidth / 1e9, "batches": {}}
         table = frame.Table()
         for batch in args.batch:

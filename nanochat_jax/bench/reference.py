@@ -2,8 +2,8 @@
 
     PYTHONPATH=CHECKOUT python reference.py train|decode|core|data OPTIONS
 
-OPTIONS is JSON: those of the benchmark. Each function sets up and returns what answers an order; see frame.Side for
-what is said on stdin and stdout. Nothing of nanochat_jax is imported, which that Python need not have.
+OPTIONS is JSON: those of the benchmark. Each function sets up and returns what answers an order, by the protocol of
+frame.Side. Nothing of nanochat_jax is imported, which that Python need not have.
 """
 
 import itertools
@@ -14,11 +14,12 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
+import torch
+
 
 def make_model(weights=None, depth=0, **sizes):
     """(model, device): random weights, or those of a .npz file by the reference's names."""
-    import numpy as np
-    import torch
     from nanochat.gpt import GPT, GPTConfig
 
     if depth:
@@ -42,11 +43,8 @@ def train(args):
     curve: a folder with weights.npz, tokens.npy (steps, rows, seq + 1) and optimizer.json; {"losses": [first, end]} is
     answered with the losses of these steps.
     """
-    import numpy as np
-    import torch
-
-    shape = {"depth": args.depth, "sequence_len": args.seq, "vocab_size": args.vocab, "window_pattern": args.pattern}
     curve = getattr(args, "curve", None)
+    shape = {"depth": args.depth, "sequence_len": args.seq, "vocab_size": args.vocab, "window_pattern": args.pattern}
     model, device = make_model(curve and f"{curve}/weights.npz", **shape)
     given = {"rates": {}}
     if curve:
@@ -74,17 +72,17 @@ def train(args):
         compiled.zero_grad(set_to_none=True)
         return total
 
+    def loss_of(n):
+        schedule(n)
+        rows = torch.from_numpy(tokens[n].astype(np.int64)).to(device)
+        return float(step(rows.reshape(args.accumulation, args.rows, -1)))
+
     def answer(order):
         if order == "peak_gb":
             held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             return (torch.cuda.max_memory_allocated() if device == "cuda" else held) / 1e9
         if "losses" in order:
-            losses = []
-            for n in range(*order["losses"]):
-                schedule(n)
-                rows = torch.from_numpy(tokens[n].astype(np.int64)).to(device)
-                losses.append(float(step(rows.reshape(args.accumulation, args.rows, -1))))
-            return losses
+            return [loss_of(n) for n in range(*order["losses"])]
         began = time.perf_counter()
         for _ in range(order["steps"]):
             loss = step(ids)
@@ -100,7 +98,6 @@ def train(args):
 
 def decode(args):
     """Its engine. Answers {"new", "batch"} with the seconds to the end of all."""
-    import torch
     from nanochat.engine import Engine
 
     # of a tokenizer it wants the ids of special tokens, all of which lie outside of the vocabulary
@@ -163,7 +160,6 @@ def data(args):
 
     lengths: a .npy file; documents then have so many tokens, with <|bos|>, and its tokenizer is not asked.
     """
-    import numpy as np
     import pyarrow.parquet
     from nanochat import dataloader
     from nanochat.tokenizer import RustBPETokenizer

@@ -1,20 +1,18 @@
 """How the loss falls with parameters and tokens, and how a budget of FLOPs is best divided between the two.
 
 Approaches 2 and 3 of Hoffmann et al. (arXiv 2203.15556): a parabola through the losses of each budget, and the law
-L(N, D) = E + A / N^alpha + B / D^beta through all of them. What a token costs is taken as a power of the parameters
-that follows the models at hand, k N^b, and not as 6 N: in small ones attention is a large part of it.
+L(N, D) = E + A / N^alpha + B / D^beta through all of them. A token costs k N^b and not 6 N, fitted to the models at
+hand: in small ones attention is a large part of it.
 
-Intervals are those of a parametric bootstrap: the fit's own losses with normal noise of the size of its residuals are
-fitted again, DRAWS times. They cover chance (seeds, the order of rows), not what is wrong with the law. Of 60 simulated
-sweeps of 15 models with 0.3 % of noise, intervals of 90 % held the best tokens per parameter in 90 %, beta in 92 %, the
-exponent in 85 %, but E in 80 % and alpha in 73 %: the two trade off. Where the points do not tell, NoFit says why.
+Intervals are those of a parametric bootstrap, so they cover chance (seeds, the order of rows) and not what is wrong
+with the law. In 60 simulated sweeps of 15 models with 0.3 % of noise, intervals of 90 % held the best tokens per
+parameter in 90 %, beta in 92 %, the exponent in 85 %, but E in 80 % and alpha in 73 %: these two trade off.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
+from typing import Self
 
 import numpy as np
 from scipy.optimize import minimize
@@ -40,7 +38,7 @@ class Interval:
     high: float
 
     @classmethod
-    def of(cls, value: float, draws: Sequence[float] | np.ndarray) -> Interval:
+    def of(cls, value: float, draws: Sequence[float] | np.ndarray) -> Self:
         low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return cls(float(value), float(low), float(high))
 
@@ -53,7 +51,7 @@ class Cost:
     b: float
 
     @classmethod
-    def of(cls, params: Sequence[float], flops_per_token: Sequence[float]) -> Cost:
+    def of(cls, params: Sequence[float], flops_per_token: Sequence[float]) -> Self:
         b, log_k = np.polyfit(np.log(params), np.log(flops_per_token), 1)
         return cls(float(np.exp(log_k)), float(b))
 
@@ -138,11 +136,9 @@ def fit_law(
         raise NoFit("the losses do not fall with parameters and with tokens as the law wants it")
     fitted = np.logaddexp.reduce(_terms(best.x, x, y))
     residual, noise = _noise(log_losses - fitted, len(n) - len(best.x))
-    rng, draws = np.random.default_rng(0), []
-    for _ in range(DRAWS):
-        again = _descend(best.x, x, y, fitted + noise * rng.standard_normal(len(fitted)))
-        if not _degenerate(again.x):
-            draws.append(_law(again.x, n, d))
+    rng = np.random.default_rng(0)
+    again = [_descend(best.x, x, y, fitted + noise * rng.standard_normal(len(fitted))).x for _ in range(DRAWS)]
+    draws = [_law(c, n, d) for c in again if not _degenerate(c)]
     if len(draws) < (1 - UNUSABLE) * DRAWS:
         raise NoFit(f"residuals of {residual:.2%} leave open whether the losses fall by parameters or by tokens")
     law = _law(best.x, n, d)
@@ -153,10 +149,9 @@ def fit_law(
     names = [f.name for f in fields(Law)]
     constants = {name: Interval.of(getattr(law, name), [getattr(m, name) for m in draws]) for name in names}
     constants["exponent"] = Interval.of(law.exponent(cost), [m.exponent(cost) for m in draws])
-    last = optima[-1].ratio
-    if last.high > WIDEST * last.low:
-        factor = f"{last.high / last.low:.0f}"
-        raise NoFit(f"residuals of {residual:.2%} leave the best tokens per parameter open by a factor of {factor}")
+    factor = optima[-1].ratio.high / optima[-1].ratio.low
+    if factor > WIDEST:
+        raise NoFit(f"residuals of {residual:.2%} leave the best tokens per parameter open by a factor of {factor:.0f}")
     return LawFit(law, constants, optima, residual)
 
 
@@ -222,11 +217,8 @@ def _optimum(flops: float, best: float, draws: np.ndarray, cost: Cost, tried: np
 
 
 def fit_parabolas(params: Sequence[float], losses: Sequence[float], budgets: Sequence[float], cost: Cost) -> Parabolas:
-    """A parabola for each budget; budgets (points,): the FLOPs of each point.
-
-    The noise of the intervals is that of all budgets together, as a budget has few points of its own. NoFit where no
-    budget has the sizes, or where there is nothing to tell the noise by.
-    """
+    """A parabola for each budget; budgets (points,): the FLOPs of each point. The noise of the intervals is that of all
+    budgets together, as each has few points. NoFit where none has the sizes, or the noise cannot be told."""
     n, loss, flops_of = (np.asarray(v, float) for v in (params, losses, budgets))
     usable = [c for c in np.unique(flops_of) if len(np.unique(n[flops_of == c])) >= SIZES]
     if not usable:

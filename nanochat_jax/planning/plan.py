@@ -5,11 +5,9 @@
     run_speedrun.py --plan --measured                                     # this machine: times steps of the base stage
     run_speedrun.py --plan --measured runs/d4 model.depth=6               # at the rates that a run had
 
-Nothing is written, nothing downloaded, and no GPU is needed. Work is counted as the stages count it (`scaling`). Its
-speed is the share of a chip's peak (MFU) that the reference reached in published runs (`published`), or what was
-measured. The memory of a step is in `footprint`. A time, rate or price that is not known is NaN.
-
-Not counted: compiling (minutes at first, then cached), waiting for downloads, and restarts.
+Nothing is written, nothing downloaded, and no GPU is needed. Work is counted as the stages count it; its speed is the
+share of a chip's peak (MFU) that the reference reached in published runs, or what was measured. Compiling, waiting for
+downloads and restarts are not counted. A time, rate or price that is not known is NaN.
 """
 
 import argparse
@@ -19,6 +17,7 @@ import math
 import statistics
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -90,11 +89,9 @@ def machine(gpu: str | None, number: int | None, price: float | None, config: Ru
     """price: $ an hour of one device; None: the configuration's price_per_hour, of all. UserError."""
     if gpu and gpu not in targets.GPUS:
         raise UserError(f"--gpu {gpu} is not one of {', '.join(targets.GPUS)}")
-    if not gpu:
-        if number not in (None, jax.device_count()):
-            raise UserError(f"--count {number} needs --gpu; this machine has {jax.device_count()} devices")
-        number = jax.device_count()
-    number = number or 1
+    if not gpu and number not in (None, jax.device_count()):
+        raise UserError(f"--count {number} needs --gpu; this machine has {jax.device_count()} devices")
+    number = number or (1 if gpu else jax.device_count())
     whole = config.price_per_hour if price is None else price * number
     return Machine(gpu, number, math.nan if whole is None else whole)
 
@@ -253,13 +250,17 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
 
 def summed(stages: list[Stage]) -> Stage:
     """All stages as one; times that are not known are left out."""
-    fields = ("flops", "seconds", "download", "disk")
-    flops, seconds, download, disk = (float(np.nansum([getattr(s, name) for s in stages])) for name in fields)
-    return Stage("all", flops=flops, seconds=seconds, download=download, disk=disk)
+    names = ("flops", "seconds", "download", "disk")
+    sums: dict[str, Any] = {name: float(np.nansum([getattr(s, name) for s in stages])) for name in names}
+    return Stage("all", **sums)
 
 
 def dollars(stage: Stage, on: Machine) -> float:
     return on.price * stage.seconds / 3600
+
+
+def time_of(stage: Stage) -> str:
+    return "not known" if math.isnan(stage.seconds) else duration(stage.seconds)
 
 
 def table_of(*columns: str) -> Table:
@@ -292,7 +293,7 @@ def _row(stage: Stage, on: Machine) -> list[str]:
         f"{stage.flops:.2e}" if stage.flops else "",
         f"{count(stage.download)}B" if stage.download else "",
         f"{count(stage.disk)}B" if stage.disk else "",
-        "not known" if math.isnan(stage.seconds) else duration(stage.seconds),
+        time_of(stage),
         "" if math.isnan(cost) else f"${cost:,.2f}",
     ]
 

@@ -3,10 +3,9 @@
     python -m nanochat_jax.scaling sweep configs/miniseries_cpu.yaml
     python -m nanochat_jax.scaling sweep configs/miniseries.yaml --plan --gpu h100 --count 8 --price 3
 
-The file holds the settings of a run and a section `sweep` (`SweepConfig`). Every model is an ordinary run directory in
-the folder --out, trained by run_speedrun.py in a process of its own; all have the tokenizer of the first. A sweep that
-was stopped in any way resumes when the same command is given again, also with more depths and budgets. At the end the
-folder has sweep.md with the table, the plot and the fits (`fit`), and all figures in sweep.json. One host only.
+The file holds the settings of a run and a section `sweep`. Every model is an ordinary run directory in --out, trained
+by run_speedrun.py in a process of its own; all share the first one's tokenizer. The same command resumes a sweep, also
+with more depths and budgets. The results are sweep.md and sweep.json in --out. One host only.
 """
 
 import argparse
@@ -82,11 +81,8 @@ def _point(config: RunConfig, sweep: SweepConfig, depth: int, budget: float) -> 
 
 
 def train(points: list[Point], out: Path) -> list[str]:
-    """Trains what is not trained yet; returns the names of those that failed.
-
-    UserError where a run directory was made with other settings, or where a run says that its settings are at fault.
-    Interrupted where this process was asked to stop: the run has saved.
-    """
+    """Trains what is not trained yet; returns the names of those that failed. UserError where a run directory has other
+    settings, or a run finds a mistake in them; Interrupted, after the run has saved."""
     for point in points:
         if (out / point.name / "config.yaml").is_file():
             check_same(out / point.name, point.config, "--out")
@@ -110,10 +106,10 @@ def _train_one(point: Point, out: Path) -> int:
     config = run_dir / "config.yaml"
     atomic_write_text(config, dump_yaml(point.config))
     _share_tokenizer(out, run_dir)
-    command = [sys.executable, str(ROOT / "run_speedrun.py"), "--config", str(config), "--run-dir", str(run_dir)]
+    options = ["--config", str(config), "--run-dir", str(run_dir), "--stages", "tokenizer,base"]
     with Stop() as stop:
         process = subprocess.Popen(
-            [*command, "--stages", "tokenizer,base"],
+            [sys.executable, str(ROOT / "run_speedrun.py"), *options],
             stdout=subprocess.DEVNULL,
             start_new_session=True,  # so that a signal to the terminal's group comes from here alone, once
             preexec_fn=die_with_parent,  # else a sweep that was killed could not be started again
@@ -158,18 +154,16 @@ def show_plan(points: list[Point], args: argparse.Namespace) -> None:
     for point in points:
         on = plan.machine(args.gpu, args.count, args.price, point.config)
         made, _ = plan.make(point.config, on, args.measured, exact=False)
-        base = next(s for s in made.stages() if s.name == "base")
-        hours = "not known" if math.isnan(base.seconds) else duration(base.seconds)
-        work = (count(base.tokens), f"{base.steps:,}", count(base.batch_tokens), f"{base.flops:.2e}", hours)
-        table.add_row(point.name, count(scaling.scaling_params(made.cfg)), *work)
+        _, base, *_ = made.stages()
+        work = (count(base.tokens), f"{base.steps:,}", count(base.batch_tokens), f"{base.flops:.2e}")
+        table.add_row(point.name, count(scaling.scaling_params(made.cfg)), *work, plan.time_of(base))
         stages.append(base)
     Console().print(table)
     whole = plan.summed(stages)
+    cost = plan.dollars(whole, on)
+    said = duration(whole.seconds) + ("" if math.isnan(cost) else f", ${cost:,.2f}")
     if any(math.isnan(base.seconds) for base in stages):
         said = "a time that is not known: --measured RUN_DIR or --gpu may tell"
-    else:
-        cost = plan.dollars(whole, on)
-        said = duration(whole.seconds) + ("" if math.isnan(cost) else f", ${cost:,.2f}")
     print(f"{len(points)} models, {whole.flops:.2e} FLOPs, {said}")
 
 
@@ -188,8 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_intermixed_args(argv)  # settings may stand after options
 
 
-def run(args: argparse.Namespace) -> int:
-    """Trains, fits and writes; the exit status. UserError, Interrupted."""
+@command(resumes="from there")
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     sweep, points = read_sweep(args.file, args.mesh, args.settings)
     if args.plan:
         show_plan(points, args)
@@ -202,8 +197,3 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"no model of the sweep was trained; {out}/*/log.txt says why")
         print(json.dumps(sweep_page.write(out, sweep, found, failed)))
     return 1 if failed else 0
-
-
-@command(resumes="from there")
-def main(argv: list[str] | None = None) -> int:
-    return run(parse(argv))

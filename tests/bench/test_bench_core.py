@@ -40,11 +40,11 @@ def test_answers_that_change_from_round_to_round_are_an_error():
 def test_all_tasks_together_are_examples_over_seconds():
     sides = [Known("ours", [True, False], [5, 1]), Known("reference", [True, False], [4])]
     more = [Known("ours", [True] * 8, [6, 2]), Known("reference", [False] * 8, [11])]
-    out = core.summary({"a": core.measure(sides, {}, 1), "b": core.measure(more, {}, 1)})
+    out = core.summary([core.measure(sides, {}, 1), core.measure(more, {}, 1)])
     assert out["ours"] == {"examples": 10, "seconds": 3, "examples_per_second": 10 / 3, "first_seconds": 11}
     assert out["ratio"] == 5 and out["ratio_with_compiling"] == 15 / 11
     assert out["tasks_of_equal_accuracy"] == 1 and out["examples_that_agree"] == 2
-    assert "reference" not in core.summary({"a": core.measure([Known("ours", [True], [2, 1])], {}, 1)})
+    assert "reference" not in core.summary([core.measure([Known("ours", [True], [2, 1])], {}, 1)])
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):
