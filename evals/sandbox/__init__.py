@@ -5,17 +5,13 @@
 
     evaluator ──socket── worker (an isolated interpreter) ── init ── program
 
-The evaluator holds JAX's threads and so must not fork. It starts workers as fresh interpreters (`pool`, `forkserver`),
-at most as many as there are cores. A worker enters user, mount, network, IPC and host-name namespaces once
-(`isolation`). For each program it forks a process namespace and an empty scratch folder, which end with the program
-(`supervisor`). The program has hard limits on memory, CPU, file size, processes and open files, no capabilities
-(`program`), and a filter of system calls that tells the supervisor what was refused (`seccomp`). The supervisor limits
-time, output and the memory of all its processes together; control groups would do the last, but an evaluator can
-rarely make one below its own.
+The evaluator has JAX's threads and so must not fork: it starts workers as fresh interpreters (`pool`, `forkserver`). A
+worker enters namespaces once (`isolation`), and for each program forks a process namespace and an empty scratch folder,
+which end with the program; it limits time, output and the memory of all processes together (`supervisor`). The program
+has limits of its own, no capabilities (`program`), and a filter of system calls that names those refused (`seccomp`).
 
 Where the kernel forbids namespaces or the filter (containers often do), what is left is used, with an audit hook in
-the program's own interpreter (`audit`): that stops accidents and not malice. The log says so once;
-`evals.sandbox=required` refuses to run then.
+the program's interpreter (`audit`): that stops accidents and not malice. The log says so once.
 
 What no sandbox gives: the tests run in the program's own process, and code that knows this package can report that it
 passed. And a defect of the kernel is a way out.
@@ -33,10 +29,8 @@ _lock = threading.Lock()
 
 
 def run_program(source: str, timeout: float = 5.0, memory_mb: int = 512) -> Result:
-    """Runs Python `source` for at most `timeout` seconds, in `memory_mb` MiB for each process and for all together.
-
-    May be called from any thread. A program that leaves early, even with sys.exit(0), has not passed: the tests at its
-    end have not run then.
+    """Runs Python `source` for at most `timeout` seconds, in `memory_mb` MiB for each process and for all together. Any
+    thread may call it. A program that leaves early, even by sys.exit(0), has not passed: tests at its end have not run.
     """
     return _pool().run(source, timeout, memory_mb)
 

@@ -2,8 +2,7 @@
 
     python -I -B -c "..." CONTROL_FD OPTIONS
 
-It is started afresh and never forked from the evaluator, whose JAX has threads. Requests and answers are lines of JSON
-over the socket between them. The worker ends when the evaluator does: its socket then has an end.
+Requests and answers are lines of JSON over the socket to the evaluator, and the worker ends when that socket does.
 """
 
 import contextlib

@@ -35,9 +35,7 @@ class Layers(NamedTuple):
 
 def enter() -> int:
     """Moves this single-threaded process into namespaces of its own. Returns a descriptor of the machine's /proc.
-
-    OSError where the kernel does not let it; the process is of no use then.
-    """
+    OSError where the kernel does not let it; the process is of no use then."""
     if sys.platform != "linux":
         raise OSError("only Linux has them")
     release = os.uname().release
@@ -74,11 +72,8 @@ def mount_scratch() -> None:
 
 
 def _unshare(flags: int) -> None:
-    """unshare() with CLONE_NEWUSER, while a process outside says which users there are inside.
-
-    Root may map several: itself, which mounts and can read where it is installed, and nobody. Others can map themselves
-    alone.
-    """
+    """unshare() with CLONE_NEWUSER, while a process outside says which users there are inside. Root may map several:
+    itself, which mounts and can read where it is installed, and nobody. Others can map themselves alone."""
     if os.geteuid() == 0:
         ids = f"0 0 1\n{UID} {_NOBODY} 1\n"
         maps = {"uid_map": ids, "gid_map": ids}

@@ -1,7 +1,5 @@
 """The evaluator's side: workers that are started when needed, at most as many as there are cores."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -25,6 +23,7 @@ _START = (
 # The program's environment too. Every arena, and every pool of threads, would reserve address space.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "HOME": SCRATCH, "TMPDIR": SCRATCH, "LANG": "C.UTF-8"}
 _ENVIRONMENT |= {"MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+_warn = logging.getLogger(__name__).warning
 _PATIENCE = 30.0  # seconds beyond a program's own, until a worker that does not answer is given up
 
 
@@ -35,10 +34,8 @@ class Pool(contextlib.AbstractContextManager):
     where any is. without: layers that are not tried (namespaces, seccomp).
     """
 
-    def __init__(
-        self, policy: str = "auto", log: Callable[[str], None] | None = None, without: Sequence[str] = ()
-    ) -> None:
-        self.policy, self.log = policy, log or logging.getLogger(__name__).warning
+    def __init__(self, policy: str = "auto", log: Callable[[str], None] = _warn, without: Sequence[str] = ()):
+        self.policy, self.log = policy, log
         self.missing = dict.fromkeys(without, "not tried")  # {layer: why}, complete after prepare() or a program
         self._said = False
         self._idle: list[_Worker] = []
@@ -74,7 +71,7 @@ class Pool(contextlib.AbstractContextManager):
                 worker.close()
         raise RuntimeError("the sandbox's worker ended without an answer, twice; its reason is on stderr")
 
-    def _take(self, fresh: bool = False) -> _Worker:
+    def _take(self, fresh: bool = False) -> "_Worker":
         while True:
             with self._lock:
                 self._apply_policy()
@@ -104,7 +101,7 @@ class Pool(contextlib.AbstractContextManager):
 class _Worker:
     """A process of `forkserver`, and the socket to it. missing: {layer: why it is not to be had}, if it was tried."""
 
-    def __init__(self, without: Sequence[str]) -> None:
+    def __init__(self, without: Sequence[str]):
         self._control, theirs = socket.socketpair()
         self._answers = self._control.makefile("rb")
         options = json.dumps({"temp": tempfile.gettempdir(), "without": without})

@@ -105,8 +105,7 @@ def _run(source: str, scratch: str) -> tuple[Outcome, str, bool]:
             print(e.code, file=sys.stderr)
         ended = Outcome.LEFT_EARLY, f"SystemExit: {e.code}"[:500], False
     except BaseException as e:
-        with contextlib.suppress(Exception):
-            # Without our own frame at the top.
+        with contextlib.suppress(Exception):  # without our own frame at the top
             traceback.print_exception(type(e), e, e.__traceback__ and e.__traceback__.tb_next)
         ended = *of_exception(e, scratch), could_be_refusal(e)
     # What an interpreter does at its end.

@@ -26,18 +26,12 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True)
 class Result:
-    """detail: the exception's last line, the signal or the like. stdout and stderr are text, cut.
-
-    refused: names of the system calls (without namespaces: also the audit events) that were tried in vain, also where
-    the program went on after that. left_behind: processes of it were still there when it had ended; they were killed.
-    """
-
     outcome: Outcome
-    detail: str
-    stdout: str
+    detail: str  # the exception's last line, the signal or the like
+    stdout: str  # cut, as stderr
     stderr: str
-    refused: tuple[str, ...] = ()
-    left_behind: bool = False
+    refused: tuple[str, ...] = ()  # system calls and audit events, also where the program went on after that
+    left_behind: bool = False  # processes of it were still there when it had ended; they were killed
 
     @property
     def ok(self) -> bool:
@@ -53,9 +47,7 @@ class Result:
 _LIMITS = {
     errno.ENOMEM: Outcome.OUT_OF_MEMORY,
     errno.EAGAIN: Outcome.PROCESS_LIMIT,
-    errno.EFBIG: Outcome.DISK_LIMIT,
-    errno.ENOSPC: Outcome.DISK_LIMIT,
-    errno.EDQUOT: Outcome.DISK_LIMIT,
+    **dict.fromkeys((errno.EFBIG, errno.ENOSPC, errno.EDQUOT), Outcome.DISK_LIMIT),
     errno.EMFILE: Outcome.OPEN_FILES_LIMIT,
     errno.EROFS: Outcome.FILE_REFUSED,
 }

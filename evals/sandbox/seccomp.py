@@ -104,10 +104,8 @@ def check() -> None:
 
 @functools.cache
 def build(machine: str, alone: int | None) -> bytes:
-    """The filter as an array of struct sock_filter.
-
-    alone: the process id of a program without namespaces, which then can start no processes and signal itself only.
-    """
+    """The filter as an array of struct sock_filter. alone: the process id of a program without namespaces, which then
+    can start no processes and signal itself only."""
     arch, refused, judged, extra = MACHINES[machine]
     ops: list[tuple[int, int, int, int]] = []  # (code, jump if true, jump if false, constant)
 

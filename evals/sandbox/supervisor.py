@@ -33,10 +33,8 @@ _STATUS = struct.Struct("=i?")  # the program's wait status, and whether process
 
 
 def run(request: dict, control: socket.socket, layers: Layers, proc: int | None, temp: str) -> Result:
-    """Runs one program to its end. EOFError where the evaluator hung up at `control` meanwhile.
-
-    proc: a descriptor of the machine's /proc. temp: where scratch folders are made where there are no namespaces.
-    RuntimeError where the program could not be started.
+    """Runs one program to its end. EOFError where the evaluator hung up at `control` meanwhile, RuntimeError where the
+    program could not be started. proc: a descriptor of the machine's /proc. temp: scratch folders' without namespaces.
     """
     if layers.namespaces:
         return _Supervisor(request, isolation.SCRATCH, layers, proc, control).run()
@@ -48,8 +46,6 @@ def run(request: dict, control: socket.socket, layers: Layers, proc: int | None,
 
 
 class _Supervisor:
-    """Of one program, from its start to its end."""
-
     def __init__(self, request: dict, scratch: str, layers: Layers, proc: int | None, control: socket.socket):
         self.request, self.scratch, self.layers, self.proc, self.control = request, scratch, layers, proc, control
         self.kept = {"stdout": bytearray(), "stderr": bytearray(), "report": bytearray()}
@@ -142,8 +138,6 @@ class _Supervisor:
         self.read_bytes += len(data)
         return bool(data)
 
-    # ------------------------------------------------------------------------------------------ processes
-
     def _memory_bytes(self) -> int:
         """What all processes of the program hold together, pages that they share counted once."""
         pids = _descendants(self.proc, self.init)
@@ -169,8 +163,6 @@ class _Supervisor:
                         os.kill(pid, signal.SIGKILL)
                 if not os.waitpid(-1, os.WNOHANG)[0]:
                     time.sleep(0.001)
-
-    # --------------------------------------------------------------------------------------------- result
 
     def _result(self, outcome: Outcome | None) -> Result:
         stdout, stderr = (self.kept[name].decode("utf-8", "replace") for name in ("stdout", "stderr"))
@@ -242,13 +234,10 @@ def _be_init(run: _Supervisor, outputs: dict[str, int], events: socket.socket) -
             os.dup2(outputs["stdout"], 1)
             os.dup2(outputs["stderr"], 2)
             program.become(run.request, run.scratch, run.nonce, outputs["report"], events, run.layers)
-        pid, status = os.wait()
-        while pid != child:
-            pid, status = os.wait()
-        events.sendall(_ENDED + _STATUS.pack(status, _has_children()))
-    except (
-        BaseException
-    ):  # such as a limit that leaves no room for an interpreter; of the program it goes to its stderr
+        while (ended := os.wait())[0] != child:
+            pass
+        events.sendall(_ENDED + _STATUS.pack(ended[1], _has_children()))
+    except BaseException:  # such as a limit that leaves no room for an interpreter; the program's go to its stderr
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(1)
