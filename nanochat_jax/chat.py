@@ -8,7 +8,6 @@ Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
 
 import argparse
 import contextlib
-import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +73,7 @@ class Chat:
 
     def ask(self, text: str, out: Console) -> str:
         """Prints the answer to `text` as it is made and returns its visible text; Ctrl-C ends it where it is."""
-        from nanochat_jax.engine.dialogue import answer, fit, prompt_limit
+        from nanochat_jax.engine.dialogue import answer, fit, joined, prompt_limit
         from nanochat_jax.engine.engine import Request
 
         a, stop = self.args, (self.tok.assistant_end, self.tok.bos)
@@ -98,8 +97,7 @@ class Chat:
         out.print()
         self.seed += 1
         # with its tool calls, so that the next prompt begins with what the engine has in its cache
-        kinds = itertools.groupby(said, key=lambda piece: piece[0])
-        parts = [{"type": kind, "text": "".join(text for _, text in group)} for kind, group in kinds]
+        parts = [{"type": kind, "text": text} for kind, text in joined(said)]
         visible = "".join(text for kind, text in said if kind == "text")
         has_calls = any(kind != "text" for kind, _ in said)
         self.messages = [*asked, {"role": "assistant", "content": parts if has_calls else visible}]
@@ -156,19 +154,19 @@ def loop(chat: Chat, title: str, out: Console) -> None:
 @contextlib.contextmanager
 def line_history() -> Iterator[None]:
     """Lets the lines of input() be edited, and recalled here and in the next session."""
-    file, may_fail = HISTORY.expanduser(), contextlib.suppress(ImportError, OSError)  # no readline, or no such file
-    with may_fail:
+    try:
         import readline
-
-        readline.set_history_length(1000)
-        readline.read_history_file(file)
+    except ImportError:  # as on Windows
+        yield
+        return
+    readline.set_history_length(1000)
+    with contextlib.suppress(OSError):
+        readline.read_history_file(HISTORY.expanduser())
     try:
         yield
     finally:
-        with may_fail:
-            import readline
-
-            readline.write_history_file(file)
+        with contextlib.suppress(OSError):
+            readline.write_history_file(HISTORY.expanduser())
 
 
 @command

@@ -99,10 +99,10 @@ class Reader:
         return Piece(self._kind, self._decoder.flush(), self._call)
 
 
-def joined(pieces: Iterable[Piece]) -> list[tuple[str, str]]:
-    """(kind, text) of pieces that say something; those of one kind in a row are one."""
-    groups = itertools.groupby((p for p in pieces if p.text), key=lambda p: p.kind)
-    return [(kind, "".join(p.text for p in group)) for kind, group in groups]
+def joined(pieces: Iterable[tuple]) -> list[tuple[str, str]]:
+    """(kind, text) of pieces, or of such pairs, that say something; those of one kind in a row are one."""
+    groups = itertools.groupby((p for p in pieces if p[1]), key=lambda p: p[0])
+    return [(kind, "".join(p[1] for p in group)) for kind, group in groups]
 
 
 def answer(engine: Engine, tok: Tokenizer, request: Request) -> Generator[tuple[str, str], None, None]:

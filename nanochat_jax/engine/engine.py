@@ -1,7 +1,6 @@
 """The engine: prompts in, tokens out, many at a time, through a key/value cache.
 
-A small operating system. A request is a process, a slot of the cache is its memory, and `step` is a turn of the
-scheduler:
+A request is like a process, a slot of the cache its memory, and `step` a turn of the scheduler:
 
     admit    requests in the queue get free slots
     reuse    a prompt that begins like what a slot holds is prefilled only from where the two part
@@ -11,12 +10,8 @@ scheduler:
 A slot keeps what it holds when its request ends: the next turn of a conversation reuses the turns before it. Requests
 that share a prompt, as the samples of one question do, compute it once: the others wait for the first.
 
-The engine knows ids only: text, tools and HTTP are the callers'. A tool is a state machine that sees each token and may
-answer with tokens to force. What was decoded past that point in the slice is thrown away, which costs only its time:
-the cache is addressed by position, and those positions are written again.
-
-    engine = Engine(model, slots=8, max_len=model.cfg.sequence_len)
-    [completion] = engine.generate([Request(ids, max_new_tokens=100, temperature=0.0, stop_ids=(end,))])
+A tool is a state machine that sees each token and may answer with tokens to force. What was decoded past that point in
+the slice is thrown away: the cache is addressed by position, and those positions are written again.
 """
 
 import itertools
@@ -102,6 +97,9 @@ class Counters:
 
 class Engine:
     """`slots` rows of at most `max_len` tokens each, split over the devices of the mesh where these divide them.
+
+        engine = Engine(model, slots=8, max_len=model.cfg.sequence_len)
+        [completion] = engine.generate([Request(ids, max_new_tokens=100, temperature=0.0, stop_ids=(end,))])
 
     One thread at a time may use it. tool: has start(), which gives a state machine with push(id) -> ids to force; None
     for none. int8: the blocks' matrices and the head are read as int8 (`quantize`). one_core: this is one of several

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nanochat_jax.model.gpt import merge
+
 
 class Int8(NamedTuple):
     """A matrix (out, in): values in -127..127, float32 scale (out, 1)."""
@@ -48,4 +50,4 @@ def rounded(model):
     """The GPT with its weights rounded to int8 and back, to measure what the rounding costs."""
     graph, state = nnx.split(model)
     params = jax.jit(lambda p: dequantize(quantize(p), jnp.float32))(nnx.to_pure_dict(state))
-    return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
+    return merge(graph, params)

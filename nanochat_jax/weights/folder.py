@@ -4,22 +4,21 @@ model.safetensors        the arrays; the header's notes say which stage of which
 config.json              transformers' for `classic`, with the reference's `model_config` for `modern`
 generation_config.json   how to sample, where an answer ends
 tokenizer.json, tokenizer_config.json, chat_template.jinja; tokenizer.model where the vocabulary is our own
-README.md                how to load them
+README.md                how to load them, from README.md.jinja
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from nanochat_jax.config import GPTConfig, ModelConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import atomic_write_text, read_json
+from nanochat_jax.files import atomic_write_json, atomic_write_text, read_json
 from nanochat_jax.weights import configs, pickles
-from nanochat_jax.weights.card import card
 from nanochat_jax.weights.names import to_reference
 from nanochat_jax.weights.tensors import read_tensors, write_tensors
 from nanochat_jax.weights.tokenizer_json import TEMPLATE, from_tiktoken, tokenizer_json
@@ -28,6 +27,7 @@ from tokenizer.bytelevel import JSON_FILE, ByteLevelTokenizer
 from tokenizer.tokenizer import MODEL_FILE
 
 TENSORS = "model.safetensors"
+README = Path(__file__).with_name("README.md.jinja")
 
 
 def write_folder(
@@ -39,14 +39,20 @@ def write_folder(
     config = configs.transformers_config(cfg) if classic else configs.reference_config(cfg)
     special = {"bos_token_id": tok.bos, "eos_token_id": tok.assistant_end}
     # no padding token in config.json: PyTorch would take its row of the table to be without a gradient
-    _write_json(folder / "config.json", {**config, **special, "pad_token_id": None, "dtype": dtype})
+    atomic_write_json(folder / "config.json", {**config, **special, "pad_token_id": None, "dtype": dtype})
     ends = {"eos_token_id": [tok.assistant_end, tok.bos], "pad_token_id": tok.assistant_end}
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 256}
-    _write_json(folder / "generation_config.json", {"bos_token_id": tok.bos, **ends, **sampling})
+    atomic_write_json(folder / "generation_config.json", {"bos_token_id": tok.bos, **ends, **sampling})
     _write_tokenizer(folder, tok, cfg.sequence_len)
     tensors = {name: array.astype(dtype, copy=False) for name, array in to_reference(params, cfg).items()}
     write_tensors(folder / TENSORS, tensors, notes)
     atomic_write_text(folder / "README.md", card(cfg, notes))
+
+
+def card(cfg: GPTConfig, notes: dict[str, str]) -> str:
+    """The text of README.md: what the folder holds, and how to load it."""
+    template = jinja2.Template(README.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    return template.render(cfg=cfg, notes=notes)
 
 
 def _write_tokenizer(folder: Path, tok: Tokenizer, length: int) -> None:
@@ -57,12 +63,8 @@ def _write_tokenizer(folder: Path, tok: Tokenizer, length: int) -> None:
         (folder / MODEL_FILE).write_bytes(tok.model)
     names = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "pad_token": "<|assistant_end|>"}
     kept = {"clean_up_tokenization_spaces": False, "model_max_length": length}
-    _write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names, **kept})
+    atomic_write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names, **kept})
     atomic_write_text(folder / TEMPLATE.name, TEMPLATE.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, value: dict) -> None:
-    atomic_write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 @dataclass(frozen=True)

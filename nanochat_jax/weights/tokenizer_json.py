@@ -1,17 +1,16 @@
 """Our vocabulary as the tokenizer.json of Hugging Face's `tokenizers`: the same ids for every text.
 
-Pieces are written with plain spaces. SentencePiece's mark for them, U+2581, is then a character like any other that is
-no piece, and is spelled in bytes, as `Tokenizer` does.
+Pieces are written with plain spaces; SentencePiece's mark for them, U+2581, is spelled in bytes, as by `Tokenizer`.
 
-SentencePiece merges the pair whose piece has the best score, the leftmost where several make the same piece;
-`tokenizers` merges the pair that comes first in a list. So the list has every pair that makes a piece, by the piece's
-score. Between pairs of one piece the order would matter only where two of them overlap, as in [ar][a][ra] for "ara";
-merging from the left never comes to that: not in 9,383 random vocabularies over one to three letters, searched for it.
+SentencePiece merges the pair whose piece has the best score, the leftmost of equals; `tokenizers` the pair that comes
+first in a list. So the list has every pair that makes a piece, by the piece's score. The order of pairs that make the
+same piece would matter only where two of them overlap, as in [ar][a][ra] for "ara"; merging from the left never comes
+to that: not in 9,383 random vocabularies over one to three letters.
 
-The special tokens are matched in any text here, as is usual there (`split_special_tokens=True` turns it off). The chat
-template keeps them out of what people say: it puts a guard before every "|", and the normalizer removes it again once
-special tokens have been matched. Its ids are those of `tokenizer.chat`, and its mask of the assistant's tokens is the
-loss mask, except where two text parts follow each other: it joins them before they are encoded.
+Special tokens are matched in any text here (`split_special_tokens=True` turns it off). The chat template keeps them out
+of what people say: it puts a guard before every "|", which the normalizer removes once special tokens are matched. Its
+ids are those of `tokenizer.chat`, its mask of the assistant's tokens is the loss mask, except where two text parts
+follow each other: it joins them before they are encoded.
 """
 
 import json
