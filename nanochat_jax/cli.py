@@ -101,10 +101,8 @@ def _system_error(e: BaseException) -> tuple[int, str]:
 def _is_given(path: str, argv: Sequence[str]) -> bool:
     """Whether a path is an argument, or the value of one (key=value), or above it, or a temporary file beside it."""
     tried = Path(path).absolute()
-    for given in (Path(argument.partition("=")[2] or argument).absolute() for argument in argv):
-        if tried in (given, *given.parents) or (tried.parent == given.parent and given.name in tried.name):
-            return True
-    return False
+    given = [Path(argument.partition("=")[2] or argument).absolute() for argument in argv]
+    return any(tried in (g, *g.parents) or (tried.parent == g.parent and g.name in tried.name) for g in given)
 
 
 def _flush_or_drop() -> None:
@@ -120,17 +118,13 @@ def _say(line: str, status: int) -> int:
     return status
 
 
-def positive(text: str) -> int:
-    """An argparse type: a whole number of 1 or more."""
-    return _whole(text, 1)
-
-
-def count(text: str) -> int:
+def count(text: str, least: int = 0) -> int:
     """An argparse type: a whole number of 0 or more."""
-    return _whole(text, 0)
-
-
-def _whole(text: str, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
     return int(text)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number of 1 or more."""
+    return count(text, 1)

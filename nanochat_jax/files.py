@@ -88,6 +88,6 @@ def claim(path: str | Path) -> TextIO:
         raise UserError(
             f"another process is writing to {path.parent}; wait until it ends, or take another directory"
         ) from None
-    except OSError:  # ENOLCK, ENOSYS: the file system has no locks
-        return file
+    except OSError:
+        pass  # ENOLCK, ENOSYS: the file system has no locks
     return file

@@ -15,11 +15,10 @@ import io
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from nanochat_jax.errors import UserError
 
@@ -30,13 +29,6 @@ BETWEEN = "<|endoftext|>"
 HEAD = 1 << 20  # bytes of a .txt file that say how its documents are set apart
 KINDS = {".parquet": "parquet", ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-
-
-class Piece(Protocol):
-    """A part of the documents that one worker reads."""
-
-    def texts(self) -> Iterator[str]:
-        """Its documents in order, as they are read; empty ones are left out. UserError where the file is damaged."""
 
 
 def compression_of(path: PurePath) -> str | None:
@@ -53,15 +45,27 @@ def kind_of(name: str) -> str | None:
     return KINDS.get(suffix)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of the documents that one worker reads."""
+
+    read: Callable[..., Iterator[str]]
+    arguments: tuple
+
+    def texts(self) -> Iterator[str]:
+        """Its documents in order, as they are read; empty ones are left out. UserError where the file is damaged."""
+        return self.read(*self.arguments)
+
+
 def pieces_of(path: Path, column: str) -> Iterator[Piece]:
     """The pieces of a file, in order. UserError where it cannot be read, or has no such column."""
     kind = kind_of(path.name)
     if kind == "parquet":
         yield from _row_groups(path, column)
         return
-    make = partial(Lines, path, column) if kind == "lines" else partial(Text, path)
+    read, given = (_read_lines, (path, column)) if kind == "lines" else (_read_text, (path,))
     if compression_of(path):
-        yield make(0, None)
+        yield Piece(read, (*given, 0, None))
         return
     with _opened(path) as file:
         size, start = os.fstat(file.fileno()).st_size, 0
@@ -72,25 +76,18 @@ def pieces_of(path: Path, column: str) -> Iterator[Piece]:
             while start < size:
                 found = data.find(mark, start + PIECE)
                 end = found + len(mark) if found >= 0 else size
-                yield make(start, end)
+                yield Piece(read, (*given, start, end))
                 start = end
 
 
-@dataclass(frozen=True)
-class RowGroups:
-    path: Path
-    column: str
-    first: int
-    end: int
-
-    def texts(self) -> Iterator[str]:
-        with _parquet(self.path, self.column) as file:
-            groups = list(range(self.first, self.end))
-            for batch in file.iter_batches(1024, row_groups=groups, columns=[self.column], use_threads=False):
-                yield from filter(None, batch.column(0).to_pylist())
+def _read_rows(path: Path, column: str, first: int, end: int) -> Iterator[str]:
+    """The row groups from `first` to before `end`."""
+    with _parquet(path, column) as file:
+        for batch in file.iter_batches(1024, row_groups=list(range(first, end)), columns=[column], use_threads=False):
+            yield from filter(None, batch.column(0).to_pylist())
 
 
-def _row_groups(path: Path, column: str) -> Iterator[RowGroups]:
+def _row_groups(path: Path, column: str) -> Iterator[Piece]:
     with _parquet(path, column) as file:
         footer, first, size = file.metadata, 0, 0
         names = [footer.schema.column(i).path for i in range(footer.num_columns)]
@@ -98,7 +95,7 @@ def _row_groups(path: Path, column: str) -> Iterator[RowGroups]:
         for group in range(footer.num_row_groups):
             size += footer.row_group(group).column(at).total_uncompressed_size
             if size >= PIECE or group + 1 == footer.num_row_groups:
-                yield RowGroups(path, column, first, group + 1)
+                yield Piece(_read_rows, (path, column, first, group + 1))
                 first, size = group + 1, 0
 
 
@@ -123,65 +120,54 @@ def _parquet(path: Path, column: str) -> Iterator:
         raise UserError(f"{path} cannot be read as parquet ({reason}); fetch it again") from None
 
 
-@dataclass(frozen=True)
-class Lines:
+def _read_lines(path: Path, column: str, start: int, end: int | None) -> Iterator[str]:
     """Lines of JSON from byte `start`, where a line begins, to `end`, where one ends, or the whole file."""
-
-    path: Path
-    column: str
-    start: int
-    end: int | None
-
-    def texts(self) -> Iterator[str]:
-        with _opened(self.path) as file:
-            place = self.start
-            if place:
-                file.seek(place)
-            for number, line in enumerate(file, 1):
-                place += len(line)
-                if not line.isspace() and (text := self._field(line, number)):
-                    yield text
-                if self.end is not None and place >= self.end:
-                    return
-
-    def _field(self, line: bytes, number: int) -> str | None:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{self._where(number)} is not JSON; each line of a .jsonl file is an object") from None
-        if not isinstance(row, dict) or self.column not in row:
-            has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it holds {type(row).__name__}"
-            raise UserError(f"{self._where(number)} has no field `{self.column}` (data.text_column); {has}")
-        text = row[self.column]
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{self._where(number)}: `{self.column}` holds {type(text).__name__} and not text")
-        # JSON can spell halves of characters, which are no text
-        return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-    def _where(self, number: int) -> str:
-        """The file and the line; those before `start` are counted only here, where something went wrong."""
-        with open(self.path, "rb") as file:
-            for place in range(0, self.start, PIECE):
-                number += file.read(min(PIECE, self.start - place)).count(b"\n")
-        return f"{self.path}, line {number}"
+    with _opened(path) as file:
+        place = start
+        if start:
+            file.seek(start)
+        for number, line in enumerate(file, 1):
+            place += len(line)
+            try:
+                text = None if line.isspace() else _field(line, column)
+            except UserError as e:
+                raise UserError(f"{path}, line {_lines_before(path, start) + number}{e}") from None
+            if text:
+                yield text
+            if end is not None and place >= end:
+                return
 
 
-@dataclass(frozen=True)
-class Text:
+def _field(line: bytes, column: str) -> str | None:
+    """UserError: what is wrong, behind the name of the line."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise UserError(" is not JSON; each line of a .jsonl file is an object") from None
+    if not isinstance(row, dict) or column not in row:
+        has = f"it has {', '.join(row)}" if isinstance(row, dict) else f"it holds {type(row).__name__}"
+        raise UserError(f" has no field `{column}` (data.text_column); {has}")
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f": `{column}` holds {type(text).__name__} and not text")
+    # JSON can spell halves of characters, which are no text
+    return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _lines_before(path: Path, start: int) -> int:
+    with open(path, "rb") as file:
+        return sum(file.read(min(PIECE, start - place)).count(b"\n") for place in range(0, start, PIECE))
+
+
+def _read_text(path: Path, start: int, end: int | None) -> Iterator[str]:
     """Plain text from byte `start` to `end`, or the whole file. What is not UTF-8 in it becomes U+FFFD."""
-
-    path: Path
-    start: int
-    end: int | None
-
-    def texts(self) -> Iterator[str]:
-        with _opened(self.path) as file:
-            if self.start:
-                file.seek(self.start)
-            for i, block in enumerate(_blocks(file) if self.end is None else [file.read(self.end - self.start)]):
-                text = block.decode("utf-8-sig" if self.start == i == 0 else "utf-8", "replace").replace("\r\n", "\n")
-                for document in text.split(BETWEEN):
-                    yield from _cut(document)
+    with _opened(path) as file:
+        if start:
+            file.seek(start)
+        for i, block in enumerate(_blocks(file) if end is None else [file.read(end - start)]):
+            text = block.decode("utf-8-sig" if start == i == 0 else "utf-8", "replace").replace("\r\n", "\n")
+            for document in text.split(BETWEEN):
+                yield from _cut(document)
 
 
 def _cut(document: str) -> Iterator[str]:

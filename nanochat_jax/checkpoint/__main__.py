@@ -134,17 +134,14 @@ def verify(console: Console, found: list[dict]) -> dict:
     if not finished:
         raise UserError("there is nothing to verify: no checkpoint here was finished")
     for c in found:
-        said = ""
-        if c in finished:
-            began = time.perf_counter()
-            try:
-                c["arrays"], size = store.verify(Path(c["path"]))
+        path, began, said = Path(c["path"]), time.perf_counter(), ""
+        try:
+            if c in finished:
+                c["arrays"], size = store.verify(path)
                 said = f"{c['arrays']} arrays, {decimal(size)}, {time.perf_counter() - began:.1f} s"
-            except Damaged as e:
-                c["state"], c["reason"] = "damaged", str(e)
-                said = c["reason"]
-                if not Path(c["path"]).exists():
-                    c["state"], c["reason"], said = "removed", None, "by a run in progress"
+        except Damaged as e:
+            c["state"], c["reason"] = ("damaged", str(e)) if path.exists() else ("removed", None)
+            said = c["reason"] or "by a run in progress"
         console.print(f"{c['stage']:>5} {c['step']:>7} ", _styled(c["state"]), "", said, soft_wrap=True)
     return {"damaged": sum(c["state"] == "damaged" for c in found), "checkpoints": found}
 
