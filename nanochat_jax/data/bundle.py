@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import yaml
 
 from nanochat_jax.data import hub
+from nanochat_jax.data.cache import ELSEWHERE, check_space
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, part_of, read_json
 
@@ -108,12 +109,8 @@ def _unpack(archive: Path, folder: Path, source: dict) -> None:
                 if path.is_absolute() or ".." in path.parts or "\\" in member.filename or is_link:
                     name = repr(member.filename)
                     raise UserError(f"{archive} has a member {name}, which would lie outside of its folder; {ADVICE}")
-            needed, free = sum(m.file_size for m in zipped.infolist()), shutil.disk_usage(folder.parent).free
-            if needed > free:
-                raise UserError(
-                    f"{archive.name} unpacks to {needed / 1e9:.2f} GB, and the disk of {folder.parent} has "
-                    f"{free / 1e9:.2f} GB free; {hub.ELSEWHERE}"
-                )
+            needed = sum(member.file_size for member in zipped.infolist())
+            check_space(folder.parent, needed, f"{archive.name} unpacks to")
             zipped.extractall(part)  # compares the CRCs
         roots = [path.parent for path in part.rglob(FILES[0])]
         if not roots:
@@ -127,6 +124,6 @@ def _unpack(archive: Path, folder: Path, source: dict) -> None:
         archive.unlink()
         raise UserError(f"{source['url']} came damaged ({e}) and was removed; {ADVICE}") from None
     except OSError as e:
-        raise UserError(f"cannot unpack {archive.name} into {folder} ({e.strerror or e}); {hub.ELSEWHERE}") from None
+        raise UserError(f"cannot unpack {archive.name} into {folder} ({e.strerror or e}); {ELSEWHERE}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,5 @@
 """Filling the cache of downloads ahead of a run, and what is in it."""
 
-import shutil
 import time
 from pathlib import Path
 
@@ -8,9 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nanochat_jax.data.bundle import core_bundle, find_data, is_bundle, load_tasks
-from nanochat_jax.data.hub import ELSEWHERE, is_whole, part_of, task_table
+from nanochat_jax.data.cache import ELSEWHERE, check_space
+from nanochat_jax.data.hub import is_whole, part_of, task_table
 from nanochat_jax.data.registry import LISTING, HubDocuments
-from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 
 
@@ -24,7 +23,7 @@ def download(documents: HubDocuments, workers: int) -> str:
     missing = [f for f in files if not is_whole(documents.path(f), f.size, f.sha256)]
     parts = [part for f in missing if (part := part_of(documents.path(f))).is_file()]
     size, here = sum(f.size or 0 for f in missing), _bytes(parts)
-    _check_room(documents.folder, size - here)
+    check_space(documents.folder, size - here, "what is missing are", f"take fewer files (-n), {ELSEWHERE}")
     began = time.perf_counter()
     with _bar(disable=not missing) as bar:
         task = bar.add_task(f"{len(missing)} files", total=size or None, completed=here)
@@ -56,20 +55,6 @@ def download_core(cache_dir: Path) -> str:
     have = sum(find_data(folder, task)[0] is not None for task in tasks)
     came = f"; from {source['url']}, SHA-256 {source['sha256']}, which its publisher does not state" if source else ""
     return f"CORE: {have} of {len(tasks)} tasks have their data in {folder}{came}"
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    """UserError where `needed` bytes do not fit on the disk of a folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as e:
-        raise UserError(f"cannot write to {folder} ({e.strerror or e}); {ELSEWHERE}") from None
-    if needed > free:
-        raise UserError(
-            f"what is missing are {needed / 1e9:.1f} GB, and the disk of {folder} has {free / 1e9:.1f} GB free; take "
-            f"fewer files (-n), {ELSEWHERE}"
-        )
 
 
 def _bar(disable: bool = False) -> Progress:

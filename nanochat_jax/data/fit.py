@@ -9,37 +9,33 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 D = TypeVar("D")  # a document
-_BITS = 40  # of a key that say when its document came
 
 
 class Buffer(Generic[D]):
     """Documents by length. Among those of equal length the one that came first is taken first."""
 
     def __init__(self) -> None:
-        self._keys: list[int] = []  # sorted; the length, and below it a decreasing sequence number
-        self._documents: dict[int, D] = {}
-        self._number = 1 << _BITS
+        self._entries: list[tuple[int, int, D]] = []  # sorted; the length, and a number that falls as documents come
+        self._number = 0
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._entries)
 
     def add(self, length: int, document: D) -> None:
         self._number -= 1
-        key = length << _BITS | self._number
-        bisect.insort(self._keys, key)
-        self._documents[key] = document
+        bisect.insort(self._entries, (length, self._number, document))
 
     def pop_largest(self, room: int) -> D | None:
         """The largest document of at most `room` tokens, or None."""
-        i = bisect.bisect_left(self._keys, (room + 1) << _BITS)
-        return self._documents.pop(self._keys.pop(i - 1)) if i else None
+        i = bisect.bisect_left(self._entries, (room + 1,))
+        return self._entries.pop(i - 1)[2] if i else None
 
     def pop_shortest(self) -> D | None:
-        return self.pop_largest(self._keys[0] >> _BITS)
+        return self.pop_largest(self._entries[0][0])
 
     def in_order(self) -> list[D]:
         """The documents in the order in which they came."""
-        return [self._documents[key] for key in sorted(self._keys, key=lambda key: -(key & ((1 << _BITS) - 1)))]
+        return [document for _, _, document in sorted(self._entries, key=lambda entry: -entry[1])]
 
 
 def best_fit(

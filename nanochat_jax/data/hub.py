@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from filelock import FileLock
 
+from nanochat_jax.data.cache import writing
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 
@@ -27,7 +28,6 @@ OFFLINE = (
     "without a network, run `python -m nanochat_jax.data download` where there is one and copy runs/cache/hub"
     " here, set data.dir to a folder that has the data, or leave data.source out for the embedded data"
 )
-ELSEWHERE = "make room, or name another folder by data.cache_dir (--to of the download command)"
 T = TypeVar("T")
 
 
@@ -49,14 +49,12 @@ def fetch(
     size, sha256: what the file must have, where that is known. on_block(bytes) is called for every block that comes,
     and while another process downloads the same file; what it raises ends the download.
     """
-    try:
+    with writing(target.parent):
         if not is_whole(target, size, sha256):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _lock(target, on_block):
                 if not is_whole(target, size, sha256):
                     _download(url, target, size, sha256, on_block, advice)
-    except OSError as e:
-        raise UserError(f"cannot write to {target.parent} ({e.strerror or e}); {ELSEWHERE}") from None
     return target
 
 

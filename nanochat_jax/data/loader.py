@@ -4,11 +4,11 @@ Rows are shuffled in windows that grow as 1, 1, 2, 4, 8, ... shards: training be
 never waits if packing is at least twice as fast as training. From the second epoch on all rows are shuffled together.
 """
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 
 import grain
 import jax
@@ -33,8 +33,7 @@ class RowOrder:
 
     def __init__(self, seed: int, shard_rows: int, count: Callable[[int], int]):
         self._seed, self._shard_rows, self._count = seed, shard_rows, count
-        self._lock = threading.Lock()
-        self._permutations: dict[tuple[int, int, int], np.ndarray] = {}
+        self._permutation = functools.lru_cache(CACHED_PERMUTATIONS)(self._permuted)
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """The indices of the rows at positions, both (n,) int64."""
@@ -62,15 +61,9 @@ class RowOrder:
         epoch = position // rows
         return epoch, 0, epoch * rows, (epoch + 1) * rows
 
-    def _permutation(self, epoch: int, window: int, rows: int) -> np.ndarray:
-        key = epoch, window, rows
-        with self._lock:
-            if key not in self._permutations:
-                if len(self._permutations) == CACHED_PERMUTATIONS:
-                    del self._permutations[next(iter(self._permutations))]
-                rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([self._seed, epoch, window])))
-                self._permutations[key] = rng.permutation(rows)
-            return self._permutations[key]
+    def _permuted(self, epoch: int, window: int, rows: int) -> np.ndarray:
+        seed = np.random.SeedSequence([self._seed, epoch, window])
+        return np.random.Generator(np.random.Philox(seed)).permutation(rows)
 
 
 class Loader(AbstractContextManager):
@@ -122,7 +115,7 @@ class Loader(AbstractContextManager):
 
         shape = accumulation, rows, self._dataset.manifest["row_len"] - 1
         batch: dict[str, jax.Array] = {
-            name: jax.make_array_from_callback(shape, self._sharding, partial(part, name), dtype=np.int32)
+            name: jax.make_array_from_callback(shape, self._sharding, functools.partial(part, name), dtype=np.int32)
             for name in ("tokens", "targets")
         }
         self._check_ahead((step + 1) * accumulation * rows)

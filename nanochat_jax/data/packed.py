@@ -6,18 +6,18 @@ All shards but the last have `shard_rows` rows, and each has a checksum. A folde
 """
 
 import contextlib
-import errno
 import io
 import itertools
 import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nanochat_jax.data.cache import writing
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_bytes, atomic_write_json, part_of, read_json
 
@@ -166,19 +166,6 @@ def _checksum(arrays: Iterable[np.ndarray]) -> int:
     for array in arrays:
         value = zlib.crc32(np.ascontiguousarray(array).data, value)
     return value
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """UserError where the disk is full, or nobody may write there."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            line = f"no space is left for packed rows in {folder} ({e.strerror}); free some and start again to resume"
-        else:
-            line = f"packed rows cannot be kept in {folder} ({e.strerror}); set data.cache_dir to a writable folder"
-        raise UserError(line) from None
 
 
 def write_arrays(path: Path, save: Callable[..., None], *arrays: np.ndarray, **named: np.ndarray) -> None:

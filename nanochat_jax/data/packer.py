@@ -30,9 +30,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat_jax.data.cache import writing
 from nanochat_jax.data.documents import Documents
 from nanochat_jax.data.fit import Buffer, best_fit
-from nanochat_jax.data.packed import MANIFEST, dtype_of, write_arrays, write_shard, writing
+from nanochat_jax.data.packed import MANIFEST, dtype_of, write_arrays, write_shard
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, claim, read_json
 from tokenizer.tokenizer import Tokenizer

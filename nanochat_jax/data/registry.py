@@ -14,6 +14,7 @@ from pathlib import Path
 
 from nanochat_jax import formats
 from nanochat_jax.data import hub
+from nanochat_jax.data.cache import writing
 from nanochat_jax.data.documents import Documents, split_names
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
@@ -121,13 +122,11 @@ def hub_documents(
 def _listing(repo: str, subfolder: str, folder: Path) -> list[HubFile]:
     """The dataset's files of documents below a folder, by name; from the cache where they were listed before."""
     path = folder / subfolder / LISTING
-    try:
+    with writing(path.parent):
         known = read_json(path)
         if known is None:
             known = [asdict(f) for f in _list(repo, subfolder)]
             atomic_write_json(path, known)
-    except OSError as e:
-        raise UserError(f"cannot write to {path.parent} ({e.strerror or e}); {hub.ELSEWHERE}") from None
     return [HubFile(**f) for f in known]
 
 

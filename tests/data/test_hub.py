@@ -413,7 +413,7 @@ def test_room_is_looked_for_before_anything_is_fetched(run, server, cache, monke
     big = [registry.HubFile(f"{i}.txt", 2_000_000_000, "0" * 64) for i in range(3)]
     monkeypatch.setattr(registry, "_listing", lambda *args: big)
     status, _, err = run("download", "--dataset", REPO, "-n", "2")
-    assert status == 2 and "missing are 6.0 GB" in err and "has 0.0 GB free" in err and not server.opened
+    assert status == 2 and "missing are 6.00 GB" in err and "has 0.00 GB free" in err and not server.opened
 
 
 def test_room_is_needed_for_what_is_missing_only(run, server, cache, monkeypatch):
