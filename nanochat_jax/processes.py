@@ -7,6 +7,7 @@ where its tunable says so when the process starts.
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -49,3 +50,9 @@ def prctl(option: int, value: int) -> None:
 def cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held so far, in 10^9 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

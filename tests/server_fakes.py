@@ -1,6 +1,5 @@
 """What the tests of the server share: a scripted engine, and an application served for real."""
 
-import codecs
 import contextlib
 import threading
 import time
@@ -13,23 +12,7 @@ from server.__main__ import bind
 from server.app import create_app
 from server.scheduler import Scheduler
 
-
-class ServerTokenizer(ByteTokenizer):
-    def stream(self):
-        class Stream:
-            def __init__(self, decode_bytes):
-                self.utf8, self.decode_bytes = codecs.getincrementaldecoder("utf-8")(errors="replace"), decode_bytes
-
-            def push(self, id):
-                return self.utf8.decode(self.decode_bytes([id]))
-
-            def flush(self):
-                return self.utf8.decode(b"", final=True)
-
-        return Stream(self.decode_bytes)
-
-
-TOK = ServerTokenizer()
+TOK = ByteTokenizer()
 INFO = {"run": "demo", "stage": "sft"}
 USER = [{"role": "user", "content": "hello"}]
 

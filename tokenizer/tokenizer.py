@@ -7,8 +7,6 @@ no text ever becomes a special token: those are control symbols, which SentenceP
     tok.decode(tok.encode("Hello"))
 """
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import itertools
@@ -21,7 +19,7 @@ import numpy as np
 import sentencepiece
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import atomic_write_bytes, atomic_write_json, read_json
+from nanochat_jax.files import atomic_write_bytes, atomic_write_json
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # begins every document
@@ -101,28 +99,11 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace(SPACE_MARK, " ").encode()
 
-    @classmethod
-    def load(cls, dir: str | Path) -> Tokenizer:
-        """The tokenizer in a folder that `save` wrote. Raises UserError if there is none."""
-        path = Path(dir) / MODEL_FILE
-        if not path.is_file():
-            raise UserError(
-                f"no tokenizer in {dir} (no {MODEL_FILE}); train one: python -m tokenizer train --out {dir}"
-            )
-        return cls(path.read_bytes(), read_json(Path(dir) / META_FILE))
-
     def save(self, dir: str | Path) -> None:
-        """Write tokenizer.model and meta.json; a reader sees the old files or the new ones, never half a file."""
+        """Writes tokenizer.model and meta.json; a reader sees the old files or the new ones, never half a file."""
         meta = {**self.meta, "vocab_size": self.vocab_size, "hash": self.hash}
         atomic_write_json(Path(dir) / META_FILE, meta)
         atomic_write_bytes(Path(dir) / MODEL_FILE, self.model)
-
-    def special(self, name: str) -> int:
-        """The id of a special token, by its name with or without the `<|` `|>`."""
-        full = name if name.startswith("<|") else f"<|{name}|>"
-        if full not in SPECIAL_TOKENS:
-            raise UserError(f"no special token {name}; there are {', '.join(SPECIAL_TOKENS)}")
-        return getattr(self, full[2:-2])
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; never a special token. Raises UserError for a lone surrogate, which is not Unicode text."""
@@ -171,10 +152,6 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids. Bytes that are not UTF-8, which only a model can produce, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-    def stream(self) -> StreamDecoder:
-        """A decoder that takes one id at a time."""
-        return StreamDecoder(self)
 
     def token_bytes(self) -> np.ndarray:
         """(V,) int32: bytes of text that each id stands for, 0 for special tokens. For bits per byte."""

@@ -27,9 +27,7 @@ import io
 import itertools
 import random
 import re
-import resource
 import string
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,6 +37,7 @@ import sentencepiece
 
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.processes import peak_memory_gb
 from tokenizer.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # What makes `decode(encode(text)) == text` hold: nothing is normalised, and what is not a piece is spelled in bytes.
@@ -158,12 +157,6 @@ def _size_error(error: RuntimeError, vocab_size: int) -> UserError:
             f"set tokenizer.vocab_size to {max(512, int(found[1]) * 5 // 4)} or more"
         )
     return UserError(f"cannot train a vocabulary of {vocab_size}: {' '.join(message.split())}")
-
-
-def peak_memory_gb() -> float:
-    """The most memory that this process has held so far, in 10^9 bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def train_tokenizer(documents: Iterable[str], out_dir: str | Path, cfg: TokenizerConfig, log=print) -> dict:

@@ -5,7 +5,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 from nanochat_jax.engine.engine import Engine, Request
-from tokenizer import Tokenizer
+from tokenizer import StreamDecoder, Tokenizer
 from tokenizer.chat import render, render_prompt
 
 
@@ -82,7 +82,7 @@ class Reader:
     def __init__(self, tok: Tokenizer):
         self._kinds = {tok.python_start: "python", tok.output_start: "python_output"}
         self._kinds |= {tok.python_end: "text", tok.output_end: "text"}
-        self._kind, self._call, self._answered, self._decoder = "text", -1, True, tok.stream()
+        self._kind, self._call, self._answered, self._decoder = "text", -1, True, StreamDecoder(tok)
 
     def push(self, id: int) -> Piece:
         """The piece that an id completes. One that begins or ends a call ends what was before it."""

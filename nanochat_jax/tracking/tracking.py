@@ -16,9 +16,7 @@ import math
 import os
 import platform
 import re
-import resource
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nanochat_jax.config import TrackingConfig
 from nanochat_jax.files import atomic_write_text
+from nanochat_jax.processes import peak_memory_gb
 from nanochat_jax.tracking import sinks
 from nanochat_jax.tracking.alarms import LossAlarm, StallAlarm
 
@@ -172,12 +171,6 @@ class Tracker:
         for sink in self._sinks:
             sink.close()
         self._file.close()
-
-
-def peak_memory_gb() -> float:
-    """The most memory that this process has held, in GB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def device_memory_gb() -> float:

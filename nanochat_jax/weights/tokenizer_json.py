@@ -40,7 +40,7 @@ def tokenizer_json(tok: Tokenizer) -> str:
         if re.search("[^ ] ", piece) or not all(character in scores for character in piece):
             raise UserError(f"the vocabulary's piece {piece!r} has no equal in tokenizer.json")
     return _written(
-        special={name: tok.special(name) for name in SPECIAL_TOKENS},
+        special={name: getattr(tok, name[2:-2]) for name in SPECIAL_TOKENS},
         cuts=[_split(WORD), _split(f"[\\s\\S]{{1,{MAX_PIECE_CHARS}}}")],
         decoder={"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         byte_fallback=True,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from conftest import ROOT
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
-from tokenizer import SPECIAL_TOKENS, load_tokenizer
+from tokenizer import SPECIAL_TOKENS, StreamDecoder, load_tokenizer
 from tokenizer.__main__ import main
 from tokenizer.chat import parse_completion, render, render_batch, render_prompt
 from tokenizer.evaluate import evaluate, table
@@ -51,8 +51,8 @@ def test_lossless(tok, text):
     ids = tok.encode(text)
     assert tok.decode(ids) == text
     assert tok.token_bytes()[ids].sum() == len(text.encode())
-    assert not {tok.special(name) for name in SPECIAL_TOKENS} & set(ids)
-    stream = tok.stream()
+    assert not {getattr(tok, name[2:-2]) for name in SPECIAL_TOKENS} & set(ids)
+    stream = StreamDecoder(tok)
     shown = [stream.push(i) for i in ids]
     assert "".join(shown) + stream.flush() == text
 
@@ -119,7 +119,7 @@ def test_a_cut_at_a_line_break_is_a_cut_between_tokens(tok, before, after):
 
 def test_stream_never_shows_part_of_a_character(tok):
     text = "naïve 日本語 🙂🙂 👩‍👩‍👧 e\u0301 \u2581 Ж"
-    stream = tok.stream()
+    stream = StreamDecoder(tok)
     shown = [stream.push(i) for i in tok.encode(text)]
     assert not any("\ufffd" in s for s in shown)
     assert "".join(shown) == text and stream.flush() == ""
@@ -132,7 +132,7 @@ def test_stream_never_shows_part_of_a_character(tok):
 @given(ids=st.lists(st.integers(0, VOCAB - 1), max_size=40))
 def test_any_ids_decode(tok, ids):
     """A model may produce any of them: bytes that are not UTF-8 are shown as U+FFFD, by the stream as by decode."""
-    stream = tok.stream()
+    stream = StreamDecoder(tok)
     assert "".join(stream.push(i) for i in ids) + stream.flush() == tok.decode(ids)
     assert len(tok.decode_bytes(ids)) == tok.token_bytes()[ids].sum()
 
@@ -144,13 +144,10 @@ def test_ids_out_of_range(tok):
 
 
 def test_specials(tok):
-    ids = [tok.special(name) for name in SPECIAL_TOKENS]
-    assert ids == [getattr(tok, name[2:-2]) for name in SPECIAL_TOKENS] and len(set(ids)) == len(ids)
-    assert tok.special("bos") == tok.special("<|bos|>") == tok.bos
+    ids = [getattr(tok, name[2:-2]) for name in SPECIAL_TOKENS]
+    assert len(set(ids)) == len(ids) and ids[0] == tok.bos
     assert tok.token_bytes().dtype == np.int32 and tok.token_bytes().shape == (VOCAB,)
     assert tok.token_bytes()[ids].sum() == 0 and tok.decode(ids) == ""
-    with pytest.raises(UserError, match="no special token"):
-        tok.special("eos")
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -18,10 +18,11 @@ from nanochat_jax.devices import bandwidth, peak_flops
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, claim, read_json
 from nanochat_jax.mesh.preemption import Stop
+from nanochat_jax.processes import peak_memory_gb
 from nanochat_jax.tracking import sinks
 from nanochat_jax.tracking.alarms import LEAST, LossAlarm, StallAlarm
 from nanochat_jax.tracking.trace import traced
-from nanochat_jax.tracking.tracking import RunLog, Tracker, peak_memory_gb, system_info, truncate_from
+from nanochat_jax.tracking.tracking import RunLog, Tracker, system_info, truncate_from
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ from nanochat_jax.weights import configs, pickles
 from nanochat_jax.weights.folder import read_folder
 from nanochat_jax.weights.tensors import read_tensors, write_tensors
 from nanochat_jax.weights.tokenizer_json import TEMPLATE, from_tiktoken, tokenizer_json
-from tokenizer import SPECIAL_TOKENS, load_tokenizer
+from tokenizer import SPECIAL_TOKENS, StreamDecoder, load_tokenizer
 from tokenizer.bytelevel import GUARD, ByteLevelTokenizer
 from tokenizer.chat import render, render_prompt
 from tokenizer.tokenizer import MAX_PIECE_CHARS
@@ -317,7 +317,7 @@ def test_foreign_vocabulary(foreign, text):
     encoding, tok = foreign
     ids = tok.encode(text)
     assert ids == encoding.encode_ordinary(text) and tok.decode(ids) == text
-    stream = tok.stream()
+    stream = StreamDecoder(tok)
     assert "".join([*map(stream.push, ids), stream.flush()]) == text
     assert tok.token_bytes()[ids].sum() == len(text.encode())
 
@@ -327,7 +327,7 @@ def test_foreign_vocabulary_in_a_folder(foreign, tmp_path):
     tok.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert isinstance(again, ByteLevelTokenizer) and again.hash == tok.hash and again.text == tok.text
-    assert again.special("bos") == again.bos == tok.vocab_size - len(SPECIAL_TOKENS)
+    assert again.bos == tok.vocab_size - len(SPECIAL_TOKENS)
     assert again.encode_batch(["", "a b"]) == [[], tok.encode("a b")]
     with pytest.raises(UserError, match="lone surrogate U\\+D800"):
         again.encode("\ud800")
