@@ -62,7 +62,8 @@ def _parts(i: int, role: str, content) -> list[dict]:
 
 
 def render(tok: Tokenizer, conversation: dict) -> tuple[list[int], list[int]]:
-    """A conversation as (ids, mask), lists of equal length; mask 1 where a token is a target.
+    """A conversation as (ids, mask), lists of equal length; mask 1 where a token is a target. {"text": a document} is
+    <|bos|> and the text, all of it targets.
 
     Raises UserError that names the message if roles do not alternate from a user on, or a content is malformed.
     """
@@ -71,10 +72,15 @@ def render(tok: Tokenizer, conversation: dict) -> tuple[list[int], list[int]]:
 
 def render_batch(tok: Tokenizer, conversations: Sequence[dict], threads: int) -> list[tuple[list[int], list[int]]]:
     """`render` of each conversation, with so many threads that tokenize."""
-    for conversation in conversations:
-        if not isinstance(conversation, dict) or "messages" not in conversation:
-            raise UserError('a conversation is a mapping with "messages"')
-    return _render(tok, [_turns(conversation["messages"]) for conversation in conversations], threads)
+    return _render(tok, [_turns_of(conversation) for conversation in conversations], threads)
+
+
+def _turns_of(conversation: dict) -> list[Turn]:
+    if not isinstance(conversation, dict) or not {"messages", "text"} & set(conversation):
+        raise UserError('a conversation is a mapping with "messages", or a document one with "text"')
+    if "text" in conversation:
+        return [("document", [{"type": "text", "text": conversation["text"]}])]
+    return _turns(conversation["messages"])
 
 
 def _render(tok: Tokenizer, conversations: list[list[Turn]], threads: int) -> list[tuple[list[int], list[int]]]:
@@ -84,6 +90,9 @@ def _render(tok: Tokenizer, conversations: list[list[Turn]], threads: int) -> li
     for turns in conversations:
         segments = [([tok.bos], 0)]  # (ids, whether they are targets)
         for role, parts in turns:
+            if role == "document":
+                segments.append((next(encoded), 1))
+                continue
             if role == "user":
                 segments.append(([tok.user_start, *next(encoded), tok.user_end], 0))
                 continue
