@@ -19,19 +19,6 @@ from nanochat_jax.cli import command
 from nanochat_jax.files import whole_folder
 
 
-def export(run_dir: Path, stage: str | None, to: Path, dtype: str = "float32") -> dict:
-    """Writes the folder `to`, whole or not at all; returns what there is to say of it. UserError."""
-    from nanochat_jax.checkpoint import load_model
-    from nanochat_jax.weights.folder import write_folder
-
-    loaded = load_model(run_dir, stage)
-    params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
-    with whole_folder(to) as folder:
-        write_folder(folder, params, loaded.model.cfg, loaded.tokenizer, notes(loaded), dtype)
-    size = sum(path.stat().st_size for path in to.iterdir())
-    return {"to": str(to), "arch": loaded.config.model.arch, "stage": loaded.stage, "step": loaded.step, "bytes": size}
-
-
 def notes(loaded) -> dict[str, str]:
     """Where the weights came from, for the header of their file; those of an imported stage as they were there."""
     meta = loaded.meta
@@ -43,15 +30,22 @@ def notes(loaded) -> dict[str, str]:
 
 
 @command
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.export", description=__doc__.split("\n\n")[0])
     p.add_argument("--run-dir", required=True, type=Path, help="the run directory")
     p.add_argument("--stage", help="base, mid, sft or rl; default: the latest finished one")
     p.add_argument("--to", required=True, type=Path, help="the folder to make")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the arrays; default float32")
     args = p.parse_args(argv)
-    print(json.dumps(export(args.run_dir, args.stage, args.to, args.dtype)))
-    return 0
+    from nanochat_jax.checkpoint import load_model
+    from nanochat_jax.weights.folder import write_folder
+
+    loaded = load_model(args.run_dir, args.stage)
+    params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
+    with whole_folder(args.to) as folder:
+        write_folder(folder, params, loaded.model.cfg, loaded.tokenizer, notes(loaded), args.dtype)
+    made = {"to": str(args.to), "arch": loaded.config.model.arch, "stage": loaded.stage, "step": loaded.step}
+    print(json.dumps(made | {"bytes": sum(path.stat().st_size for path in args.to.iterdir())}))
 
 
 if __name__ == "__main__":

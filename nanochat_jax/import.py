@@ -11,7 +11,6 @@ of which those of the model come from the folder, are what later stages train wi
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -23,27 +22,16 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, whole_folder
 
 
-def import_weights(
-    source: Path,
-    run_dir: Path,
-    stage: str | None = None,
-    tokenizer_dir: Path | None = None,
-    config_file: str | None = None,
-    settings: Sequence[str] = (),
-) -> dict:
-    """Makes the run directory, whole or not at all; returns what there is to say of it. UserError.
-
-    stage: base, mid, sft or rl; None: the one that the weights say they are of. tokenizer_dir: None for `source`.
-    config_file, settings: as of `load_config`; those of the model and its vocabulary are the weights'.
-    """
+def import_weights(args: argparse.Namespace) -> dict:
+    """Makes the run directory, whole or not at all; returns what there is to say of it. UserError."""
     from nanochat_jax.checkpoint import STAGES, Checkpointer, write_done
     from nanochat_jax.model import scaling
     from nanochat_jax.model.gpt import init_params
     from nanochat_jax.weights.folder import read_folder
     from nanochat_jax.weights.names import from_reference
 
-    weights = read_folder(source, tokenizer_dir)
-    stage = stage or weights.notes.get("stage")
+    source, weights = args.source, read_folder(args.source, args.tokenizer)
+    stage = args.stage or weights.notes.get("stage")
     if stage not in STAGES:
         raise UserError(f"{source} does not say which stage it is of; add --stage and one of {', '.join(STAGES)}")
     notes = weights.notes
@@ -53,7 +41,7 @@ def import_weights(
     sizes = {f"model.{key}": value for key, value in to_dict(weights.model).items()}
     sizes["tokenizer.vocab_size"] = weights.vocab_size
     theirs = [f"{key}={'' if value is None else value}" for key, value in sizes.items()]
-    config = load_config(config_file, None, [*settings, *theirs])
+    config = load_config(args.config, None, [*args.settings, *theirs])
     cfg = scaling.gpt_config(config.model, weights.vocab_size)
     try:
         template = jax.eval_shape(lambda: init_params(cfg, 0))
@@ -65,7 +53,7 @@ def import_weights(
     meta = {"stage": stage, "tokenizer": weights.tokenizer.hash, "config": fingerprint(config), "origin": notes}
     mark = {"stage": stage, "steps": step, "tokens": 0, "seconds": 0.0, "metrics": {}, "imported": notes}
     plan = scaling.plan(cfg, batch_tokens=config.base.batch_tokens, head_dim=config.model.head_dim)
-    with whole_folder(run_dir) as folder:
+    with whole_folder(args.run_dir) as folder:
         weights.tokenizer.save(folder / "tokenizer")
         write_done(folder / "tokenizer", {"seconds": 0.0, "metrics": {}})
         checkpointer = Checkpointer(folder / stage / "checkpoints")
@@ -74,11 +62,11 @@ def import_weights(
         write_done(folder / stage, {**mark, "batch_tokens": plan.batch_tokens})
         atomic_write_text(folder / "config.yaml", dump_yaml(config))
     total = scaling.param_counts(cfg)["total"]
-    return {"run_dir": str(run_dir), "arch": config.model.arch, "stage": stage, "step": step, "parameters": total}
+    return {"run_dir": str(args.run_dir), "arch": config.model.arch, "stage": stage, "step": step, "parameters": total}
 
 
 @command
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.import", description=__doc__.split("\n\n")[0])
     p.add_argument("--from", required=True, type=Path, dest="source", help="the folder of weights")
     p.add_argument("--run-dir", required=True, type=Path, help="the run directory to make")
@@ -86,10 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--tokenizer", type=Path, help="the folder of their tokenizer, if it is another one")
     p.add_argument("--config", help="YAML file of settings for later stages")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
-    args = p.parse_args(argv)
-    made = import_weights(args.source, args.run_dir, args.stage, args.tokenizer, args.config, args.settings)
-    print(json.dumps(made))
-    return 0
+    print(json.dumps(import_weights(p.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -41,14 +41,13 @@ def texts(tests: bool = False) -> Iterator[str]:
 
 
 @command
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m nanochat_jax.onetext", description=__doc__.split("\n\n")[0])
     p.add_argument("--tests", action="store_true", help="the tests as well")
     args, size = p.parse_args(argv), 0
     for text in texts(tests=args.tests):
         size += sys.stdout.write(text)
     print(f"{size:,} characters, some {size // 4:,} tokens", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -93,8 +93,6 @@ class Scheduler:
         took = sum(self._took) / len(self._took) if self._took else 1.0
         return min(60, max(1, math.ceil(took * wanted / self.engine.slots)))
 
-    # ---------------------------------------------------------------------------------------------- the thread
-
     def _run(self) -> None:
         try:
             while not self._stopping:

@@ -106,11 +106,6 @@ def products(x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, .
     return _products_fwd(x, weights)[0]
 
 
-def product(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """`products` of one weight."""
-    return products(x, (weight,))[0]
-
-
 def _matrix(x):
     return x.reshape(-1, x.shape[-1])
 

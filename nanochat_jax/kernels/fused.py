@@ -72,9 +72,6 @@ def mix_and_norm(x, change, x0, r, s, eps: float) -> tuple[jax.Array, jax.Array,
     return y, rms_norm(y, eps), x0
 
 
-# ------------------------------------------------------------------------------------------------ the kernels
-
-
 def _pieces(width: int):
     """Slices of powers of two, which Triton wants, that make up the width."""
     out, start = [], 0

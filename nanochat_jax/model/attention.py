@@ -74,9 +74,6 @@ def _bounded(window: int | None, T: int) -> int | None:
     return None if window is None or window >= T - 1 else window
 
 
-# --------------------------------------------------------------------------------------------------- the backends
-
-
 def _cudnn(q, k, v, window):
     # is_causal stays beside the window: a left window alone looks into the future (jax-ml/jax#39576).
     return jax.nn.dot_product_attention(

@@ -36,9 +36,6 @@ def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax
     return jnp.cos(angles), jnp.sin(angles)
 
 
-# ------------------------------------------------------------------------------------------ initialisers
-
-
 def _uniform(bound):
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -55,9 +52,6 @@ def _initialisers(cfg: GPTConfig) -> dict[str, Callable]:
     s = math.sqrt(3 / cfg.n_embd)
     qkv, fc = _uniform(s), _uniform(0.4 * s)
     return {"wte": normal(0.8), "head": normal(0.001), "qkv": qkv, "fc": fc, "value": _uniform(s)}
-
-
-# ----------------------------------------------------------------------------------------------- modules
 
 
 class Linear(nnx.Module):
@@ -216,9 +210,6 @@ class GPT(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.logits(self.hidden(tokens))
-
-
-# ---------------------------------------------------------------------- the model and its parameters, apart
 
 
 def graph_of(cfg: GPTConfig, dtype, eight_bits: bool = False):
