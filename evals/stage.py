@@ -20,7 +20,7 @@ from evals.scoring import Scorer
 from evals.tasks import TASKS, available, load_task
 from evals.tasks.base import Task
 from nanochat_jax.checkpoint import Loaded, load_model
-from nanochat_jax.config import MeshConfig, RunConfig, check_evals
+from nanochat_jax.config import MeshConfig, RunConfig, check
 from nanochat_jax.data.packing import pack_split
 from nanochat_jax.data.sources import open_documents
 from nanochat_jax.engine.calculator import CalculatorTool
@@ -78,7 +78,7 @@ def evaluate_stage(
     stage, config = loaded.stage, config or loaded.config
     given = {name: value for name, value in settings.items() if value is not None}
     config = replace(config, evals=replace(config.evals, **given))
-    check_evals(config.evals)
+    check(RunConfig(evals=config.evals))
     name, model = (f"{stage}-int8", rounded(loaded.model)) if int8 else (stage, loaded.model)
     evaluation = _Evaluation(run_dir, name, model, loaded, config, log)
     chosen = evaluation.default_tasks() if tasks is None else tasks

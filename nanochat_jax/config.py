@@ -382,11 +382,6 @@ def load_config(
     return config
 
 
-def check_evals(evals: EvalConfig) -> None:
-    """Raises UserError."""
-    check(RunConfig(evals=evals))
-
-
 # ------------------------------------------------------------------------------- a run directory's settings
 
 # settings that may change when a run is resumed

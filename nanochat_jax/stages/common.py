@@ -98,13 +98,7 @@ def train_stage(
     # train
     on_spike = run.stop.ask if tracking.stop_on_spike else None
     tracker = Tracker(run.dir, name, steps, run.log, int(state.step), tracking, on_spike)
-    peak = devices.peak_flops(jax.devices()[0].device_kind)
-    peak = peak * jax.device_count() if peak else None
-
-    def evaluate_untimed(step: int, params: dict) -> dict:
-        with tracker.elsewhere():
-            return evaluate(step, params)
-
+    peak = (devices.peak_flops(jax.devices()[0].device_kind) or 0.0) * jax.device_count()
     try:
         trace_at = tracking.trace_at if hosts.is_main() else None
         with traced(step_fn, stage_dir / "trace", int(state.step), trace_at) as step_fn:
@@ -119,7 +113,7 @@ def train_stage(
                 rates=functools.partial(loop.rates, tokens_per_step, scaling.flops_per_token(run.gpt_config), peak),
                 meta=meta,
                 stop=run.stop,
-                evaluate=evaluate_untimed,
+                evaluate=tracker.elsewhere()(evaluate),  # which is no stall
                 eval_every=settings.eval_every,
             )
     finally:

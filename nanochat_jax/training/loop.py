@@ -94,8 +94,8 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join:
 # ----------------------------------------------------------------------------------------------------- the loop
 
 
-def rates(tokens: int, flops_per_token: float, peak_flops: float | None, seconds: float) -> dict:
-    """tokens/s and MFU of a step; peak_flops: of all devices together, None where it is unknown, as MFU then is."""
+def rates(tokens: int, flops_per_token: float, peak_flops: float, seconds: float) -> dict:
+    """tokens/s and MFU of a step. peak_flops: of all devices together; 0 where it is unknown, and MFU then None."""
     rate = tokens / max(seconds, 1e-9)
     return {"tokens_per_second": rate, "mfu": rate * flops_per_token / peak_flops if peak_flops else None}
 

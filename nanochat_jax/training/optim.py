@@ -70,10 +70,6 @@ def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str)
     return Schedules(lr, momentum, decay)
 
 
-def _zeros_like(params):
-    return jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-
-
 # ------------------------------------------------------------------------------------------------- AdamW
 
 
@@ -88,7 +84,8 @@ def adamw(rate: float, betas: tuple[float, float], weight_decay: float, lr: Sche
     b1, b2 = betas
 
     def init(params):
-        return AdamState(jnp.zeros((), jnp.int32), _zeros_like(params), _zeros_like(params))
+        m, v = (optax.tree.zeros_like(params, jnp.float32) for _ in range(2))
+        return AdamState(jnp.zeros((), jnp.int32), m, v)
 
     def update(grads, state, params):
         alpha, t = rate * lr(state.count), (state.count + 1).astype(jnp.float32)
@@ -158,7 +155,8 @@ def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) ->
         def factor(p):
             return jnp.zeros((p.shape[0], 1) if p.shape[0] >= p.shape[1] else (1, p.shape[1]), jnp.float32)
 
-        return MuonState(jnp.zeros((), jnp.int32), _zeros_like(params), jax.tree.map(factor, params))
+        momentum = optax.tree.zeros_like(params, jnp.float32)
+        return MuonState(jnp.zeros((), jnp.int32), momentum, jax.tree.map(factor, params))
 
     def direction(x, second):
         """Nesterov momentum (..., m, n) to the update's direction in float32, and the second moment after it."""

@@ -234,7 +234,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved():
 
 def test_rates():
     assert loop.rates(100, 6.0, 3000.0, seconds=2.0) == {"tokens_per_second": 50.0, "mfu": 0.1}
-    assert loop.rates(100, 6.0, None, seconds=1.0)["mfu"] is None
+    assert loop.rates(100, 6.0, 0.0, seconds=1.0)["mfu"] is None
 
 
 def test_permutation_is_a_function_of_seed_and_epoch():
