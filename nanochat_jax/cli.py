@@ -31,7 +31,7 @@ def command(main: Callable[..., int | None] | None = None, *, resumes: str = "")
     or read-only disk, a path that cannot be, a device that jax cannot start, a closed pipe, Ctrl-C. 0 where `main`
     returns None.
 
-    resumes: for Ctrl-C, from where the same command goes on.
+    resumes: for Ctrl-C, from where the same command resumes.
     """
     if main is None:
         return functools.partial(command, resumes=resumes)
@@ -46,7 +46,7 @@ def command(main: Callable[..., int | None] | None = None, *, resumes: str = "")
             _flush_or_drop()
             return NO_READER
         except KeyboardInterrupt:
-            return _say(f"interrupted; the same command goes on {resumes}" if resumes else "interrupted", CTRL_C)
+            return _say(f"interrupted; the same command resumes {resumes}" if resumes else "interrupted", CTRL_C)
         except Interrupted as e:
             return _say(f"interrupted: {e}", START_AGAIN)
         except Exception as e:

@@ -1,6 +1,6 @@
 """What ends a program and is no defect, each with one line that says what to do."""
 
-START_AGAIN = 75  # exit status (EX_TEMPFAIL) of a run that goes on when it is started again
+START_AGAIN = 75  # exit status (EX_TEMPFAIL) of a run that resumes when it is started again
 
 
 class UserError(Exception):

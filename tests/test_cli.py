@@ -59,7 +59,7 @@ def test_one_line_and_a_status(capsys, error, status, says):
 
 def test_ctrl_c_says_where_the_command_resumes(capsys):
     status, line = ends(capsys, KeyboardInterrupt(), resumes="from the last checkpoint")
-    assert (status, line) == (130, "interrupted; the same command goes on from the last checkpoint")
+    assert (status, line) == (130, "interrupted; the same command resumes from the last checkpoint")
 
 
 def test_no_device_names_what_asked_for_it(capsys, monkeypatch):

@@ -85,7 +85,7 @@ def train_stage(
     checkpointer = checkpoint.Checkpointer(stage_dir / "checkpoints", run.config.checkpoints, say=run.log.say)
     state, saved = _resume(run, name, checkpointer, init, optimizer, lora_rank)
     if saved:
-        run.log.say(f"{name}: goes on from step {int(state.step)} of {steps}")
+        run.log.say(f"{name}: resumes from step {int(state.step)} of {steps}")
     meta = {
         "stage": name,
         "seed": run.config.seed,

@@ -144,7 +144,7 @@ def fit(
         if not math.isfinite(values["loss"]):
             tracker.record(step, **values)
             raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step}, which was not saved: the same command goes on from the "
+                f"the loss is {values['loss']} at step {step}, which was not saved: the same command resumes from the "
                 "last checkpoint; if that ends here too, begin the stage anew with lower rates (optim.lr_scale)"
             )
         speed, mark = rates(time.perf_counter() - mark), time.perf_counter()
@@ -177,7 +177,7 @@ def fit(
             if stopping and step + 1 < steps:
                 checkpointer.wait()
                 raise Interrupted(
-                    f"{stop.why}: stopped and saved at step {step + 1} of {steps}; the same command goes on from there"
+                    f"{stop.why}: stopped and saved at step {step + 1} of {steps}; the same command resumes from there"
                 )
     if evaluate:
         assess(steps, state.params)

@@ -402,7 +402,7 @@ def test_ctrl_c_leaves_parts_that_the_next_call_takes_up(run, server, cache, mon
 
     monkeypatch.setattr(hub, "fetch", interrupted)
     status, out, err = run("download", "--dataset", REPO, "-n", "4", "--workers", "2")
-    assert status == 130 and "the same command goes on" in err and out == ""
+    assert status == 130 and "the same command resumes" in err and out == ""
     monkeypatch.setattr(hub, "fetch", real)
     assert run("download", "--dataset", REPO, "-n", "4")[0] == 0
     assert list(hub_documents(REPO, None, 4, cache).train()) == [str(i) * 1000 for i in range(4)]

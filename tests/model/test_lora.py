@@ -227,7 +227,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(adapted, trunk, place):
     assert not (run_dir / "sft" / "done.json").is_file()
     (run_dir / "mid" / "done.json").unlink()  # it goes on from the stage that it began from, not from what is done
     go(place, run_dir, "sft")
-    assert "sft: goes on from step" in (run_dir / "log.txt").read_text()
+    assert "sft: resumes from step" in (run_dir / "log.txt").read_text()
     arrays = [json.loads((newest(d, "sft") / "arrays" / "metadata").read_text()) for d in (run_dir, adapted)]
     assert arrays[0] == arrays[1] and len(saved_steps(run_dir / "sft" / "checkpoints")) == 2
     assert same(params_of(load_model(run_dir, "sft")), params_of(load_model(adapted, "sft")))

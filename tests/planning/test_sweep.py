@@ -162,7 +162,7 @@ def test_a_killed_sweep_goes_on(tiny, tmp_path, capsys):
     assert sweep.main(command) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"out": str(out), "models": 2, "failed": [], "tokens_per_parameter": None}
-    assert "base: goes on from step " in (out / "d2-ratio1" / "log.txt").read_text()
+    assert "base: resumes from step " in (out / "d2-ratio1" / "log.txt").read_text()
     assert (
         len({(out / name / "tokenizer" / "tokenizer.model").read_bytes() for name in ("d1-ratio1", "d2-ratio1")}) == 1
     )
