@@ -6,6 +6,7 @@ All shards but the last have `shard_rows` rows, and each has a checksum. A folde
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -50,8 +51,7 @@ class PackedDataset(contextlib.AbstractContextManager):
     ):
         self.path, self.limit, self.packer = Path(path), limit, packer
         self._asked = {"tokenizer": tokenizer_hash, "row_len": row_len}
-        self._shards: dict[int, dict[str, np.ndarray]] = {}
-        self._lock = threading.Lock()
+        self._shard = functools.cache(self._open)
         self.manifest: dict = {}
         self.refresh()
         if not self.manifest and packer is None:
@@ -128,14 +128,8 @@ class PackedDataset(contextlib.AbstractContextManager):
     def _arrays(self) -> list[tuple[str, str]]:
         return [("tokens", self.manifest["dtype"]), *([("mask", "bool")] if self.manifest["masked"] else [])]
 
-    def _shard(self, i: int) -> dict[str, np.ndarray]:
-        """The arrays of a shard, mapped into memory; checked when it is first asked for."""
-        with self._lock:
-            if i not in self._shards:
-                self._shards[i] = self._open(i)
-            return self._shards[i]
-
     def _open(self, i: int) -> dict[str, np.ndarray]:
+        """The arrays of a shard, mapped into memory and checked."""
         shard = self.manifest["shards"][i]
         try:
             arrays = {name: np.load(self.path / _file(name, i), mmap_mode="r") for name, _ in self._arrays()}

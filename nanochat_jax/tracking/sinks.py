@@ -4,8 +4,6 @@ uv run --extra tensorboard run_speedrun.py tracking.tensorboard=true    # tensor
 uv run --extra wandb run_speedrun.py tracking.wandb=PROJECT             # WANDB_MODE=offline without a network
 """
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 
@@ -18,16 +16,6 @@ def check(config: TrackingConfig) -> None:
     for extra, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         if getattr(config, extra) and importlib.util.find_spec(package) is None:
             raise UserError(f"tracking.{extra} needs the package {package}: uv sync --extra {extra}, or leave it out")
-
-
-def open_sinks(config: TrackingConfig, run_dir: Path, stage: str, start: int) -> list[TensorBoard | WandB]:
-    """The sinks that are switched on, for the records of `stage` after step `start`."""
-    sinks: list[TensorBoard | WandB] = []
-    if config.tensorboard:
-        sinks.append(TensorBoard(run_dir / "tensorboard" / stage, start))
-    if config.wandb:
-        sinks.append(WandB(config.wandb, run_dir, stage))
-    return sinks
 
 
 def numbers(record: dict) -> dict[str, float]:
@@ -87,3 +75,13 @@ class WandB:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def open_sinks(config: TrackingConfig, run_dir: Path, stage: str, start: int) -> list[TensorBoard | WandB]:
+    """The sinks that are switched on, for the records of `stage` after step `start`."""
+    sinks: list[TensorBoard | WandB] = []
+    if config.tensorboard:
+        sinks.append(TensorBoard(run_dir / "tensorboard" / stage, start))
+    if config.wandb:
+        sinks.append(WandB(config.wandb, run_dir, stage))
+    return sinks

@@ -115,25 +115,23 @@ class Tracker:
         """Writes a record of the step, with an alarm where its loss deserves one."""
         if "loss" not in metrics:
             self._write(step, metrics)
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))
-            self.log.say(f"{self.stage} {step}/{self.total}  {shown}")
+            self.log.say(self._at(step, *(f"{k} {v:.4f}" for k, v in metrics.items() if isinstance(v, float))))
             return
         self._step = step
         self._stalls.step()
-        alarm = None
-        if "reward" not in metrics:  # RL's is no likelihood: it has no level to leap from
-            alarm = self._losses.see(metrics["loss"])
+        # the loss of RL is no likelihood: it has no level to leap from
+        alarm = None if "reward" in metrics else self._losses.see(metrics["loss"])
         self._write(step, {**metrics, "memory_gb": round(device_memory_gb(), 3)} | ({"alarm": alarm} if alarm else {}))
-        text, now = self._text(metrics), time.perf_counter()
+        text, now = _figures(metrics), time.perf_counter()
         self._bar.update(self._task, completed=step, text=text)
         if now - self._last_line >= PLAIN_EVERY or step == self.total:
             self._last_line = now
             seconds = self._bar.tasks[0].time_remaining  # rich counts from the end of the first step, which compiles
             left = "n/a" if seconds is None else datetime.timedelta(seconds=round(seconds))
-            line = f"{self.stage} {step}/{self.total}  {text}  left: {left}"
+            line = self._at(step, text, f"left: {left}")
             self.log.say(line) if self._bar.disable else self.log.write(line)
         if alarm:
-            self._say(step, alarm)
+            self.log.say(self._at(step, "ALARM", alarm))
             if self._on_spike and math.isfinite(metrics["loss"]):
                 self._on_spike(alarm)
 
@@ -147,22 +145,12 @@ class Tracker:
             for sink in self._sinks:
                 sink.write(row)
 
-    def _say(self, step: int, alarm: str) -> None:
-        self.log.say(f"{self.stage} {step}/{self.total}  ALARM  {alarm}")
+    def _at(self, step: int, *parts: str) -> str:
+        return "  ".join((f"{self.stage} {step}/{self.total}", *parts))
 
     def _stalled(self, alarm: str) -> None:
         self._write(self._step, {"alarm": alarm})
-        self._say(self._step, alarm)
-
-    @staticmethod
-    def _text(metrics: dict) -> str:
-        mfu = metrics.get("mfu")
-        parts = [f"loss {metrics['loss']:.4f}"]
-        if "reward" in metrics:
-            parts.append(f"reward {metrics['reward']:.3f}")
-        parts.append(f"{metrics.get('tokens_per_second', 0):,.0f} tok/s")
-        parts.append(f"MFU {100 * mfu:.1f} %" if mfu is not None else "MFU n/a")
-        return "  ".join(parts)
+        self.log.say(self._at(self._step, "ALARM", alarm))
 
     def close(self) -> None:
         self._stalls.close()
@@ -171,6 +159,16 @@ class Tracker:
         for sink in self._sinks:
             sink.close()
         self._file.close()
+
+
+def _figures(metrics: dict) -> str:
+    mfu = metrics.get("mfu")
+    parts = [f"loss {metrics['loss']:.4f}"]
+    if "reward" in metrics:
+        parts.append(f"reward {metrics['reward']:.3f}")
+    parts.append(f"{metrics.get('tokens_per_second', 0):,.0f} tok/s")
+    parts.append("MFU n/a" if mfu is None else f"MFU {100 * mfu:.1f} %")
+    return "  ".join(parts)
 
 
 def device_memory_gb() -> float:
