@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     run, stage = records.split_spec(args.run)
     stage = args.stage or stage
     found = records.results(run)
-    stages = [records.stage_of(run, found, stage)] if stage else list(found)
+    stages = [records.check_stage(run, found, stage)] if stage else list(found)
     tasks = {s: records.tasks_of(run, s) for s in stages}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     if args.task is None:
@@ -116,6 +116,6 @@ def show(console: Console, record: dict) -> None:
 
 def _show_answer(console: Console, name: str, answer: dict) -> None:
     verdict, style = ("right", "green") if answer["correct"] else ("wrong", "red")
-    notes = [verdict, *records.remarks(answer)]
-    console.print(Text.assemble("\n", (name, "bold"), ": ", (printable(", ".join(notes)), style)))
+    notes = ", ".join([verdict, *records.remarks(answer)])
+    console.print(Text.assemble("\n", (name, "bold"), ": ", (printable(notes), style)))
     console.print(Text(printable(records.said(answer).strip()) or "(nothing)"))

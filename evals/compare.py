@@ -205,7 +205,7 @@ def open_sides(specs: Sequence[str], stage: str | None) -> list[Side]:
             has = "; ".join(f"{run} has {', '.join(f)}" for (run, _), f in zip(named, found))
             raise UserError(f"no stage of both runs has been evaluated: {has}")
         default = both[-1]
-    stages = [records.stage_of(run, f, own or default) for (run, own), f in zip(named, found)]
+    stages = [records.check_stage(run, f, own or default) for (run, own), f in zip(named, found)]
     a, b = sides = [Side(run, s, f[s]) for (run, _), s, f in zip(named, stages, found)]
     if (a.run.resolve(), a.stage) == (b.run.resolve(), b.stage):
         raise UserError(f"{a} and {b} are the same; name another run, or a stage with each: {a.run}:sft {a.run}:rl")

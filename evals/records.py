@@ -107,9 +107,8 @@ def results(run_dir: str | Path) -> dict[str, dict]:
     return {stage: found[stage] for stage in sorted(found, key=lambda s: (places.get(s.split("-")[0], len(ORDER)), s))}
 
 
-def stage_of(run_dir: str | Path, found: dict[str, dict], stage: str | None) -> str:
-    """The stage, by default the latest, of `results`. UserError for one that has not been evaluated."""
-    stage = stage or list(found)[-1]
+def check_stage(run_dir: str | Path, found: dict[str, dict], stage: str) -> str:
+    """The stage. UserError where it is not among the `results` of a run."""
     if stage not in found:
         raise UserError(f"stage {stage} of {run_dir} has not been evaluated; there are {', '.join(found)}")
     return stage

@@ -25,7 +25,7 @@ def _stages(facts: Facts) -> Iterator[str]:
 def _texts(facts: Facts) -> Iterator[str]:
     """Of what was learned from."""
     if source_of(facts.config.data) == "embedded":
-        yield "The documents are Python's help topics and docstrings, in place of web text."
+        yield "The documents are stories made here and docstrings of packages, in place of web text."
     base = facts.done["base"]
     if packed := base.get("packed"):
         share = packed["tokens_cropped"] / (packed["tokens"] + packed["tokens_cropped"])
@@ -52,9 +52,8 @@ def _core(facts: Facts) -> Iterator[str]:
         if found := stand_ins(core):
             yield f"{name}: stand-ins for data: {found}."
         for key, what in (("long", "longer than the model's context"), ("cropped", "cropped at the left")):
-            if tasks := core.get(key):  # with the number of examples, where that is known
-                counts = [f" ({n:,})" for n in tasks.values()] if isinstance(tasks, dict) else [""] * len(tasks)
-                yield f"{name}: prompts {what}: {listed([plain(t) + n for t, n in zip(tasks, counts)])}."
+            if tasks := core.get(key):
+                yield f"{name}: prompts {what}: {listed([f'{plain(t)} ({n:,})' for t, n in tasks.items()])}."
 
 
 def _chat(facts: Facts) -> Iterator[str]:

@@ -32,8 +32,7 @@ def header(facts: Facts) -> str:
 def section(facts: Facts) -> str:
     info, c = facts.system, facts.config
     kinds = {k: info["devices"].count(k) for k in info["devices"]}
-    found = (facts.done["tokenizer"].get("metrics") or {}).get("bytes_per_token")
-    ours = found.get("ours") if isinstance(found, dict) else None
+    ours = facts.done["tokenizer"].get("metrics", {}).get("bytes_per_token", {}).get("ours")
     bytes_per_token = f", {ours:.2f} bytes a token on held-out text" if ours else ""
     rows = {
         "processor": f"{plain(info['cpu'])}, {info['cores']} cores",

@@ -11,7 +11,7 @@ which end with the program; it limits time, output and the memory of all process
 has limits of its own, no capabilities (`program`), and a filter of system calls that names those refused (`seccomp`).
 
 Where the kernel forbids namespaces or the filter (containers often do), what is left is used, with an audit hook in
-the program's interpreter (`audit`): that stops accidents and not malice. The log says so once.
+the program's interpreter: that stops accidents and not malice. The log says so once.
 
 What no sandbox gives: the tests run in the program's own process, and code that knows this package can report that it
 passed. And a defect of the kernel is a way out.

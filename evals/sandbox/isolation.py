@@ -60,13 +60,8 @@ def enter() -> int:
     return proc
 
 
-def fork_init() -> int:
-    """fork() whose child is process 1 of a process namespace of its own, with a copy of the mounts."""
-    return linux.fork_into(linux.CLONE_NEWPID | linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
-
-
 def mount_scratch() -> None:
-    """The child's part: an empty scratch folder, in memory, that ends with the namespace."""
+    """An empty scratch folder, in memory, that ends with the namespace of the process that mounts it."""
     size = f"size={SCRATCH_MB}m,nr_inodes={SCRATCH_FILES},mode=700,uid={UID},gid={UID}"
     linux.mount("tmpfs", SCRATCH, "tmpfs", linux.MS_NOSUID | linux.MS_NODEV | linux.MS_NOEXEC, size)
 

@@ -36,14 +36,14 @@ def call(function: str, *args, library: ctypes.CDLL = _libc, name: str = "") -> 
     return result
 
 
-def fork_into(flags: int) -> int:
-    """fork() whose child is in new namespaces (CLONE_NEW*); with CLONE_NEWPID it is process 1 there.
+def fork_init() -> int:
+    """fork() whose child is process 1 of a process namespace of its own, with a copy of the mounts.
 
     Python's handlers of fork do not run and the C library does not learn the child's number: it should do little more
     than to fork again. The caller must have one thread. (A process can unshare its children's namespace only once.)
     """
-    number = _CLONE[os.uname().machine]
-    return call("syscall", number, flags | signal.SIGCHLD, 0, 0, 0, 0, library=_libc_with_gil, name="clone")
+    number, flags = _CLONE[os.uname().machine], CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC | signal.SIGCHLD
+    return call("syscall", number, flags, 0, 0, 0, 0, library=_libc_with_gil, name="clone")
 
 
 def run_in_child(name: str, work: Callable[[], object]) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import json
 import linecache
 import os
@@ -15,9 +16,9 @@ import types
 from pathlib import Path
 from typing import NoReturn
 
-from evals.sandbox import audit, linux, seccomp
+from evals.sandbox import linux, seccomp
 from evals.sandbox.isolation import Layers
-from evals.sandbox.result import Outcome, could_be_refusal, of_exception
+from evals.sandbox.result import Outcome, could_be_refusal, is_outside, of_exception
 from nanochat_jax.processes import prctl
 
 FILE_BYTES = 16 * 1024 * 1024  # of any file that the program writes
@@ -25,6 +26,13 @@ OPEN_FILES = 64
 PROCESSES = 64  # and threads
 NAME = "program.py"
 CONFINED = b"C"  # what is sent when all limits are in force, with the listener of the system call filter
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_REFUSED_EVENTS = (
+    *("os.fork", "os.posix_spawn", "os.exec", "os.system", "os.kill", "subprocess.Popen", "pty.spawn"),
+    *("socket.connect", "socket.bind", "socket.send", "socket.get", "signal.pthread_kill", "resource."),
+)
+_TWO_PATHS = ("os.rename", "os.link", "os.symlink", "shutil.move")
+_ONE_PATH = ("os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.chmod", "os.chown", "os.utime", "shutil.rmtree")
 
 
 def become(request: dict, scratch: str, nonce: bytes, report: int, events: socket.socket, layers: Layers) -> NoReturn:
@@ -37,7 +45,7 @@ def become(request: dict, scratch: str, nonce: bytes, report: int, events: socke
     _confine(request, scratch, events, layers)
     report = os.dup2(report, 3)
     os.closerange(4, 1 << 16)
-    seen = [] if layers.namespaces else audit.install(scratch)
+    seen = [] if layers.namespaces else _install_audit_hook(scratch)
     outcome, detail, could_be = _run(request["source"], scratch)
     if number() == me:  # and not something that it forked
         told = {"outcome": outcome, "detail": detail, "could_be": could_be, "refused": seen}
@@ -90,6 +98,30 @@ def _set_limits(request: dict, processes: int) -> None:
         except (AttributeError, ValueError, OSError):
             if sys.platform == "linux":
                 raise  # elsewhere not every limit exists, or can be set
+
+
+def _install_audit_hook(scratch: str) -> list[str]:
+    """Without namespaces: refuses, for good, what a program would do by accident: new processes, signals to others,
+    sockets, ctypes, and writing or deleting outside of the scratch folder. Returns a list that refused events join.
+
+    No security boundary: a C extension gets past such a hook, and what the user may read can be read.
+    """
+    seen: list[str] = []
+
+    def refuse(event: str, args: tuple) -> None:
+        if event.startswith("ctypes."):
+            raise ImportError("ctypes is refused here")  # which libraries know how to do without
+        if event.startswith(_REFUSED_EVENTS):
+            if event not in seen and len(seen) < 16:
+                seen.append(event)
+            raise PermissionError(errno.EPERM, f"{event} is refused here")
+        writes = event in _ONE_PATH or event in _TWO_PATHS or (event == "open" and (args[2] or 0) & _WRITING)
+        for path in args[: 2 if event in _TWO_PATHS else 1] if writes else ():
+            if is_outside(path, scratch) and os.path.realpath(os.fsdecode(path)) != os.devnull:
+                raise PermissionError(errno.EPERM, f"{event} is refused here", path)
+
+    sys.addaudithook(refuse)
+    return seen
 
 
 def _run(source: str, scratch: str) -> tuple[Outcome, str, bool]:

@@ -161,10 +161,6 @@ def refuse_next(listener: int) -> str | None:
         fcntl.ioctl(listener, _SEND, struct.pack("=QqiI", key, 0, -errno.EPERM, 0))
     except OSError:
         return None
-    return _names().get(number, f"system call {number}")
-
-
-@functools.cache
-def _names() -> dict[int, str]:
     of = MACHINES[os.uname().machine]
-    return {number: name for name, number in (of.refused | of.judged | of.alone).items()}
+    names = {number: name for name, number in (of.refused | of.judged | of.alone).items()}
+    return names.get(number, f"system call {number}")

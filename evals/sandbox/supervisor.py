@@ -20,7 +20,7 @@ import tempfile
 import time
 from typing import NoReturn
 
-from evals.sandbox import isolation, program, seccomp
+from evals.sandbox import isolation, linux, program, seccomp
 from evals.sandbox.isolation import Layers
 from evals.sandbox.result import Outcome, Result, with_refusals
 from nanochat_jax.processes import die_with_parent
@@ -60,7 +60,7 @@ class _Supervisor:
     def run(self) -> Result:
         pipes = {name: os.pipe() for name in self.kept}
         self.events, theirs = socket.socketpair()
-        self.init = isolation.fork_init() if self.layers.namespaces else os.fork()
+        self.init = linux.fork_init() if self.layers.namespaces else os.fork()
         if self.init == 0:
             _be_init(self, {name: write for name, (_, write) in pipes.items()}, theirs)
         theirs.close()

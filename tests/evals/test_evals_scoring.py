@@ -9,7 +9,7 @@ import pytest
 from evals_fakes import FullLogits, tiny_model
 from flax import nnx
 
-from evals import branches, scoring, shapes
+from evals import branches, scoring
 from evals.scoring import Scorer, crop_left
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.mesh import sharding
@@ -21,7 +21,7 @@ CLASSIC = {"residual_scalars": False, "value_embeds": False, "smear": False, "ba
 def few_buckets():
     """As on an accelerator: a test waits for compiling and for nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes, "CPU", shapes.CPU._replace(steps=shapes.ACCELERATOR.steps))
+        patch.setattr(scoring, "CPU", scoring.CPU._replace(steps=scoring.ACCELERATOR.steps))
         yield
 
 
@@ -127,12 +127,12 @@ def test_few_programs(model):
 
 def test_buckets():
     for steps, some in ((1, [16, 32, 64, 128, 256]), (4, [16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256])):
-        sizes = [shapes.prefix_bucket(n, steps) for n in range(257)]
+        sizes = [scoring.prefix_bucket(n, steps) for n in range(257)]
         assert sorted(set(sizes)) == some and all(size >= n for n, size in enumerate(sizes))
     some = (1, 2, 4, 5, 16, 17, 64, 65, 1025)
-    assert [shapes.branch_bucket(n, 1) for n in some] == [1, 4, 4, 16, 16, 64, 64, 256, 4096]
-    assert [shapes.branch_bucket(n, 4) for n in some] == [1, 4, 4, 16, 16, 32, 64, 128, 2048]
-    assert [shapes.power_of_four(n) for n in (1, 16, 17, 65)] == [1, 16, 64, 256]
+    assert [scoring.branch_bucket(n, 1) for n in some] == [1, 4, 4, 16, 16, 64, 64, 256, 4096]
+    assert [scoring.branch_bucket(n, 4) for n in some] == [1, 4, 4, 16, 16, 32, 64, 128, 2048]
+    assert [scoring.power_of_four(n) for n in (1, 16, 17, 65)] == [1, 16, 64, 256]
 
 
 # ------------------------------------------------------------------------------------- texts that begin alike
