@@ -21,8 +21,7 @@ from evals.branches import Answer, common_prefix
 from evals.corrections import right_golds
 from evals.scoring import Scorer
 from evals.significance import mean_of, standard_error
-from nanochat_jax.config import RunConfig
-from nanochat_jax.data.bundle import FOLDER, CoreTask, find_data, is_bundle, load_tasks
+from nanochat_jax.data.bundle import CoreTask, find_data, load_tasks
 from nanochat_jax.errors import UserError
 
 SHUFFLE_SEED = 1337  # of the order of a task's examples, from which max_per_task takes the first
@@ -31,14 +30,6 @@ BLOCK = 512  # examples tokenized and scored at a time: bounds memory, leaves en
 CONTEXTS = 10  # as many contexts long may a prompt be: the reference crops none, and its table of angles ends there
 TASK_TYPES = ("multiple_choice", "schema", "language_modeling")
 PER_TASK = ("results", "centered", "stderr", "n", "corrected", "long", "cropped", "substitutes")  # of evaluate_core
-
-
-def find_bundle(config: RunConfig, cache_dir: Path) -> Path | None:
-    """The CORE bundle's folder: by the settings, else in the data folder or the cache of downloads; None if nowhere."""
-    if config.evals.core_dir:
-        return Path(config.evals.core_dir)
-    folders = [Path(config.data.dir) / FOLDER] if config.data.dir else []
-    return next((f for f in [*folders, Path(cache_dir) / "hub" / FOLDER] if is_bundle(f)), None)
 
 
 def fewshot_indices(idx: int, n_examples: int, num_fewshot: int) -> list[int]:

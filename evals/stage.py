@@ -14,13 +14,14 @@ from typing import Any
 from evals import records, sandbox
 from evals.bpb import evaluate_bpb
 from evals.chat import Draws, answer_generative, chatcore, evaluate_chat_task
-from evals.core import evaluate_core, find_bundle
+from evals.core import evaluate_core
 from evals.engines import Engines
 from evals.scoring import Scorer
 from evals.tasks import TASKS, available, load_task
 from evals.tasks.base import Task
 from nanochat_jax.checkpoint import Loaded, load_model
 from nanochat_jax.config import MeshConfig, RunConfig, check
+from nanochat_jax.data.bundle import find_bundle
 from nanochat_jax.data.packing import pack_split
 from nanochat_jax.data.sources import open_documents
 from nanochat_jax.engine.calculator import CalculatorTool

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
+from nanochat_jax.config import RunConfig
 from nanochat_jax.data import hub
 from nanochat_jax.data.cache import ELSEWHERE, check_space
 from nanochat_jax.errors import UserError
@@ -31,6 +32,14 @@ ADVICE = (
 
 def is_bundle(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
+
+
+def find_bundle(config: RunConfig, cache_dir: Path) -> Path | None:
+    """The CORE bundle's folder: by the settings, else in the data folder or the cache of downloads; None if nowhere."""
+    if config.evals.core_dir:
+        return Path(config.evals.core_dir)
+    folders = [Path(config.data.dir) / FOLDER] if config.data.dir else []
+    return next((f for f in [*folders, Path(cache_dir) / "hub" / FOLDER] if is_bundle(f)), None)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Pretraining: next-token prediction on documents, packed by best fit so that every row starts with <|bos|>."""
 
-from evals.core import evaluate_core, find_bundle
+from evals.core import evaluate_core
+from nanochat_jax.data.bundle import find_bundle
 from nanochat_jax.model import scaling
 from nanochat_jax.stages import common
 from nanochat_jax.stages.preview import preview

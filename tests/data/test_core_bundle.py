@@ -10,11 +10,10 @@ import zlib
 
 import pytest
 
-from evals.core import find_bundle, load_tasks
 from nanochat_jax.config import RunConfig, from_dict
 from nanochat_jax.data import __main__ as command
 from nanochat_jax.data import bundle, hub
-from nanochat_jax.data.bundle import core_bundle
+from nanochat_jax.data.bundle import core_bundle, find_bundle, load_tasks
 from nanochat_jax.errors import UserError
 
 ROWS = "".join(json.dumps({"context": f"one {i}", "continuation": "two"}) + "\n" for i in range(3000))
