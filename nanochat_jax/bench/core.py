@@ -1,8 +1,7 @@
-"""CORE: examples a second, beside the PyTorch reference with the same weights where that is at hand.
+"""CORE: examples per second, next to the PyTorch reference with the same weights where that is at hand.
 
-Both sides score the same examples of every task with the same tokens, in turns, and every answer is compared. Ours is
-timed with tokenizing, the reference without. "first" is our first pass, which compiles; the other figures are medians
-of the rounds after it.
+Both sides score the same tokens in alternating rounds, and every answer is compared. Our time includes tokenizing, the
+reference's does not. "first" is our first pass, which compiles; the other figures are medians of the later rounds.
 """
 
 import argparse

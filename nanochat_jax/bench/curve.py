@@ -1,16 +1,13 @@
 """Losses of some hundred steps from the same weights on the same tokens: several precisions, and the reference.
 
-Rows come in the order in which they stand in the folder of packed rows. Rates and schedules are the recipe's for so
-many steps, and the reference computes in the first of the precisions. The others are compared with the first side, by
-their mean losses over each tenth of the steps. Small batches at the recipe's rates are chaotic for a while after the
-warm-up: weights that differ by a millionth then differ by percents of the loss. --chance adds a side that shows by how
-much; a larger batch or --lr-scale makes it less.
+Rows come in the order of the packed rows, and the schedules span just these steps. The reference computes in the first
+precision; all sides are compared with the first one, by mean losses over each tenth of the steps. Small batches at the
+recipe's rates are chaotic after the warm-up: --chance adds a side that starts a millionth away and shows how much.
 """
 
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,6 @@ from nanochat_jax.model.gpt import init_params
 from nanochat_jax.planning.step import TrainStep, recipe
 from nanochat_jax.weights.names import from_reference, to_reference
 
-ASKED = 10  # steps of an order
 AWAY = 1e-6  # of every weight, where --chance is asked for
 
 
@@ -72,7 +68,7 @@ def write_common(folder: Path, args: argparse.Namespace) -> None:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answers {"losses": [first, end]} with the losses of these steps."""
+    """Answers {"losses": n} with the losses of n steps."""
     made, folder = make(args, args.precision), Path(args.folder)
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     with np.load(folder / "weights.npz") as arrays:
@@ -80,19 +76,16 @@ def worker(args: argparse.Namespace) -> None:
     if args.away:
         rng = np.random.default_rng(1)
         weights = {name: w * (1 + AWAY * rng.standard_normal(w.shape, np.float32)) for name, w in weights.items()}
-    state = made.init(from_reference(weights, made.state.params, made.cfg))
     split = made.tokens(args.rows, args.accumulation).sharding
 
     def answer(order) -> list[float]:
-        nonlocal state
-        found = []
-        for n in range(*order["losses"]):
+        state, found = made.init(from_reference(weights, made.state.params, made.cfg)), []
+        for n in range(order["losses"]):
             rows = tokens[n].astype(np.int32).reshape(args.accumulation, args.rows, -1)
-            state, metrics = made.jitted(
-                state, jax.device_put({"tokens": rows[..., :-1], "targets": rows[..., 1:]}, split)
-            )
-            found.append(metrics["loss"])
-        return [float(x) for x in jax.device_get(found)]
+            batch = jax.device_put({"tokens": rows[..., :-1], "targets": rows[..., 1:]}, split)
+            state, metrics = made.jitted(state, batch)
+            found.append(float(metrics["loss"]))
+        return found
 
     frame.serve(answer)
 
@@ -100,22 +93,22 @@ def worker(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> dict:
     precisions = args.precision.split(",")
     losses: dict[str, list[float]] = {}
+
+    def measure(name: str, side: frame.Side) -> None:
+        with frame.ready(side):
+            losses[name] = side.ask({"losses": args.steps})
+        print(f"{name}: {losses[name][0]:.4f} to {losses[name][-1]:.4f}", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
         write_common(Path(folder), args)
+        # one after the other: each may need the whole device
+        for side in frame.reference("train", args, precisions[0], curve=folder):
+            measure("reference", side)
         ours = partial(frame.ours, "curve", args, folder=folder)
-        starts: dict[str, Callable[[], frame.Side]] = {}
-        if args.reference:
-            starts["reference"] = lambda: frame.reference("train", args, precisions[0], curve=folder)[0]
         for precision in precisions:
-            starts[precision] = partial(ours, precision=precision, away=False)
+            measure(precision, ours(precision=precision, away=False))
         if args.chance:
-            starts["chance"] = partial(ours, precision=precisions[0], away=True)
-        for name, start in starts.items():  # one after the other: each may need the whole device
-            losses[name] = []
-            with frame.ready(start()) as (side,):
-                for first in range(0, args.steps, ASKED):
-                    losses[name] += side.ask({"losses": [first, min(first + ASKED, args.steps)]})
-            print(f"{name}: {losses[name][0]:.4f} to {losses[name][-1]:.4f}", flush=True)
+            measure("chance", ours(precision=precisions[0], away=True))
     result = {"shape": frame.shown(args, SHAPE), **frame.shown(args, ("steps", "seed", "lr_scale"))}
     result["sides"] = compare(losses)
     if args.out:

@@ -1,12 +1,11 @@
 """Packing and loading: how fast rows are made, what they lose, and what reading them costs the training loop.
 
---dir is what data.dir takes; without it the documents are those that stand on every machine. The reference tokenizes
-and packs while it trains, so what its loader yields is compared with what ours reads from packed rows. A step is
-simulated by sleeping: what then counts is how long the loop waits for its batch, and the processor time of all of the
-loader's threads.
+--dir is what data.dir takes. The reference tokenizes and packs while it trains, so its loader is compared with ours on
+packed rows. A simulated step sleeps: what counts is the wait for the batch and the loader's processor time.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -79,16 +78,15 @@ def worker(args: argparse.Namespace) -> None:
     put = sharding.rows(sharding.make_mesh(MeshConfig(), jax.devices()[:1]), leading=1)
     load = partial(Loader, PackedDataset(Path(args.packed)), seed=0, rows=args.rows, sharding=put)
     with load(accumulation=1) as fast, load(accumulation=args.accumulation) as paced:
-        loaders, done = {"steps": fast, "paced": paced}, {"steps": 0, "paced": 0}
+        batches = {"steps": map(fast.at, itertools.count()), "paced": map(paced.at, itertools.count())}
 
         def answer(order: dict):
             ((what, n),) = order.items()
             began, used, waited = time.perf_counter(), time.process_time(), 0.0
             for _ in range(n):
                 asked = time.perf_counter()
-                jax.block_until_ready(loaders[what].at(done[what]))
+                jax.block_until_ready(next(batches[what]))
                 waited += time.perf_counter() - asked
-                done[what] += 1
                 if what == "paced":
                     time.sleep(args.step_seconds)
             seconds = time.perf_counter() - began
@@ -125,15 +123,14 @@ def run(args: argparse.Namespace) -> dict:
             config = TokenizerConfig(args.vocab, args.sample_chars)
             train_tokenizer(documents.train(), Path(args.tokenizer), config)
         tok = load_tokenizer(args.tokenizer)
-        jobs = {
-            n: Job(folder / str(n), documents, "train", tok, SEQ + 1, BUFFER, None, SHARD_ROWS) for n in args.workers
-        }
-        packed, table = [], frame.Table()
-        for workers, job in jobs.items():
+        packed, jobs, table = [], [], frame.Table()
+        for workers in args.workers:
+            job = Job(folder / str(workers), documents, "train", tok, SEQ + 1, BUFFER, None, SHARD_ROWS)
+            jobs.append(job)
             packed.append(pack_all(job, workers, text_bytes))
             names = ("mb_per_second", "tokens_per_second", "cropped", "sequential_tokens_per_second")
             table.row(f"packing, {workers} workers", {name: packed[-1][name] for name in names})
-        one, first = packed[0], jobs[args.workers[0]]
+        one, first = packed[0], jobs[0]
         sequential = statistics.median(p["sequential_tokens_per_second"] for p in packed)
         # hours to GOAL tokens of rows on CORES cores like these: the longer of what tokenizes and what packs
         tokenizing = GOAL / (1 - one["cropped"]) / one["tokens_per_second"] / (CORES - 1) / 3600

@@ -1,8 +1,7 @@
-"""Decoding through the engine: prompts of one length answered as one batch, beside the reference where it is at hand.
+"""Decoding through the engine: prompts of one length answered as one batch, next to the reference where it is at hand.
 
-Prompts are random and new in each round, so that nothing of them is in the cache. Prefill is the prompt's tokens over
-the time to the first token of one prompt alone. of_bandwidth is the bytes that the steps of a second must read, weights
-once and the keys and values in use, as a share of the rate that `read_bandwidth` finds.
+Prompts are random and new in each round, so the cache has nothing of them. Prefill is the prompt's tokens over the time
+to the first token of a single prompt. of_bandwidth: bytes that a second's steps must read over `read_bandwidth`.
 """
 
 import argparse

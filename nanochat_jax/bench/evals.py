@@ -1,9 +1,8 @@
-"""Answering an evaluation's questions all together, beside one after the other.
+"""Answering an evaluation's questions in batches, next to one after the other.
 
-With --context the model is one of the run's shape with fresh weights and so long a context that every question with its
-answer fits, and nothing stops an answer early: all have --new tokens. Without it the run's own model answers as it does
-in its evaluation. One after the other is the same engine with one slot; it answers the first --few questions, in rounds
-that alternate with those of all together. --dir is what data.dir takes.
+The run's own model answers as in its evaluation. With --context fresh weights do, with so long a context that every
+question fits, and nothing stops an answer early: all have --new tokens. One after the other is the same engine with one
+slot, for the first --few questions, in alternating rounds. --dir is what data.dir takes.
 """
 
 import argparse

@@ -1,8 +1,7 @@
-"""What the benchmarks share: options, sides that run as processes, rounds in turns, and a table.
+"""What the benchmarks share: options, sides that run as processes, alternating rounds, and a table.
 
-A benchmark is a module with `options(parser)` and `run(args) -> dict`; `__main__` prints the result as JSON. Where it
-compares, it also has `worker(args)`, which is our side: a process that does some work whenever it is asked to. The
-other side is reference.py, run by a Python that has torch.
+A benchmark is a module with `options(parser)` and `run(args) -> dict`, which `__main__` prints as JSON. Where it
+compares, `worker(args)` is our side: a process that works on request. The other side is reference.py.
 """
 
 import argparse
@@ -33,7 +32,7 @@ def numbers(text: str) -> list[int]:
 
 
 def add_shape(p: argparse.ArgumentParser, *, depth: int, rows: int, seq: int, precision="auto", several=False) -> None:
-    """The options that say what a train step is, with their defaults. several: precisions after commas."""
+    """The options of a train step, with their defaults. several: precisions after commas."""
     p.add_argument("--depth", type=positive, default=depth)
     p.add_argument("--rows", type=positive, default=rows, help="of a micro-batch")
     p.add_argument("--seq", type=positive, default=seq, help="tokens of a row")

@@ -1,9 +1,8 @@
 """What a compiled train step makes a GPU do, kernel by kernel, and the least time that the chip needs for it.
 
-The step is compiled for the GPU, which need not be here (`planning/targets.py`), and the optimised program is read: of
-every kernel the bytes that it must move and the FLOPs of its products. Its floor is the larger of the two over what the
-chip reaches in practice. The sum is a prediction in which every kernel runs at its floor: a ranking of where time goes,
-and no measurement. `bench train --profile` measures.
+The step is compiled for a GPU that need not be here, and the optimised program read: the bytes that each kernel must
+move and the FLOPs of its products. A kernel's floor is the larger of the two over what the chip reaches in practice.
+The sum ranks where time goes; it is a prediction, and `bench train --profile` measures.
 """
 
 import argparse

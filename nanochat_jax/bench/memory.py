@@ -1,9 +1,8 @@
-"""What a train step needs of a device's memory, from the compiler's analysis; nothing runs but where --check asks.
+"""What a train step needs of a device's memory, from the compiler's analysis; nothing runs except with --check.
 
-The step is compiled with 1, 8 and 16 rows; between them what is needed lies below the line, and beyond on it: with few
-rows the optimizer needs the most, with many the activations. With --gpus it is compiled for GPUs that need not be here
-(uv run --extra gpu, and JAX_PLATFORMS=cpu where there is none); without, for this machine's devices, and --check then
-runs two steps of the planned size and compares. On a CPU give it one depth: its peak is the process's.
+The step is compiled with 1, 8 and 16 rows; need lies below the line between them and on it beyond. With --gpus it is
+compiled for GPUs that need not be here (uv run --extra gpu, JAX_PLATFORMS=cpu), otherwise for this machine's devices;
+--check then also runs two steps. On a CPU give it one depth: the peak is that of the process.
 """
 
 import argparse

@@ -1,12 +1,11 @@
-"""The parts of a train step one by one, each against its roofline on this very device.
+"""The parts of a train step one by one, each next to its roofline on this very device.
 
 The roofline is the larger of two times: a part's FLOPs at the rate of a large matrix product in the same precision, and
-the bytes that it cannot but move at the rate of a large copy; both rates are measured first. Where a part has a
-backward pass, it is in. The functions are the model's own, at the shapes that a step of this depth gives them.
+the bytes that it must move at the rate of a large copy; both rates are measured first. Backward passes are included.
 """
 
 import argparse
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -48,15 +47,14 @@ class Part:
 
 def fastest(call: Callable[[], Any], calls: int = 1) -> float:
     """Seconds of one call, back to back: the best of ROUNDS rounds of so many calls, compiled before."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(ROUNDS):
-        began = time.perf_counter()
+
+    def a_round() -> None:
         for _ in range(calls):
             out = call()
         jax.block_until_ready(out)
-        times.append((time.perf_counter() - began) / calls)
-    return min(times)
+
+    a_round()
+    return min(timeit.repeat(a_round, number=1, repeat=ROUNDS)) / calls
 
 
 def seconds_of(run: Callable, args: tuple) -> float:
@@ -64,9 +62,8 @@ def seconds_of(run: Callable, args: tuple) -> float:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     f = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
     jax.block_until_ready(f(*args))
-    began = time.perf_counter()
-    jax.block_until_ready(f(*args))
-    return fastest(lambda: f(*args), max(1, int(SECONDS / (time.perf_counter() - began))))
+    once = timeit.timeit(lambda: jax.block_until_ready(f(*args)), number=1)
+    return fastest(lambda: f(*args), max(1, int(SECONDS / once)))
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype) -> jax.Array:
@@ -97,13 +94,10 @@ def copy_rate(size: int) -> float:
 def total(f: Callable) -> Callable:
     """The gradient in all arguments of the squares of f's results, summed: it depends on every element."""
 
-    def summed(*args):
+    def summed(args):
         return sum(jnp.sum(jnp.square(y.astype(jnp.float32))) for y in jax.tree.leaves(f(*args)))
 
-    def run(*args):
-        return jax.grad(summed, argnums=tuple(range(len(args))))(*args)
-
-    return run
+    return lambda *args: jax.grad(summed)(args)
 
 
 def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:

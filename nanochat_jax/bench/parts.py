@@ -1,8 +1,7 @@
 """Where the time of a step goes: a profile's events, by the part of the step that each kernel belongs to.
 
-The profiler names the instruction of the optimised program behind every event, and the program names the scope in which
-it was traced (`kernels.part_of`). What it does not name (a launch inside a command buffer, say) is told by its kernel's
-name, or counted as other.
+The profiler names the instruction behind each event, and the program that instruction's scope (`kernels.part_of`). What
+it does not name, such as a launch in a command buffer, is told by the kernel's name, or counted as other.
 """
 
 import re

@@ -2,8 +2,8 @@
 
     PYTHONPATH=CHECKOUT python reference.py train|decode|core|data OPTIONS
 
-OPTIONS is JSON: those of the benchmark. Each function sets up and returns what answers an order, by the protocol of
-frame.Side. Nothing of nanochat_jax is imported, which that Python need not have.
+OPTIONS are the benchmark's as JSON. Each function sets up and returns what answers an order (see frame.Side). Nothing
+of nanochat_jax is imported, which that Python need not have.
 """
 
 import itertools
@@ -37,12 +37,9 @@ def make_model(weights=None, depth=0, **sizes):
 
 
 def train(args):
-    """Its step, compiled as its training script does it, on tokens that are made already. Answers {"steps"} with the
-    seconds that they took, "peak_gb" with the most memory that it has held.
-
-    curve: a folder with weights.npz, tokens.npy (steps, rows, seq + 1) and optimizer.json; {"losses": [first, end]} is
-    answered with the losses of these steps.
-    """
+    """Its step, compiled as its training script does, on tokens that are made already. Answers {"steps"} with their
+    seconds, "peak_gb" with the most memory held, {"losses": n} with the losses of n steps of `curve`, a folder
+    with weights.npz, tokens.npy (steps, rows, seq + 1) and optimizer.json."""
     curve = getattr(args, "curve", None)
     shape = {"depth": args.depth, "sequence_len": args.seq, "vocab_size": args.vocab, "window_pattern": args.pattern}
     model, device = make_model(curve and f"{curve}/weights.npz", **shape)
@@ -82,7 +79,7 @@ def train(args):
             held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             return (torch.cuda.max_memory_allocated() if device == "cuda" else held) / 1e9
         if "losses" in order:
-            return [loss_of(n) for n in range(*order["losses"])]
+            return [loss_of(n) for n in range(order["losses"])]
         began = time.perf_counter()
         for _ in range(order["steps"]):
             loss = step(ids)
@@ -118,9 +115,8 @@ def decode(args):
 
 
 def core(args):
-    """Its evaluate_task, with weights of a .npz file and token ids of a JSON file, {text: ids}, so that both sides
-    score the same tokens with the same model. Answers {"file", "examples", "task"} with the seconds, without
-    tokenizing, and whether each example was answered right."""
+    """Its evaluate_task, with weights of a .npz file and the token ids of a JSON file, {text: ids}. Answers {"file",
+    "examples", "task"} with the seconds, without tokenizing, and whether each example was answered right."""
     from nanochat import core_eval
 
     class Tokenizer:
@@ -157,9 +153,7 @@ def core(args):
 def data(args):
     """Its loader of parquet files, the last of which is for validation, and its tokenizer, trained on their beginning.
     Answers {"steps": n} with the seconds of n batches, {"rows": n} with the share of tokens that the first n rows crop.
-
-    lengths: a .npy file; documents then have so many tokens, with <|bos|>, and its tokenizer is not asked.
-    """
+    lengths: a .npy file of the documents' tokens, <|bos|> included; its tokenizer is then not asked."""
     import pyarrow.parquet
     from nanochat import dataloader
     from nanochat.tokenizer import RustBPETokenizer

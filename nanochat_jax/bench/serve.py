@@ -1,7 +1,7 @@
 """Many clients at once, each of which asks again when it has its answer: latency and throughput.
 
-Without --url the clients sit in this process and talk to the engine: its own figures, without HTTP and text. With --url
-they stream chat completions from a running server, and an answer that breaks off or has no end counts as an error.
+Without --url the clients sit in this process and talk to the engine, without HTTP and text. With it they stream chat
+completions from a running server, and an answer that breaks off or has no end counts as an error.
 """
 
 import argparse

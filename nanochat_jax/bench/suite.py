@@ -1,9 +1,8 @@
 """Everything that is measured on a machine, one after the other, within a few minutes; results as they come.
 
-Each entry is a command of its own, so that one that fails does not stop the others. On a GPU they compile beside each
-other first, as most of their time is that, and then have the device in turns; races, and all on a CPU, come one by one.
-An entry that would not end in time is left out and named. results.jsonl in --out has a line for each: the command, how
-it ended, its last line of JSON.
+Each entry is a command of its own, so that a failure does not stop the others. On a GPU they first compile in parallel
+and then take turns on the device; races, and everything on a CPU, run one by one. What would not end in time is left
+out and named. results.jsonl in --out has a line for each: the command, how it ended, its last line of JSON.
 """
 
 import argparse
@@ -86,7 +85,8 @@ class Started:
         """Gives it its turn and waits for its end; its output is shown. Its record."""
         entry, began = self.entry, time.perf_counter()
         record: dict = {"name": entry.name, "command": self.command, "result": None}
-        record |= {"flags": entry.flags} if entry.flags else {}
+        if entry.flags:
+            record["flags"] = entry.flags
         print(f"— {entry.name}", flush=True)
         if self._turn:
             (self._turn / "go").touch()

@@ -1,9 +1,8 @@
-"""Training throughput: whole steps with data and optimizer, beside the PyTorch reference where it is at hand.
+"""Training throughput: whole steps with data and optimizer, next to the PyTorch reference where it is at hand.
 
-Each side runs a few steps whenever it is asked to; the first step of a round does not count. The figure is the median
-over rounds. --startup starts ours twice, with an empty and with a full cache of compiled programs, and prints the
-seconds from the process's start to the end of its first step. --profile keeps a trace that Perfetto and XProf open and
-the program that it is of, and prints where the time went.
+The figure is the median over rounds, whose first step does not count. --startup starts ours twice, with an empty and
+with a full cache of compiled programs, and times the first step from the start of the process. --profile keeps a trace
+for Perfetto and XProf with its program, and prints where the time went.
 """
 
 import argparse

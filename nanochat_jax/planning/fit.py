@@ -117,9 +117,6 @@ class Parabolas:
     exponent: Interval | None  # of the best N over budgets, where two and more have one
 
 
-# ------------------------------------------------------------------------------------------ approach 3: the law
-
-
 def fit_law(
     params: Sequence[float], tokens: Sequence[float], losses: Sequence[float], cost: Cost, budgets: Sequence[float]
 ) -> LawFit:
@@ -211,9 +208,6 @@ def _optimum(flops: float, best: float, draws: np.ndarray, cost: Cost, tried: np
     tokens, again = cost.tokens(flops, best), cost.tokens(flops, draws)
     found = Interval.of(best, draws), Interval.of(tokens, again), Interval.of(tokens / best, again / draws)
     return Optimum(float(flops), *found, bool(tried.min() <= best <= tried.max()))
-
-
-# ----------------------------------------------------------------------------------------- approach 2: parabolas
 
 
 def fit_parabolas(params: Sequence[float], losses: Sequence[float], budgets: Sequence[float], cost: Cost) -> Parabolas:

@@ -1,5 +1,4 @@
-"""What a step of the base stage needs of a device's memory, by kind of array, before it runs: as the compiler sees it,
-or by a formula that was fitted to that for H100s."""
+"""The memory that a step of the base stage needs of a device, from the compiled step or by a formula fitted to it."""
 
 import contextlib
 import functools
@@ -44,8 +43,7 @@ def state_bytes(cfg: GPTConfig) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is planned for. gpu: a key of targets.GPUS, None for the devices at hand; price: $ an hour of all of them,
-    NaN where it is not known."""
+    """What is planned for. gpu: a key of targets.GPUS, None for the devices here; price: $ an hour of all, or NaN."""
 
     gpu: str | None
     count: int
@@ -67,8 +65,8 @@ class Machine:
 class Job:
     """The base stage of a configuration on a machine. UserError where its devices cannot share the rows of a batch.
 
-    base: its tokens, batch and steps; mesh: devices along data, fsdp and tensor; per_device: rows of a batch that a
-    device takes; sizes: micro-batches that it may take them in, the largest first.
+    base: tokens, batch and steps; mesh: devices along data, fsdp and tensor; per_device: rows of a batch on a device;
+    sizes: of micro-batches, the largest first.
     """
 
     config: RunConfig

@@ -97,8 +97,8 @@ def machine(gpu: str | None, number: int | None, price: float | None, config: Ru
 
 
 def measured(run_dir: Path) -> dict[str, Speed]:
-    """The speed of each stage of a run: the median rate of its steps but the first; of a stage that is done, also how
-    long it took in all. UserError where it has no steps of base."""
+    """The speed of each stage of a run: the median rate of its steps but the first, and the seconds of a stage that is
+    done. UserError where it has no steps of base."""
     config = read_run_config(run_dir)
     each = scaling.flops_per_token(scaling.gpt_config(config.model, config.tokenizer.vocab_size))
     out = {}
@@ -243,9 +243,6 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
         mfu, source = tabled_mfu(on.gpu or "", config.model.arch, config.base.fp8, config.model.depth)
         plan.speeds[""] = Speed(mfu * peak, f"{mfu:.0%} MFU, {source}")
     return plan, found
-
-
-# ------------------------------------------------------------------------------------------------- what is printed
 
 
 def summed(stages: list[Stage]) -> Stage:

@@ -77,9 +77,6 @@ def _point(config: RunConfig, sweep: SweepConfig, depth: int, budget: float) -> 
     return Point(name, budget, made)
 
 
-# ------------------------------------------------------------------------------------------------ training
-
-
 def train(points: list[Point], out: Path) -> list[str]:
     """Trains what is not trained yet; returns the names of those that failed. UserError where a run directory has other
     settings, or a run finds a mistake in them; Interrupted, after the run has saved."""
@@ -141,9 +138,6 @@ def results(points: list[Point], out: Path) -> list[Result]:
             losses = (metrics["val_bpb"], metrics["val_loss"])
             found.append(Result(point.name, point.budget, *sizes, *trained, *losses, done["seconds"]))
     return found
-
-
-# ----------------------------------------------------------------------------------------------- the command
 
 
 def show_plan(points: list[Point], args: argparse.Namespace) -> None:

@@ -102,9 +102,6 @@ def write(out: Path, sweep: SweepConfig, found: list[Result], failed: list[str])
     return {"out": str(out), "models": len(found), "failed": failed, "tokens_per_parameter": best}
 
 
-# --------------------------------------------------------------------------------------------------- Markdown
-
-
 def _head(found: list[Result], fits: Found) -> str:
     depths, budgets = (sorted({getattr(r, name) for r in found}) for name in ("depth", "budget"))
     said = f"{len(found)} base models, d{depths[0]} to d{depths[-1]}, budgets: {len(budgets)}."
@@ -191,9 +188,6 @@ def _round(i: Interval) -> str:
 
 def _range(i: Interval) -> str:
     return f"{i.low:.3g} to {i.high:.3g}"
-
-
-# ------------------------------------------------------------------------------------------------------- plot
 
 
 def draw(path: Path, sweep: SweepConfig, found: list[Result], fits: Found) -> None:

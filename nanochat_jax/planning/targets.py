@@ -1,10 +1,8 @@
 """GPUs that are not here: programs compiled for them on any machine, by the compiler that a node would use.
 
-XLA compiles for a described device without having one (openxla/xla#16913); only the `gpu` extra must be installed. So a
-laptop can say what a train step needs of an H200's memory, and which kernels it calls. Nothing can run.
-
-What such a compilation does not know: cuDNN's scratch (its attention's backward pass keeps dq in float32, B T H N
-values of one layer at a time), and what autotuning on the device would choose.
+XLA compiles for a described device without having one (openxla/xla#16913); only the `gpu` extra must be installed.
+Nothing can run. Such a compilation does not know cuDNN's scratch (its attention's backward pass keeps dq in float32,
+B T H N values of one layer at a time), nor what autotuning on the device would choose.
 """
 
 import contextlib
@@ -71,10 +69,8 @@ GPUS = {
 
 
 def devices(kind: str, count: int = 1) -> list[jax.Device]:
-    """`count` devices of one host that programs can be compiled for, and not run on; for `sharding.make_mesh`.
-
-    UserError for a kind that is not in GPUS, or without the libraries.
-    """
+    """`count` devices of one host, for `sharding.make_mesh`, that programs can be compiled for and not run on.
+    UserError for a kind that is not in GPUS, or without the libraries."""
     from jax.experimental import topologies
 
     if kind not in GPUS:
