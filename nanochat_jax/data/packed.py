@@ -35,22 +35,12 @@ def dtype_of(tok) -> np.dtype:
 class PackedDataset(contextlib.AbstractContextManager):
     """Rows by index. With `packer`, which fills the folder meanwhile, rows that are not there yet are waited for.
 
-    limit: rows of which the rest of the folder is not part. tokenizer_hash, row_len: what the rows must have been made
-    with. A shard is read as a whole when it is first touched, and compared with its checksum. UserError where the
-    folder is none, is not what was asked for, or is damaged.
+    limit: only so many rows of the folder count. A shard is read as a whole when it is first touched, and compared
+    with its checksum. UserError where the folder holds no rows or is damaged.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        tokenizer_hash: str | None = None,
-        row_len: int | None = None,
-        limit: int | None = None,
-        packer=None,
-    ):
+    def __init__(self, path: str | Path, *, limit: int | None = None, packer=None):
         self.path, self.limit, self.packer = Path(path), limit, packer
-        self._asked = {"tokenizer": tokenizer_hash, "row_len": row_len}
         self._shard = functools.cache(self._open)
         self.manifest: dict = {}
         self.refresh()
@@ -60,15 +50,8 @@ class PackedDataset(contextlib.AbstractContextManager):
     def refresh(self) -> None:
         """Takes in what has been packed since."""
         found = read_json(self.path / MANIFEST)
-        if found is None or found["rows"] < self.manifest.get("rows", 0):
-            return
-        for name, asked in self._asked.items():
-            if asked is not None and found.get(name) != asked:
-                raise UserError(
-                    f"{self.path} was packed for {name} {found.get(name)}, and not for {asked}; remove it to have it "
-                    "packed anew"
-                )
-        self.manifest = found
+        if found and found["rows"] >= self.manifest.get("rows", 0):
+            self.manifest = found
 
     @property
     def complete(self) -> bool:

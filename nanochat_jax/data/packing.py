@@ -62,7 +62,7 @@ def pack_documents(
             log(line)
     else:
         packer = Packer(job, workers or spare_cores(), log)
-    return PackedDataset(folder, tokenizer_hash=tok.hash, row_len=seq_len + 1, limit=goal_rows, packer=packer)
+    return PackedDataset(folder, limit=goal_rows, packer=packer)
 
 
 def pack_split(
@@ -108,7 +108,7 @@ def pack_conversations(
     path = Path(cache) / f"chat-{fingerprint([VERSION, key, tok.hash, seq_len, all_targets, max_rows, buffer])}"
     if manifest := read_json(path / packed.MANIFEST):
         log(f"packed rows: {manifest['rows']:,} at hand in {path.name}")
-        return PackedDataset(path, tokenizer_hash=tok.hash, row_len=seq_len + 1)
+        return PackedDataset(path)
     began, row_len, dtype = time.perf_counter(), seq_len + 1, dtype_of(tok)
     counts = {"tokenizer": tok.hash, "conversations": 0, "cropped": 0, "dropped": 0, "tokens": 0, "targets": 0}
     threads = spare_cores() if workers is None else max(workers, 1)
@@ -141,4 +141,4 @@ def pack_conversations(
         f"{100 * full:.1f} % full, {counts['cropped']} cropped, {counts['dropped']} dropped, "
         f"{time.perf_counter() - began:.1f} s"
     )
-    return PackedDataset(path, tokenizer_hash=tok.hash, row_len=row_len)
+    return PackedDataset(path)

@@ -103,14 +103,19 @@ def test_rows_by_index_over_several_shards(folder):
             data.rows([0, wrong])
 
 
-def test_rows_for_another_tokenizer_or_length_are_refused(folder):
-    PackedDataset(folder, tokenizer_hash="ours", row_len=4)
-    with pytest.raises(UserError, match="packed for tokenizer ours, and not for theirs"):
-        PackedDataset(folder, tokenizer_hash="theirs", row_len=4)
-    with pytest.raises(UserError, match="packed for row_len 4, and not for 5"):
-        PackedDataset(folder, tokenizer_hash="ours", row_len=5)
+def test_a_folder_without_rows_is_refused(folder):
     with pytest.raises(UserError, match="no packed rows"):
         PackedDataset(folder / "none")
+
+
+def test_another_tokenizer_or_length_has_rows_of_its_own(tmp_path):
+    texts, folders = ["a" * 100] * 9, set()
+    for tok in (Bytes(), Bytes(shift=1)):
+        for length in (32, 31):
+            packed = pack_documents(Texts(tuple(texts)), tok, length, tmp_path, split="train", workers=0)
+            folders.add(packed.path)
+            assert packed.rows([0])["tokens"].tolist() == [[tok.bos, *tok.encode("a" * length)]]
+    assert len(folders) == 4
 
 
 def flip(path):
