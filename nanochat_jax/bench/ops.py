@@ -105,7 +105,7 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
     T, D, H, N, V = cfg.sequence_len, cfg.n_embd, cfg.n_head, cfg.head_dim, cfg.padded_vocab
     M = rows * T
     x = normal(0, (M, D), dtype)
-    multiply = fp8.product if eight_bits else product
+    multiply: Callable = (lambda x, w: fp8.products(x, (w,))) if eight_bits else product
     for name, out, inner in (("qkv, proj", D, D), ("mlp up", 4 * D, D), ("mlp down", D, 4 * D)):
         a, w = normal(1, (M, inner), dtype), normal(2, (out, inner), dtype)
         yield Part(f"product {name}", total(multiply), (a, w), 6.0 * M * inner * out, 2 * (a.nbytes + w.nbytes))

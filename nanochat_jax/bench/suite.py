@@ -59,7 +59,7 @@ CPU = (
 
 
 class Started:
-    """An entry's process: it compiles, and waits for its turn (`frame.wait_for_turn`) where it has a folder for it."""
+    """An entry's process: it compiles, and waits for its turn (`frame.wait_for_turn`) where it has a file for that."""
 
     def __init__(self, entry: Entry, args: argparse.Namespace, turn: Path | None):
         self.entry, self._turn, env = entry, turn, dict(os.environ)
@@ -70,16 +70,16 @@ class Started:
         if entry.flags:
             env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {entry.flags}".strip()
         if turn:
-            turn.mkdir(parents=True)
             env |= {frame.TURN: str(turn), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 (read in `finish`)
         # a session of its own, so that it ends with all of its workers
-        how: dict = {"stdout": self._said, "stderr": subprocess.STDOUT, "env": env, "start_new_session": True}
+        how: dict = {"stdin": subprocess.PIPE, "stdout": self._said, "stderr": subprocess.STDOUT, "text": True}
+        how |= {"env": env, "start_new_session": True}
         self._process = subprocess.Popen([sys.executable, "-m", "nanochat_jax.bench", *words], **how)
 
     @property
     def compiled(self) -> bool:
-        return self._turn is None or self._process.poll() is not None or (self._turn / "compiled").exists()
+        return self._turn is None or self._process.poll() is not None or self._turn.exists()
 
     def finish(self, timeout: float) -> dict:
         """Gives it its turn and waits for its end; its output is shown. Its record."""
@@ -88,10 +88,9 @@ class Started:
         if entry.flags:
             record["flags"] = entry.flags
         print(f"— {entry.name}", flush=True)
-        if self._turn:
-            (self._turn / "go").touch()
         try:
-            record["ended"] = f"status {self._process.wait(timeout)}"
+            self._process.communicate("go\n", timeout)
+            record["ended"] = f"status {self._process.returncode}"
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -140,10 +139,10 @@ def run(args: argparse.Namespace) -> None:
         for wave in waves(entries, gpu, bool(args.reference)):
             started, taken = [], 0.0
             for entry in wave:
-                left = end - time.monotonic() - taken
-                if left < entry.seconds:
-                    missing = f"{left:.0f} s are left and it may take {entry.seconds:.0f}"
-                    print(f"{entry.name}: left out, {missing}", flush=True)
+                if (left := end - time.monotonic() - taken) < entry.seconds:
+                    print(
+                        f"{entry.name}: left out, {left:.0f} s are left and it may take {entry.seconds:.0f}", flush=True
+                    )
                     continue
                 started.append(Started(entry, args, Path(turns, entry.name) if gpu else None))
                 taken += entry.seconds

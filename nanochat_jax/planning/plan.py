@@ -230,7 +230,7 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
     plan = Plan(config, on, measured(Path(measure)) if measure else {})
     compiled, peak = None, devices.peak_flops(on.kind)
     if exact:
-        with contextlib.suppress(UserError) if on.gpu else contextlib.nullcontext():
+        with contextlib.suppress(UserError):  # without the libraries of a GPU that is not here
             compiled = footprint.Compiled(plan)
     found = compiled.memory() if compiled else footprint.estimated(plan)
     if measure:
