@@ -29,10 +29,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
 def _texts(file: Path) -> Iterator[str]:
     if file.suffix == ".parquet":
         return (text for piece in pieces_of(file, "text") for text in piece.texts())
-    try:
-        return iter([file.read_bytes().decode("utf-8", errors="replace")])
-    except OSError as e:
-        raise UserError(f"{file} cannot be read ({e.strerror})") from None
+    return iter([file.read_bytes().decode("utf-8", errors="replace")])
 
 
 def _train(args: argparse.Namespace) -> dict:

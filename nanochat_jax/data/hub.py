@@ -23,7 +23,7 @@ from nanochat_jax.data.cache import writing
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 
-TRIES = 3
+PAUSES = (1, 2)  # seconds before the second and the third try
 OFFLINE = (
     "without a network, run `python -m nanochat_jax.data download` where there is one and copy runs/cache/hub"
     " here, set data.dir to a folder that has the data, or leave data.source out for the embedded data"
@@ -146,7 +146,8 @@ def retrying(url: str, ask: Callable[[], T], advice: str = OFFLINE) -> T:
     from huggingface_hub import errors
 
     absent = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError)
-    for attempt in range(1, TRIES + 1):
+    pauses = iter(PAUSES)
+    while True:
         try:
             return ask()
         except Stopped:
@@ -157,11 +158,11 @@ def retrying(url: str, ask: Callable[[], T], advice: str = OFFLINE) -> T:
             status = getattr(getattr(e, "response", None), "status_code", None)
             if (isinstance(e, absent) and not isinstance(e, errors.GatedRepoError)) or status in (404, 410):
                 raise UserError(f"the server has no {url}; {advice}") from None
-            if attempt == TRIES or isinstance(e, errors.OfflineModeIsEnabled) or status in (401, 403):
+            pause = next(pauses, None)
+            if pause is None or isinstance(e, errors.OfflineModeIsEnabled) or status in (401, 403):
                 reason = (str(e).splitlines() or [""])[0][:120]
                 raise UserError(f"cannot get {url} ({type(e).__name__}: {reason}); {advice}") from None
-        time.sleep(2 ** (attempt - 1))
-    raise AssertionError("the last try returns or raises")
+        time.sleep(pause)
 
 
 def task_table(repo: str, config: str | None, split: str, cache_dir: Path):
