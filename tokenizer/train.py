@@ -75,11 +75,11 @@ COVERAGES = (0.9999, 0.9995, 0.999, 0.99, 0.98)  # SentencePiece takes no less
 # in those of 4096 and more it changes bytes per token by less than 0.01 %.
 LETTERS = "".join(f" {letter}" for letter in string.ascii_letters)
 LETTERS_RARITY = 4  # added chars / (4 * vocab_size) times
-LOOK_AHEAD = 20  # the sample is of the first so many times sample_chars characters: reading more takes too long
+LOOK_AHEAD = 20  # times sample_chars: the characters that the sample is drawn from, as reading more takes too long
 
 
 def sample_documents(documents: Iterable[str], chars: int, max_doc_chars: int) -> list[str]:
-    """An even sample of the documents, in their order: at most `chars` characters in all, so many of any one.
+    """An even sample of the documents, in their order: at most `chars` characters in all, max_doc_chars of any one.
 
     Every document draws a number from a fixed seed, and those with the lowest stay, so one pass is enough and only the
     sample is held in memory.

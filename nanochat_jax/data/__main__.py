@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    fetch = commands.add_parser("download", help="fetch datasets of the hub; goes on where it stopped")
+    fetch = commands.add_parser("download", help="fetch datasets of the hub; resumes where it stopped")
     fetch.add_argument(
         "--dataset",
         required=True,

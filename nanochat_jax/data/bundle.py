@@ -90,7 +90,7 @@ def find_data(bundle: Path, task: CoreTask) -> tuple[Path | None, bool]:
 def core_bundle(cache_dir: Path, on_block: Callable[[int], object] = lambda n: None) -> tuple[Path, dict]:
     """The bundle's folder in the cache, fetched unless it is there, and {"url", "size", "sha256"} of its archive.
 
-    UserError in one line where the archive is not to be had, is damaged, or is no bundle.
+    UserError in one line where the archive cannot be fetched, is damaged, or is no bundle.
     """
     folder = Path(cache_dir) / FOLDER
     if not is_bundle(folder):

@@ -22,15 +22,15 @@ SAMPLES, SAMPLE = 16, 1 << 16  # of a file, and the bytes of each, that stand fo
 
 
 class Documents(Protocol):
-    """Documents of two splits, train and val. Each worker process gets a pickled copy and walks over it by itself."""
+    """Documents of two splits, train and val. The process that packs gets a pickled copy."""
 
     @property
     def key(self) -> list:
         """Plain data that names the contents: what is packed from equal keys is equal."""
 
     def pieces(self, split: str) -> Iterator[Piece]:
-        """The parts of a split, in an order that is the same in every process; what is not at hand is fetched when the
-        walk gets there. UserError where that fails."""
+        """The parts of a split, in an order that is the same in every process; files of the hub are fetched when the
+        walk reaches them. UserError where that fails."""
 
     def train(self) -> Iterator[str]:
         for piece in self.pieces("train"):

@@ -16,8 +16,8 @@ from nanochat_jax.files import read_json
 def download(documents: HubDocuments, workers: int) -> str:
     """Fetches what is missing of the documents' files, several at a time. A line that says what was done.
 
-    UserError where the disk is too full for it, before anything is fetched, or where a file cannot be had; the other
-    downloads are then stopped too. What came stays, and the next call resumes it.
+    UserError where the disk is too full for it, before anything is fetched, or where a file cannot be fetched; the
+    other downloads are then stopped too. What came stays, and the next call resumes it.
     """
     files = documents.files()
     missing = [f for f in files if not is_whole(documents.path(f), f.size, f.sha256)]

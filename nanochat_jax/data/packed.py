@@ -24,7 +24,7 @@ from nanochat_jax.files import atomic_write_bytes, atomic_write_json, part_of, r
 
 MANIFEST = "manifest.json"
 SHARD_ROWS = 4096
-POLL = 0.1  # seconds between two looks at a folder that grows
+POLL = 0.1  # seconds between two polls of a folder that grows
 
 
 def dtype_of(tok) -> np.dtype:
@@ -147,7 +147,7 @@ def _checksum(arrays: Iterable[np.ndarray]) -> int:
 
 def write_arrays(path: Path, save: Callable[..., None], *arrays: np.ndarray, **named: np.ndarray) -> None:
     """What np.save or np.savez makes of arrays, whole or not at all."""
-    content = io.BytesIO()  # with a file of its own, np.save does not say that the disk is full
+    content = io.BytesIO()  # given a file, np.save does not say that the disk is full
     save(content, *arrays, **named)
     atomic_write_bytes(path, content.getvalue())
 

@@ -1,4 +1,4 @@
-"""Packing of documents in a process of its own, beside training.
+"""Packing of documents in a background process, beside training.
 
 One process packs, in order. Every SHARD_ROWS rows it writes
 
@@ -61,7 +61,7 @@ class Job:
     goal: int | None
     shard_rows: int
 
-    def at_hand(self) -> dict | None:
+    def finished(self) -> dict | None:
         """The folder's manifest, where it has all that is wanted."""
         with writing(self.folder):
             manifest = read_json(self.folder / MANIFEST)
@@ -86,6 +86,7 @@ class Packer:
         self._thread.start()
 
     def _run(self) -> None:
+        path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         for _ in range(1 + RESTARTS):
             link, theirs = Pipe()
             with self._lock, theirs:
@@ -95,7 +96,7 @@ class Packer:
                     [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+                    env={**os.environ, "PYTHONPATH": path, "RAYON_NUM_THREADS": str(self._threads)},  # of `tokenizers`
                 )
             with self._process, link:
                 with contextlib.suppress(OSError):  # where it is killed; receiving will tell
@@ -160,12 +161,12 @@ def _end_with_parent(link: Connection) -> None:
 
 
 def pack(job: Job, threads: int) -> Iterator[str]:
-    """Packs here until the goal is reached, with so many `threads` that tokenize. Yields lines to log.
+    """Packs here until the goal is reached, tokenizing with `threads` threads. Yields lines to log.
 
-    Waits while another process packs the same. UserError where the documents fill no row or cannot be had, or the rows
-    cannot be written.
+    Waits while another process packs the same. UserError where the documents fill no row or cannot be fetched, or the
+    rows cannot be written.
     """
-    while not job.at_hand():
+    while not job.finished():
         with writing(job.folder):
             try:
                 lock = claim(job.folder / ".lock")
@@ -175,7 +176,7 @@ def pack(job: Job, threads: int) -> Iterator[str]:
             time.sleep(PAUSE)
             continue
         with lock:
-            if not job.at_hand():
+            if not job.finished():
                 yield from _pack(job, threads)
 
 

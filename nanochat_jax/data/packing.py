@@ -48,14 +48,14 @@ def pack_documents(
     goal_rows bounds the rows (None: all); packing resumes from those that are there. workers: threads that tokenize;
     None is one for each core but one, and with 0 everything happens here, before this returns. Closing the dataset
     stops the packing.
-    UserError, here or from the dataset, where the split does not fill a row, cannot be had, or the rows cannot be
+    UserError, here or from the dataset, where the split does not fill a row or cannot be fetched, or the rows cannot be
     written.
     """
     key = fingerprint([VERSION, packed.SHARD_ROWS, documents.key, split, tok.hash, seq_len, buffer])
     folder = Path(cache) / f"{split}-{key}"
     job = Job(folder, documents, split, tok, seq_len + 1, buffer, goal_rows, packed.SHARD_ROWS)
     packer = None
-    if manifest := job.at_hand():
+    if manifest := job.finished():
         log(f"packed rows: {manifest['rows']:,} at hand in {folder.name}")
     elif workers == 0:
         for line in pack(job, threads=1):

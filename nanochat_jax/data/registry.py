@@ -1,4 +1,4 @@
-"""Datasets of the hub as documents, whose files are fetched as the walk over them gets there.
+"""Datasets of the hub as documents, whose files are fetched when the walk over them reaches them.
 
 The list of a dataset's files and its commit are kept in the cache beside them, in `listing.json`. So a run, and the
 rows packed from it, do not change where the dataset does; remove that file to have what is new.
@@ -39,7 +39,7 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubDocuments(Documents):
-    """Files of a dataset, each fetched when it is its turn."""
+    """Files of a dataset, fetched when the walk reaches them."""
 
     repo: str
     train_files: tuple[HubFile, ...]
@@ -71,8 +71,8 @@ class HubDocuments(Documents):
     def fetched(
         self, files: Iterable[HubFile], prefetch: int = PREFETCH, progress: Callable[[int], object] = lambda n: None
     ) -> Iterator[Path]:
-        """The files in order, while the `prefetch` next ones are fetched. A failure is raised when it is that file's
-        turn, and ends the other downloads. progress(bytes) is called for what comes of any."""
+        """The files in order, while the `prefetch` next ones are fetched. A failure is raised where that file's
+        path would come, and ends the other downloads. progress(bytes) is called for what comes of any."""
         stop = threading.Event()
 
         def on_block(n: int) -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 WINDOW = 64  # losses that a new one is compared with
-LEAST = 16  # without so many there is nothing to compare with
+LEAST = 16  # with fewer there is nothing to compare with
 TIMES = 8  # deviations above the median
 FLOOR = 0.005  # of the median: what a deviation is taken for at least
 IN_A_ROW = 3  # a single batch may be odd

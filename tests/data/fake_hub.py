@@ -16,7 +16,7 @@ BLOCK = 1 << 16
 class FakeHub(http.server.ThreadingHTTPServer):
     """Serves folder/<owner>/<name>/... at `url`, without Xet. `opened`: (file's name, first byte asked for) of every
     download, `asked`: how often each path was asked for. `dies_after`: bytes of files after which every connection
-    breaks; `breaks`: every so manieth answer stops in its middle; `pause`: seconds between two blocks; `lie`: the
+    breaks; `breaks`: every n-th answer stops in its middle; `pause`: seconds between two blocks; `lie`: the
     SHA-256 that it states of every file."""
 
     daemon_threads = True
