@@ -73,7 +73,7 @@ class Trial:
 
         from nanochat_jax.checkpoint import load_model, saved_steps
 
-        loaded = load_model(self.dir, "base", say=lambda text: None)
+        loaded = load_model(self.dir, "base")
         digest = hashlib.sha256()
         for path, x in jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.split(loaded.model)[1]))[0]:
             digest.update(jax.tree_util.keystr(path).encode() + jax.device_get(x).tobytes())

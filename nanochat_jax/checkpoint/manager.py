@@ -92,15 +92,15 @@ class Checkpointer:
         """The newest step that is on the disk, or None."""
         return hosts.gather("latest", max(saved_steps(self.directory), default=None))[0]
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict]:
-        """(state, meta) of `step`, or of the newest checkpoint that can be read.
+    def restore(self, abstract_state: Any) -> tuple[Any, dict]:
+        """(state, meta) of the newest checkpoint that can be read.
 
         abstract_state: the state's pytree of jax.ShapeDtypeStruct; each array comes back bit for bit, with the
         sharding asked for there, whatever mesh it was saved from. A damaged checkpoint is reported in one line,
         renamed to `<step>.damaged`, and the one before it taken. UserError where none is left, or the shapes differ.
         """
         self.wait()
-        state, meta, _, damaged = newest_readable(self.directory, abstract_state, step, self._say)
+        state, meta, _, damaged = newest_readable(self.directory, abstract_state, self._say)
         if damaged:
             with hosts.main_first("damaged ones set aside"):
                 for bad in damaged if hosts.is_main() else ():
@@ -141,11 +141,11 @@ def saved_steps(directory: str | Path) -> list[int]:
     return sorted(int(p.name) for p in found if p.name.isdecimal() and p.is_dir())
 
 
-def newest_readable(directory: Path, abstract: Any, step: int | None, say) -> tuple[Any, dict, int, list[int]]:
+def newest_readable(directory: Path, abstract: Any, say: Callable[[str], None]) -> tuple[Any, dict, int, list[int]]:
     """(state, meta, step, newer steps that are damaged). UserError where there is none."""
     directory = directory.absolute()  # Orbax takes no other paths
     damaged: list[int] = []
-    left = [s for s in saved_steps(directory) if step in (None, s)]
+    left = saved_steps(directory)
     while (candidate := hosts.gather("candidate", left.pop() if left else None)[0]) is not None:
         try:
             return *store.read(directory / str(candidate), abstract), candidate, damaged
@@ -155,9 +155,7 @@ def newest_readable(directory: Path, abstract: Any, step: int | None, say) -> tu
             damaged.append(candidate)
     if damaged:
         raise UserError(f"no checkpoint in {directory} can be read; remove that folder to train the stage anew")
-    if step is None:
-        raise UserError(f"{directory} holds no checkpoint yet")
-    raise UserError(f"{directory} holds no checkpoint of step {step}; it holds {saved_steps(directory) or 'none'}")
+    raise UserError(f"{directory} holds no checkpoint yet")
 
 
 def _drop_unreadable_times(directory: Path) -> None:

@@ -4,7 +4,6 @@
 an earlier stage, which its meta record names: the two are merged.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,9 @@ def adapters_of(stage_dir: str | Path) -> dict | None:
     return None
 
 
-def load_changed(run_dir: str | Path, stage: str, adapters: dict, **how) -> Loaded:
-    """The model that the adapters of `stage` change; `how` as load_model takes it. UserError where it is another."""
-    loaded = load_model(run_dir, adapters["from"], **how)
+def load_changed(run_dir: str | Path, stage: str, adapters: dict, mesh: jax.sharding.Mesh | None = None) -> Loaded:
+    """The model that the adapters of `stage` change, as load_model gives it. UserError where it is another."""
+    loaded = load_model(run_dir, adapters["from"], mesh)
     if loaded.identity != adapters["identity"]:
         raise UserError(
             f"{run_dir}/{loaded.stage} is not the model that stage {stage} was trained on; put that one back, or "
@@ -65,19 +64,12 @@ def load_changed(run_dir: str | Path, stage: str, adapters: dict, **how) -> Load
     return loaded
 
 
-def load_model(
-    run_dir: str | Path,
-    stage: str | None = None,
-    *,
-    dtype: Any = None,
-    mesh: jax.sharding.Mesh | None = None,
-    say: Callable[[str], None] = warn,
-) -> Loaded:
+def load_model(run_dir: str | Path, stage: str | None = None, mesh: jax.sharding.Mesh | None = None) -> Loaded:
     """The newest model of a stage, its tokenizer and the run's configuration. Only the parameters are read.
 
-    stage: base, mid, sft or rl, finished or not; None: the latest finished one. dtype of the matrix products: None for
-    the configuration's. mesh: shards the parameters by the rules of sharding.py; None: they are put on the default
-    device, uncommitted. UserError where the run or the stage is missing, or was trained with another tokenizer.
+    stage: base, mid, sft or rl, finished or not; None: the latest finished one. mesh: shards the parameters by the
+    rules of sharding.py; None: they are put on the default device, uncommitted. UserError where the run or the stage is
+    missing, or was trained with another tokenizer.
     """
     from flax import nnx
 
@@ -97,7 +89,7 @@ def load_model(
     abstract = {"params": jax.eval_shape(made)}
     if mesh is not None:
         abstract = sharding.abstract(abstract, mesh)
-    state, meta, step, _ = newest_readable(run_dir / stage / "checkpoints", abstract, None, say)
+    state, meta, step, _ = newest_readable(run_dir / stage / "checkpoints", abstract, warn)
     if meta.get("tokenizer") != tokenizer.hash:
         raise UserError(
             f"{run_dir / 'tokenizer'} is not the tokenizer that stage {stage} was trained with; put that one back, or "
@@ -110,13 +102,13 @@ def load_model(
     except store.Damaged:  # it was read just now: the run that trains there has removed it for a newer one
         identity = ""
     if adapters:
-        below = load_changed(run_dir, stage, adapters, mesh=mesh, say=say)
+        below = load_changed(run_dir, stage, adapters, mesh)
         frozen = nnx.to_pure_dict(nnx.split(below.model)[1])
         split = None if mesh is None else sharding.tree_shardings(frozen, mesh)
         params = jax.jit(lora.merged, out_shardings=split)(frozen, params)
         identity = fingerprint([below.identity, identity])
-    graph = graph_of(cfg, devices.compute_dtype(config.dtype) if dtype is None else dtype)
-    return Loaded(merge(graph, params), tokenizer, config, meta, stage, step, identity)
+    model = merge(graph_of(cfg, devices.compute_dtype(config.dtype)), params)
+    return Loaded(model, tokenizer, config, meta, stage, step, identity)
 
 
 def _choose_stage(run_dir: Path, stage: str | None) -> str:

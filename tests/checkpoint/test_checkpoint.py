@@ -132,9 +132,11 @@ def test_the_newest_stay(tmp_path):
     assert saved_steps(tmp_path) == [6, 8]
     again = Checkpointer(tmp_path, CheckpointConfig(keep=2))
     assert again.latest() == 8
-    assert again.restore(abstract(tiny_state()), step=6)[1] == {"step": 6}
-    with pytest.raises(UserError, match="no checkpoint of step 4"):
-        again.restore(abstract(tiny_state()), step=4)
+    shutil.rmtree(tmp_path / "8")
+    assert again.latest() == 6 and again.restore(abstract(tiny_state()))[1] == {"step": 6}
+    shutil.rmtree(tmp_path / "6")
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        again.restore(abstract(tiny_state()))
     again.close()
 
 
