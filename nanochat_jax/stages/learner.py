@@ -1,7 +1,6 @@
 """The updates that a step of RL makes of its samples: what `policy` weighs, through the train step of all stages."""
 
 import functools
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,16 +11,8 @@ from nanochat_jax.model.gpt import graph_of
 from nanochat_jax.stages import policy
 from nanochat_jax.stages.rollouts import minibatches
 from nanochat_jax.stages.run import Run
-from nanochat_jax.stages.step import Step, abstract_state, fit_step, place
+from nanochat_jax.stages.step import abstract_state, fit_step, place
 from nanochat_jax.training import loop
-
-
-class Batch(NamedTuple):
-    """The minibatches of a step, placed for the compiled train step."""
-
-    step: int
-    train: Step
-    parts: list[dict]  # tokens, targets, weights, share; old and reference: -log p then, and of the reference or None
 
 
 def rows_per_device(run: Run) -> int:
@@ -52,29 +43,31 @@ class Learner:
         rows = rows_per_device(run)
         self._step_of = functools.cache(lambda length: fit_step(run, "rl", step, state, arrays, (rows, length), held))
 
-    def prepare(self, step: int, params: dict, batch: dict) -> tuple[Batch, dict]:
-        """The batch of a step from the arrays of `training_batch`, with -log p of now; and the mean entropy and KL."""
-        compiled = self._step_of(batch["tokens"].shape[1])
+    def prepare(self, params: dict, batch: dict) -> tuple[list[dict], dict]:
+        """The placed minibatches of a step from the arrays of `training_batch`, each with -log p of now (`old`) and of
+        the reference, if any; and the mean entropy and KL."""
+        accumulation = self._step_of(batch["tokens"].shape[1]).accumulation
         parts, measured = [], []
         for part in minibatches(batch, self.cfg.minibatches):
-            part = place(part, compiled.accumulation, self.run.mesh)
+            part = place(part, accumulation, self.run.mesh)
             old, reference, metrics = self._look(params, self.reference, part)
             parts.append({**part, "old": old, "reference": reference})
             measured.append(jax.tree.map(float, metrics))
-        return Batch(step, compiled, parts), _mean(measured)
+        return parts, _mean(measured)
 
-    def __call__(self, state: loop.TrainState, batch: Batch) -> tuple[loop.TrainState, dict]:
+    def __call__(self, state: loop.TrainState, parts: list[dict]) -> tuple[loop.TrainState, dict]:
         """All updates of a step; its metrics are their means."""
+        train, step = self._step_of(parts[0]["tokens"].shape[-1]), int(state.step)
         measured: list[dict] = []
-        for part in batch.parts * self.cfg.epochs:
+        for part in parts * self.cfg.epochs:
             rows = {k: part[k] for k in ("tokens", "targets")}
             nll = self._log_probs(state.params, *rows.values())[0] if measured else part["old"]
             weights, found = self._weigh(nll, part)
             rows["weights"] = jax.device_put(weights, part["weights"].sharding)
-            state, metrics = batch.train.run(state, rows)
+            state, metrics = train.run(state, rows)
             measured.append({**metrics, **found})
         # one step of the loop is all of these updates: a checkpoint never falls between them
-        done = jax.device_put(np.int32(batch.step + 1), sharding.replicated(self.run.mesh))
+        done = jax.device_put(np.int32(step + 1), sharding.replicated(self.run.mesh))
         return state._replace(step=done), _mean(measured)
 
 

@@ -20,7 +20,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import cast_matrices, graph_of, merge
 from nanochat_jax.stages import common
-from nanochat_jax.stages.learner import Batch, Learner
+from nanochat_jax.stages.learner import Learner
 from nanochat_jax.stages.rollouts import Questions, Sampler, pairs, pass_at_k, training_batch
 from nanochat_jax.stages.run import Run
 from nanochat_jax.training import memory
@@ -62,14 +62,14 @@ def main(run: Run) -> dict:
     run.log.say(f"rl: {steps} steps of {cfg.questions} questions x {cfg.samples} samples of {names}, from {before}")
 
     # training
-    def next_batch(step: int, params: dict) -> tuple[Batch, dict]:
+    def next_batch(step: int, params: dict) -> tuple[list[dict], dict]:
         chosen = [questions[step * cfg.questions + i] for i in range(cfg.questions)]
         policy = params if reference is None or cfg.objective != "dpo" else reference
         rollouts = sampler(policy, chosen, cfg.samples, lambda q, s: common.mix_seed(seed, step, q, s))
         selected = pairs(rollouts) if cfg.objective == "dpo" else rollouts
         arrays = training_batch(selected, tok.assistant_end, tok.bos, run.config.model.sequence_len, cfg.zscore)
-        batch, metrics = learner.prepare(step, params, arrays)
-        return batch, {**rollouts.metrics(chosen), **metrics}
+        parts, metrics = learner.prepare(params, arrays)
+        return parts, {**rollouts.metrics(chosen), **metrics}
 
     def evaluate(step: int, params: dict) -> dict:
         """pass@k of the held-out questions, of each task where there are several."""

@@ -104,7 +104,7 @@ def fit(
     state: TrainState,
     *,
     step_fn: Callable,
-    next_batch: Callable[[int, dict], tuple[dict, dict]],
+    next_batch: Callable[[int, dict], tuple[Any, dict]],
     steps: int,
     save_every: int,
     checkpointer,
