@@ -30,7 +30,7 @@ from nanochat_jax import devices as chips
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
 from nanochat_jax.engine.cache import Slot
-from nanochat_jax.engine.programs import Shapes, compiled, kernels_agree, prepared, program_of
+from nanochat_jax.engine.programs import Shapes, kernels_agree, prepared, program_of
 from nanochat_jax.engine.sampling import TOP_LOGPROBS, Mode, Request, Settings, TokenLogprob, mode
 from nanochat_jax.mesh import sharding
 
@@ -112,14 +112,14 @@ class Engine:
         if max_len > model.cfg.sequence_len:
             raise ValueError(f"max_len={max_len} is more than the model's context of {model.cfg.sequence_len}")
         self.slots, self.max_len, self.cfg, self._tool = slots, max_len, model.cfg, tool
-        self._mesh, self._int8, self._compiled = mesh, int8, compiled(one_core)
+        self._mesh, self._int8 = mesh, int8
         graph, state = nnx.split(model)
         self.dtype = np.dtype(model.dtype)
         is_fused = (mesh is None or mesh.size == 1) and decode_kernels.takes(model.cfg)
         if is_fused and not kernels_agree(model.cfg, self.dtype, max_len):
             print("decoding without kernels, which do not agree with plain formulas on this device", file=sys.stderr)
             is_fused = False
-        self._program = program_of(graph, model.cfg, self.dtype, max_len, is_fused)
+        self._program = program_of(graph, model.cfg, self.dtype, max_len, is_fused, one_core)
         devices = sharding.data_parallel(mesh) if mesh is not None else 1
         self._devices = devices if slots % devices == 0 else 1
         self._each = slots // self._devices  # slots of a device
@@ -375,11 +375,11 @@ class Engine:
         Rows that are left over have a slot out of range, which is never read nor written.
         """
         table = np.full((self._devices, width), self._each, np.int32)
-        by_device = [[s for s in slots if s.device == d] for d in range(self._devices)]
-        row = {s: s.device * width + m for group in by_device for m, s in enumerate(group)}
+        next_row = [itertools.count(d * width) for d in range(self._devices)]
         if width == self._each:  # all slots, in their order
-            row = {s: s.device * width + s.place for s in slots}
-        rows = [row[s] for s in slots]
+            rows = [s.device * width + s.place for s in slots]
+        else:
+            rows = [next(next_row[s.device]) for s in slots]
         table.flat[rows] = [s.place for s in slots]
         return table, rows
 
@@ -405,7 +405,7 @@ class Engine:
             slot.ids += piece
             slot.written = max(slot.written, t.filled)
         args = self.params, self._cache, table, tokens, before, start, count
-        self._cache = self._compiled.prefill(self._program, span, *args)
+        self._cache = self._program.prefill(span, *args)
 
     def _run_decode(self, tickets: Sequence[Ticket], width: int, how: Mode, span: int, n: int) -> list[list]:
         """Decodes n tokens of each ticket: their ids and, where `how` wants them, `sampling.log_probabilities`."""
@@ -423,6 +423,6 @@ class Engine:
         if self._program.fused:  # kernels see for themselves how far they must look: one program serves all
             span = self.max_len
         args = self.params, self._cache, table, last, position, forced, settings, n
-        out, self._cache = self._compiled.decode(self._program, span, how, *args)
+        out, self._cache = self._program.decode(span, how, *args)
         arrays = [np.asarray(o) for o in out]
         return [[a[row, :n] for a in arrays] for row in rows]

@@ -1,14 +1,13 @@
 """What the engine runs on the device: prefill of a chunk of prompts, and decoding of a slice of tokens.
 
-Each is compiled once for each kind of engine and shape. A decode step uses kernels where they agree with the plain
-formulas on this device.
+A decode step uses kernels where they agree with the plain formulas on this device.
 """
 
 import contextlib
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, Self
 
 import jax
@@ -61,18 +60,38 @@ def _grown(n: int, size: int, largest: int, factor: int) -> int:
     return min(size, largest)
 
 
-@dataclass(frozen=True, eq=False)
-class Program:
-    """What the device's functions are compiled for, beside the shapes of their arguments: one object for each kind.
+class Compiled:
+    """A function of the device, jitted: `static` arguments, then params, cache (donated), slots and other arrays.
 
-    Compared by identity, as every call looks it up, and hashing a model's graph takes 0.1 ms.
+    Threads that need the same program for the first time wait for the one that compiles it: JAX would have all do it.
     """
 
-    graph: nnx.GraphDef
-    cfg: GPTConfig
-    dtype: np.dtype
-    max_len: int
-    fused: bool = False  # decode steps are by kernels: parameters are as `decode_kernels.joined` gives them
+    def __init__(self, function: Callable, static: int, **options):
+        self.jitted = jax.jit(function, static_argnums=range(static), donate_argnums=static + 1, **options)
+        self._static, self._made, self._lock = static, set[tuple](), threading.Lock()
+
+    def __call__(self, *args):
+        how, (params, cache, slots, *rest) = args[: self._static], args[self._static :]
+        if slots.shape[1] == cache[0][0].shape[1]:
+            slots = None  # all of them, in their order
+        key = *how, slots is None, rest[0].shape
+        with contextlib.nullcontext() if key in self._made else self._lock:
+            out = self.jitted(*how, params, cache, slots, *rest)
+        self._made.add(key)
+        return out
+
+
+class Program:
+    """What a kind of engine runs on the device: `prefill` and `decode`, compiled for each shape of their arguments.
+
+    fused: decode steps are by kernels, and parameters are as `decode_kernels.joined` gives them. one_core: of a CPU,
+    for engines beside each other, which would otherwise wait for the same threads.
+    """
+
+    def __init__(self, graph, cfg: GPTConfig, dtype: np.dtype, max_len: int, fused: bool, one_core: bool = False):
+        self.graph, self.cfg, self.dtype, self.max_len, self.fused = graph, cfg, dtype, max_len, fused
+        options = {"compiler_options": {"xla_cpu_multi_thread_eigen": False}} if one_core else {}
+        self.prefill, self.decode = Compiled(self._prefill, 1, **options), Compiled(self._decode, 2, **options)
 
     def model(self, params):
         if self.fused:
@@ -104,6 +123,55 @@ class Program:
             return decode_kernels.step(self.model(params), params, rows, places, self.max_len, token, position, before)
         model, hidden = self.trunk(params, rows, token[:, None], position[:, None], before)
         return model.logits(hidden[:, 0])
+
+    def _prefill(self, span, params, cache, slots, tokens, before, start, count):
+        """The cache with the keys and values of a chunk of prompts in it.
+
+        slots (D, M); tokens (D * M, C), of which the first count (D * M,) are valid, at positions from start (D * M,).
+        """
+        steps = jnp.arange(tokens.shape[1])
+        positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
+        rows = kv.take(cache, slots, span)
+        self.trunk(params, rows, tokens, positions, before)
+        return kv.put(cache, slots, rows, positions)
+
+    def _decode(self, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
+        """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are valid, and the cache with them.
+
+        slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
+        newest, whose keys are not in the cache yet, negative for an unused row; forced (R, LONG) ids to take in place
+        of a sample, -1 for none. out: ids, and where `how` wants them `sampling.log_probabilities`.
+        """
+
+        def one(i, carry):
+            rows, said, out = carry
+            before, token = said[:, i], said[:, i + 1]
+            now = position + i
+            rows, here = list(rows), jnp.where((position >= 0) & (now < self.max_len), now, -1)
+            logits = self.step(params, rows, places, token, here, before)
+            new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, now, how))
+            made = log_probabilities(logits, new) if how.logprobs else ()
+            return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made))
+
+        said = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1)
+        out: tuple[jax.Array, ...] = ()
+        if how.logprobs:
+            likeliest = (*forced.shape, min(TOP_LOGPROBS, self.cfg.vocab_size))
+            out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
+        if self.fused:  # kernels read and write the slots in place
+            n_slots = cache[0][0].shape[1]
+            places = jnp.arange(n_slots) if slots is None else jnp.minimum(slots.reshape(-1), n_slots - 1)
+            rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
+        else:
+            places, rows = None, kv.take(cache, slots, span)
+        rows, said, out = jax.lax.fori_loop(0, n, one, (rows, said, out))
+        out = (said[:, 2:], *out)
+        if self.fused:
+            return out, jax.tree.map(lambda c: c[None], rows)
+        steps = jnp.arange(forced.shape[1])
+        positions = position[:, None] + steps
+        written = (position[:, None] >= 0) & (steps < n) & (positions < self.max_len)
+        return out, kv.put(cache, slots, rows, jnp.where(written, positions, -1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -155,90 +223,4 @@ def prepared(params: dict, dtype, fused: bool, int8: bool) -> dict:
     return quantize(params) if int8 else params
 
 
-program_of = functools.cache(Program)  # the same object for the same fields
-
-
-def _prefill(program: Program, span, params, cache, slots, tokens, before, start, count):
-    """The cache with the keys and values of a chunk of prompts in it.
-
-    slots (D, M); tokens (D * M, C), of which the first count (D * M,) are valid, at positions from start (D * M,).
-    """
-    steps = jnp.arange(tokens.shape[1])
-    positions = jnp.where(steps < count[:, None], start[:, None] + steps, -1)
-    rows = kv.take(cache, slots, span)
-    program.trunk(params, rows, tokens, positions, before)
-    return kv.put(cache, slots, rows, positions)
-
-
-def _decode(program: Program, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
-    """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are valid, and the cache with them.
-
-    slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
-    newest, whose keys are not in the cache yet, negative for an unused row; forced (R, LONG) ids to take in place of a
-    sample, -1 for none. out: ids, and where `how` wants them `sampling.log_probabilities`.
-    """
-
-    def one(i, carry):
-        rows, said, out = carry
-        before, token = said[:, i], said[:, i + 1]
-        now = position + i
-        rows, here = list(rows), jnp.where((position >= 0) & (now < program.max_len), now, -1)
-        logits = program.step(params, rows, places, token, here, before)
-        new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, now, how))
-        made = log_probabilities(logits, new) if how.logprobs else ()
-        return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made))
-
-    said = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1)
-    out: tuple[jax.Array, ...] = ()
-    if how.logprobs:
-        likeliest = (*forced.shape, min(TOP_LOGPROBS, program.cfg.vocab_size))
-        out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
-    if program.fused:  # kernels read and write the slots in place
-        places = jnp.arange(len(last)) if slots is None else jnp.minimum(slots.reshape(-1), cache[0][0].shape[1] - 1)
-        rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
-    else:
-        places, rows = None, kv.take(cache, slots, span)
-    rows, said, out = jax.lax.fori_loop(0, n, one, (rows, said, out))
-    out = (said[:, 2:], *out)
-    if program.fused:
-        return out, jax.tree.map(lambda c: c[None], rows)
-    steps = jnp.arange(forced.shape[1])
-    positions = position[:, None] + steps
-    written = (position[:, None] >= 0) & (steps < n) & (positions < program.max_len)
-    return out, kv.put(cache, slots, rows, jnp.where(written, positions, -1))
-
-
-class Compiled:
-    """A function of the device, jitted: `static` arguments, then params, cache (donated), slots and other arrays.
-
-    Threads that need the same program for the first time wait for the one that compiles it: JAX would have all do it.
-    """
-
-    def __init__(self, function: Callable, static: int, **options):
-        self.jitted = jax.jit(function, static_argnums=range(static), donate_argnums=static + 1, **options)
-        self._static, self._made, self._lock = static, set[tuple](), threading.Lock()
-
-    def __call__(self, *args):
-        how, (params, cache, slots, *rest) = args[: self._static], args[self._static :]
-        if slots.shape[1] == cache[0][0].shape[1]:
-            slots = None  # all of them, in their order
-        key = *how, slots is None, rest[0].shape
-        with contextlib.nullcontext() if key in self._made else self._lock:
-            out = self.jitted(*how, params, cache, slots, *rest)
-        self._made.add(key)
-        return out
-
-
-class Functions(NamedTuple):
-    prefill: Compiled
-    decode: Compiled
-
-
-@functools.cache
-def compiled(one_core: bool) -> Functions:
-    """The device's two functions; all engines of a kind share their programs.
-
-    one_core: of a CPU, for engines beside each other, which would otherwise wait for the same threads.
-    """
-    options = {"compiler_options": {"xla_cpu_multi_thread_eigen": False}} if one_core else {}
-    return Functions(Compiled(_prefill, 2, **options), Compiled(_decode, 3, **options))
+program_of = functools.cache(Program)  # engines of a kind share what is compiled

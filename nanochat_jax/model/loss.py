@@ -48,12 +48,6 @@ def _by_kernels() -> bool:
     return devices.platform() == "gpu" and not devices.partitioned()
 
 
-def _vocab_blocks(size):
-    """Slices of the (padded) vocabulary; a single one except on a CPU."""
-    block = CPU_BLOCK if devices.platform() == "cpu" else size
-    return [slice(start, min(start + block, size)) for start in range(0, size, block)]
-
-
 def _cap(z, softcap):
     """tanh(z / softcap), and exp of the capped logits."""
     t = jnp.tanh(z / softcap)
@@ -105,7 +99,9 @@ def _split(array, chunk):
 
 def _blocks(head, vocab, softcap):
     """One block of the vocabulary after another; takes x transposed as well, (D, C)."""
-    blocks = _vocab_blocks(head.shape[0])
+    V = head.shape[0]
+    block = CPU_BLOCK if devices.platform() == "cpu" else V
+    blocks = [slice(start, min(start + block, V)) for start in range(0, V, block)]
 
     def add_chunk(d_head, x, y, finish, xt):
         rest, dx, us = jnp.zeros(y.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32), []

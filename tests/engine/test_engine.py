@@ -10,7 +10,6 @@ from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
 from nanochat_jax import devices
 from nanochat_jax.config import MeshConfig
-from nanochat_jax.engine import engine as engine_module
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import LONG, SHORT, Engine, Request
 from nanochat_jax.engine.sampling import Settings, _top_k, mode, sample
@@ -296,7 +295,7 @@ def test_nothing_is_compiled_after_the_warm_up_and_nothing_is_lost_by_it(model):
     [prompt, other] = prompts(50, 60)
     first = engine.generate([Request(prompt, 20, temperature=0.0)])[0].ids
     steps = sum(1 for _ in engine.warm_up(Request([0], 1, temperature=0.0)))
-    programs = engine_module.compiled(one_core=False)
+    programs = engine._program.prefill, engine._program.decode
     sizes = [p.jitted._cache_size() for p in programs]
     assert steps == 2 * (1 + 2 * 4)  # widths 1 and 2: a copy; two spans of three chunks and a slice
     turn = [Request(prompt + first + other[:9], 20, temperature=0.0), Request(other, 20, temperature=0.0)]

@@ -1,5 +1,7 @@
 """Several engines as one: what is said depends on neither their number nor the order; what goes wrong is heard of."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from evals_fakes import ByteTokenizer, tiny_model
@@ -59,8 +61,8 @@ def test_slices_grow_with_the_answers_where_nobody_watches(model):
         seen.append(args[-1])
         return compiled.decode(*args)
 
-    compiled, engine._compiled = engine._compiled, type("Watched", (), {})()
-    engine._compiled.prefill, engine._compiled.decode = compiled.prefill, watch
+    compiled = engine._program
+    engine._program = SimpleNamespace(prefill=compiled.prefill, decode=watch, fused=False)
     engine.generate([Request([7] * 5, 180, temperature=0.0)])
     assert seen[0] == SHORT and sum(seen) == 180 and SHORT < max(seen) <= 180 // engine_module.PATIENT_PARTS
     seen.clear()
@@ -76,11 +78,11 @@ def test_two_short_chunks_are_taken_for_a_long_one_where_nobody_watches(model):
     engine, widths = Engine(model, slots=2, max_len=MAX_LEN), []
 
     def watch(*args):
-        widths.append(args[5].shape[1])
+        widths.append(args[4].shape[1])
         return compiled.prefill(*args)
 
-    compiled, engine._compiled = engine._compiled, type("Watched", (), {})()
-    engine._compiled.prefill, engine._compiled.decode = watch, compiled.decode
+    compiled = engine._program
+    engine._program = SimpleNamespace(prefill=watch, decode=compiled.decode, fused=False)
     [done] = engine.generate([Request(list(range(100)), 5, temperature=0.0)])
     assert isinstance(done, Completion) and widths == [64, 64]
     engine.submit(Request(list(range(100, 200)), 5, temperature=0.0))
