@@ -86,7 +86,7 @@ _AT_NUMBER, _AT_ARCH, _AT_ARGUMENT_1, _AT_ARGUMENT_3 = 0, 4, 16, 32
 
 
 def check() -> None:
-    """OSError where no filter can be installed, or this file has no numbers for the machine. It is tried in a process of
+    """OSError where no filter can be installed, or this file has no numbers for the machine. Tried in a process of
     its own: a container may forbid it, or have the one listener that there can be."""
     machine = os.uname().machine
     if sys.platform != "linux" or machine not in MACHINES:
