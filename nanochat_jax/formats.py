@@ -1,11 +1,11 @@
-"""Files of documents, and the pieces that they are read in. A piece is some 8 MB of text, and cheap to name.
+"""Files of documents.
 
-.parquet                a column of text; a piece is a run of row groups
-.jsonl, .ndjson         a field of the object on each line; a piece is a range of bytes that ends at a line's end
+.parquet                a column of text
+.jsonl, .ndjson         a field of the object on each line
 .txt                    one document a file, or several where <|endoftext|> stands between them. A document longer than
                         `LONG` is cut at its blank lines, else its lines, for packing takes no more of a document than
                         fits in a row: of a book that is one document nearly nothing would be learned
-.gz and .zst            of the latter two, and .json.gz as the hub has it: one piece, decompressed as it is read
+.gz and .zst            of the latter two, and .json.gz as the hub has it
 
 Plain .json is left alone: that is one value, such as a note beside a download, and not a line each.
 """
@@ -15,15 +15,14 @@ import io
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import BinaryIO
 
 from nanochat_jax.errors import UserError
 
 VERSION = 1  # of what documents are made of a file: part of the key of what is packed
-PIECE = 8 << 20  # bytes of text in a piece
+BLOCK = 8 << 20  # bytes of a .txt file that are read at a time
 LONG = 8_000  # characters of a .txt document: about as many as a row of 2048 tokens holds
 BETWEEN = "<|endoftext|>"
 HEAD = 1 << 20  # bytes of a .txt file that say how its documents are set apart
@@ -45,58 +44,19 @@ def kind_of(name: str) -> str | None:
     return KINDS.get(suffix)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of the documents that one worker reads."""
-
-    read: Callable[..., Iterator[str]]
-    arguments: tuple
-
-    def texts(self) -> Iterator[str]:
-        """Its documents in order, as they are read; empty ones are left out. UserError where the file is damaged."""
-        return self.read(*self.arguments)
-
-
-def pieces_of(path: Path, column: str) -> Iterator[Piece]:
-    """The pieces of a file, in order. UserError where it cannot be read, or has no such column."""
+def texts_of(path: Path, column: str) -> Iterator[str]:
+    """The documents of a file in order, as they are read; empty ones are left out. UserError where it cannot be read,
+    or has no such column."""
     kind = kind_of(path.name)
     if kind == "parquet":
-        yield from _row_groups(path, column)
-        return
-    read, given = (_read_lines, (path, column)) if kind == "lines" else (_read_text, (path,))
-    if compression_of(path):
-        yield Piece(read, (*given, 0, None))
-        return
-    with _opened(path) as file:
-        size, start = os.fstat(file.fileno()).st_size, 0
-        if not size:
-            return  # which mmap refuses
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            mark = b"\n" if kind == "lines" else _mark(data[:HEAD])
-            while start < size:
-                found = data.find(mark, start + PIECE)
-                end = found + len(mark) if found >= 0 else size
-                yield Piece(read, (*given, start, end))
-                start = end
+        return _parquet_texts(path, column)
+    return _line_texts(path, column) if kind == "lines" else _plain_texts(path)
 
 
-def _read_rows(path: Path, column: str, first: int, end: int) -> Iterator[str]:
-    """The row groups from `first` to before `end`."""
+def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     with _parquet(path, column) as file:
-        for batch in file.iter_batches(1024, row_groups=list(range(first, end)), columns=[column], use_threads=False):
+        for batch in file.iter_batches(1024, columns=[column], use_threads=False):
             yield from filter(None, batch.column(0).to_pylist())
-
-
-def _row_groups(path: Path, column: str) -> Iterator[Piece]:
-    with _parquet(path, column) as file:
-        footer, first, size = file.metadata, 0, 0
-        names = [footer.schema.column(i).path for i in range(footer.num_columns)]
-        at = names.index(column)
-        for group in range(footer.num_row_groups):
-            size += footer.row_group(group).column(at).total_uncompressed_size
-            if size >= PIECE or group + 1 == footer.num_row_groups:
-                yield Piece(_read_rows, (path, column, first, group + 1))
-                first, size = group + 1, 0
 
 
 @contextlib.contextmanager
@@ -120,22 +80,15 @@ def _parquet(path: Path, column: str) -> Iterator:
         raise UserError(f"{path} cannot be read as parquet ({reason}); fetch it again") from None
 
 
-def _read_lines(path: Path, column: str, start: int, end: int | None) -> Iterator[str]:
-    """Lines of JSON from byte `start`, where a line begins, to `end`, where one ends, or the whole file."""
+def _line_texts(path: Path, column: str) -> Iterator[str]:
     with _opened(path) as file:
-        place = start
-        if start:
-            file.seek(start)
         for number, line in enumerate(file, 1):
-            place += len(line)
             try:
                 text = None if line.isspace() else _field(line, column)
             except UserError as e:
-                raise UserError(f"{path}, line {_lines_before(path, start) + number}{e}") from None
+                raise UserError(f"{path}, line {number}{e}") from None
             if text:
                 yield text
-            if end is not None and place >= end:
-                return
 
 
 def _field(line: bytes, column: str) -> str | None:
@@ -154,18 +107,11 @@ def _field(line: bytes, column: str) -> str | None:
     return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _lines_before(path: Path, start: int) -> int:
-    with open(path, "rb") as file:
-        return sum(file.read(min(PIECE, start - place)).count(b"\n") for place in range(0, start, PIECE))
-
-
-def _read_text(path: Path, start: int, end: int | None) -> Iterator[str]:
-    """Plain text from byte `start` to `end`, or the whole file. What is not UTF-8 in it becomes U+FFFD."""
+def _plain_texts(path: Path) -> Iterator[str]:
+    """What is not UTF-8 becomes U+FFFD."""
     with _opened(path) as file:
-        if start:
-            file.seek(start)
-        for i, block in enumerate(_blocks(file) if end is None else [file.read(end - start)]):
-            text = block.decode("utf-8-sig" if start == i == 0 else "utf-8", "replace").replace("\r\n", "\n")
+        for i, block in enumerate(_stream_blocks(file) if compression_of(path) else _file_blocks(file)):
+            text = block.decode("utf-8" if i else "utf-8-sig", "replace").replace("\r\n", "\n")
             for document in text.split(BETWEEN):
                 yield from _cut(document)
 
@@ -185,15 +131,29 @@ def _cut(document: str) -> Iterator[str]:
 
 
 def _mark(head: bytes) -> bytes:
-    """What to end a piece of a long text at."""
+    """What to end a block of a long text at."""
     return next((m for m in (BETWEEN.encode(), b"\n\n", b"\r\n\r\n") if m in head), b"\n")
 
 
-def _blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """A stream in blocks of about PIECE bytes, of which all but the last end behind a mark."""
-    block = stream.read(PIECE)
+def _file_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """A file in blocks of BLOCK bytes or more, of which all but the last end behind the first mark after these."""
+    size, start = os.fstat(file.fileno()).st_size, 0
+    if not size:
+        return  # which mmap refuses
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        mark = _mark(data[:HEAD])
+        while start < size:
+            found = data.find(mark, start + BLOCK)
+            end = found + len(mark) if found >= 0 else size
+            yield data[start:end]
+            start = end
+
+
+def _stream_blocks(stream: BinaryIO) -> Iterator[bytes]:
+    """A stream in blocks of about BLOCK bytes, of which all but the last end behind a mark."""
+    block = stream.read(BLOCK)
     mark = _mark(block[:HEAD])
-    while more := stream.read(PIECE):
+    while more := stream.read(BLOCK):
         end = block.rfind(mark) + len(mark)
         if end >= len(mark):  # else it is a document longer than a block
             yield block[:end]

@@ -30,11 +30,11 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents of a few texts a piece. Reading waits at text `hold` until the file `gate` is there, and fails with
+    """Documents of a few texts a file. Reading waits at text `hold` until the file `gate` is there, and fails with
     `error` at text `bad`; each text takes `pause` seconds. `act` is called in the process that reads them."""
 
     texts: tuple[str, ...]
-    per_piece: int = 7
+    per_file: int = 7
     gate: Path | None = None
     hold: int = 0
     bad: int | None = None
@@ -46,30 +46,23 @@ class Texts:
     def key(self):
         return [len(self.texts)]
 
-    def pieces(self, split):
+    def files(self, split):
         self.act()
-        for start in range(0, len(self.texts), self.per_piece):
-            yield Part(self, start)
+        return (self.file(start) for start in range(0, len(self.texts), self.per_file))
+
+    def file(self, start):
+        for i, text in enumerate(self.texts[start : start + self.per_file], start):
+            while self.gate and i >= self.hold and not self.gate.exists():
+                time.sleep(0.01)
+            if i == self.bad:
+                raise self.error
+            time.sleep(self.pause)
+            yield text
 
     def train(self):
         return iter(self.texts)
 
     val = train
-
-
-@dataclass(frozen=True)
-class Part:
-    of: Texts
-    start: int
-
-    def texts(self):
-        for i, text in enumerate(self.of.texts[self.start : self.start + self.of.per_piece], self.start):
-            while self.of.gate and i >= self.of.hold and not self.of.gate.exists():
-                time.sleep(0.01)
-            if i == self.of.bad:
-                raise self.of.error
-            time.sleep(self.of.pause)
-            yield text
 
 
 def random_texts(n, seed=0, longest=60):

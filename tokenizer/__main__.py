@@ -10,7 +10,7 @@ from pathlib import Path
 from nanochat_jax.cli import command, positive
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.formats import pieces_of
+from nanochat_jax.formats import texts_of
 from tokenizer import load_tokenizer
 
 
@@ -28,7 +28,7 @@ def read_documents(path: str | Path) -> Iterator[str]:
 
 def _texts(file: Path) -> Iterator[str]:
     if file.suffix == ".parquet":
-        return (text for piece in pieces_of(file, "text") for text in piece.texts())
+        return texts_of(file, "text")
     return iter([file.read_bytes().decode("utf-8", errors="replace")])
 
 

@@ -7,6 +7,7 @@ files, so that bits per byte compare between runs.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from nanochat_jax import formats
 from nanochat_jax.errors import UserError
-from nanochat_jax.formats import Piece, kind_of, pieces_of
+from nanochat_jax.formats import kind_of, texts_of
 
 SAMPLES, SAMPLE = 16, 1 << 16  # of a file, and the bytes of each, that stand for its contents
 
@@ -28,17 +29,15 @@ class Documents(Protocol):
     def key(self) -> list:
         """Plain data that names the contents: what is packed from equal keys is equal."""
 
-    def pieces(self, split: str) -> Iterator[Piece]:
-        """The parts of a split, in an order that is the same in every process; files of the hub are fetched when the
-        walk reaches them. UserError where that fails."""
+    def files(self, split: str) -> Iterator[Iterator[str]]:
+        """The documents of each file of a split, in an order that is the same in every process. Files of the hub are
+        fetched when the walk reaches them. UserError where that fails."""
 
     def train(self) -> Iterator[str]:
-        for piece in self.pieces("train"):
-            yield from piece.texts()
+        return itertools.chain.from_iterable(self.files("train"))
 
     def val(self) -> Iterator[str]:
-        for piece in self.pieces("val"):
-            yield from piece.texts()
+        return itertools.chain.from_iterable(self.files("val"))
 
 
 def local_documents(folder: Path, column: str = "text") -> FileDocuments:
@@ -88,9 +87,9 @@ class FileDocuments(Documents):
         files = [[name, *_contents(self.root / name)] for name in (*self.train_names, self.val_name)]
         return ["files", formats.VERSION, self.column, *files]
 
-    def pieces(self, split: str) -> Iterator[Piece]:
-        for name in self.train_names if split == "train" else (self.val_name,):
-            yield from pieces_of(self.root / name, self.column)
+    def files(self, split: str) -> Iterator[Iterator[str]]:
+        names = self.train_names if split == "train" else (self.val_name,)
+        return (texts_of(self.root / name, self.column) for name in names)
 
 
 def _contents(path: Path) -> tuple[int, str]:

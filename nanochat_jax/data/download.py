@@ -19,7 +19,7 @@ def download(documents: HubDocuments, workers: int) -> str:
     UserError where the disk is too full for it, before anything is fetched, or where a file cannot be fetched; the
     other downloads are then stopped too. What came stays, and the next call resumes it.
     """
-    files = documents.files()
+    files = documents.all_files()
     missing = [f for f in files if not is_whole(documents.path(f), f.size, f.sha256)]
     parts = [part for f in missing if (part := part_of(documents.path(f))).is_file()]
     size, here = sum(f.size or 0 for f in missing), _bytes(parts)

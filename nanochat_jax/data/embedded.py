@@ -22,7 +22,7 @@ from nanochat_jax.config import fingerprint
 from nanochat_jax.data.documents import Documents
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text
-from nanochat_jax.formats import Piece, pieces_of
+from nanochat_jax.formats import texts_of
 
 VERSION = 1  # of the rules below
 PACKAGES = ("numpy", "jax", "flax", "optax")
@@ -44,7 +44,7 @@ class EmbeddedDocuments(Documents):
         """What the texts depend on, so that nobody has to collect them to know that they are the same."""
         return ["embedded", VERSION, platform.python_version(), *(f"{p} {metadata.version(p)}" for p in PACKAGES)]
 
-    def pieces(self, split: str) -> Iterator[Piece]:
+    def files(self, split: str) -> Iterator[Iterator[str]]:
         folder = self.cache_dir / "embedded" / fingerprint(self.key)
         path = folder / f"{split}.jsonl"
         if not path.is_file():
@@ -53,7 +53,7 @@ class EmbeddedDocuments(Documents):
                     atomic_write_text(folder / f"{name}.jsonl", "".join(json.dumps({"text": t}) + "\n" for t in texts))
             except OSError as e:
                 raise UserError(f"cannot write to {folder} ({e.strerror or e}); set data.cache_dir") from None
-        yield from pieces_of(path, "text")
+        yield texts_of(path, "text")
 
 
 def collect() -> tuple[list[str], list[str]]:

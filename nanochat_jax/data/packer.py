@@ -45,7 +45,7 @@ RESTARTS = 3  # of a packer that was killed, as the system does when memory is s
 NICE = 10  # training has priority
 
 Document = tuple[int, np.ndarray]  # tokens, and the ids of as many of them as a row can hold
-Place = tuple[int, int]  # a piece, and how many of its documents were taken
+Place = tuple[int, int]  # a file, and how many of its documents were taken
 
 
 @dataclass(frozen=True)
@@ -213,9 +213,9 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
 def _texts(job: Job, place: Place) -> Iterator[tuple[Place, str]]:
     """The documents from a place on, each with the place after it."""
     first, skip = place
-    for piece, part in enumerate(itertools.islice(job.documents.pieces(job.split), first, None), first):
-        for taken, text in enumerate(itertools.islice(part.texts(), skip, None), skip + 1):
-            yield (piece, taken), text
+    for i, texts in enumerate(itertools.islice(job.documents.files(job.split), first, None), first):
+        for taken, text in enumerate(itertools.islice(texts, skip, None), skip + 1):
+            yield (i, taken), text
         skip = 0
 
 
@@ -242,7 +242,7 @@ def _add(job: Job, manifest: dict, rows: list[list[tuple[Document, int]]], buffe
             waiting = buffer.in_order()
             lengths = np.array([length for length, _ in waiting], np.int64)
             ids = np.concatenate([np.empty(0, manifest["dtype"]), *(ids for _, ids in waiting)])
-            state = {"lengths": lengths, "ids": ids, "place": np.array(place, np.int64)}
+            state = {"lengths": lengths, "ids": ids, "file_and_taken": np.array(place, np.int64)}
             write_arrays(_resume(job, n + 1), np.savez, **state)
         atomic_write_json(job.folder / MANIFEST, manifest)
         _resume(job, n).unlink(missing_ok=True)
@@ -268,11 +268,11 @@ def _resumed(job: Job) -> tuple[dict, Buffer[Document], Place]:
 def _read_state(job: Job, n: int) -> tuple[Buffer[Document], Place]:
     buffer: Buffer[Document] = Buffer()
     with np.load(_resume(job, n)) as state:
-        lengths, (piece, taken) = state["lengths"], state["place"].tolist()
+        lengths, (file, taken) = state["lengths"], state["file_and_taken"].tolist()
         ends = np.minimum(lengths, job.row_len).cumsum()
         for length, ids in zip(lengths.tolist(), np.split(state["ids"], ends)):
             buffer.add(length, (length, ids))
-    return buffer, (piece, taken)
+    return buffer, (file, taken)
 
 
 def _resume(job: Job, n: int) -> Path:

@@ -18,7 +18,7 @@ from nanochat_jax.data.cache import writing
 from nanochat_jax.data.documents import Documents, split_names
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
-from nanochat_jax.formats import Piece, kind_of, pieces_of
+from nanochat_jax.formats import kind_of, texts_of
 
 NAMED = {  # name -> (dataset, folder of it): what data.hub_pretrain takes beside owner/name
     "climbmix": ("karpathy/climbmix-400b-shuffle", None),
@@ -49,10 +49,10 @@ class HubDocuments(Documents):
 
     @property
     def key(self) -> list:
-        files = [[f.name, f.size, f.sha256] for f in self.files()]
+        files = [[f.name, f.size, f.sha256] for f in self.all_files()]
         return ["hub", formats.VERSION, self.repo, self.column, *files]
 
-    def files(self) -> tuple[HubFile, ...]:
+    def all_files(self) -> tuple[HubFile, ...]:
         return (*self.train_files, self.val_file)
 
     def path(self, file: HubFile) -> Path:
@@ -64,9 +64,9 @@ class HubDocuments(Documents):
         url = hf_hub_url(self.repo, file.name, repo_type="dataset", revision=file.revision)
         return hub.fetch(url, self.path(file), size=file.size, sha256=file.sha256, on_block=on_block)
 
-    def pieces(self, split: str) -> Iterator[Piece]:
+    def files(self, split: str) -> Iterator[Iterator[str]]:
         for path in self.fetched(self.train_files if split == "train" else (self.val_file,)):
-            yield from pieces_of(path, self.column)
+            yield texts_of(path, self.column)
 
     def fetched(
         self, files: Iterable[HubFile], prefetch: int = PREFETCH, progress: Callable[[int], object] = lambda n: None

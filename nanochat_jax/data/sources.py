@@ -1,8 +1,7 @@
 """Where pretraining documents come from: a folder of files, the hub, or what stands on every machine.
 
 documents = open_documents(config.data, cache_dir)
-for piece in documents.pieces("train"):
-    for text in piece.texts(): ...
+for text in documents.train(): ...
 """
 
 from pathlib import Path

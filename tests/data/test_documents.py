@@ -1,4 +1,4 @@
-"""Where documents come from: pieces of every format, damage told, keys that name contents."""
+"""Where documents come from: files of every format, damage told, keys that name contents."""
 
 import gzip
 import json
@@ -18,15 +18,13 @@ from nanochat_jax.data.documents import local_documents, split_names
 from nanochat_jax.data.embedded import EmbeddedDocuments, docstrings
 from nanochat_jax.data.sources import open_documents
 from nanochat_jax.errors import UserError
-from nanochat_jax.formats import compression_of, kind_of, pieces_of
+from nanochat_jax.formats import compression_of, kind_of, texts_of
 
-# The second line is longer than most pieces below, and bytes of its characters lie on their borders.
 TEXTS = ["one", "zwei — größer 🙂" * 5, "drei", "x", "vier\nfünf", "ende"]
 
 
-def texts_of(path, column="text"):
-    pieces = list(pieces_of(path, column))
-    return [text for piece in pickle.loads(pickle.dumps(pieces)) for text in piece.texts()], len(pieces)
+def read(path, column="text"):
+    return list(texts_of(path, column))
 
 
 def lines(texts, end="\n"):
@@ -44,31 +42,19 @@ def compress(data: bytes, suffix: str) -> bytes:
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n\r\n"], ids=["lf", "crlf", "blank lines"])
 @pytest.mark.parametrize("last", ["", "\n", "\r\n\r\n"], ids=["no newline", "newline", "blank lines"])
-def test_pieces_of_lines_cover_every_document_once_and_in_order(tmp_path, monkeypatch, end, last):
+def test_lines_are_documents_in_order(tmp_path, end, last):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(lines(TEXTS, end) + last.encode())
-    most = 0
-    for size in range(1, path.stat().st_size + 2):
-        monkeypatch.setattr(formats, "PIECE", size)
-        texts, n = texts_of(path)
-        assert texts == TEXTS
-        most = max(most, n)
-    assert most >= len(TEXTS) and n == 1
-
-
-def test_a_line_may_be_longer_than_a_block_that_is_searched(tmp_path, monkeypatch):
-    texts = ["a" * 200_000, "b", "c" * 70_000, "d"]
-    (tmp_path / "a.jsonl").write_bytes(lines(texts))
-    monkeypatch.setattr(formats, "PIECE", 1000)
-    assert texts_of(tmp_path / "a.jsonl") == (texts, 3)
+    texts = [*TEXTS, "a" * 200_000, "b"]
+    path.write_bytes(lines(texts, end) + last.encode())
+    assert read(path) == texts
 
 
 def test_empty_documents_are_left_out_and_halves_of_characters_replaced(tmp_path):
     rows = ['{"text": ""}', '{"text": null}', "  ", '{"text": "a\\ud83d b"}', '{"text": "\\ud83d\\ude42"}']
     (tmp_path / "a.ndjson").write_text("\ufeff" + "\n".join(rows))
-    assert texts_of(tmp_path / "a.ndjson")[0] == ["a\ufffd b", "\U0001f642"]
+    assert read(tmp_path / "a.ndjson") == ["a\ufffd b", "\U0001f642"]
     (tmp_path / "b.jsonl").write_bytes(b"")
-    assert texts_of(tmp_path / "b.jsonl") == ([], 0)
+    assert read(tmp_path / "b.jsonl") == []
 
 
 @pytest.mark.parametrize(
@@ -85,28 +71,26 @@ def test_empty_documents_are_left_out_and_halves_of_characters_replaced(tmp_path
     ids=["no json", "half", "no utf-8", "deep", "no field", "no object", "no text"],
 )
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_a_bad_line_is_named_by_its_number(tmp_path, monkeypatch, line, message, suffix):
+def test_a_bad_line_is_named_by_its_number(tmp_path, line, message, suffix):
     good = lines(TEXTS)
     data = good + b"\n" + line.encode("utf-8", "surrogateescape") + b"\n" + good
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(compress(data, suffix))
-    for size in (10, 100, 1000):
-        monkeypatch.setattr(formats, "PIECE", size)
-        with pytest.raises(UserError, match=rf"a\.jsonl{suffix}, line {len(TEXTS) + 1}\b.*{message}"):
-            texts_of(path)
+    with pytest.raises(UserError, match=rf"a\.jsonl{suffix}, line {len(TEXTS) + 1}\b.*{message}"):
+        read(path)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
 def test_compressed_lines_and_damage_to_them(tmp_path, suffix):
     path, data = tmp_path / f"a.json{suffix}", compress(lines(TEXTS), suffix)
     path.write_bytes(data)
-    assert texts_of(path) == (TEXTS, 1)
+    assert read(path) == TEXTS
     path.write_bytes(data + compress(b"\n" + lines(["more"]), suffix))  # as `cat a.gz b.gz` makes it
-    assert texts_of(path)[0] == [*TEXTS, "more"]
+    assert read(path) == [*TEXTS, "more"]
     for damaged in (data[:-3], data[: len(data) // 2], b"!" + data[1:], data + b"rubbish"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="cannot be read"):
-            texts_of(path)
+            read(path)
 
 
 # ----------------------------------------------------------------------------------------------------- text
@@ -114,9 +98,9 @@ def test_compressed_lines_and_damage_to_them(tmp_path, suffix):
 
 def test_a_text_file_is_one_document_as_it_stands(tmp_path):
     (tmp_path / "a.txt").write_bytes("\ufeff\nEin Text\r\n\r\nmit Absätzen\n".encode() + b"\xff")
-    assert texts_of(tmp_path / "a.txt") == (["\nEin Text\n\nmit Absätzen\n\ufffd"], 1)
+    assert read(tmp_path / "a.txt") == ["\nEin Text\n\nmit Absätzen\n\ufffd"]
     (tmp_path / "blank.txt").write_text(" \n\n")
-    assert texts_of(tmp_path / "blank.txt")[0] == []
+    assert read(tmp_path / "blank.txt") == []
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
@@ -125,9 +109,9 @@ def test_documents_of_a_text_file_that_are_set_apart(tmp_path, monkeypatch, suff
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(compress("\n<|endoftext|>\n".join(texts).encode(), suffix))
     for size in range(1, 300):
-        monkeypatch.setattr(formats, "PIECE", size)
+        monkeypatch.setattr(formats, "BLOCK", size)
         monkeypatch.setattr(formats, "HEAD", 1 << 20 if suffix == "" else size)
-        found, _ = texts_of(path)
+        found = read(path)
         if suffix == "" or size > 40:  # else the mark may not stand in the head
             assert [t.strip("\n") for t in found] == texts
         else:
@@ -142,8 +126,8 @@ def test_a_long_text_is_cut_where_it_may_be_and_loses_nothing(tmp_path, monkeypa
     path = tmp_path / f"a.txt{suffix}"
     path.write_bytes(compress(mark.join(words).encode(), suffix))
     for size in (1, 7, 64, 333, 10_000):
-        monkeypatch.setattr(formats, "PIECE", size)
-        found, _ = texts_of(path)
+        monkeypatch.setattr(formats, "BLOCK", size)
+        found = read(path)
         assert [w for t in found for w in t.split()] == words
         assert all(0 < len(t) <= 50 for t in found)
     assert len(found) < 60  # a stretch is more than half of what it may be
@@ -152,21 +136,16 @@ def test_a_long_text_is_cut_where_it_may_be_and_loses_nothing(tmp_path, monkeypa
 def test_text_without_any_place_to_cut_is_cut_hard(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "LONG", 50)
     (tmp_path / "a.txt").write_text("x" * 120)
-    assert [len(t) for t in texts_of(tmp_path / "a.txt")[0]] == [50, 50, 20]
+    assert [len(t) for t in read(tmp_path / "a.txt")] == [50, 50, 20]
 
 
 # -------------------------------------------------------------------------------------------------- parquet
 
 
-def test_pieces_of_parquet_are_runs_of_row_groups(tmp_path, monkeypatch):
+def test_parquet_in_order_over_its_row_groups(tmp_path):
     texts = [f"{i} " * 50 for i in range(100)]
     pq.write_table(pa.table({"n": range(100), "text": texts}), tmp_path / "a.parquet", row_group_size=7)
-    assert texts_of(tmp_path / "a.parquet") == (texts, 1)
-    monkeypatch.setattr(formats, "PIECE", 1)
-    assert texts_of(tmp_path / "a.parquet") == (texts, 15)
-    monkeypatch.setattr(formats, "PIECE", 2500)
-    found, n = texts_of(tmp_path / "a.parquet")
-    assert found == texts and 1 < n < 15
+    assert read(tmp_path / "a.parquet") == texts
 
 
 @pytest.mark.parametrize(
@@ -175,20 +154,20 @@ def test_pieces_of_parquet_are_runs_of_row_groups(tmp_path, monkeypatch):
 def test_parquet_columns_that_are_text(tmp_path, kind):
     array = pa.array(["a", None, "", "ü", "a"]).cast(kind)
     pq.write_table(pa.table({"body": array}), tmp_path / "a.parquet")
-    assert texts_of(tmp_path / "a.parquet", "body")[0] == ["a", "ü", "a"]
+    assert read(tmp_path / "a.parquet", "body") == ["a", "ü", "a"]
 
 
 def test_parquet_that_is_not_to_be_read(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": [1], "words": [["a"]], "bytes": [b"\xff"]}), path)
     with pytest.raises(UserError, match=r"has no column `text` \(data.text_column\); it has n, words, bytes"):
-        texts_of(path)
+        read(path)
     for column in ("n", "words", "bytes"):
         with pytest.raises(UserError, match=f"column `{column}` .* and not text"):
-            texts_of(path, column)
+            read(path, column)
     pq.write_table(pa.table({"text": pa.array([b"\xff"]).view(pa.string())}), path)
     with pytest.raises(UserError, match="cannot be read as parquet"):
-        texts_of(path)
+        read(path)
 
 
 def test_damage_to_parquet_is_told(tmp_path):
@@ -198,7 +177,7 @@ def test_damage_to_parquet_is_told(tmp_path):
     for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:4] + bytes(60) + whole[64:], b"", b"half a downl"):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match="cannot be read as parquet"):
-            texts_of(path)
+            read(path)
 
 
 # -------------------------------------------------------------------------------------------------- folders
@@ -301,7 +280,7 @@ def test_a_worker_reads_a_copy_without_jax(tmp_path):
     (tmp_path / "b.txt").write_text("two")
     code = (
         "import pickle, sys; d = pickle.load(sys.stdin.buffer);"
-        "print([[t for p in d.pieces(s) for t in p.texts()] for s in ('train', 'val')], 'jax' in sys.modules)"
+        "print([list(d.train()), list(d.val())], 'jax' in sys.modules)"
     )
     given = pickle.dumps(local_documents(tmp_path))
     said = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=True)

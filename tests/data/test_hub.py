@@ -65,7 +65,7 @@ def get(server, target, **options):
 
 
 def names(documents):
-    return [f.name for f in documents.files()]
+    return [f.name for f in documents.all_files()]
 
 
 # ------------------------------------------------------------------------------------------- what is fetched
@@ -126,8 +126,8 @@ def test_files_are_fetched_in_their_turn_and_a_few_ahead(server, dataset, tmp_pa
     shutil.rmtree(tmp_path / "hub")
     make_dataset(dataset, 20)
     documents = hub_documents(REPO, None, 19, cache)
-    walk = documents.pieces("train")
-    assert list(next(walk).texts()) == ["0" * 1000]
+    walk = documents.files("train")
+    assert list(next(walk)) == ["0" * 1000]
     for _ in range(2):
         next(walk)
     walk.close()

@@ -87,8 +87,8 @@ def test_workers_change_nothing(whole, tmp_path, workers):
     assert contents(packed(Texts(TEXTS), tmp_path / "a", workers=workers).path) == whole
 
 
-def test_how_the_documents_are_cut_into_pieces_changes_nothing(whole, tmp_path):
-    assert contents(packed(Texts(TEXTS, per_piece=200), tmp_path, workers=0).path) == whole
+def test_how_the_documents_are_spread_over_files_changes_nothing(whole, tmp_path):
+    assert contents(packed(Texts(TEXTS, per_file=200), tmp_path, workers=0).path) == whole
 
 
 def test_a_goal_is_a_prefix_and_a_larger_one_goes_on_from_it(whole, tmp_path):
