@@ -36,7 +36,7 @@ SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd
 def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--bundle", required=True, help="the folder of the CORE bundle")
     p.add_argument("--examples", type=positive, default=100, help=f"of a task, {LEAST} or more")
-    p.add_argument("--tasks", help="labels, with commas between them; default: all whose data are there")
+    p.add_argument("--tasks", help="labels, several after commas; default: all whose data are there")
     frame.add_model(p)
     p.add_argument("--tokenizer", help="the folder of one; default: one is trained on the bundle's texts")
     p.add_argument("--rounds", type=positive, default=1)

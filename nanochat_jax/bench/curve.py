@@ -34,8 +34,8 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--packed", help="a folder of packed rows of seq + 1 tokens", required=True)
     p.add_argument("--steps", type=positive, default=300)
     p.add_argument("--lr-scale", type=float, default=1.0, help="multiplies every rate of the recipe")
-    p.add_argument("--seed", type=int, default=0, help="of the weights")
-    p.add_argument("--chance", action="store_true", help="a side more: the first precision, weights a millionth away")
+    p.add_argument("--seed", type=int, default=0, help="seed of the weights")
+    p.add_argument("--chance", action="store_true", help="one more side: the first precision, weights a millionth away")
     p.add_argument("--out", help="write every loss there, as JSON")
     frame.add_reference(p)
 

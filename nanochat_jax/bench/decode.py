@@ -28,9 +28,9 @@ from nanochat_jax.model.gpt import graph_of, init_params, merge
 def options(p: argparse.ArgumentParser) -> None:
     frame.add_model(p)
     p.add_argument("--int8", action="store_true", help="weights as int8")
-    p.add_argument("--batch", type=frame.numbers, default="1,8,32", help="how many at once; default 1,8,32")
-    p.add_argument("--prompt", type=positive, default=256, help="tokens")
-    p.add_argument("--new", type=positive, default=128, help="tokens")
+    p.add_argument("--batch", type=frame.numbers, default="1,8,32", help="batch sizes; default 1,8,32")
+    p.add_argument("--prompt", type=positive, default=256, help="tokens of a prompt")
+    p.add_argument("--new", type=positive, default=128, help="tokens of an answer")
     p.add_argument("--temperature", type=float, default=0.6)
     p.add_argument("--top-k", type=int, default=50)
     p.add_argument("--rounds", type=positive, default=5)

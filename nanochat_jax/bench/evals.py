@@ -27,16 +27,16 @@ from tokenizer.chat import render_prompt
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--run-dir", required=True, help="whose tokenizer, shape and model are used")
-    p.add_argument("--stage", help="default: the latest that has ended")
-    p.add_argument("--context", type=positive, help="fresh weights, with a context of so many tokens")
+    p.add_argument("--run-dir", required=True, help="the run whose tokenizer, shape and model are used")
+    p.add_argument("--stage", help="default: the latest finished stage")
+    p.add_argument("--context", type=positive, help="use fresh weights, with a context of this many tokens")
     p.add_argument("--task", default="arithmetic", help="a task whose answers are generated")
     p.add_argument("--dir", help="the data folder that holds the task")
     p.add_argument("--questions", type=positive, default=200)
-    p.add_argument("--few", type=positive, default=20, help="that are answered one after the other")
+    p.add_argument("--few", type=positive, default=20, help="questions that are answered one after the other")
     p.add_argument("--new", type=positive, default=256, help="tokens of an answer, at most")
-    p.add_argument("--slots", type=frame.numbers, default="32", help="most answers at a time; a CPU takes 8 a core")
-    p.add_argument("--engines", type=positive, help="of a CPU; default: one a core")
+    p.add_argument("--slots", type=frame.numbers, default="32", help="answers in parallel; a CPU takes 8 per core")
+    p.add_argument("--engines", type=positive, help="engines on a CPU; default: one per core")
     p.add_argument("--rounds", type=positive, default=5)
 
 

@@ -34,20 +34,20 @@ def numbers(text: str) -> list[int]:
 def add_shape(p: argparse.ArgumentParser, *, depth: int, rows: int, seq: int, precision="auto", several=False) -> None:
     """The options of a train step, with their defaults. several: precisions after commas."""
     p.add_argument("--depth", type=positive, default=depth)
-    p.add_argument("--rows", type=positive, default=rows, help="of a micro-batch")
+    p.add_argument("--rows", type=positive, default=rows, help="rows of a micro-batch")
     p.add_argument("--seq", type=positive, default=seq, help="tokens of a row")
     p.add_argument("--vocab", type=positive, default=32768)
-    p.add_argument("--pattern", default="SSSL", help="of the layers' windows: S a quarter of a row, L all of it")
+    p.add_argument("--pattern", default="SSSL", help="window of each layer: S is a quarter of a row, L all of it")
     choices = None if several else PRECISIONS
-    p.add_argument("--precision", choices=choices, default=precision, help="of the products; fp8 beside bfloat16")
+    p.add_argument("--precision", choices=choices, default=precision, help="of the products; fp8 goes with bfloat16")
 
 
 def add_model(p: argparse.ArgumentParser) -> None:
     """The options that say which model answers."""
-    p.add_argument("--depth", type=positive, default=4, help="of a model with random weights")
-    p.add_argument("--run-dir", help="a trained one instead")
+    p.add_argument("--depth", type=positive, default=4, help="depth of a model with random weights")
+    p.add_argument("--run-dir", help="use the trained model of this run instead")
     p.add_argument("--vocab", type=positive, default=32768)
-    p.add_argument("--seq", type=positive, default=2048, help="the model's context, which the cache has room for")
+    p.add_argument("--seq", type=positive, default=2048, help="the model's context, which sizes the cache")
     p.add_argument("--dtype", default="auto", help="float32 | bfloat16")
 
 

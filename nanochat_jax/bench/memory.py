@@ -34,7 +34,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vocab", type=positive, default=32768)
     p.add_argument("--seq", type=positive, default=2048)
     p.add_argument("--precision", default="bfloat16", help="of the products: float32 | bfloat16 | fp8")
-    p.add_argument("--max-rows", type=positive, default=64, help="of a micro-batch on a device")
+    p.add_argument("--max-rows", type=positive, default=64, help="rows of a micro-batch on a device, at most")
     p.add_argument("--devices", type=positive, default=1, help="GPUs of the described kind, or simulated CPU devices")
     p.add_argument("--fsdp", type=int, default=1)
     p.add_argument("--tensor", type=int, default=1)

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 
 from nanochat_jax import devices
 from nanochat_jax.bench import frame
-from nanochat_jax.config import GPTConfig, MeshConfig, ModelConfig, OptimConfig
+from nanochat_jax.config import GPTConfig, MeshConfig, OptimConfig
 from nanochat_jax.kernels import fp8, fused
 from nanochat_jax.kernels.products import product
 from nanochat_jax.kernels.segments import look_up
 from nanochat_jax.mesh import sharding
-from nanochat_jax.model import attention, loss, scaling
+from nanochat_jax.model import attention, loss
 from nanochat_jax.model.gpt import rotary_tables
+from nanochat_jax.planning.step import base_plan, recipe
 from nanochat_jax.training import optim
 
 ROUNDS, SECONDS = 5, 0.1  # a figure is the best of so many rounds, each of about so long
@@ -148,10 +149,9 @@ def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
 
 def run(args: argparse.Namespace) -> dict:
     frame.wait_for_turn()
-    eight_bits = args.precision == "fp8"
-    dtype = devices.training_dtype("bfloat16" if eight_bits else args.precision)
-    model = ModelConfig(depth=args.depth, sequence_len=args.seq, window_pattern=args.pattern)
-    cfg = scaling.gpt_config(model, args.vocab)
+    config = recipe(args.depth, args.seq, args.vocab, args.pattern, args.precision)
+    (cfg, _), eight_bits = base_plan(config), config.base.fp8
+    dtype = devices.training_dtype(config.dtype)
     kind = jax.devices()[0].device_kind
     flops, copied = ceilings(dtype, eight_bits)
     print(f"{kind}, {args.precision}: a product reaches {flops / 1e12:.2f} TFLOP/s, a copy {copied / 1e9:.0f} GB/s")

@@ -195,7 +195,6 @@ def data(args):
         one_by_one = batches(tokenizer, 1)
         for _ in itertools.islice(one_by_one, rows):
             pass
-        tokenizer.encode = encode
         waiting = sum(map(len, one_by_one.gi_frame.f_locals["doc_buffer"]))
         return 1 - rows * (args.seq + 1) / (seen - waiting)
 

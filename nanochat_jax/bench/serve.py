@@ -15,7 +15,7 @@ import time
 import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,14 +35,14 @@ QUESTIONS = (
 TOKENS = (24, 48, 96, 192)  # the limits that clients ask for
 
 
-@dataclass
-class Tally:
-    """What the clients of one run saw; threads only append to it."""
+class Answer(NamedTuple):
+    first: float  # seconds to the first token
+    whole: float  # seconds to the end
+    tokens: int
 
-    first: list[float] = field(default_factory=list)  # seconds to the first token
-    whole: list[float] = field(default_factory=list)  # seconds to the end
-    tokens: list[int] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
+
+# (clients, seconds) -> whole answers and errors
+Clients = Callable[[int, float], tuple[list[Answer], list[str]]]
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -51,12 +51,12 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--int8", action="store_true", help="weights as int8")
     p.add_argument("--slots", type=positive, default=32)
     p.add_argument("--prompt", type=positive, default=64, help="tokens of a prompt at most, without --url")
-    p.add_argument("--clients", type=frame.numbers, default="1,8,32", help="several after commas; default 1,8,32")
-    p.add_argument("--seconds", type=float, default=20.0, help="of each run")
+    p.add_argument("--clients", type=frame.numbers, default="1,8,32", help="clients in parallel; default 1,8,32")
+    p.add_argument("--seconds", type=float, default=20.0, help="duration of each run")
 
 
-def in_process(args: argparse.Namespace) -> Callable[[int, float], Tally]:
-    """run(clients, seconds) against an engine of this process."""
+def in_process(args: argparse.Namespace) -> Clients:
+    """Clients of an engine in this process."""
     model = load(args)
     engine = Engine(model, slots=args.slots, max_len=model.cfg.sequence_len, int8=args.int8)
     longest = max(2, min(args.prompt, engine.max_len - max(TOKENS)))
@@ -65,41 +65,41 @@ def in_process(args: argparse.Namespace) -> Callable[[int, float], Tally]:
         ids = [rng.randrange(model.cfg.vocab_size) for _ in range(rng.randint(2, longest))]
         return Request(ids, rng.choice(TOKENS), temperature=0.6, top_k=50, seed=rng.randrange(2**31))
 
-    def run(clients: int, seconds: float) -> Tally:
-        tally, asked = Tally(), {}
+    def run(clients: int, seconds: float) -> tuple[list[Answer], list[str]]:
+        answers, asked = [], {}
 
         def ask(rng: random.Random) -> None:
-            asked[engine.submit(request(rng))] = (rng, time.perf_counter())
+            times: list[float] = []  # from asking to each event that brings tokens
+            asked[engine.submit(request(rng))] = (rng, time.perf_counter(), times)
 
         for client in range(clients):
             ask(random.Random(client))
         end = time.perf_counter() + seconds
         while engine.busy:
             for event in engine.step():
-                rng, began = asked[event.ticket]
+                rng, began, times = asked[event.ticket]
                 now = time.perf_counter()
-                if event.ids and len(event.ids) == len(event.ticket.completion.ids):
-                    tally.first.append(now - began)
-                tally.tokens.append(len(event.ids))
+                if event.ids:
+                    times.append(now - began)
                 if event.completion is not None:
-                    tally.whole.append(now - began)
+                    answers.append(Answer(times[0], now - began, len(event.completion.ids)))
                     del asked[event.ticket]
                     if now < end:
                         ask(rng)
-        return tally
+        return answers, []
 
     return run
 
 
-def over_http(url: str) -> Callable[[int, float], Tally]:
-    """run(clients, seconds) against a server: a thread for each client, a connection for each answer."""
+def over_http(url: str) -> Clients:
+    """Clients of a server: a thread for each, a connection for each answer."""
     place = urllib.parse.urlsplit(url)
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("NANOCHAT_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
 
-    def answer(rng: random.Random) -> tuple[float, float, int]:
-        """(seconds to the first piece, to the end, tokens). Anything but a whole answer raises."""
+    def answer(rng: random.Random) -> Answer:
+        """Anything but a whole answer raises."""
         body = {
             "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
             "stream": True,
@@ -119,7 +119,7 @@ def over_http(url: str) -> Callable[[int, float], Tally]:
                 if line.strip() == b"data: [DONE]":
                     if reason is None:
                         raise ValueError("an answer without a finish_reason")
-                    return first or now, now, tokens
+                    return Answer(first or now, now, tokens)
                 if not line.startswith(b"data: "):
                     continue
                 part = json.loads(line[6:])
@@ -132,25 +132,23 @@ def over_http(url: str) -> Callable[[int, float], Tally]:
                 tokens = (part.get("usage") or {}).get("completion_tokens", tokens)
         raise ValueError("the stream broke off")
 
-    def run(clients: int, seconds: float) -> Tally:
-        tally, end = Tally(), time.perf_counter() + seconds
+    def run(clients: int, seconds: float) -> tuple[list[Answer], list[str]]:
+        answers: list[Answer] = []
+        errors: list[str] = []
+        end = time.perf_counter() + seconds
 
         def client(number: int) -> None:
             rng = random.Random(number)
             while time.perf_counter() < end:
                 try:
-                    first, whole, tokens = answer(rng)
+                    answers.append(answer(rng))
                 except (OSError, ValueError, http.client.HTTPException) as e:
-                    tally.errors.append(f"{type(e).__name__}: {e}")
+                    errors.append(f"{type(e).__name__}: {e}")
                     time.sleep(0.1)
-                else:
-                    tally.first.append(first)
-                    tally.whole.append(whole)
-                    tally.tokens.append(tokens)
 
         with ThreadPoolExecutor(clients) as pool:
             list(pool.map(client, range(clients)))
-        return tally
+        return answers, errors
 
     return run
 
@@ -170,13 +168,14 @@ def run(args: argparse.Namespace) -> dict:
     for clients in args.clients:
         ask(clients, min(5.0, args.seconds))  # compiles
         began = time.perf_counter()
-        tally = ask(clients, args.seconds)
-        rate = sum(tally.tokens) / (time.perf_counter() - began)
-        row = {"answers": len(tally.whole), "errors": len(tally.errors), "tokens_per_second": rate}
-        waits = {"first_token_seconds": percentiles(tally.first), "answer_seconds": percentiles(tally.whole)}
+        answers, errors = ask(clients, args.seconds)
+        rate = sum(a.tokens for a in answers) / (time.perf_counter() - began)
+        row = {"answers": len(answers), "errors": len(errors), "tokens_per_second": rate}
+        waits = {"first_token_seconds": percentiles([a.first for a in answers])}
+        waits["answer_seconds"] = percentiles([a.whole for a in answers])
         ms = {f"{k} ms": "/".join(f"{1e3 * s:.0f}" for s in v.values()) for k, v in waits.items()}
         table.row(f"clients {clients}", row | ms)
         found[str(clients)] = row | waits
-        for message in sorted(set(tally.errors))[:5]:
-            print(f"        {tally.errors.count(message)} x {message}", file=sys.stderr)
+        for message in sorted(set(errors))[:5]:
+            print(f"        {errors.count(message)} x {message}", file=sys.stderr)
     return {"where": args.url or "in process", "slots": None if args.url else args.slots, "clients": found}

@@ -120,9 +120,9 @@ def wait_for_compiled(started: Sequence[Started], end: float) -> None:
 
 
 def options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--minutes", type=float, default=8, help="beside the reference a GPU wants some 14, a CPU 17")
+    p.add_argument("--minutes", type=float, default=8, help="with the reference a GPU needs about 14, a CPU 17")
     p.add_argument("--out", default="bench", help="a folder for results and traces")
-    p.add_argument("--only", default="", help="entries whose names begin so, several after commas")
+    p.add_argument("--only", default="", help="entries whose names begin like this, several after commas")
     p.add_argument("--list", action="store_true", help="say what would run")
     frame.add_reference(p)
 

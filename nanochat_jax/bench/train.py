@@ -37,7 +37,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--attention", default="auto", help="the backend; auto: the fastest, measured first")
     p.add_argument("--packed", help="a folder of packed rows of seq + 1 tokens; default: random ones")
     p.add_argument("--rounds", type=positive, default=5)
-    p.add_argument("--steps", type=positive, default=3, help="of a round")
+    p.add_argument("--steps", type=positive, default=3, help="steps of a round")
     p.add_argument("--warmup", type=positive, default=2, help="steps before the first round")
     p.add_argument("--startup", action="store_true", help="time the start, cold and warm")
     p.add_argument("--profile", metavar="DIR", help="trace a round's steps into this folder, after the rounds")

@@ -54,5 +54,5 @@ def test_whole_answers_are_counted(server, capsys):
 )
 def test_anything_but_a_whole_answer_is_an_error(server, says, error):
     server.says = says
-    tally = serve.over_http(f"http://127.0.0.1:{server.server_port}")(1, 0.05)
-    assert not tally.whole and tally.errors and error in tally.errors[0]
+    answers, errors = serve.over_http(f"http://127.0.0.1:{server.server_port}")(1, 0.05)
+    assert not answers and errors and error in errors[0]
