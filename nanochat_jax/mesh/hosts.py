@@ -33,7 +33,7 @@ def start(environ: Mapping[str, str] = os.environ, say: Callable[[str], None] | 
     """Joins the others where there are any, before jax is used; the Cluster, or None on one process.
 
     `say` gets one line about it. UserError where the environment contradicts itself, or where process 0 cannot be
-    reached or somebody has not come within `timeout` seconds.
+    reached or a process has not connected within `timeout` seconds.
     """
     global _watch
     cluster = detect(environ)
@@ -98,7 +98,7 @@ def _exit_at_once(code: int) -> None:
 
 
 def stop(error: BaseException | None = None, orderly: bool = False) -> None:
-    """Leaves the others. Without an error, when all have come to this point.
+    """Leaves the others. Without an error, when all have reached this point.
 
     With an `error` the others end at once and say whose it was, and what; but where it only follows from another's
     death this process ends as they do, and `stop` never returns. An `orderly` one is every process's, which have all
@@ -168,7 +168,7 @@ def gather(name: str, value=None) -> list:
     """The small JSON values of all processes, in order, when all are here: it waits, for hours if need be, without a
     device or a busy core.
 
-    All must come to the same names in the same order; where they do not, all end and say who waited where.
+    All must call it with the same names in the same order; where they do not, all end and say who waited where.
     """
     return _watch.meet(name, value) if _watch else [value]
 

@@ -5,8 +5,8 @@ the kernel's probes: either breaks the connection, and then all end within secon
 Python on the other side, so a long compilation is not taken for death. On the same connections processes wait for
 each other for hours without a device that spins, and pass small values.
 
-Messages are lines of JSON: {"hello"} and {"welcome"} or {"refused"} at first; then {"at", "value"} from whoever has
-come to a meeting and {"all"} to everybody when the last one has; {"end"} says why all must end now.
+Messages are lines of JSON: {"hello"} and {"welcome"} or {"refused"} at first; then {"at", "value"} from a process that
+has reached a barrier and {"all"} to all processes when the last one has; {"end"} says why all must end now.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from nanochat_jax.errors import START_AGAIN, UserError
 from nanochat_jax.mesh.cluster import ADDRESS, Cluster
 
-LEAVING = "the end"  # the meeting after which a broken connection is nobody's death
+LEAVING = "the end"  # the barrier after which a broken connection is no process's death
 GONE = "is gone; the run stops here and resumes from its last checkpoint when started again"
 # a silent host is taken for gone after 10 + 3 x 5 seconds, and after 25 where something was sent to it
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000, "TCP_NODELAY": 1}
@@ -60,7 +60,7 @@ class _Link:
 
 
 class Watch:
-    """This process's end of it. UserError where not all have come within `timeout` seconds.
+    """This process's end of it. UserError where not all have connected within `timeout` seconds.
 
     When a connection breaks, a thread ends the process (`os._exit`), for the main thread may hang in a collective;
     `log` then gets the last line, beside stderr.
@@ -74,7 +74,7 @@ class Watch:
         self.leaving = False
         self._ending = threading.Lock()
         self._lock = threading.Lock()
-        self._come: dict[int, tuple] = {}  # process 0: who has come to the meeting -> (its name, value)
+        self._arrived: dict[int, tuple] = {}  # process 0: who has reached the barrier -> (its name, value)
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
         try:
             (self._connect if self.me else self._listen)(cluster, time.monotonic() + timeout, timeout)
@@ -82,7 +82,7 @@ class Watch:
             self.close()
             raise
         # a worker that is forked later would hold the connections open after our death
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(after_in_child=self._close_after_fork)
         self._readers = [threading.Thread(target=self._read, args=(p,), daemon=True) for p in self._links]
         for thread in self._readers:
             thread.start()
@@ -91,7 +91,7 @@ class Watch:
         return f"host {self.names.get(process, '?')} (process {process})"
 
     def _listen(self, cluster: Cluster, deadline: float, timeout: float) -> None:
-        """Process 0: takes the others in."""
+        """Process 0: accepts the others."""
         port, dual = cluster.port + 1, socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual else socket.AF_INET
         try:
@@ -111,12 +111,12 @@ class Watch:
                     for other in self._links.values():
                         other.send(refused=text)
                     raise UserError(f"{text}; see what became of them, and start all again") from None
-                self._take_in(link)
+                self._accept(link)
         for link in self._links.values():
             link.send(welcome=[self.names[p] for p in range(self.count)])
 
-    def _take_in(self, link: _Link) -> None:
-        link.socket.settimeout(5)  # whoever says nothing is no process of ours
+    def _accept(self, link: _Link) -> None:
+        link.socket.settimeout(5)  # what sends nothing is no process of this run
         hello = (link.receive() or {}).get("hello")
         link.socket.settimeout(None)
         if not isinstance(hello, list) or len(hello) != 3:
@@ -129,7 +129,7 @@ class Watch:
         self._links[process], self.names[process] = link, host
 
     def _connect(self, cluster: Cluster, deadline: float, timeout: float) -> None:
-        """Everybody else: to process 0, as soon as it is there."""
+        """The other processes: connect to process 0, as soon as it is there."""
         address = (cluster.host, cluster.port + 1)
         while not self._links:
             try:
@@ -168,7 +168,7 @@ class Watch:
     def end(self, text: str, code: int) -> None:
         """Tells the others, says `text` last of all and ends this process with `code`; never returns."""
         if not self._ending.acquire(blocking=False):
-            threading.Event().wait()  # another thread is at it
+            threading.Event().wait()  # another thread ends the process
         with contextlib.suppress(Exception):  # whatever goes wrong here, this process must end
             self.tell(text, code)
         words = threading.Thread(target=self._last_words, args=(text,), daemon=True)
@@ -194,7 +194,7 @@ class Watch:
             self.log(text)
 
     def meet(self, name: str, value, timeout: float | None = None) -> list:
-        """Waits until every process has come to `name`; their values by process. queue.Empty after `timeout` s."""
+        """The values of all processes, when all have reached barrier `name`. queue.Empty after `timeout` seconds."""
         if self.me:
             self._links[0].send(at=name, value=value)
         else:
@@ -202,31 +202,31 @@ class Watch:
         return self._answers.get(timeout=timeout)
 
     def _arrive(self, process: int, name: str, value) -> None:
-        """Process 0: one more has come."""
+        """Process 0: one more has reached the barrier."""
         with self._lock:
-            self._come[process] = (name, value)
-            come = dict(self._come)
-            if len(come) == self.count:
-                self._come = {}
-        if any(other != name for other, _ in come.values()):
-            self._disagree(come)
-        if len(come) == self.count:
-            values, leaving = [come[p][1] for p in range(self.count)], name == LEAVING
+            self._arrived[process] = (name, value)
+            arrived = dict(self._arrived)
+            if len(arrived) == self.count:
+                self._arrived = {}
+        if any(other != name for other, _ in arrived.values()):
+            self._mismatch(arrived)
+        if len(arrived) == self.count:
+            values, leaving = [arrived[p][1] for p in range(self.count)], name == LEAVING
             self.leaving |= leaving
             for link in self._links.values():
                 link.send(all=values, leaving=leaving)
             self._answers.put(values)
 
-    def _disagree(self, come: dict[int, tuple]) -> None:
-        """Two have come to different places: one has left, or the program does not do the same everywhere."""
-        for process, (name, value) in come.items():
+    def _mismatch(self, arrived: dict[int, tuple]) -> None:
+        """Two are at different barriers: one has left, or the program does not do the same everywhere."""
+        for process, (name, value) in arrived.items():
             if name == LEAVING:
                 text, code = value
                 self.end(f"{self.who(process)} {text}", code)
-        places = " and ".join(f"{self.who(p)} waits at {name!r}" for p, (name, _) in sorted(come.items()))
+        places = " and ".join(f"{self.who(p)} waits at {name!r}" for p, (name, _) in sorted(arrived.items()))
         self.end(f"{places}: they do not run the same program, or not with the same settings", 1)
 
-    def _forget(self) -> None:
+    def _close_after_fork(self) -> None:
         """In a forked child: its copies of the connections."""
         for link in self._links.values():
             with contextlib.suppress(OSError):
