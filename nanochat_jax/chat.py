@@ -98,13 +98,13 @@ class Chat:
         self.seed += 1
         # with its tool calls, so that the next prompt begins with what the engine has in its cache
         parts = [{"type": kind, "text": text} for kind, text in joined(said)]
-        visible = "".join(text for kind, text in said if kind == "text")
-        has_calls = any(kind != "text" for kind, _ in said)
+        visible = "".join(part["text"] for part in parts if part["type"] == "text")
+        has_calls = any(part["type"] != "text" for part in parts)
         self.messages = [*asked, {"role": "assistant", "content": parts if has_calls else visible}]
         return visible
 
     def command(self, line: str, out: Console) -> bool:
-        """Runs a line that begins with a slash; False where it is to leave."""
+        """Runs a line that begins with a slash; False for /exit."""
         name, _, value = (part.strip() for part in line.partition(" "))
         if name == "/exit":
             return False

@@ -24,7 +24,7 @@ def engine_requests(tok, ids: list[int], body: Sampling) -> list[engine.Request]
 class Answer:
     """Submits `requests`, all or none: Busy where there is no room for them, Stopped where the engine is down.
 
-    Whoever makes one calls `close`, which frees the slots of what has not ended.
+    The caller must `close` it, which frees the slots of what has not ended.
     """
 
     def __init__(self, scheduler: Scheduler, tok, requests: list[engine.Request], stops: list[str], metrics: Metrics):

@@ -55,7 +55,7 @@ class Edge:
 
 
 def bounded(receive: Receive, headers: Headers) -> Receive:
-    """The same, raising 413 where a body is, or says it is, too large and 408 where it comes too slowly."""
+    """`receive` that raises 413 where a body is, or says it is, too large and 408 where it comes too slowly."""
     size, whole = 0, False
     announced = headers.get("content-length", "")
     too_large = ApiError(413, f"the body is larger than {MAX_BODY} bytes", headers=CLOSE)

@@ -1,5 +1,6 @@
 """What the API takes and gives: OpenAI's chat completions and completions. An unknown field is refused, not ignored."""
 
+import functools
 from abc import abstractmethod
 from types import GenericAlias
 from typing import Annotated, Any, Literal
@@ -200,10 +201,7 @@ def _response(name: str, **fields) -> Any:
     return create_model(name, **known)
 
 
-def _list(model) -> Any:
-    return GenericAlias(list, model)
-
-
+_list: Any = functools.partial(GenericAlias, list)  # list[model], of a model that mypy takes for a variable
 Ends = Literal["stop", "length"]
 Usage = _response("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
 WHOLE = {"id": str, "created": int, "model": str, "usage": Usage}
@@ -231,7 +229,17 @@ TextCompletion = _response("TextCompletion", **WHOLE, object=Literal["text_compl
 
 Model = _response("Model", id=str, object=Literal["model"], created=int, owned_by=str)
 ModelList = _response("ModelList", object=Literal["list"], data=_list(Model))
-Health = _response("Health", status=Literal["ok", "failed"], run=str, stage=str, slots=int, active=int, queued=int)
+Suggestion = _response("Suggestion", kind=str, text=str)
+Health = _response(
+    "Health",
+    status=Literal["ok", "failed"],
+    run=str,
+    stage=str,
+    suggestions=(_list(Suggestion), []),
+    slots=int,
+    active=int,
+    queued=int,
+)
 Ready = _response("Ready", status=Literal["ready"])
 ErrorDetail = _response("ErrorDetail", message=str, type=str, param=str | None, code=str | None)
 Error = _response("Error", error=ErrorDetail)

@@ -37,9 +37,6 @@ def splits(seen: int, rows: int, heads: int) -> int:
     return max(1, min(pl.cdiv(seen, PART), PROGRAMS // (rows * heads)))
 
 
-# ----------------------------------------------------------------------------------------------------- attention
-
-
 def _rotated(ref, row, first, cos, sin, gain, eps):
     """Both halves (N/2,) of a head from column `first` of ref (M, ...), as `rotate_and_norm` gives them."""
     half = cos.shape[0]
@@ -170,9 +167,6 @@ def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps,
         output = (_WHOLE, (M, H, N), qkv.dtype)
         [o] = launch(combine, (H, M), [(out, _WHOLE), (lse, _WHOLE)], [output], warps=2)
     return o.reshape(M, H * N), keys, values
-
-
-# ------------------------------------------------------------------------------------------------------ products
 
 
 def _chunk(n: int) -> int:

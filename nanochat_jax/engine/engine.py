@@ -31,7 +31,7 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
 from nanochat_jax.engine.cache import Slot
 from nanochat_jax.engine.programs import Shapes, kernels_agree, prepared, program_of
-from nanochat_jax.engine.sampling import TOP_LOGPROBS, Mode, Request, Settings, TokenLogprob, mode
+from nanochat_jax.engine.sampling import Mode, Request, Settings, TokenLogprob, mode
 from nanochat_jax.mesh import sharding
 
 SHORT, LONG = 8, 32  # tokens of a time slice: while requests wait, and at most
@@ -39,7 +39,7 @@ SLICE_SECONDS = 0.08  # of a slice while none waits
 PATIENT_PARTS = 8  # slices of a usual answer in patient mode: this bounds what the last slice wastes
 TRAFFIC_SECONDS = 1.0  # after requests came together, short slices for so long: more are expected
 PREFILL_TOKENS = 8192  # rows times chunk of one prefill call, at most
-PREFILL_BESIDE = 512  # the same while others decode, who stand still meanwhile
+PREFILL_BESIDE = 512  # the same while others decode, which stall meanwhile
 WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wait for
 
 
@@ -61,7 +61,7 @@ class Ticket:
     completion: Completion = field(default_factory=Completion)
     forced: deque[int] = field(default_factory=deque)  # tokens that the tool wants next
     filled: int = -1  # ids of the prompt that are in the cache; -1: not yet compared with what the cache holds
-    leader: "Ticket | None" = None  # whose prompt begins the same and is being prefilled: to be waited for
+    leader: "Ticket | None" = None  # its prompt begins the same and is being prefilled: this one waits
 
     @property
     def length(self) -> int:
@@ -133,7 +133,7 @@ class Engine:
         self._pace: dict[tuple, float] = {}  # seconds of a decoded position, by what was compiled
         self._admitted = 0  # requests so far
         self._traffic = float("-inf")  # when a request last came beside others
-        self.patient = False  # throughput counts, not latency: nobody watches the tokens as they come
+        self.patient = False  # throughput counts, not latency: nobody reads the tokens as they come
         self.counters = Counters()
         self.update_params(nnx.to_pure_dict(state))
 
@@ -153,8 +153,6 @@ class Engine:
             raise ValueError(f"a prompt of {len(request.ids)} tokens does not fit: 1 to {self.max_len - 1}")
         if request.max_new_tokens < 1:
             raise ValueError("max_new_tokens must be at least 1")
-        if not -1 <= request.logprobs <= TOP_LOGPROBS:
-            raise ValueError(f"logprobs={request.logprobs} must be -1 to {TOP_LOGPROBS}")
         ticket = Ticket(request, self._tool.start() if self._tool else None, list(request.ids))
         self._queue.append(ticket)
         if self._running:

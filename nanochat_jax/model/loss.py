@@ -172,9 +172,6 @@ def _eight_bit_kernels(head, vocab, softcap):
     return jnp.zeros(head.shape, jnp.float32), add_chunk, lambda d_head: d_head
 
 
-# ----------------------------------------------------------------------------------------------------- the loss
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
     return _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits)[0]
