@@ -24,33 +24,32 @@ from nanochat_jax.mesh.peers import LEAVING, Watch
 
 HEARTBEAT = 100  # seconds until jax takes a process for dead: only for one that hangs, the watch is faster for the rest
 PATIENCE = 35.0  # seconds until a failed collective counts as this process's own error: longer than the watch needs
+START = 300.0  # seconds that all have to meet in
 FAREWELL = 120.0  # seconds that all have to leave in when they were asked to stop
 
 _watch: Watch | None = None
 
 
-def start(environ: Mapping[str, str] = os.environ, say: Callable[[str], None] | None = None, timeout=300.0):
-    """Joins the others where there are any, before jax is used; the Cluster, or None on one process.
+def start(environ: Mapping[str, str] = os.environ, say: Callable[[str], None] | None = None) -> None:
+    """Joins the others, where there are any, before jax is used; `say` gets one line about it.
 
-    `say` gets one line about it. UserError where the environment contradicts itself, or where process 0 cannot be
-    reached or a process has not connected within `timeout` seconds.
+    UserError where the environment contradicts itself, or where not all have met in time.
     """
     global _watch
     cluster = detect(environ)
     if cluster is None:
-        return None
-    _watch = Watch(cluster, timeout)
+        return
+    _watch = Watch(cluster, START)
     try:
-        _join_jax(cluster, timeout)
+        _join_jax(cluster)
     except Exception as e:
         stop(e)
         raise UserError(f"jax.distributed did not start at {cluster.coordinator}: {e}") from e
     if say:
         say(f"{_watch.who(cluster.process)} of {cluster.processes}, at {cluster.coordinator} ({cluster.how})")
-    return cluster
 
 
-def _join_jax(cluster: Cluster, timeout: float) -> None:
+def _join_jax(cluster: Cluster) -> None:
     import jax
 
     # preemption.Stop is ours: jax's own would swallow SIGTERM and stop at a step of its choice
@@ -66,7 +65,7 @@ def _join_jax(cluster: Cluster, timeout: float) -> None:
         cluster.process,
         local_device_ids=cluster.devices,
         cluster_detection_method="deactivate",
-        initialization_timeout=int(timeout),
+        initialization_timeout=int(START),
         heartbeat_timeout_seconds=HEARTBEAT,
         shutdown_timeout_seconds=60,
     )

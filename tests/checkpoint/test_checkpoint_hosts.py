@@ -124,4 +124,4 @@ def test_the_clock_of_process_0_saves_on_both(found):
     _, zero, one = found
     steps, on_disk = zero["by time"]
     assert zero["by time"] == one["by time"] and steps == on_disk and len(steps) >= 2
-    assert all(b - a > 1 for a, b in zip(steps, steps[1:]))  # asked for once, saved once
+    assert len(steps) == len(set(steps))  # asked for once, saved once

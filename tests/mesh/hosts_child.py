@@ -62,7 +62,7 @@ def deed(name: str, light: bool) -> None:
 
 def main(name: str, light: bool) -> int:
     if light:
-        hosts._join_jax = lambda cluster, timeout: None
+        hosts._join_jax = lambda cluster: None
     try:
         with hosts.together(orderly=(Stopped,)):
             if hosts.is_main():
