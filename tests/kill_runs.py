@@ -3,7 +3,7 @@
     uv run python tests/kill_runs.py --runs 60 --seed 0 --devices 1,8
 
 Every run packs its data and trains with a checkpoint every other step, so that a moment at random often falls into a
-save or into the packing; sometimes it is the packer or one of its workers that is killed. The last line is JSON.
+save or into the packing; sometimes it is the packer that is killed. The last line is JSON.
 """
 
 from __future__ import annotations
