@@ -67,6 +67,8 @@ def evaluate_chat_task(
     if not (asked := pick(len(task), max_per_task)):
         raise ValueError(f"the task {task.name} has no questions")
     conversations = [task[i] for i in asked]
+    if any("then" in c for c in conversations):
+        conversations = hold(engine, tokenizer, conversations, max_new_tokens)
     prompts = [render_prompt(tokenizer, prompt_messages(c)) for c in conversations]
 
     if task.kind == "categorical":
@@ -144,6 +146,18 @@ def answer_generative(
         return {"completion": text, "finish_reason": completion.finish_reason, "tokens": len(completion.ids), **tools}
 
     return [[answer(ids) for _ in mine] for ids, mine in asked]
+
+
+def hold(engine, tokenizer, conversations: Sequence[dict], max_new_tokens: int) -> list[dict]:
+    """Conversations in which the user says more (`then`, a list of texts), up to the last of it: the model has answered
+    all that came before."""
+    held = [{**c, "messages": list(c["messages"]), "then": list(c.get("then", ()))} for c in conversations]
+    while going := [c for c in held if c["then"]]:
+        prompts = [render_prompt(tokenizer, c["messages"]) for c in going]
+        for c, [answer] in zip(going, answer_generative(engine, tokenizer, prompts, max_new_tokens)):
+            content = answer.get("parts") or answer["completion"]
+            c["messages"] += [{"role": "assistant", "content": content}, {"role": "user", "content": c["then"].pop(0)}]
+    return held
 
 
 def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[list[dict]]) -> np.ndarray:

@@ -26,6 +26,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, read_json
 
 ORDER = ("base", "mid", "sft", "rl")
+SHORT, LONG = 12, 100  # characters of a question that is suggested to visitors
 
 
 def content_id(content: bytes) -> str:
@@ -112,3 +113,17 @@ def check_stage(run_dir: str | Path, found: dict[str, dict], stage: str) -> str:
     if stage not in found:
         raise UserError(f"stage {stage} of {run_dir} has not been evaluated; there are {', '.join(found)}")
     return stage
+
+
+def suggestions(run_dir: str | Path, stage: str, most: int = 4) -> list[dict]:
+    """[{"kind", "text"}]: short questions that the model answered rightly when it was evaluated, one of each of the
+    kinds that it was scored best at. What was not evaluated is not suggested."""
+    scores = (read_json(Path(run_dir) / "evals" / f"{stage}.json") or {}).get("chat") or {}
+    found = []
+    for kind in sorted(scores, key=lambda name: -scores[name]["accuracy"]):
+        lines = read(path_of(run_dir, stage, kind))
+        right = [line["prompt"] for line in lines if line["correct"] and line.get("finish_reason") == "stop"]
+        fit = (p for p in right if SHORT <= len(p) <= LONG and "\n" not in p)
+        if short := sorted(fit, key=lambda p: (not p.endswith("?"), len(p))):
+            found.append({"kind": kind, "text": short[len(short) // 3]})
+    return found[:most]

@@ -34,20 +34,22 @@ from tokenizer.chat import render_prompt
 
 CHATCORE = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spellingbee")
 BASE_QUESTIONS = 500  # per multiple-choice task of the base model
-BASE_PROMPTS = (
+BASE_PROMPTS: tuple[str, ...] = (
+    "Once upon a time there was a",
     "The capital of France is",
     "The chemical symbol of gold is",
     "If yesterday was Friday, then tomorrow will be",
     "The opposite of hot is",
-    "The planets of the solar system are:",
     "If 5*x + 3 = 13, then x is",
 )
-CHAT_PROMPTS = (
+CHAT_PROMPTS: tuple[str, ...] = (
     "Who are you?",
     "What can you do?",
-    "Hello! How are you today?",
     "What is 17 * 23?",
     "How many letters r are in the word strawberry?",
+    "Spell window, please.",
+    "Anna put her red hat in the kitchen. Where is the hat?",
+    "Tell me a story about a dog called Milo.",
     "Why is the sky blue?",
 )
 BASE_SAMPLE_TOKENS, CHAT_SAMPLE_TOKENS = 24, 128

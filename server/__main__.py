@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # the engine's thread wants the interpreter for a moment many times a step: Python would let it wait 5 ms for each
     sys.setswitchinterval(0.0005)
 
+    from evals import records
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.config import MeshConfig
     from nanochat_jax.devices import prepare, use_compilation_cache
@@ -77,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     likely = Request([tok.bos] * 2, 1, top_k=50)
     engine.generate([likely])  # compiles, so that the first visitor need not wait
     scheduler = Scheduler(engine, args.max_waiting, likely)
-    about, key = {"run": run.name, "stage": loaded.stage}, os.environ.get("NANOCHAT_API_KEY")
+    about = {"run": run.name, "stage": loaded.stage, "suggestions": records.suggestions(run, loaded.stage)}
+    key = os.environ.get("NANOCHAT_API_KEY")
     app = create_app(scheduler, tok, about, api_key=key, cors_origins=args.cors_origin)
     host, port = listening.getsockname()[:2]
     print(f"{run.name}, stage {loaded.stage}: http://{host}:{port}", file=sys.stderr)

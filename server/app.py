@@ -35,7 +35,7 @@ PAGE_HEADERS = {
 def create_app(
     scheduler: Scheduler, tok, info: dict, *, api_key: str | None = None, cors_origins: Sequence[str] = ()
 ) -> FastAPI:
-    """The application over a scheduler that it starts and stops. `info`: {"run", "stage"}, for the page."""
+    """The application over a scheduler that it starts and stops. `info`: run, stage and suggestions, for the page."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):

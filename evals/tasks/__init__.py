@@ -9,21 +9,22 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from evals.tasks.arithmetic import Arithmetic
 from evals.tasks.base import Task, read_rows
-from evals.tasks.conversations import Conversations, read_chats
+from evals.tasks.conversations import Conversations, Texts, read_chats
+from evals.tasks.everyday import Everyday
 from evals.tasks.gsm8k import GSM8K
 from evals.tasks.humaneval import HumanEval
 from evals.tasks.identity import Identity
-from evals.tasks.multiple_choice import ARC, MMLU
-from evals.tasks.reading import Choices, Facts, Lookup, Reading, Repeat
-from evals.tasks.spelling import Spelling, SpellingBee, embedded_words, read_words
+from evals.tasks.multiple_choice import ARC, MMLU, Facts
+from evals.tasks.plain import KINDS, Talk
+from evals.tasks.spelling import Spelling, SpellingBee, read_words
 from nanochat_jax.config import DataConfig
-from nanochat_jax.data.sources import source_of
+from nanochat_jax.data.embedded import documented_words
+from nanochat_jax.data.sources import open_documents, source_of
 from nanochat_jax.data.tables import CHAT_REPO, ROWS
 from nanochat_jax.errors import UserError
 
-VERSION = 3  # of what the tasks say: part of the key of packed conversations
+VERSION = 4  # of what the tasks say: part of the key of packed conversations
 
 _FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
     "arc_easy": partial(ARC, name="arc_easy"),
@@ -33,24 +34,21 @@ _FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
     "humaneval": HumanEval,
 }
 _GENERATED: dict[str, Callable[[str], Task]] = {
-    "arithmetic": Arithmetic,
+    **KINDS,
+    "talk": Talk,
     "facts": Facts,
-    "lookup": Lookup,
-    "choices": Choices,
-    "reading": Reading,
-    "repeat": lambda split: Repeat(split, embedded_words()),
     "identity": lambda split: Identity(),
 }
 _ON_WORDS = {"spellingbee": SpellingBee, "spelling": Spelling}
 MADE_HERE = (*_GENERATED, *_ON_WORDS)
-TASKS = (*ROWS, *MADE_HERE, "chat")
+TASKS = (*ROWS, *MADE_HERE, "everyday", "text", "chat")
 
 
 def available(data: DataConfig, split: str) -> list[str]:
     """The names of the tasks with a score that the data source has rows of, for a split."""
     source = source_of(data)
     if source == "embedded":
-        return ["facts", "lookup", "reading", "arithmetic", "spellingbee"]
+        return [*KINDS, "everyday"]
     if source == "hub":
         return [name for name, rows in ROWS.items() if split in rows.hub_splits] + ["spellingbee"]
     return [name for name, rows in ROWS.items() if _local_files(data, "tasks", rows.files.get(split))] + ["spellingbee"]
@@ -59,7 +57,7 @@ def available(data: DataConfig, split: str) -> list[str]:
 def trainable(data: DataConfig) -> list[str]:
     """The names of the tasks with training rows."""
     source = source_of(data)
-    names = list(MADE_HERE) + [n for n in available(data, "train") if n not in MADE_HERE]
+    names = [*MADE_HERE, "text"] + [n for n in available(data, "train") if n not in (*MADE_HERE, "everyday")]
     if source == "hub" or (source == "local" and _local_files(data, "chat", "*.jsonl.gz")):
         names.append("chat")
     return names
@@ -73,7 +71,11 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
         return _GENERATED[name](split)
     if name in _ON_WORDS:
         found = _local_files(data, "words", "*.txt*")
-        return _ON_WORDS[name](read_words(found[0]) if found else embedded_words(), split)
+        return _ON_WORDS[name](read_words(found[0]) if found else documented_words(), split)
+    if name == "everyday":
+        return Everyday()
+    if name == "text":
+        return Texts(open_documents(data, cache_dir))
     if name == "chat":
         return Conversations(_chats(data, cache_dir), split)
     return _FROM_ROWS[name](_table(name, split, data, cache_dir))

@@ -4,9 +4,11 @@ import gzip
 import json
 from array import array
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from evals.tasks.base import Task, check_columns, held_out
+from nanochat_jax.data.documents import Documents
 from nanochat_jax.errors import UserError
 
 HELD_OUT = 50  # one conversation in so many is for testing
@@ -36,6 +38,22 @@ class Conversations(Task):
 
     def __getitem__(self, i: int) -> dict:
         return {"messages": self._rows[self._indices[i]]["messages"]}
+
+
+class Texts(Task):
+    """Documents of pretraining, so that later stages do not forget them: the first of the training split."""
+
+    name, kind = "text", "conversation"
+    most = 20_000
+
+    def __init__(self, documents: Documents):
+        self._texts = list(islice(documents.train(), self.most))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, i: int) -> dict:
+        return {"text": self._texts[i]}
 
 
 def _is_dialogue(messages) -> bool:

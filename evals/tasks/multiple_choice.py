@@ -1,8 +1,10 @@
 """Multiple choice: how it is asked; ARC (Clark et al., arXiv 1803.05457); MMLU (Hendrycks et al., arXiv 2009.03300)."""
 
+import random
 from collections.abc import Sequence
 
-from evals.tasks.base import FromRows, dialogue
+from evals.tasks.base import FromRows, Generated, dialogue
+from nanochat_jax.data import stories
 
 LETTERS = ("A", "B", "C", "D")
 NESTED = "train"  # the hub's configuration auxiliary_train has its rows one level down, in a column of this name
@@ -46,3 +48,20 @@ class MMLU(FromRows):
         row = row.get(NESTED) or row
         asked = multiple_choice(row["question"], LETTERS, row["choices"], LETTERS[row["answer"]])
         return asked | ({"subject": row["subject"]} if row.get("subject") else {})
+
+
+class Facts(Generated):
+    """Questions about what the question itself states, for models that are trained without a network."""
+
+    name, kind, baseline = "facts", "categorical", 0.25
+
+    def make(self, rng: random.Random) -> dict:
+        told = stories.scene(rng)
+        question, right = rng.choice(told.questions)
+        wrong: set[str] = set()
+        while len(wrong) < len(LETTERS) - 1:
+            other = rng.choice(stories.scene(rng).questions)[1]
+            wrong |= {other} - {right}
+        choices = [answer.rstrip(".") for answer in rng.sample([right, *sorted(wrong)], len(LETTERS))]
+        letter = LETTERS[choices.index(right.rstrip("."))]
+        return multiple_choice(f"{told.text} {question}", LETTERS, choices, letter)

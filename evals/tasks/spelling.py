@@ -9,7 +9,6 @@ Words of the test split are never among those of training.
 
 import gzip
 import random
-import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,13 +127,6 @@ class Spelling(_OnWords):
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether what follows the last colon is the letters, apart."""
         return completion.rpartition(":")[2].split() == conversation["answer"].split()
-
-
-def embedded_words() -> list[str]:
-    """A few thousand words that stand in the interpreter's help topics."""
-    from pydoc_data.topics import topics
-
-    return sorted({w for text in topics.values() for w in re.findall(r"\b[a-z]{3,10}\b", text)})
 
 
 def read_words(path: str | Path) -> list[str]:

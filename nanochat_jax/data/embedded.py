@@ -1,8 +1,8 @@
-"""Real English that stands on every machine with this project: the documentation of Python and of its packages.
+"""Text that stands on every machine with this project: stories that it makes, and its packages' documentation.
 
-The interpreter's help topics (`pydoc_data`), the docstrings of the standard library and of packages that the project
-depends on, and the sources of a part of the standard library. A document is one topic, one docstring or one source
-file. What comes from one file is either all training or all validation text.
+A document is a story (`stories.py`), some sentences with questions about them, a page of a spelling book, or a
+docstring of a package that the project depends on. Nothing depends on the interpreter. What comes from one file of a
+package is either all training or all validation text.
 """
 
 import ast
@@ -10,39 +10,40 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import platform
-import sysconfig
+import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 
 from nanochat_jax.config import fingerprint
+from nanochat_jax.data import stories
 from nanochat_jax.data.documents import Documents
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text
 from nanochat_jax.formats import texts_of
 
-VERSION = 1  # of the rules below
-PACKAGES = ("numpy", "jax", "flax", "optax")
+VERSION = 3  # of the rules below
+PACKAGES = ("flax", "optax")
 TOO_SHORT = 200  # characters of a docstring that says little
-TOO_LONG = 400_000  # characters of a source that is a table rather than a text
-SOURCE_CHARS = 20_000  # of a source file taken as a document
-VALIDATION_SHARE = 24  # one file in so many, by the hash of its name
-SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "_vendor", "pydoc_data"}
+VALIDATION_SHARE = 24  # one file in so many, by the hash of its name; also of the texts that are made
+MADE = 30_000  # texts: with the docstrings, some 12 MB
+SKIPPED = {"test", "tests", "_vendor"}
 
 
 @dataclass(frozen=True)
 class EmbeddedDocuments(Documents):
-    """Collected when first asked for, in about ten seconds, and kept as JSON lines in the cache: a few megabytes."""
+    """Made when first asked for, in a few seconds, and kept as JSON lines in the cache: some megabytes."""
 
     cache_dir: Path
 
     @cached_property
     def key(self) -> list:
         """What the texts depend on, so that nobody has to collect them to know that they are the same."""
-        return ["embedded", VERSION, platform.python_version(), *(f"{p} {metadata.version(p)}" for p in PACKAGES)]
+        return ["embedded", VERSION, stories.contents(), *(f"{p} {metadata.version(p)}" for p in PACKAGES)]
 
     def files(self, split: str) -> Iterator[Iterator[str]]:
         folder = self.cache_dir / "embedded" / fingerprint(self.key)
@@ -60,7 +61,7 @@ def collect() -> tuple[list[str], list[str]]:
     """(training texts, validation texts)."""
     train: dict[int, str] = {}  # by their hash: aliases share their docstrings
     val: dict[int, str] = {}
-    for name, texts in _files():
+    for name, texts in chain(_documentation(), _made()):
         split = val if _hash(name) % VALIDATION_SHARE == 0 else train
         for text in texts:
             digest = _hash(text)
@@ -73,19 +74,77 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def _files() -> Iterator[tuple[str, list[str]]]:
-    """(name, documents) of every file that is read."""
-    from pydoc_data.topics import topics
+def _made() -> Iterator[tuple[str, list[str]]]:
+    """(name, documents) of texts that are made here."""
+    makers = (_story, _story, _story, _scenes, _scenes, _spelling_page, _said_again)
+    for i in range(MADE):
+        rng = random.Random(f"text {i}")
+        yield f"made/{i}", [rng.choice(makers)(rng)]
 
-    for name, text in sorted(topics.items()):
-        yield f"topics/{name}", [text]
-    stdlib = Path(sysconfig.get_paths()["stdlib"])
-    for path in _modules(stdlib):
-        source = _read(path)
-        documents = docstrings(source)
-        if path.parent == stdlib and TOO_SHORT < len(source) < SOURCE_CHARS:
-            documents.append(source)
-        yield f"stdlib/{path.relative_to(stdlib).as_posix()}", documents
+
+def _story(rng: random.Random) -> str:
+    told = stories.story(rng)
+    return told.text if rng.random() < 0.7 else f"{told.text}\n{_answered(rng.choice(told.questions))}"
+
+
+def _scenes(rng: random.Random) -> str:
+    """Sentences, and answers to questions about some of them."""
+    scenes = [stories.scene(rng) for _ in range(rng.randint(2, 6))]
+    asked = [_answered(rng.choice(s.questions)) for s in rng.sample(scenes, rng.randint(1, len(scenes)))]
+    return " ".join(s.text for s in scenes) + "".join(f"\n{line}" for line in asked)
+
+
+def _answered(pair: tuple[str, str]) -> str:
+    question, answer = pair
+    return f"{question.rstrip('?')}? {answer}"
+
+
+def _spelling_page(rng: random.Random) -> str:
+    """Words, each with its letters."""
+    lines = []
+    for _ in range(rng.randint(4, 8)):
+        word = _word(rng)
+        quoted = f" '{word}'" if rng.random() < 0.5 else ""
+        lines.append(f"{rng.choice(('', 'The word ', 'I spell '))}{word}:{quoted} {' '.join(word)}")
+    return "\n".join(lines)
+
+
+def _said_again(rng: random.Random) -> str:
+    """Words and numbers, said twice: what can be copied at all is learned here, from every token of the second time."""
+    lines = []
+    for _ in range(rng.randint(2, 5)):
+        if rng.random() < 0.5:
+            said = " ".join(_word(rng) if rng.random() < 0.6 else str(_number(rng)) for _ in range(rng.randint(2, 6)))
+            lines.append(
+                rng.choice(("Say {}. {}.", "{}: {}", "I said {} and you said {}.", "'{}' '{}'")).format(said, said)
+            )
+        else:
+            a, b, sign = _number(rng), _number(rng), rng.choice("+-*/")
+            lines.append(
+                rng.choice((f"{a} and {b}: {a}{sign}{b}", f"{a} {sign} {b} is {a}{sign}{b}", f"{b}, {a}: {a}{sign}{b}"))
+            )
+    return "\n".join(lines)
+
+
+def _word(rng: random.Random) -> str:
+    """A word, half of them invented, some in capitals."""
+    word = stories.invented(rng) if rng.random() < 0.5 else rng.choice(list(chain(*stories.words().values())))
+    return rng.choice((word, word, word, word.capitalize(), word.upper()))
+
+
+def _number(rng: random.Random) -> int:
+    return rng.randrange(10 ** rng.choice((1, 2, 2, 3)))
+
+
+@cache
+def documented_words() -> list[str]:
+    """Some thousand words that occur in the packages' documentation, and the common ones."""
+    found = {w for _, texts in _documentation() for text in texts for w in re.findall(r"\b[a-z]{3,10}\b", text)}
+    return sorted(found.union(*stories.words().values()))
+
+
+def _documentation() -> Iterator[tuple[str, list[str]]]:
+    """(name, docstrings) of every file of the packages."""
     for package in PACKAGES:
         found = importlib.util.find_spec(package)
         if found and found.origin:
@@ -100,10 +159,9 @@ def _modules(root: Path) -> list[Path]:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError):
         return ""
-    return text if len(text) < TOO_LONG else ""
 
 
 def docstrings(source: str) -> list[str]:

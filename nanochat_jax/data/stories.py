@@ -8,6 +8,7 @@ than 10^9 casts for each plot, and some thousand ways to tell it.
     told.text, told.questions
 """
 
+import hashlib
 import random
 import re
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ import yaml
 HERE = Path(__file__).parent
 PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
 INVENTED = 0.35  # share of names that nobody has: a model that knows names by heart cannot take up a new one
-_SYLLABLES = [c + v for c in "b d f g h j k l m n p r s t v w z ch sh th br dr gr kr st tr pl".split() for v in "aeiou"]
-_CODAS = ["", "", "", "n", "l", "r", "s", "t", "m", "x", "ck", "ng", "nd"]
+DETERMINERS = ("a", "a", "the", "the", "some", "two", "his", "her", "my")
+SHORTEST = 6  # sentences of a story
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Cast(dict):
 
     def fill(self, template: str) -> str:
         return with_articles(template.format_map(self))
+
+
+def contents() -> str:
+    """A hash of the texts that stories are made of."""
+    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("words.txt", "stories.yaml"))).hexdigest()
 
 
 @cache
@@ -69,8 +75,9 @@ def names(which: str) -> tuple[str, ...]:
 
 def invented(rng: random.Random, syllables: int = 0) -> str:
     """A word that sounds like one and is none."""
-    parts = [rng.choice(_SYLLABLES) for _ in range(syllables or rng.choice((1, 2, 2, 2, 3)))]
-    return "".join(parts) + rng.choice(_CODAS)
+    lists = script()["lists"]
+    parts = [rng.choice(lists["onset"]) + rng.choice("aeiou") for _ in range(syllables or rng.choice((1, 2, 2, 2, 3)))]
+    return "".join(parts) + rng.choice(lists["coda"])
 
 
 def with_articles(text: str) -> str:
@@ -84,10 +91,10 @@ def person(rng: random.Random, gender: str | None = None) -> tuple[str, str]:
     return (invented(rng).capitalize() if rng.random() < INVENTED else rng.choice(names(gender))), gender
 
 
-def being(rng: random.Random) -> tuple[str, str, str]:
+def being(rng: random.Random, kind: str | None = None) -> tuple[str, str, str]:
     """(kind, name, gender) of a hero: a child, an animal, a king."""
-    kind = rng.choice(("girl", "boy", *rng.choices((*words()["animals"], *words()["people"]), k=4)))
-    gender = {"girl": "she", "boy": "he"}.get(kind) or rng.choice(("she", "he"))
+    kind = kind or rng.choice(("girl", "boy", *rng.choices((*words()["animals"], *words()["people"]), k=4)))
+    gender = gender_of(kind) or rng.choice(("she", "he"))
     if kind in words()["animals"] and rng.random() < 0.6:
         return kind, rng.choice(names("pets")), gender
     return kind, person(rng, gender)[0], gender
@@ -97,26 +104,72 @@ def draw_cast(rng: random.Random, given: dict[str, str] | None = None) -> Cast:
     """Who and what a story or scene is about; `given` slots are as asked for."""
     lists, known = script()["lists"], words()
     given = given or {}
-    kind, hero, gender = being(rng)
-    if "kind" in given:
-        gender = gender_of(given["kind"]) or gender
+    kind, hero, gender = being(rng, given.get("kind"))
     friend_kind, friend, friend_gender = being(rng)
     while friend == given.get("hero", hero) or friend_kind == given.get("kind", kind):
         friend_kind, friend, friend_gender = being(rng)
     cast = Cast({name: rng.choice(options) for name, options in lists.items()})
     cast["thing"], cast["thing2"] = rng.sample(known["things"], 2)
     cast["place"], cast["place2"], cast["place0"] = rng.sample(lists["place"], 3)
+    cast |= _clause_slots(rng)
     cast["petname"] = rng.choice(names("pets"))
     cast |= {"hero": hero, "kind": kind, "friend": friend, "friend_kind": friend_kind}
-    cast |= dict(zip(("he", "him", "his"), PRONOUNS[gender]))
-    cast |= dict(zip(("fhe", "fhim", "fhis"), PRONOUNS[friend_gender]))
-    return Cast(cast | given)
+    return Cast(cast | pronouns(gender) | pronouns(friend_gender, "f") | given)
+
+
+def _clause_slots(rng: random.Random) -> dict[str, str]:
+    """Subjects, verbs, objects and places, out of all words: what they are does not matter to who did what."""
+    lists, known = script()["lists"], words()
+    out = {"a": rng.choice(("a", "a", "the", "a nice", "an old")), "s": _subject(rng), "s2": _subject(rng)}
+    for i in ("", "2"):
+        noun, color, adjective = _noun(rng), rng.choice(lists["color"]), rng.choice(known["describing"])
+        out |= {f"noun{i}": noun, f"color{i}": color, f"adj{i}": adjective, f"things{i}": f"{_noun(rng)}s"}
+        described = f"{rng.choice((color, adjective))} {noun}" if rng.random() < 0.3 else noun
+        out[f"o{i}"] = f"{rng.choice(DETERMINERS)} {described}"
+        out[f"p{i}"] = (
+            f"{rng.choice(lists['before_place'])} the {rng.choice((_noun(rng), rng.choice(known['places'])))}"
+        )
+        out[f"t{i}"] = rng.choice(lists["when2"])
+        out[f"thirds{i}"], out[f"third{i}"] = rng.choice(lists["habit"]).split("/")
+    out["past"], out["base"] = rng.choice(lists["verb"]).split("/")
+    out["ipast"], out["ibase"] = rng.choice(lists["iverb"]).split("/")
+    return out
+
+
+def _subject(rng: random.Random) -> str:
+    """Anybody."""
+    kind = rng.choice(words()["animals"] + words()["people"])
+    return rng.choice((person(rng)[0], person(rng)[0], rng.choice(script()["lists"]["somebody"]), f"the {kind}"))
+
+
+def _noun(rng: random.Random) -> str:
+    """Anything, also what there is not."""
+    if rng.random() < 0.2:
+        return invented(rng)
+    return rng.choice(words()[rng.choice(("things", "things", "foods", "animals", "nature", "others"))])
+
+
+def pronouns(gender: str, whose: str = "") -> dict[str, str]:
+    """The slots he, him, his; whose: "f" for those of the friend."""
+    return {f"{whose}{slot}": word for slot, word in zip(("he", "him", "his"), PRONOUNS[gender])}
 
 
 def gender_of(kind: str) -> str | None:
     """she or he where a kind of person says it."""
     female = {"girl", "woman", "lady", "queen", "princess", "witch", "mother", "grandmother", "sister", "aunt", "fairy"}
-    male = {"boy", "man", "king", "prince", "wizard", "father", "grandfather", "brother", "uncle", "policeman", "fireman"}
+    male = {
+        "boy",
+        "man",
+        "king",
+        "prince",
+        "wizard",
+        "father",
+        "grandfather",
+        "brother",
+        "uncle",
+        "policeman",
+        "fireman",
+    }
     return "she" if kind in female else "he" if kind in male else None
 
 
@@ -135,7 +188,8 @@ def story(rng: random.Random, given: dict[str, str] | None = None) -> Told:
 def scene(rng: random.Random) -> Told:
     """One or two sentences that state something."""
     found = rng.choice(script()["scenes"])
-    cast = draw_cast(rng)
+    (hero, gender), (friend, friend_gender) = person(rng), person(rng)
+    cast = draw_cast(rng, {"hero": hero, "friend": friend} | pronouns(gender) | pronouns(friend_gender, "f"))
     if rng.random() < 0.3:
         cast["thing"] = rng.choice(words()["foods"] + words()["animals"])
     return Told(cast.fill(rng.choice(found["say"])), _questions(rng, found["ask"], cast), cast)
@@ -157,13 +211,16 @@ def _patterns() -> tuple[re.Pattern, ...]:
 def problems(text: str, given: dict[str, str]) -> list[str]:
     """What is wrong with a story that was asked for with `given` slots: sentences that are none of ours, what was asked
     for and does not occur, and a hero or friend who changes."""
-    out, rest = [], text.strip()
+    out, rest, sentences = [], text.strip(), 0
     while rest:
-        found = max((m.end() for p in _patterns() if (m := p.match(rest)) and rest[m.end() : m.end() + 1] in " "), default=0)
+        found = max(
+            (m.end() for p in _patterns() if (m := p.match(rest)) and rest[m.end() : m.end() + 1] in " "), default=0
+        )
         if not found:
             out.append(f"no sentence of ours: {rest.split('. ')[0]}")
             break
-        rest = rest[found:].lstrip()
+        rest, sentences = rest[found:].lstrip(), sentences + 1
+    out += [f"{sentences} sentences"] if sentences < SHORTEST and not out else []
     out += [f"{slot} {value} does not occur" for slot, value in given.items() if value.lower() not in text.lower()]
     named = re.findall(r"(?<![.!?\"] )(?<!^)(?<!\")\b[A-Z][a-z]+", text)
     others = set(named) - {*given.values(), "I", *script()["lists"]["day"]}

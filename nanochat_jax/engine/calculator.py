@@ -30,7 +30,7 @@ class _Refused(Exception):
 
 
 def use_calculator(expression: str) -> str | None:
-    """The value of an arithmetic expression or of `'text'.count('x')` or `len('text')`, as Python prints it; None for all else.
+    """The value of an arithmetic expression, `'text'.count('x')` or `len('text')`, as Python prints it; else None.
 
     Commas in numbers are left out; powers are refused.
     """

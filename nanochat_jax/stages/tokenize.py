@@ -19,7 +19,7 @@ def conversation_texts(run: Run) -> Iterator[str]:
     """What is said in the first conversations of the mid stage."""
     conversations = Mixture(load_tasks(run, "mid"), seed=run.config.seed)
     for conversation in itertools.islice(conversations, CONVERSATIONS):
-        for message in conversation["messages"]:
+        for message in conversation.get("messages", ()):
             content = message["content"]
             yield content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 

@@ -7,12 +7,6 @@ import { commandOf, HELP, reloadSettings, sampling, setByCommand, settings, setU
 import { closeDrawer, drawerOpen, drawList, setUpSidebar } from "./sidebar.js";
 import * as store from "./store.js";
 
-const IDEAS = [
-  ["Explain", "Why is the sky blue?"],
-  ["Calculate", "Tom has 12 apples and Anna gives him 7 more. How many apples does Tom have now?"],
-  ["Write", "Write a short poem about the sea."],
-  ["Spell", "How many r are in strawberry?"],
-];
 const SAVE_EVERY = 1000;  // ms, of a reply that is being written
 const MOST_MESSAGES = 399;  // that are sent, and characters in them: what the server takes, with room for the system's
 const MOST_CHARS = 150_000;
@@ -20,6 +14,7 @@ const NEAR_BOTTOM = 60;  // px
 
 let chat = store.newChat();  // the one that is shown
 let views = [];  // of its messages
+let ideas = [];  // questions that this model answered rightly when it was evaluated: {kind, text}
 let follow = true;  // the end of the conversation stays in view
 let drawing = false;
 const runs = new Map();  // replies being written here: id of the conversation → {controller, reply, ending}
@@ -143,13 +138,13 @@ function drawSoon() {
 }
 
 function emptyState() {
-  const ideas = IDEAS.map(([kind, idea]) =>
-    el("button", { type: "button", onclick: () => ask(idea) },
-      el("span", { className: "kind" }, kind), el("span", {}, idea)));
+  const buttons = ideas.map(({ kind, text }) =>
+    el("button", { type: "button", onclick: () => ask(text) },
+      el("span", { className: "kind" }, kind), el("span", {}, text)));
   return el("div", { id: "empty" },
     el("h2", {}, "What can I do for you?"),
     el("p", {}, "A small language model, trained from scratch. It is quick, friendly and often wrong."),
-    el("div", { className: "ideas" }, ...ideas));
+    el("div", { className: "ideas" }, ...buttons));
 }
 
 function toBottom() {
@@ -345,6 +340,10 @@ async function showHealth() {
   const what = state && `${state.run} · ${state.stage}`;
   $("model").textContent = ok ? what : state ? `${what} · the engine is down` : "No connection";
   $("model").classList.toggle("down", !ok);
+  if (state?.suggestions && !ideas.length) {
+    ideas = state.suggestions;
+    $("empty")?.replaceWith(emptyState());
+  }
 }
 
 function setUp() {

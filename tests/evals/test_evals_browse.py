@@ -109,13 +109,31 @@ def test_the_command_evaluates_draws_and_leaves_records(tmp_path, capsys, monkey
     (run / "config.yaml").write_text("")
     loaded = SimpleNamespace(model=tiny_model(128), tokenizer=ByteTokenizer(), config=RunConfig(), stage="sft")
     monkeypatch.setattr(evals.stage, "load_model", lambda *_: loaded)
-    command = ["--run-dir", str(run), "--tasks", "facts,lookup", "--max-per-task", "3"]
+    command = ["--run-dir", str(run), "--tasks", "facts,reading", "--max-per-task", "3"]
     assert main([*command, "--samples", "2", "--temperature", "0.5"]) == 0
     said = capsys.readouterr()
-    assert list(json.loads(said.out)["scores"]) == ["facts", "lookup", "chatcore"] and "pass@2" in said.err
+    assert list(json.loads(said.out)["scores"]) == ["facts", "reading", "chatcore"] and "pass@2" in said.err
     result = records.results(run)["sft"]["chat"]
     assert result["facts"]["n"] == 3 and "pass_at_k" not in result["facts"]  # nothing is drawn in multiple choice
-    assert result["lookup"]["samples"] == 2 and result["lookup"]["temperature"] == 0.5
-    assert [len(r["samples"]) for r in records.read(records.path_of(run, "sft", "lookup"))] == [2] * 3
-    assert show(capsys, run, "--task", "lookup")[0] == 0
+    assert result["reading"]["samples"] == 2 and result["reading"]["temperature"] == 0.5
+    assert [len(r["samples"]) for r in records.read(records.path_of(run, "sft", "reading"))] == [2] * 3
+    assert show(capsys, run, "--task", "reading")[0] == 0
     assert main([*command, "--temperature", "0"]) == 2 and "greedy answers are all alike" in capsys.readouterr().err
+
+
+def test_what_is_suggested_was_answered_rightly_and_is_short(tmp_path):
+    run, right = tmp_path / "run", {"correct": True, "finish_reason": "stop", "completion": "4"}
+    (run / "evals").mkdir(parents=True)
+    chat = {"sums": {"accuracy": 0.9}, "spell": {"accuracy": 0.5}, "mmlu": {"accuracy": 0.7}}
+    (run / "evals" / "sft.json").write_text(json.dumps({"chat": chat}))
+    asked = [{"prompt": "What is 2 + 2?"} | right, {"prompt": "What is 3 + 3?"} | right | {"correct": False}]
+    asked += [{"prompt": "a" * 400} | right, {"prompt": "one line\n\nand another"} | right]
+    records.write(records.path_of(run, "sft", "sums"), asked)
+    records.write(records.path_of(run, "sft", "spell"), [{"prompt": "Spell the word cat"} | right])
+    records.write(records.path_of(run, "sft", "mmlu"), [{"prompt": "Multiple choice?", "correct": True}])
+    assert records.suggestions(run, "sft") == [
+        {"kind": "sums", "text": "What is 2 + 2?"},
+        {"kind": "spell", "text": "Spell the word cat"},
+    ]
+    assert records.suggestions(run, "sft", most=1) == [{"kind": "sums", "text": "What is 2 + 2?"}]
+    assert records.suggestions(run, "rl") == []

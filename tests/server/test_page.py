@@ -77,6 +77,7 @@ class Handler(BaseHTTPRequestHandler):
         file = STATIC / name
         if self.path == "/health":
             state = {"status": "ok", "run": "demo", "stage": "sft", "slots": 2, "active": 0, "queued": 0}
+            state["suggestions"] = [{"kind": "sums", "text": "What is 2 + 3?"}]
             self.send(200, "application/json", json.dumps(state).encode())
         elif (self.path == "/" or self.path.startswith("/static/")) and file.is_file():
             self.send(200, TYPES[file.suffix], file.read_bytes(), Content_Security_Policy=POLICY)
@@ -1008,8 +1009,8 @@ def test_names_and_landmarks_for_screen_readers(page, api):
 
 
 def test_an_example_starts_a_conversation(page, api):
-    page.get_by_role("button", name="Why is the sky blue?").click()
-    expect(said(page)).to_have_text(["Why is the sky blue?", "You said: Why is the sky blue?"])
+    page.get_by_role("button", name="What is 2 + 3?").click()
+    expect(said(page)).to_have_text(["What is 2 + 3?", "You said: What is 2 + 3?"])
     expect(page.locator("#model")).to_have_text("demo · sft")
 
 

@@ -11,7 +11,7 @@ import pytest
 from evals_fakes import tiny_model
 from flax import nnx
 
-from evals.tasks.arithmetic import Arithmetic
+from evals.tasks.plain import Arithmetic
 from nanochat_jax.config import MeshConfig, RLConfig
 from nanochat_jax.engine.engine import Completion
 from nanochat_jax.mesh import sharding
