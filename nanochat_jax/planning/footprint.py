@@ -61,7 +61,6 @@ class Machine:
         return memory.device_bytes()
 
 
-@dataclass
 class Job:
     """The base stage of a configuration on a machine. UserError where its devices cannot share the rows of a batch.
 
@@ -69,12 +68,10 @@ class Job:
     sizes: of micro-batches, the largest first.
     """
 
-    config: RunConfig
-    on: Machine
-
-    def __post_init__(self):
-        self.cfg, self.base = base_plan(self.config)
-        self.mesh = data, fsdp, _ = tuple(sharding.make_mesh(self.config.mesh, np.arange(self.on.count)).shape.values())
+    def __init__(self, config: RunConfig, on: Machine):
+        self.config, self.on = config, on
+        self.cfg, self.base = base_plan(config)
+        self.mesh = data, fsdp, _ = tuple(sharding.make_mesh(config.mesh, np.arange(on.count)).shape.values())
         rows = self.base.batch_tokens // self.cfg.sequence_len
         if rows < 1 or rows % (data * fsdp):
             raise UserError(
@@ -82,7 +79,7 @@ class Job:
                 f"multiple of {data * fsdp * self.cfg.sequence_len}"
             )
         self.per_device = rows // (data * fsdp)
-        self.sizes = memory.micro_batches(self.per_device, self.config.base.micro_batch)
+        self.sizes = memory.micro_batches(self.per_device, config.base.micro_batch)
 
 
 # bytes of activations for a value of the residual stream: in each layer, and once

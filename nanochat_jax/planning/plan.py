@@ -15,7 +15,7 @@ import contextlib
 import json
 import math
 import statistics
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,10 @@ SERIES = range(4, 41, 2)  # depths that a budget is tried with
 TRAIN_ROWS = {"chat": 460_341, "mmlu": 99_842, "gsm8k": 7_473, "arc_easy": 2_251, "arc_challenge": 1_119}
 TEST_ROWS = {"arc_easy": 2_376, "arc_challenge": 1_172, "mmlu": 14_042, "gsm8k": 1_319, "humaneval": 164}
 TEST_ROWS |= {"spellingbee": 256}
-CONVERSATION = {"chat": 820, "mmlu": 130, "gsm8k": 200, "arc_easy": 90, "arc_challenge": 100, "repeat": 30}
-CONVERSATION |= {"lookup": 82, "facts": 52, "identity": 40, "choices": 70, "reading": 82, "arithmetic": 68}
-CONVERSATION |= {"spellingbee": 101, "spelling": 30}
+CONVERSATION = {"chat": 820, "mmlu": 130, "gsm8k": 200, "arc_easy": 90, "arc_challenge": 100, "identity": 40}
+CONVERSATION |= {"spellingbee": 101, "spelling": 30, "talk": 110, "text": 120, "story": 153, "reading": 66, "facts": 77}
+CONVERSATION |= {"sums": 42, "arithmetic": 59, "letters": 40, "spell": 28, "self": 41}
+OTHERS = 100  # tokens of a conversation of any other task
 
 SHARD_BYTES, SHARD_CHARS = 1e8, 2.5e8  # of a file of climbmix or fineweb_edu, says the reference's runs/speedrun.sh
 CHARS_A_TOKEN, KEPT = 4.7, 0.92  # of English; the share of tokens that packing does not crop
@@ -114,16 +115,12 @@ def measured(run_dir: Path) -> dict[str, Speed]:
     return out
 
 
-@dataclass
 class Plan(Job):
-    """A run on a machine. speeds: by stage; "" for those that are not named."""
+    """A run on a machine. speeds: by stage; "" for those that are not named. each: FLOPs of a token."""
 
-    speeds: dict[str, Speed] = field(default_factory=dict)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.each = scaling.flops_per_token(self.cfg)
-        self.source = source_of(self.config.data)
+    def __init__(self, config: RunConfig, on: Machine, speeds: dict[str, Speed] | None = None):
+        super().__init__(config, on)
+        self.speeds, self.each, self.source = speeds or {}, scaling.flops_per_token(self.cfg), source_of(config.data)
 
     def stages(self) -> list[Stage]:
         return [self._tokenizer(), self._base(), self._finetune("mid"), self._finetune("sft"), self._rl(), self._eval()]
@@ -144,7 +141,7 @@ class Plan(Job):
         return self._seconds(name, flops + passes * self.config.base.eval_tokens * self.each / 3)
 
     def _checkpoints(self, lora_rank: int | None = None) -> int:
-        """Bytes of those of a stage: the ones that are kept, and one that is being written."""
+        """Bytes of a stage's checkpoints: those that are kept, and one that is being written."""
         state = lora.state_bytes(self.cfg, lora_rank) if lora_rank else footprint.state_bytes(self.cfg)
         return (self.config.checkpoints.keep + 1) * state
 
@@ -169,7 +166,7 @@ class Plan(Job):
         cfg: FinetuneConfig = getattr(self.config, name)
         length = self.cfg.sequence_len
         recipe = (mid_mixture if name == "mid" else sft_mixture)(self.config.data, override=cfg.mixture)
-        tokens = sum(self._conversations(task, split, times) * CONVERSATION[task] for task, split, times in recipe)
+        tokens = sum(self._conversations(*row) * CONVERSATION.get(row[0], OTHERS) for row in recipe)
         rows = min(math.ceil(tokens / length), cfg.max_rows or math.inf)
         batch = cfg.batch_tokens or self.base.batch_tokens
         steps = max(1, round(cfg.epochs * rows / max(batch // length, 1)))
@@ -227,7 +224,7 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
     measure: a run directory; "" to time steps here; None for published rates. exact: the memory by the compiled step,
     where that can be compiled. UserError.
     """
-    plan = Plan(config, on, measured(Path(measure)) if measure else {})
+    plan = Plan(config, on, measured(Path(measure)) if measure else None)
     compiled, peak = None, devices.peak_flops(on.kind)
     if exact:
         with contextlib.suppress(UserError):  # without the libraries of a GPU that is not here

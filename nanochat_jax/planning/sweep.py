@@ -9,14 +9,13 @@ with more depths and budgets. The results are sweep.md and sweep.json in --out. 
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -62,17 +61,16 @@ def read_sweep(path: str, mesh: str | None, overrides: list[str]) -> tuple[Sweep
 
 
 def _point(config: RunConfig, sweep: SweepConfig, depth: int, budget: float) -> Point:
-    model = dataclasses.replace(config.model, depth=depth)
+    model = replace(config.model, depth=depth)
     if sweep.aspect_ratio:
         width = -(-sweep.aspect_ratio * depth // model.head_dim) * model.head_dim
-        model = dataclasses.replace(model, width=width)
+        model = replace(model, width=width)
     cfg = scaling.gpt_config(model, config.tokenizer.vocab_size)
     if sweep.flops:
         name, tokens = f"d{depth}-{budget:g}".replace("+", ""), budget / scaling.flops_per_token(cfg)
     else:
         name, tokens = f"d{depth}-ratio{budget:g}", budget * scaling.scaling_params(cfg)
-    base = dataclasses.replace(config.base, tokens=int(tokens))
-    made = dataclasses.replace(config, model=model, base=base)
+    made = replace(config, model=model, base=replace(config.base, tokens=int(tokens)))
     check(made)
     return Point(name, budget, made)
 
@@ -99,8 +97,7 @@ def train(points: list[Point], out: Path) -> list[str]:
 
 def _train_one(point: Point, out: Path) -> int:
     """The exit status of run_speedrun.py, which makes the run directory or resumes in it."""
-    run_dir = out / point.name
-    config = run_dir / "config.yaml"
+    run_dir, config = out / point.name, out / point.name / "config.yaml"
     atomic_write_text(config, dump_yaml(point.config))
     _share_tokenizer(out, run_dir)
     options = ["--config", str(config), "--run-dir", str(run_dir), "--stages", "tokenizer,base"]
