@@ -120,10 +120,9 @@ def test_a_step_that_is_compiled_here_and_timed(monkeypatch):
 
 def test_steps_of_rl_are_an_epoch_over_its_questions():
     assert planned("d24").stages()[4].steps == 7473 // 16
-    mixed = planned(
-        "demo", "rl.task={arithmetic: 3, spellingbee: 1}", "rl.steps=", on=Machine("h100", 1)
-    )  # 20,000 and 100,000 questions
-    assert mixed.stages()[4].steps == 20_000 * 4 // 3 // 16
+    config = load_config(None, None, ["rl.task={arithmetic: 3, spellingbee: 1}", "rl.questions=16"])
+    mixed = plan.Plan(config, Machine("h100", 1))  # 100,000 questions of each
+    assert mixed.stages()[4].steps == 100_000 * 4 // 3 // 16
 
 
 def test_memory_is_split_as_the_mesh_says():
