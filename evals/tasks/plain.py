@@ -267,10 +267,10 @@ class Spell(_OnWords):
         wording = rng.choice(phrases()["spelling"][kind])
         if "the word {w}" in wording:
             shown = shown.removeprefix("the word ")
-        letters = " ".join(word)
+        letters = f"{word}: {' '.join(word)}"
         answer, wanted = letters, word
         if kind == "backward":
-            answer, wanted = f"{letters}, and backwards: {letters[::-1]}", word[::-1]
+            answer, wanted = f"{letters}, backwards: {' '.join(word[::-1])}", word[::-1]
         return typed(rng, wording.format(w=shown)), answer, {"spelled": wanted.lower()}
 
 

@@ -186,12 +186,16 @@ def story(rng: random.Random, given: dict[str, str] | None = None) -> Told:
 
 
 def scene(rng: random.Random) -> Told:
-    """One or two sentences that state something."""
+    """One or two sentences that state something. Half of what they state is any word, however odd: an answer is to be
+    found in the text and not among usual answers."""
     found = rng.choice(script()["scenes"])
     (hero, gender), (friend, friend_gender) = person(rng), person(rng)
     cast = draw_cast(rng, {"hero": hero, "friend": friend} | pronouns(gender) | pronouns(friend_gender, "f"))
-    if rng.random() < 0.3:
-        cast["thing"] = rng.choice(words()["foods"] + words()["animals"])
+    odd = {slot: _noun(rng) for slot in ("place", "place2", "pet", "job", "thing", "thing2")}
+    odd |= {slot: rng.choice(words()["describing"]) for slot in ("color", "color2", "bad", "good", "weather")}
+    odd |= {"town": invented(rng).capitalize(), "petname": invented(rng).capitalize(), "food": f"some {_noun(rng)}"}
+    odd |= {"reason": f"the {_noun(rng)} was {cast['adj']}", "spot": cast["p"], "when": cast["t2"]}
+    cast |= {slot: text for slot, text in odd.items() if rng.random() < 0.5}
     return Told(cast.fill(rng.choice(found["say"])), _questions(rng, found["ask"], cast), cast)
 
 
