@@ -85,6 +85,7 @@ class TokenizerConfig:
     vocab_size: int = 32768  # entries, the control symbols included; at most 65536
     sample_chars: int = 100_000_000  # characters that the trainer sees; it holds all of them in memory
     max_doc_chars: int = 10_000  # of any one document
+    apart: bool = False  # a piece holds letters or marks, never both, so that words are cut alike beside a mark
 
 
 @dataclass(frozen=True)

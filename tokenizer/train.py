@@ -120,7 +120,7 @@ def _sentences(sample: list[str], vocab_size: int) -> Iterator[str]:
         yield with_cuts(text)
 
 
-def _fit(sample: list[str], vocab_size: int) -> bytes:
+def _fit(sample: list[str], vocab_size: int, apart: bool) -> bytes:
     """The bytes of a SentencePiece model. Raises UserError where the sample does not allow this vocab_size."""
     longest = max(len(LETTERS), *map(len, sample))
     for coverage in COVERAGES:
@@ -134,7 +134,7 @@ def _fit(sample: list[str], vocab_size: int) -> bytes:
                 max_sentence_length=min(8 * longest, 2**31 - 1),  # in bytes, CUTs too; it skips longer ones
                 minloglevel=2,
                 **LOSSLESS,
-                **SPLITTING,
+                **SPLITTING | {"split_by_unicode_script": apart},
             )
             return model.getvalue()
         except RuntimeError as e:
@@ -177,7 +177,7 @@ def train_tokenizer(documents: Iterable[str], out_dir: str | Path, cfg: Tokenize
     sample = sample_documents(documents, cfg.sample_chars, cfg.max_doc_chars)
     if not any(sample):
         raise UserError("no documents to train a tokenizer on; check data.dir, or --data")
-    model = _fit(sample, cfg.vocab_size)
+    model = _fit(sample, cfg.vocab_size, cfg.apart)
     stats = {
         "documents": len(sample),
         "chars": sum(map(len, sample)),

@@ -19,7 +19,8 @@ import yaml
 
 HERE = Path(__file__).parent
 PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
-INVENTED = 0.35  # share of names that nobody has: a model that knows names by heart cannot take up a new one
+ODD = 0.35  # share of what scenes state that may be any word
+INVENTED = 0.25  # share of names that nobody has: a model that knows names by heart cannot take up a new one
 DETERMINERS = ("a", "a", "the", "the", "some", "two", "his", "her", "my")
 SHORTEST = 6  # sentences of a story
 
@@ -186,8 +187,8 @@ def story(rng: random.Random, given: dict[str, str] | None = None) -> Told:
 
 
 def scene(rng: random.Random) -> Told:
-    """One or two sentences that state something. Half of what they state is any word, however odd: an answer is to be
-    found in the text and not among usual answers."""
+    """One or two sentences that state something. A part of what they state is any word, however odd: an answer is to
+    be found in the text and not among usual answers."""
     found = rng.choice(script()["scenes"])
     (hero, gender), (friend, friend_gender) = person(rng), person(rng)
     cast = draw_cast(rng, {"hero": hero, "friend": friend} | pronouns(gender) | pronouns(friend_gender, "f"))
@@ -195,7 +196,7 @@ def scene(rng: random.Random) -> Told:
     odd |= {slot: rng.choice(words()["describing"]) for slot in ("color", "color2", "bad", "good", "weather")}
     odd |= {"town": invented(rng).capitalize(), "petname": invented(rng).capitalize(), "food": f"some {_noun(rng)}"}
     odd |= {"reason": f"the {_noun(rng)} was {cast['adj']}", "spot": cast["p"], "when": cast["t2"]}
-    cast |= {slot: text for slot, text in odd.items() if rng.random() < 0.5}
+    cast |= {slot: text for slot, text in odd.items() if rng.random() < ODD}
     return Told(cast.fill(rng.choice(found["say"])), _questions(rng, found["ask"], cast), cast)
 
 
