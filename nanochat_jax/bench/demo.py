@@ -58,5 +58,5 @@ def _scores(args: argparse.Namespace, dtype: str, seed: int) -> dict[str, float]
     scores = {name: task["accuracy"] for name, task in chat.items()}
     scores |= {f"everyday: {k}": of["accuracy"] for k, of in chat.get("everyday", {}).get("subjects", {}).items()}
     base, after = (evaluated[stage]["bpb"]["bpb"] for stage in ("base", last))
-    marks = filter(None, map(read_done, out.iterdir()))
+    marks = filter(None, map(read_done, filter(Path.is_dir, out.iterdir())))
     return scores | {"bpb / base's": after / base, "minutes": sum(mark["seconds"] for mark in marks) / 60}

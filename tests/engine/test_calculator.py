@@ -47,6 +47,12 @@ def test_refuses(expression):
     assert use_calculator(expression) is None
 
 
+def test_lengths():
+    assert use_calculator("len('window')") == "6" and use_calculator("len('')") == "0"
+    assert use_calculator("len(3)") is None and use_calculator("len('a', 'b')") is None
+    assert use_calculator("max('a')") is None
+
+
 def test_counts_with_commas_in_the_text():
     assert use_calculator("'a,b,c'.count(',')") == "2"
 

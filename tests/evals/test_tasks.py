@@ -82,7 +82,7 @@ def test_made_tasks_accept_their_own_answer_and_nothing_else(name):
             assert conversation == task[i]
             answer = reference_answer(conversation)
             assert task.evaluate(conversation, answer) and task.reward(conversation, answer) == 1.0
-            assert not task.evaluate(conversation, "") and not task.evaluate(conversation, "I am well, thank you 7.25.")
+            assert not task.evaluate(conversation, "") and not task.evaluate(conversation, "Xyzzy 7.25.")
     with pytest.raises(IndexError):
         task[len(task)]
 

@@ -103,6 +103,17 @@ def test_single_tokens(tok):
         assert tok.encode(letter)[0] in question
 
 
+def test_letters_and_marks_stand_apart_where_asked(tmp_path):
+    text = "I have it. You have it, they have it: 'have it'. \"What have I?\" "
+    for apart in (False, True):
+        cfg = TokenizerConfig(vocab_size=VOCAB, apart=apart)
+        train_tokenizer([*texts(), *[text] * 200], tmp_path, cfg, log=lambda _: None)
+        tok = load_tokenizer(tmp_path)
+        pieces = [tok.decode([i]) for i in range(tok.vocab_size)]
+        mixed = [p for p in pieces if any(c.isalpha() for c in p) and any(c in ".,:'?\"" for c in p)]
+        assert bool(mixed) is not apart and tok.decode(tok.encode(text)) == text
+
+
 def _pieces(tok, text):
     return [tok.decode([i]) for i in tok.encode(text)]
 
