@@ -78,11 +78,11 @@ def typed(rng: random.Random, text: str) -> str:
 
 
 def calculated(expression: str) -> tuple[str, str]:
-    """(the call with its result, the number to say)."""
+    """(the call with its result, the number to say, of at most two decimals)."""
     result = use_calculator(expression)
     if result is None:
         raise ValueError(f"the calculator refuses {expression}")
-    return f"<<{expression}={result}>>", result.removesuffix(".0")
+    return f"<<{expression}={result}>>", f"{float(result):.2f}".rstrip("0").rstrip(".")
 
 
 class Plain(Checked, Generated):
@@ -123,7 +123,7 @@ def draw_numbers(rng: random.Random, sign: str, small: bool = False) -> tuple[in
     if sign == "/":
         b = rng.randint(2, 12) if rng.random() < 0.7 else rng.randint(2, 40)
         if rng.random() < 0.1 and not small:
-            return _number(rng, 2), rng.choice((2, 4, 5, 10))
+            return _number(rng, 2), rng.choice((2, 4, 5, 10, 3, 6, 7, 8))
         return b * rng.randint(2, 30 if b <= 12 else 12), b
     return a, b
 
