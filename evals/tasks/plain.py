@@ -364,6 +364,7 @@ class Talk(Plain):
     """One to four exchanges of any kinds, one after another; the check is that of the last."""
 
     name = "talk"
+    sizes = {"train": 400_000, "test": 400}
 
     def __init__(self, split: str, size: int | None = None):
         super().__init__(split, size)
