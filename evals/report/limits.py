@@ -25,7 +25,7 @@ def _stages(facts: Facts) -> Iterator[str]:
 def _texts(facts: Facts) -> Iterator[str]:
     """Of what was learned from."""
     if source_of(facts.config.data) == "embedded":
-        yield "The documents are made by the project (stories, sentences, spelling), with docstrings of optax, in place of web text."
+        yield "The documents are stories and sentences made here and docstrings of optax, in place of web text."
     base = facts.done["base"]
     if packed := base.get("packed"):
         share = packed["tokens_cropped"] / (packed["tokens"] + packed["tokens_cropped"])
