@@ -1,6 +1,8 @@
 """Where documents come from: files of every format, damage told, keys that name contents."""
 
 import gzip
+import hashlib
+import itertools
 import json
 import pickle
 import subprocess
@@ -309,6 +311,12 @@ def test_embedded_documents_are_english_and_disjoint(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "collect", lambda: pytest.fail("collected again"))
     again = pickle.loads(pickle.dumps(EmbeddedDocuments(tmp_path)))
     assert again.key == documents.key and list(again.train()) == train
+
+
+def test_embedded_texts_do_not_depend_on_the_interpreter():
+    """As for conversations in test_tasks.py."""
+    texts = [text for _, made in itertools.islice(embedded._made(), 100) for text in made]
+    assert hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16] == "687fd1076e2ec9f8"
 
 
 def test_embedded_documents_where_nothing_can_be_kept(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Tasks: what they ask, what they accept, and that training never sees a test question."""
 
 import gzip
+import hashlib
 import json
 import os
 import random
@@ -105,7 +106,7 @@ def test_calls_say_what_the_calculator_says_and_the_answer_ends_with_it(name):
             call, result, said = parts if len(parts) == 3 else (None, None, parts[0])
             if call:
                 assert use_calculator(call["text"]) == result["text"]
-                assert float(result["text"]) == task[i]["check"]["number"]
+                assert round(float(result["text"]), 2) == task[i]["check"]["number"]
                 kinds |= set(call["text"]) & set("+-*/")
             assert said["text"].endswith(".")
     assert name == "letters" or kinds == set("+-*/")
@@ -137,6 +138,12 @@ def test_talk_goes_from_one_subject_to_another():
     talks = [task[i] for i in range(200)]
     assert {len(t["messages"]) for t in talks} == {2, 4, 6, 8}
     assert all(task.evaluate(t, reference_answer(t)) for t in talks)
+
+
+def test_conversations_do_not_depend_on_the_interpreter():
+    """CI compares Python 3.11 and 3.13 by this. Where what is said has changed on purpose, the new hash belongs here."""
+    said = [Talk("train")[i] for i in range(100)]
+    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "1818386da559d624"
 
 
 def test_a_story_has_what_was_asked_for():
