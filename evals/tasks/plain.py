@@ -357,8 +357,8 @@ class Story(Plain):
 KINDS: dict[str, Callable[[str], Plain]] = {
     task.name: task for task in (Sums, Arithmetic, Letters, Spell, Reading, Self, Story)
 }
-# of the exchanges: what has short answers is asked more often, as every token of an answer counts alike
-SHARES = {"sums": 16, "arithmetic": 22, "letters": 13, "spell": 15, "reading": 28, "self": 10, "story": 2}
+# of the exchanges in a conversation
+SHARES = {"sums": 17, "arithmetic": 20, "letters": 16, "spell": 16, "reading": 21, "self": 14, "story": 2}
 
 
 class Talk(Plain):
