@@ -26,7 +26,7 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text
 from nanochat_jax.formats import texts_of
 
-VERSION = 4  # of the rules below
+VERSION = 5  # of the rules below
 PACKAGES = ("optax",)
 TOO_SHORT = 200  # characters of a docstring that says little
 VALIDATION_SHARE = 24  # one file in so many, by the hash of its name; also of the texts that are made
@@ -82,9 +82,22 @@ def _made() -> Iterator[tuple[str, list[str]]]:
         yield f"made/{i}", [rng.choice(makers)(rng)]
 
 
+HEADINGS = (
+    "A story about a {kind} called {hero}{with_thing}.",
+    "The story of {hero} the {kind}{with_thing}.",
+    "{hero}, a {kind}{with_thing}:",
+)
+
+
 def _story(rng: random.Random) -> str:
-    told = stories.story(rng)
-    return told.text if rng.random() < 0.7 else f"{told.text}\n{_answered(rng.choice(told.questions))}"
+    """A story, mostly with a heading that says who and what it is about, or with a question at its end."""
+    told, lines = stories.story(rng), []
+    if rng.random() < 0.7:
+        named = told.cast["thing"] in told.text and rng.random() < 0.8
+        slots = told.cast | {"with_thing": f" and a {told.cast['thing']}" if named else ""}
+        lines.append(stories.with_articles(rng.choice(HEADINGS).format(**slots)))
+    asked = [_answered(rng.choice(told.questions))] if rng.random() < 0.2 else []
+    return "\n".join([*lines, told.text, *asked])
 
 
 def _scenes(rng: random.Random) -> str:

@@ -143,7 +143,7 @@ def test_talk_goes_from_one_subject_to_another():
 def test_conversations_do_not_depend_on_the_interpreter():
     """CI compares Python 3.11 and 3.13 by this. What is said has changed on purpose: the new hash belongs here."""
     said = [Talk("train")[i] for i in range(100)]
-    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "13942e9cca619c0f"
+    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "c429ce92dfe35e68"
 
 
 def test_a_story_has_what_was_asked_for():
