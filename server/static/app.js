@@ -7,6 +7,7 @@ import { commandOf, HELP, reloadSettings, sampling, setByCommand, settings, setU
 import { closeDrawer, drawerOpen, drawList, setUpSidebar } from "./sidebar.js";
 import * as store from "./store.js";
 
+const GREEDY = { temperature: 0 };  // as a suggested question was answered rightly
 const SAVE_EVERY = 1000;  // ms, of a reply that is being written
 const MOST_MESSAGES = 399;  // that are sent, and characters in them: what the server takes, with room for the system's
 const MOST_CHARS = 150_000;
@@ -139,7 +140,7 @@ function drawSoon() {
 
 function emptyState() {
   const buttons = ideas.map(({ kind, text }) =>
-    el("button", { type: "button", onclick: () => ask(text) },
+    el("button", { type: "button", onclick: () => ask(text, GREEDY) },
       el("span", { className: "kind" }, kind), el("span", {}, text)));
   return el("div", { id: "empty" },
     el("h2", {}, "What can I do for you?"),
@@ -180,13 +181,13 @@ function keep(which) {
 
 // ---- What is sent
 
-function ask(text) {
+function ask(text, how = {}) {
   if (busy()) return;
   chat.title ||= titleOf(text);
   chat.messages.push({ role: "user", text });
   chat.updated = Date.now();
   $("notice").replaceChildren();
-  answer(chat);
+  answer(chat, how);
   if (location.hash.slice(1) !== chat.id) history.pushState(null, "", "#" + chat.id);
 }
 
@@ -210,8 +211,8 @@ function said(which) {
   return system ? [{ role: "system", content: system }, ...out] : out;
 }
 
-async function answer(which) {
-  const body = { messages: said(which), stream: true, stream_options: { include_usage: true }, ...sampling() };
+async function answer(which, how = {}) {
+  const body = { messages: said(which), stream: true, stream_options: { include_usage: true }, ...sampling(), ...how };
   const reply = { role: "assistant", parts: [], status: "writing", tokens: 0, seconds: 0 };
   for (const message of which.messages) if (message.status === "writing") message.status = "interrupted";
   const run = { controller: new AbortController(), reply, ending: "stopped" };

@@ -1011,6 +1011,7 @@ def test_names_and_landmarks_for_screen_readers(page, api):
 def test_an_example_starts_a_conversation(page, api):
     page.get_by_role("button", name="What is 2 + 3?").click()
     expect(said(page)).to_have_text(["What is 2 + 3?", "You said: What is 2 + 3?"])
+    assert api.bodies[-1]["temperature"] == 0  # as it was answered rightly
     expect(page.locator("#model")).to_have_text("demo · sft")
 
 
