@@ -209,7 +209,7 @@ def _patterns() -> tuple[re.Pattern, ...]:
     """One for each sentence that a story may hold."""
     told = script()
     sentences = {*told["openings"], *told["endings"], *(w for p in told["plots"] for beat in p["beats"] for w in beat)}
-    slots = (re.sub(r"\\{\w+\\}", r"([\\w' ]{1,40})", re.escape(s)) for s in sorted(sentences))
+    slots = (re.sub(r"\\{\w+\\}", r"([A-Za-z' ]{1,40})", re.escape(s)) for s in sorted(sentences))
     return tuple(re.compile(re.sub(r"\b([aA])\\ \(", r"\1n?\\ (", slot)) for slot in slots)
 
 
