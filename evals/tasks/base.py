@@ -83,11 +83,13 @@ class Generated(ScoredTask):
     def __getitem__(self, i: int) -> dict:
         if not 0 <= i < self._size:
             raise IndexError(i)
-        rng = random.Random(f"{self.name} {self.split} {i}")
-        while True:
-            conversation = self.make(rng)
-            if self.is_in_split(conversation):
-                return conversation
+        return self.draw(random.Random(f"{self.name} {self.split} {i}"))
+
+    def draw(self, rng: random.Random) -> dict:
+        """A conversation of the split."""
+        while not self.is_in_split(conversation := self.make(rng)):
+            pass
+        return conversation
 
     def is_in_split(self, conversation: dict) -> bool:
         return held_out(conversation["messages"][0]["content"], HELD_OUT) == (self.split == "test")

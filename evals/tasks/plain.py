@@ -2,7 +2,7 @@
 itself, what it cannot know, and stories; and conversations that go from one of these to another.
 
 `phrases.yaml` and `self.yaml` hold the wordings. Every question comes with a check (`checks.py`), so that each kind is
-also a task with a score. Words and numbers of test questions do not occur in training questions of the same kind.
+also a task with a score. Test questions do not occur in training, nor do the words that they are about.
 """
 
 import random
@@ -363,26 +363,20 @@ KINDS: dict[str, Callable[[str], Plain]] = {
 SHARES = {"sums": 17, "arithmetic": 20, "letters": 16, "spell": 16, "reading": 21, "self": 14, "story": 2}
 
 
-class Talk(Plain):
+class Talk(Checked, Generated):
     """One to four exchanges of any kinds, one after another; the check is that of the last."""
 
-    name = "talk"
+    name, kind = "talk", "generative"
     sizes = {"train": 400_000, "test": 400}
 
     def __init__(self, split: str, size: int | None = None):
         super().__init__(split, size)
         self._kinds = {name: kind(split) for name, kind in KINDS.items()}
 
-    def ask(self, rng: random.Random) -> Exchange:
-        raise NotImplementedError
-
     def make(self, rng: random.Random) -> dict:
-        turns: list = []
-        for _ in range(rng.choice((1, 1, 1, 2, 2, 3, 3, 4))):
-            name = rng.choices(list(SHARES), list(SHARES.values()))[0]
-            question, answer, check = self._kinds[name].ask(rng)
-            turns += [question, parse_parts(answer)]
-        return dialogue(*turns) | {"check": check}
+        names = rng.choices(list(SHARES), list(SHARES.values()), k=rng.choice((1, 1, 1, 2, 2, 3, 3, 4)))
+        drawn = [self._kinds[name].draw(rng) for name in names]
+        return {"messages": [m for c in drawn for m in c["messages"]], "check": drawn[-1]["check"]}
 
     def is_in_split(self, conversation: dict) -> bool:
-        return True
+        return True  # as every exchange is
