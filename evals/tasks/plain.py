@@ -105,12 +105,11 @@ def _number(rng: random.Random, digits: int | None = None) -> int:
 
 
 def _said(rng: random.Random, number: int, words: bool) -> str:
-    """A number in digits or, if it is short, in words."""
-    if words and number in NUMBER_WORDS and rng.random() < 0.8:
-        return NUMBER_WORDS[number]
-    if words and number < 100 and rng.random() < 0.7:
-        return f"{NUMBER_WORDS[number // 10 * 10]}{rng.choice(' -')}{NUMBER_WORDS[number % 10]}"
-    return str(number)
+    """A number in digits or, where it is below a hundred and `words`, mostly in words."""
+    if not words or number > 99 or rng.random() < 0.25:
+        return str(number)
+    tens, units = divmod(number, 10)
+    return NUMBER_WORDS.get(number) or f"{NUMBER_WORDS[10 * tens]}{rng.choice(' -')}{NUMBER_WORDS[units]}"
 
 
 def draw_numbers(rng: random.Random, sign: str, small: bool = False) -> tuple[int, int]:

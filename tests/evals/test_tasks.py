@@ -23,7 +23,7 @@ from evals.tasks.humaneval import HumanEval, extract_program, import_lines
 from evals.tasks.identity import Identity
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from evals.tasks.multiple_choice import ARC, MMLU, Facts, render_multiple_choice
-from evals.tasks.plain import KINDS, Story, Talk
+from evals.tasks.plain import KINDS, Story, Talk, _said
 from evals.tasks.spelling import Spelling, SpellingBee, read_words
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data import stories
@@ -144,10 +144,23 @@ def test_talk_goes_from_one_subject_to_another():
     assert len(number) > 100 and not any(held_out(q, HELD_OUT) for q in number)
 
 
+def test_numbers_in_words_are_as_people_say_them():
+    said = {n: {_said(random.Random(i), n, True) for i in range(40)} for n in (0, 7, 15, 20, 42, 100)}
+    assert said == {
+        0: {"0", "zero"},
+        7: {"7", "seven"},
+        15: {"15", "fifteen"},
+        20: {"20", "twenty"},
+        42: {"42", "forty two", "forty-two"},
+        100: {"100"},
+    }
+    assert _said(random.Random(0), 42, False) == "42"
+
+
 def test_conversations_do_not_depend_on_the_interpreter():
     """CI compares Python 3.11 and 3.13 by this. What is said has changed on purpose: the new hash belongs here."""
     said = [Talk("train")[i] for i in range(100)]
-    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "3d75380cd099d6c5"
+    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "e5805489547d7077"
 
 
 def test_a_story_has_what_was_asked_for():
