@@ -7,7 +7,6 @@ run: one run proves little.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +49,7 @@ def _scores(args: argparse.Namespace, dtype: str, seed: int) -> dict[str, float]
     out = Path(args.out) / f"{dtype}_{seed}"
     command = [sys.executable, str(ROOT / "run_speedrun.py"), "--config", args.config, "--run-dir", str(out)]
     settings = [f"seed={seed}", f"dtype={dtype}", *args.settings]
-    if subprocess.run([*command, *settings], stdout=sys.stderr, env=os.environ).returncode:
+    if subprocess.run([*command, *settings], stdout=sys.stderr).returncode:
         raise UserError(f"the run in {out} failed; its message is above")
     evaluated = results(out)
     last = next(stage for stage in ("rl", "sft", "mid") if stage in evaluated)
