@@ -24,7 +24,7 @@ from nanochat_jax.data.sources import open_documents, source_of
 from nanochat_jax.data.tables import CHAT_REPO, ROWS
 from nanochat_jax.errors import UserError
 
-VERSION = 4  # of what the tasks say: part of the key of packed conversations
+VERSION = 5  # of what the tasks say: part of the key of packed conversations
 
 _FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
     "arc_easy": partial(ARC, name="arc_easy"),

@@ -1,15 +1,13 @@
 """What a task is: questions as conversations, a verdict on an answer, and the accuracy of guessing."""
 
-import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
+from nanochat_jax.data.split import HELD_OUT, held_out
 from nanochat_jax.errors import UserError
-
-HELD_OUT = 10  # of the generated questions one in so many is a test question
 
 
 class Task(ABC):
@@ -107,12 +105,6 @@ def prompt_messages(conversation: dict) -> list[dict]:
     """A conversation up to its last user turn: what the model is asked."""
     messages = conversation["messages"]
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
-
-
-def held_out(text: str, one_in: int) -> bool:
-    """Whether a text is for testing, by its hash: where it stands, and what else there is, do not matter."""
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:4], "big") % one_in == 0
 
 
 def read_rows(path: str | Path) -> Sequence[dict]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from evals.tasks.base import Task, check_columns, held_out
+from evals.tasks.base import Task, check_columns
 from nanochat_jax.data.documents import Documents
+from nanochat_jax.data.split import held_out
 from nanochat_jax.errors import UserError
 
 HELD_OUT = 50  # one conversation in so many is for testing

@@ -8,14 +8,13 @@ also a task with a score. Test questions do not occur in training, nor do the wo
 import random
 import re
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain
 from pathlib import Path
 
 import yaml
 
-from evals.tasks.base import HELD_OUT, Generated, dialogue, held_out
+from evals.tasks.base import Generated, dialogue
 from evals.tasks.checks import NUMBERS, Checked
 from evals.tasks.gsm8k import parse_parts
 from nanochat_jax.data import stories
@@ -27,21 +26,7 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 NUMBER_WORDS = dict(enumerate(NUMBERS)) | {10 * tens: word for tens, word in enumerate(TENS, 2)}
 COURTEOUS = {"before": 0.3, "after": 0.2}  # shares of questions with a word of courtesy there
 SLOTS = {"t": "things", "box": "boxes", "people": "people", "animals": "animals", "room": "rooms"}
-LEADING = (
-    "in the",
-    "to the",
-    "on",
-    "in",
-    "at",
-    "for",
-    "a",
-    "an",
-    "the",
-    "it was",
-    "because",
-    "some",
-    "to",
-)  # of answers
+_LEADING = re.compile("(?:(?:in|to|on|at|for|because|a|an|the|some) )*")  # words of an answer
 
 
 @cache
@@ -56,8 +41,10 @@ def about() -> tuple[tuple[tuple[str, ...], str, dict], ...]:
     return tuple((tuple(e["say"].split(", ")), e["answer"], e["check"]) for e in yaml.load(text, yaml.CSafeLoader))
 
 
-def all_words() -> list[str]:
-    return sorted(set(chain(*stories.words().values())))
+def common(rng: random.Random, wordings: Sequence):
+    """One of the wordings, of which the usual ones come first: people's choice of words follows Zipf's law (Mandelbrot's
+    form of it)."""
+    return rng.choices(wordings, [1 / (30 + rank) for rank in range(len(wordings))])[0]
 
 
 def typed(rng: random.Random, text: str) -> str:
@@ -85,11 +72,13 @@ def calculated(expression: str) -> tuple[str, str]:
     return f"<<{expression}={result}>>", f"{float(result):.2f}".rstrip("0").rstrip(".")
 
 
-class Plain(Checked, Generated):
-    """A kind of questions: ask(rng) -> Exchange."""
-
+class _Kind(Checked, Generated):
     kind = "generative"
     sizes = {"train": 100_000, "test": 400}
+
+
+class Plain(_Kind):
+    """A kind of questions: ask(rng) -> Exchange."""
 
     @abstractmethod
     def ask(self, rng: random.Random) -> Exchange: ...
@@ -138,11 +127,11 @@ class Sums(Plain):
         numbers = [_number(rng), _number(rng, 1), _number(rng, 1)]
         if kind in "+-*/":
             a, b = draw_numbers(rng, kind)
-            expression, wording = f"{a}{kind}{b}", rng.choice(wordings[kind])
+            expression, wording = f"{a}{kind}{b}", common(rng, wordings[kind])
             numbers = [a, b]
         else:
-            template, asked = rng.choice(list(wordings[kind].items()))
-            wording = rng.choice(asked)
+            template, asked = common(rng, list(wordings[kind].items()))
+            wording = common(rng, asked)
             if "/" in template:
                 numbers[0] *= int(template[-1])
             if template[-4:] == "-{c}":
@@ -161,20 +150,20 @@ class Arithmetic(Plain):
     name = "arithmetic"
 
     def ask(self, rng: random.Random) -> Exchange:
-        known, kind = phrases(), rng.choices(("+", "-", "*", "/", "two"), (4, 4, 4, 4, 3))[0]
+        known, kind = phrases(), rng.choices(("+", "-", "*", "/", "two"), (4, 4, 4, 4, 4))[0]
         wordings = known["problems"][kind]
         if kind == "two":
             a, b, c = rng.randint(2, 9), rng.randint(2, 12), rng.randint(1, 9)
             a += c if a * b <= c else 0
             d = rng.randint(a * b + c + 1, a * b + 130)
             template, asked = rng.choices(list(wordings.items()), [len(w) for w in wordings.values()])[0]
-            wording, expression = rng.choice(asked), template.format(a=a, b=b, c=c, d=d)
+            wording, expression = common(rng, asked), template.format(a=a, b=b, c=c, d=d)
         else:
             (a, b), c, d = draw_numbers(rng, kind, small=True), 0, 0
             if kind in "+-" and rng.random() < 0.85:
                 b = rng.randint(2, 30)
                 a = rng.randint(b + 1, 99)
-            wording = rng.choice(wordings)
+            wording = common(rng, wordings)
             if wording.startswith("A week has"):
                 b = 7
             expression = f"{a}{kind}{b}"
@@ -199,26 +188,20 @@ def _fill_problem(rng: random.Random, wording: str, numbers: dict[str, str]) -> 
 
 
 class _OnWords(Plain):
-    """Questions about a word: of the split where it is a real one; some in training are invented."""
-
-    def __init__(self, split: str, size: int | None = None):
-        super().__init__(split, size)
-        self._words = [w for w in all_words() if held_out(w, HELD_OUT) == (split == "test")]
+    """Questions about a word: in tests a common one that training does not ask about."""
 
     def is_in_split(self, conversation: dict) -> bool:
         return True  # as its word is
 
     def _word(self, rng: random.Random) -> tuple[str, str]:
         """(the word as it is to be answered, and as it stands in the question)."""
-        word = stories.invented(rng) if self.split == "train" and rng.random() < 0.4 else rng.choice(self._words)
-        if word == "":
-            word = "a"
+        word = stories.any_word(rng) if self.split == "train" else rng.choice(stories.common_words(True))
         shown, style = word, rng.random()
         if style < 0.08:
             word = shown = word.upper()
         elif style < 0.2:
             shown = word.capitalize()
-        quote = rng.choice(("", "", "", "", "'", '"', '"'))
+        quote = rng.choice(("", "", "", "", "", "'", '"'))
         before = "the word " if rng.random() < 0.2 else ""
         return word, f"{before}{quote}{shown}{quote}"
 
@@ -232,7 +215,7 @@ class Letters(_OnWords):
         known, answers = phrases()["letters"], phrases()["answers"]
         kind = rng.choices(("count", "length", "first", "last"), (10, 4, 2, 2))[0]
         word, shown = self._word(rng)
-        wording = rng.choice(known[kind])
+        wording = common(rng, known[kind])
         if "the word {w}" in wording:
             shown = shown.removeprefix("the word ")
         if kind == "count":
@@ -262,46 +245,46 @@ class Spell(_OnWords):
 
     def ask(self, rng: random.Random) -> Exchange:
         word, shown = self._word(rng)
-        kind = "backward" if rng.random() < 0.1 else "forward"
-        wording = rng.choice(phrases()["spelling"][kind])
+        kind = "backward" if rng.random() < 0.05 else "forward"
+        wording = common(rng, phrases()["spelling"][kind])
         if "the word {w}" in wording:
             shown = shown.removeprefix("the word ")
-        letters = f"{word}: {' '.join(word)}"
+        letters = f"The word {word}: {' '.join(word)}"
         answer, wanted = letters, word
         if kind == "backward":
             answer, wanted = f"{letters}, backwards: {' '.join(word[::-1])}", word[::-1]
         return typed(rng, wording.format(w=shown)), answer, {"spelled": wanted.lower()}
 
 
-class Reading(Plain):
-    """Some sentences, and a question that one of them answers."""
+class Reading(_Kind):
+    """Some sentences, and a question that one of them answers; in training often more of them, in turn."""
 
     name = "reading"
 
-    def ask(self, rng: random.Random) -> Exchange:
-        if rng.random() < 0.05:
-            told = stories.story(rng)
-            texts, (question, answer) = [told.text], rng.choice(told.questions)
-        else:
-            scenes = [stories.scene(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
-            asked = rng.randrange(len(scenes))
-            texts = [s.text for s in scenes]
-            question, answer = rng.choice(scenes[asked].questions)
-        text, style = " ".join(texts), rng.random()
-        if style < 0.2:
-            text, question = text.lower(), question.lower()
-        if rng.random() < 0.4:
-            question = question.rstrip("?")
-        elif not question.endswith("?"):
-            question += "?"
+    def make(self, rng: random.Random) -> dict:
+        told = [stories.story(rng)]
+        if rng.random() > 0.05:
+            told = [stories.scene(rng) for _ in range(rng.choice((1, 1, 1, 2, 2, 3)))]
+        text, known = " ".join(t.text for t in told), [asked for t in told for asked in t.questions]
+        asked = rng.sample(known, min(len(known), rng.choice((1, 1, 2, 3)) if self.split == "train" else 1))
+        if rng.random() < 0.2:  # names are then written as they were asked about
+            text, asked = text.lower(), [stories.Asked(*map(str.lower, a)) for a in asked]
+        first, *others = (_marked(rng, a.question) for a in asked)
+        said = [self._introduced(rng, text, first), asked[0].answer]
+        said += [part for question, a in zip(others, asked[1:]) for part in (question, a.answer)]
+        wanted = asked[-1].wanted.lower()
+        return dialogue(*said) | {"check": {"any": [wanted[_LEADING.match(wanted).end() :]]}}
+
+    def _introduced(self, rng: random.Random, text: str, question: str) -> str:
         if rng.random() < 0.1:
             text = text.rstrip(".") + rng.choice((",", "", " -"))
         before = rng.choice(("", "", "", "", "", "Read this: ", "Text: ", "ok, ", "here is a text. ", "listen: "))
         joined = rng.choice((" ", " ", " ", "\n", " Question: ", " tell me, "))
-        wanted = answer.rstrip(".").lower()
-        for words in LEADING:
-            wanted = wanted.removeprefix(f"{words} ")
-        return f"{before}{text}{joined}{question}", answer, {"any": [wanted]}
+        return f"{before}{text}{joined}{question}"
+
+
+def _marked(rng: random.Random, question: str) -> str:
+    return question.rstrip("?") + ("?" if rng.random() < 0.6 else "")
 
 
 class Self(Plain):
@@ -313,7 +296,7 @@ class Self(Plain):
         weights = [len(say) ** 0.5 for say, *_ in about()]
         say, answer, check = rng.choices(about(), weights)[0]
         known, lists = stories.words(), stories.script()["lists"]
-        wording = rng.choice(say)
+        wording = common(rng, say)
         nouns = known["nature"] + known["others"] + known["foods"] + known["animals"] + known["things"]
         slots = {
             slot: rng.choice(known[of])
@@ -342,7 +325,8 @@ class Story(Plain):
     sizes = {"train": 100_000, "test": 100}  # each takes as long as five others
 
     def ask(self, rng: random.Random) -> Exchange:
-        wording = rng.choice([w for w in phrases()["requests"] if "{" in w or rng.random() < 0.2])
+        wordings = phrases()["requests"]
+        wording = rng.choices(wordings, [1 + 5 * w.count("{") for w in wordings])[0]
         cast = stories.draw_cast(rng)
         if rng.random() < 0.4:
             cast["hero"] = stories.invented(rng, rng.choice((2, 2, 3))).capitalize()
@@ -355,11 +339,11 @@ class Story(Plain):
         return request, told.text, {"story": {s: given[s] for s in given if s in slots}}
 
 
-KINDS: dict[str, Callable[[str], Plain]] = {
+KINDS: dict[str, Callable[[str], _Kind]] = {
     task.name: task for task in (Sums, Arithmetic, Letters, Spell, Reading, Self, Story)
 }
 # of the exchanges in a conversation
-SHARES = {"sums": 17, "arithmetic": 20, "letters": 16, "spell": 16, "reading": 21, "self": 14, "story": 2}
+SHARES = {"sums": 16, "arithmetic": 21, "letters": 14, "spell": 12, "reading": 22, "self": 20, "story": 2}
 
 
 class Talk(Checked, Generated):

@@ -13,8 +13,9 @@ import string
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.tasks.base import HELD_OUT, Generated, dialogue, held_out
+from evals.tasks.base import Generated, dialogue
 from evals.tasks.gsm8k import NumberAnswer, parse_parts
+from nanochat_jax.data.split import HELD_OUT, held_out
 from nanochat_jax.errors import UserError
 
 COUNT_QUESTIONS = (

@@ -13,25 +13,41 @@ import random
 import re
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
+from nanochat_jax.data.split import HELD_OUT, held_out
+
 HERE = Path(__file__).parent
 PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
-ODD = 0.35  # share of what scenes state that may be any word
-INVENTED = 0.25  # share of names that nobody has: a model that knows names by heart cannot take up a new one
+ODD = 0.2  # share of what scenes state that may be any word
+INVENTED = 0.15  # share of names that nobody has: a model that knows names by heart cannot take up a new one
 DETERMINERS = ("a", "a", "the", "the", "some", "two", "his", "her", "my")
 SHORTEST = 6  # sentences of a story
 
 
+class Asked(NamedTuple):
+    """A question about a text, its answer as a sentence, and the words in it that any right answer has."""
+
+    question: str
+    answer: str
+    wanted: str
+
+
 @dataclass(frozen=True)
 class Told:
-    """A text, and what can be asked about it: pairs of question and answer."""
+    """A text, and what can be asked about it."""
 
     text: str
-    questions: tuple[tuple[str, str], ...]
+    questions: tuple[Asked, ...]
     cast: "Cast"
+
+    def told(self) -> set[str]:
+        """The slots that occur in the text."""
+        return {slot for slot, said in self.cast.items() if said in self.text}
 
 
 class Cast(dict):
@@ -79,6 +95,28 @@ def invented(rng: random.Random, syllables: int = 0) -> str:
     lists = script()["lists"]
     parts = [rng.choice(lists["onset"]) + rng.choice("aeiou") for _ in range(syllables or rng.choice((1, 2, 2, 2, 3)))]
     return "".join(parts) + rng.choice(lists["coda"])
+
+
+@cache
+def common_words(test: bool) -> tuple[str, ...]:
+    """The words that tests are about, or the others."""
+    return tuple(w for w in sorted(set(chain(*words().values()))) if held_out(w, HELD_OUT) == test)
+
+
+def any_word(rng: random.Random) -> str:
+    """A common word that no test is about, an invented one, or the beginning of any word, often all of it, and the end of
+    another, so that whatever pieces a vocabulary has are met."""
+    kind = rng.random()
+    if kind < 0.2:
+        return invented(rng)
+    if kind < 0.6:
+        return rng.choice(common_words(False))
+    while True:
+        first, second = (rng.choice(common_words(rng.random() < 0.2)) for _ in range(2))
+        begun = len(first) if rng.random() < 0.4 else rng.randint(1, len(first))
+        word = (first[:begun] + second[rng.randint(0, len(second)) :])[:12]
+        if word not in common_words(True):
+            return word
 
 
 def with_articles(text: str) -> str:
@@ -200,8 +238,13 @@ def scene(rng: random.Random) -> Told:
     return Told(cast.fill(rng.choice(found["say"])), _questions(rng, found["ask"], cast), cast)
 
 
-def _questions(rng: random.Random, asked: list, cast: Cast) -> tuple[tuple[str, str], ...]:
-    return tuple((cast.fill(rng.choice(wordings)), cast.fill(answer)) for wordings, answer in asked)
+def _questions(rng: random.Random, asked: list, cast: Cast) -> tuple[Asked, ...]:
+    out = []
+    for wordings, answer in asked:
+        before, wanted, after = re.split(r"[\[\]]", cast.fill(answer))
+        whole = f"{before}{wanted}{after}"
+        out.append(Asked(cast.fill(rng.choice(wordings)), whole[0].upper() + whole[1:], wanted))
+    return tuple(out)
 
 
 @cache

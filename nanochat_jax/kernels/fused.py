@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from nanochat_jax import devices
 from nanochat_jax.kernels.launch import ROWS, by_kernels, launch
 
 TIMES = 16  # positions of a program of the rotation's; its loop runs over heads, which share their angles
@@ -46,10 +47,13 @@ def rotate_and_norm(x: jax.Array, rope: tuple[jax.Array, jax.Array], gain: float
         return _rotate(x, *(t[:, 0] for t in rope), gain, eps)
     x32 = x.astype(jnp.float32)
     x32 = x32 * (gain * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps))
-    halves = x32.reshape(*x.shape[:-1], 2, -1)  # exchanged and not cut out: XLA makes one kernel of it
-    cos, sin = (t[..., None, :] for t in rope)
-    sin = jnp.concatenate([sin, -sin], axis=-2)
-    return (halves * cos + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
+    if devices.platform() == "cpu":  # a tenth of a small model's step faster, in loops over all of a head
+        exchanged = jnp.roll(x32, x.shape[-1] // 2, axis=-1)
+    else:  # halves exchanged and not cut out: XLA makes one kernel of it
+        exchanged = x32.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :].reshape(x.shape)
+    cos, sin = rope
+    cos, sin = (jnp.concatenate(halves, axis=-1) for halves in ((cos, cos), (sin, -sin)))
+    return (x32 * cos + exchanged * sin).astype(x.dtype)
 
 
 def add_and_norm(x: jax.Array, change: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:

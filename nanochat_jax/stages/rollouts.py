@@ -13,7 +13,7 @@ from nanochat_jax.stages import common
 from nanochat_jax.stages.run import Run
 from tokenizer.chat import parse_completion, render_prompt
 
-_BUCKET = 64  # sequence lengths of the training batch are rounded up to multiples of this, to compile few shapes
+_BUCKET = 128  # sequence lengths of the training batch are rounded up to multiples of this, to compile few shapes
 
 
 @dataclass(frozen=True)
