@@ -57,11 +57,10 @@ class Facts(Generated):
 
     def make(self, rng: random.Random) -> dict:
         told = stories.scene(rng)
-        question, right = rng.choice(told.questions)
+        question, _, right = rng.choice(told.questions)
         wrong: set[str] = set()
         while len(wrong) < len(LETTERS) - 1:
-            other = rng.choice(stories.scene(rng).questions)[1]
-            wrong |= {other} - {right}
-        choices = [answer.rstrip(".") for answer in rng.sample([right, *sorted(wrong)], len(LETTERS))]
-        letter = LETTERS[choices.index(right.rstrip("."))]
+            wrong |= {rng.choice(stories.scene(rng).questions).wanted} - {right}
+        choices = rng.sample([right, *sorted(wrong)], len(LETTERS))
+        letter = LETTERS[choices.index(right)]
         return multiple_choice(f"{told.text} {question}", LETTERS, choices, letter)

@@ -26,7 +26,7 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 NUMBER_WORDS = dict(enumerate(NUMBERS)) | {10 * tens: word for tens, word in enumerate(TENS, 2)}
 COURTEOUS = {"before": 0.3, "after": 0.2}  # shares of questions with a word of courtesy there
 SLOTS = {"t": "things", "box": "boxes", "people": "people", "animals": "animals", "room": "rooms"}
-_LEADING = re.compile("(?:(?:in|to|on|at|for|because|a|an|the|some) )*")  # words of an answer
+_LEADING = re.compile("^(?:(?:in|to|on|at|for|because|a|an|the|some) )*")  # words of an answer
 
 
 @cache
@@ -42,8 +42,7 @@ def about() -> tuple[tuple[tuple[str, ...], str, dict], ...]:
 
 
 def common(rng: random.Random, wordings: Sequence):
-    """One of the wordings, of which the usual ones come first: people's choice of words follows Zipf's law (Mandelbrot's
-    form of it)."""
+    """One of the wordings, of which the usual ones come first (Zipf's law, in Mandelbrot's form)."""
     return rng.choices(wordings, [1 / (30 + rank) for rank in range(len(wordings))])[0]
 
 
@@ -273,7 +272,7 @@ class Reading(_Kind):
         said = [self._introduced(rng, text, first), asked[0].answer]
         said += [part for question, a in zip(others, asked[1:]) for part in (question, a.answer)]
         wanted = asked[-1].wanted.lower()
-        return dialogue(*said) | {"check": {"any": [wanted[_LEADING.match(wanted).end() :]]}}
+        return dialogue(*said) | {"check": {"any": [_LEADING.sub("", wanted)]}}
 
     def _introduced(self, rng: random.Random, text: str, question: str) -> str:
         if rng.random() < 0.1:

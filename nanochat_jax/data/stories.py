@@ -104,8 +104,8 @@ def common_words(test: bool) -> tuple[str, ...]:
 
 
 def any_word(rng: random.Random) -> str:
-    """A common word that no test is about, an invented one, or the beginning of any word, often all of it, and the end of
-    another, so that whatever pieces a vocabulary has are met."""
+    """A common word that no test is about, an invented one, or the beginning of any word, often all of it, and the end
+    of another, so that whatever pieces a vocabulary has are met."""
     kind = rng.random()
     if kind < 0.2:
         return invented(rng)

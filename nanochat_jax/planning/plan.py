@@ -47,8 +47,8 @@ TRAIN_ROWS = {"chat": 460_341, "mmlu": 99_842, "gsm8k": 7_473, "arc_easy": 2_251
 TEST_ROWS = {"arc_easy": 2_376, "arc_challenge": 1_172, "mmlu": 14_042, "gsm8k": 1_319, "humaneval": 164}
 TEST_ROWS |= {"spellingbee": 256}
 CONVERSATION = {"chat": 820, "mmlu": 130, "gsm8k": 200, "arc_easy": 90, "arc_challenge": 100, "identity": 40}
-CONVERSATION |= {"spellingbee": 101, "spelling": 30, "talk": 95, "text": 120, "story": 127, "reading": 54, "facts": 99}
-CONVERSATION |= {"sums": 38, "arithmetic": 56, "letters": 42, "spell": 31, "self": 40}
+CONVERSATION |= {"spellingbee": 101, "spelling": 30, "talk": 107, "text": 120, "story": 133, "reading": 71, "facts": 99}
+CONVERSATION |= {"sums": 38, "arithmetic": 56, "letters": 44, "spell": 32, "self": 39}
 OTHERS = 100  # tokens of a conversation of any other task
 
 SHARD_BYTES, SHARD_CHARS = 1e8, 2.5e8  # of a file of climbmix or fineweb_edu, says the reference's runs/speedrun.sh
