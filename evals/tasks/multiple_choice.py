@@ -56,11 +56,11 @@ class Facts(Generated):
     name, kind, baseline = "facts", "categorical", 0.25
 
     def make(self, rng: random.Random) -> dict:
-        told = stories.scene(rng)
+        (told,) = stories.scenes(rng, 1)
         question, _, right = rng.choice(told.questions)
         wrong: set[str] = set()
         while len(wrong) < len(LETTERS) - 1:
-            wrong |= {rng.choice(stories.scene(rng).questions).wanted} - {right}
+            wrong |= {rng.choice(stories.scenes(rng, 1)[0].questions).wanted} - {right}
         choices = rng.sample([right, *sorted(wrong)], len(LETTERS))
         letter = LETTERS[choices.index(right)]
         return multiple_choice(f"{told.text} {question}", LETTERS, choices, letter)

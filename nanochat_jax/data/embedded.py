@@ -103,9 +103,9 @@ def _story(rng: random.Random) -> str:
 
 def _scenes(rng: random.Random) -> str:
     """Sentences, and answers to questions about some of them."""
-    scenes = [stories.scene(rng) for _ in range(rng.randint(2, 6))]
-    asked = [_answered(rng.choice(s.questions)) for s in rng.choices(scenes, k=rng.randint(2, 6))]
-    return " ".join(s.text for s in scenes) + "".join(f"\n{line}" for line in asked)
+    told = stories.scenes(rng, rng.randint(2, 6))
+    asked = rng.choices([asked for s in told for asked in s.questions], k=rng.randint(2, 6))
+    return " ".join(s.text for s in told) + "".join(f"\n{_answered(a)}" for a in asked)
 
 
 def _answered(asked: stories.Asked) -> str:

@@ -11,6 +11,7 @@ than 10^9 casts for each plot, and some thousand ways to tell it.
 import hashlib
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -24,6 +25,7 @@ from nanochat_jax.data.split import HELD_OUT, held_out
 HERE = Path(__file__).parent
 PRONOUNS = {"she": ("she", "her", "her"), "he": ("he", "him", "his")}
 ODD = 0.2  # share of what scenes state that may be any word
+ALIKE = 0.5  # share of texts whose scenes are all of one kind
 INVENTED = 0.15  # share of names that nobody has: a model that knows names by heart cannot take up a new one
 DETERMINERS = ("a", "a", "the", "the", "some", "two", "his", "her", "my")
 SHORTEST = 6  # sentences of a story
@@ -224,26 +226,38 @@ def story(rng: random.Random, given: dict[str, str] | None = None) -> Told:
             return Told(text, _questions(rng, plot["ask"], cast), cast)
 
 
-def scene(rng: random.Random) -> Told:
-    """One or two sentences that state something. A part of what they state is any word, however odd: an answer is to
-    be found in the text and not among usual answers."""
-    found = rng.choice(script()["scenes"])
+def scenes(rng: random.Random, count: int) -> list[Told]:
+    """Each one or two sentences that state something; often all of one kind, told apart only by whom and what a
+    question names."""
+    kinds = script()["scenes"]
+    chosen = [rng.choice(kinds)] * count if rng.random() < ALIKE else rng.choices(kinds, k=count)
+    casts, out = [_scene_cast(rng) for _ in chosen], []
+    for kind, cast in zip(chosen, casts):
+        others = [c for k, c in zip(chosen, casts) if k is kind and c is not cast]
+        out.append(Told(cast.fill(rng.choice(kind["say"])), _questions(rng, kind["ask"], cast, others), cast))
+    return out if any(told.questions for told in out) else scenes(rng, count)
+
+
+def _scene_cast(rng: random.Random) -> Cast:
+    """A part of its slots are any word, however odd: an answer is to be found in the text, not among usual answers."""
     (hero, gender), (friend, friend_gender) = person(rng), person(rng)
     cast = draw_cast(rng, {"hero": hero, "friend": friend} | pronouns(gender) | pronouns(friend_gender, "f"))
     odd = {slot: _noun(rng) for slot in ("place", "place2", "pet", "job", "thing", "thing2")}
     odd |= {slot: rng.choice(words()["describing"]) for slot in ("color", "color2", "bad", "good", "weather")}
     odd |= {"town": invented(rng).capitalize(), "petname": invented(rng).capitalize(), "food": f"some {_noun(rng)}"}
     odd |= {"reason": f"the {_noun(rng)} was {cast['adj']}", "spot": cast["p"], "when": cast["t2"]}
-    cast |= {slot: text for slot, text in odd.items() if rng.random() < ODD}
-    return Told(cast.fill(rng.choice(found["say"])), _questions(rng, found["ask"], cast), cast)
+    return Cast(cast | {slot: text for slot, text in odd.items() if rng.random() < ODD})
 
 
-def _questions(rng: random.Random, asked: list, cast: Cast) -> tuple[Asked, ...]:
+def _questions(rng: random.Random, asked: list, cast: Cast, others: Sequence[Cast] = ()) -> tuple[Asked, ...]:
+    """One of each kind, which is not also one about the other casts."""
     out = []
     for wordings, answer in asked:
+        questions = [q for w in wordings if (q := cast.fill(w)) not in (other.fill(w) for other in others)]
         before, wanted, after = re.split(r"[\[\]]", cast.fill(answer))
         whole = f"{before}{wanted}{after}"
-        out.append(Asked(cast.fill(rng.choice(wordings)), whole[0].upper() + whole[1:], wanted))
+        if questions:
+            out.append(Asked(rng.choice(questions), whole[0].upper() + whole[1:], wanted))
     return tuple(out)
 
 
