@@ -77,6 +77,7 @@ def plan(args: argparse.Namespace) -> int:
 def open_run(args: argparse.Namespace):
     """The run directory, new or resumed. UserError where it was made with other settings."""
     from evals import sandbox
+    from evals.tasks import check_names
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.mesh.preemption import Stop
     from nanochat_jax.stages.run import Run
@@ -88,6 +89,7 @@ def open_run(args: argparse.Namespace):
     if config.evals.sandbox == "required":
         sandbox.prepare(config.evals.sandbox, print)  # now, and not after hours of training
     sinks.check(config.tracking)
+    check_names(config)
     run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
     if (run_dir / "config.yaml").is_file():
         check_same(run_dir, config, "--run-dir")

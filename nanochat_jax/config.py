@@ -15,11 +15,27 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
 from nanochat_jax.errors import UserError
-from nanochat_jax.rules import check
+from nanochat_jax.rules import (
+    Arch,
+    Backend,
+    Count,
+    Dtype,
+    Natural,
+    Objective,
+    Positive,
+    Rate,
+    Sandbox,
+    Seed,
+    Share,
+    Source,
+    Stage,
+    check,
+)
 
 
 @dataclass(frozen=True)
@@ -69,12 +85,12 @@ class GPTConfig:
 class ModelConfig:
     """The model's size. None: derived from depth or arch."""
 
-    arch: str = "modern"  # modern | classic (the $100 run of October 2025)
-    depth: int = 4  # transformer layers; by default everything else follows from it
-    width: int | None = None  # of the residual stream; None: 64 * depth, rounded up to whole heads
-    head_dim: int = 128  # of each attention head; even
-    n_kv_head: int | None = None  # heads of keys and values, for grouped-query attention; None: as many as queries
-    sequence_len: int = 2048  # tokens of a training row, and the longest context
+    arch: Arch = "modern"  # modern | classic (the $100 run of October 2025)
+    depth: Count = 4  # transformer layers; by default everything else follows from it
+    width: Count | None = None  # of the residual stream; None: 64 * depth, rounded up to whole heads
+    head_dim: Count = 128  # of each attention head; even
+    n_kv_head: Count | None = None  # heads of keys and values, for grouped-query attention; None: as many as queries
+    sequence_len: Count = 2048  # tokens of a training row, and the longest context
     window_pattern: str | None = None  # tiled over layers; S: a quarter of the context, L: all; None: SSSL, classic L
 
 
@@ -82,9 +98,9 @@ class ModelConfig:
 class TokenizerConfig:
     """How the tokenizer is trained."""
 
-    vocab_size: int = 32768  # entries, the control symbols included; at most 65536
-    sample_chars: int = 100_000_000  # characters that the trainer sees; it holds all of them in memory
-    max_doc_chars: int = 10_000  # of any one document
+    vocab_size: Count = 32768  # entries, the control symbols included; at most 65536
+    sample_chars: Count = 100_000_000  # characters that the trainer sees; it holds all of them in memory
+    max_doc_chars: Count = 10_000  # of any one document
     apart: bool = False  # a piece holds letters or marks, never both, so that words are cut alike beside a mark
 
 
@@ -92,31 +108,31 @@ class TokenizerConfig:
 class DataConfig:
     """Where documents, conversations and questions come from, and how documents are packed into rows."""
 
-    source: str = "auto"  # auto | embedded | local | hub; auto is local where dir is set, else embedded
+    source: Source = "auto"  # auto | embedded | local | hub; auto is local where dir is set, else embedded
     dir: str | None = None  # local: pretrain/ (parquet, jsonl, txt), chat/*.jsonl.gz, tasks/*.parquet, core/, words/
     cache_dir: str | None = None  # packed rows and downloads; default: `cache` beside the run directory
     text_column: str = "text"  # of parquet and JSON lines, local or of the hub
     hub_pretrain: str = "karpathy/climbmix-400b-shuffle"  # owner/name, or climbmix, fineweb_edu, fineweb
     hub_folder: str | None = None  # take only what is below this folder of the dataset, such as sample/10BT
-    hub_shards: int = 8  # training shards to download; the last shard of the dataset is always the validation shard
-    max_train_tokens: int | None = None  # stop packing after so many; None: all the text
-    pack_buffer: int = 1000  # documents that best-fit packing chooses from
-    pack_workers: int | None = None  # threads that tokenize beside training; None: all cores but one; 0: pack before it
+    hub_shards: Count = 8  # training shards to download; the last shard of the dataset is always the validation shard
+    max_train_tokens: Count | None = None  # stop packing after so many; None: all the text
+    pack_buffer: Count = 1000  # documents that best-fit packing chooses from
+    pack_workers: Natural | None = None  # threads that tokenize beside training; None: cores but one; 0: pack first
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     """Learning rates at a batch of 2^19 tokens and width 768 (optim.py scales them), and their schedule."""
 
-    matrix_lr: float = 0.02  # Muon: the matrices of the blocks
-    embedding_lr: float = 0.3  # AdamW: the token and value embeddings
-    unembedding_lr: float = 0.008  # AdamW: the output head
-    scalar_lr: float = 0.5  # AdamW: the scalars of the residual stream
-    weight_decay: float | None = None  # of Muon's matrices; None: the scaling rule
-    lr_scale: float = 1.0  # multiplies every rate
-    warmup_steps: int = 40  # over which the rate rises
-    warmdown: float = 0.65  # share of the steps over which the rate falls
-    final_lr: float = 0.05  # as a share of the peak
+    matrix_lr: Rate = 0.02  # Muon: the matrices of the blocks
+    embedding_lr: Rate = 0.3  # AdamW: the token and value embeddings
+    unembedding_lr: Rate = 0.008  # AdamW: the output head
+    scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream
+    weight_decay: Rate | None = None  # of Muon's matrices; None: the scaling rule
+    lr_scale: Rate = 1.0  # multiplies every rate
+    warmup_steps: Natural = 40  # over which the rate rises
+    warmdown: Share = 0.65  # share of the steps over which the rate falls
+    final_lr: Rate = 0.05  # as a share of the peak
 
 
 @dataclass(frozen=True)
@@ -124,15 +140,15 @@ class BaseConfig:
     """Pretraining."""
 
     optim: OptimConfig = OptimConfig()
-    ratio: float = 12.0  # training tokens per scaling parameter
-    tokens: int | None = None  # overrides ratio
+    ratio: Positive = 12.0  # training tokens per scaling parameter
+    tokens: Count | None = None  # overrides ratio
     fp8: bool = False  # products of the training step in 8-bit floats; for H100s and later, emulated elsewhere
-    batch_tokens: int | None = None  # tokens per optimizer step; None: the scaling rule
-    micro_batch: int = 8  # rows per data-parallel device and micro-step
-    eval_every: int = 250  # steps between validation passes
-    eval_tokens: int = 10_485_760  # of the validation shard; at most what it holds
-    save_every: int = 500  # steps between checkpoints; the last step is always saved
-    core_every: int = 2000  # steps between CORE evaluations, where eval_every divides them; 0: in the eval stage only
+    batch_tokens: Count | None = None  # tokens per optimizer step; None: the scaling rule
+    micro_batch: Count = 8  # rows per data-parallel device and micro-step
+    eval_every: Natural = 250  # steps between validation passes; 0: at the end alone
+    eval_tokens: Count = 10_485_760  # of the validation shard; at most what it holds
+    save_every: Count = 500  # steps between checkpoints; the last step is always saved
+    core_every: Natural = 2000  # steps between CORE evaluations, if eval_every divides them; 0: in the eval stage only
 
 
 @dataclass(frozen=True)
@@ -143,15 +159,15 @@ class FinetuneConfig:
         embedding_lr=0.2, unembedding_lr=0.004, weight_decay=0.0, warmup_steps=0, warmdown=0.2, final_lr=0.0
     )
     all_targets: bool = False  # learn every token, and not the assistant's alone
-    epochs: float = 1.0  # passes over the packed rows
-    max_rows: int | None = None  # cap on packed rows, for small machines
+    epochs: Positive = 1.0  # passes over the packed rows
+    max_rows: Count | None = None  # cap on packed rows, for small machines
     mixture: dict[str, int] | None = None  # task name -> how often it is repeated; negative: take so many conversations
-    lora_rank: int | None = None  # train LoRA adapters of the blocks' matrices only; None: train everything
-    lora_lr: float = 2e-4  # the adapters' peak rate; of optim, only lr_scale and the schedule apply
-    batch_tokens: int | None = None  # tokens per optimizer step; None: as base
-    micro_batch: int = 8  # rows per data-parallel device and micro-step
-    eval_every: int = 200  # steps between validation passes
-    save_every: int = 500  # steps between checkpoints; the last step is always saved
+    lora_rank: Count | None = None  # train LoRA adapters of the blocks' matrices only; None: train everything
+    lora_lr: Rate = 2e-4  # the adapters' peak rate; of optim, only lr_scale and the schedule apply
+    batch_tokens: Count | None = None  # tokens per optimizer step; None: as base
+    micro_batch: Count = 8  # rows per data-parallel device and micro-step
+    eval_every: Natural = 200  # steps between validation passes; 0: at the end alone
+    save_every: Count = 500  # steps between checkpoints; the last step is always saved
 
 
 @dataclass(frozen=True)
@@ -162,25 +178,25 @@ class RLConfig:
     # a name, or names with their shares of the questions, {gsm8k: 3, spellingbee: 1}; None: gsm8k, or arithmetic with
     # the embedded data
     task: str | dict[str, int] | None = None
-    questions: int = 16  # per step
-    samples: int = 16  # per question
-    objective: str = "grpo"  # grpo | dpo
-    beta: float = 0.1  # of DPO: strength of the pull towards the model that RL began with
+    questions: Count = 16  # per step
+    samples: Count = 16  # per question
+    objective: Objective = "grpo"  # grpo | dpo
+    beta: Positive = 0.1  # of DPO: strength of the pull towards the model that RL began with
     zscore: bool = False  # divide a question's advantages by their standard deviation
-    kl: float | None = None  # weight of the KL to the model that RL began with; 0: recorded only; None: not computed
+    kl: Rate | None = None  # weight of the KL to the model that RL began with; 0: recorded only; None: not computed
     clip: float | None = None  # keeps the ratio to the policy that sampled in 1 - clip .. 1 + clip; None: no clipping
     clip_high: float | None = None  # the ratio's upper bound is then 1 + clip_high; None: as clip
-    epochs: int = 1  # passes over a step's samples; beyond the first update the ratio is not 1
-    minibatches: int = 1  # updates in a pass, each on its part of the questions
-    steps: int | None = None  # None: one epoch over the questions
-    max_new_tokens: int = 256  # of a sample
-    temperature: float = 1.0  # of sampling
-    top_k: int = 50  # tokens that sampling chooses from; 0: all
-    micro_batch: int = 16  # sequences per data-parallel device and micro-step
-    eval_every: int = 60  # steps between evaluations
-    eval_questions: int = 400  # of each task
-    eval_samples: int = 8  # pass@k for k up to this
-    save_every: int = 60  # steps between checkpoints; the last step is always saved
+    epochs: Count = 1  # passes over a step's samples; beyond the first update the ratio is not 1
+    minibatches: Count = 1  # updates in a pass, each on its part of the questions
+    steps: Count | None = None  # None: one epoch over the questions
+    max_new_tokens: Count = 256  # of a sample
+    temperature: Positive = 1.0  # of sampling
+    top_k: Natural = 50  # tokens that sampling chooses from; 0: all
+    micro_batch: Count = 16  # sequences per data-parallel device and micro-step
+    eval_every: Natural = 60  # steps between evaluations; 0: at the end alone
+    eval_questions: Count = 400  # of each task
+    eval_samples: Count = 8  # pass@k for k up to this
+    save_every: Count = 60  # steps between checkpoints; the last step is always saved
 
 
 @dataclass(frozen=True)
@@ -190,22 +206,22 @@ class EvalConfig:
     chat_tasks: tuple[str, ...] | None = None  # None: all that the data source has
     core: bool = True  # CORE on the base model, where the bundle is at hand
     core_dir: str | None = None  # default: data.dir/core, or the one downloaded
-    max_per_task: int | None = None  # examples per task; None: all
-    max_new_tokens: int = 512  # of an answer
-    samples: int = 0  # answers to every generative question, drawn beside the greedy one, for pass@k
-    temperature: float = 0.8  # of the samples
-    batch: int = 32  # slots of the engine, and rows of a scoring batch
-    stages: tuple[str, ...] = ("base", "mid", "sft", "rl")  # whose models are evaluated
-    sandbox: str = "auto"  # of HumanEval's programs. auto: as far as the machine allows; required: all of it
+    max_per_task: Count | None = None  # examples per task; None: all
+    max_new_tokens: Count = 512  # of an answer
+    samples: Natural = 0  # answers to every generative question, drawn beside the greedy one, for pass@k
+    temperature: Positive = 0.8  # of the samples
+    batch: Count = 32  # slots of the engine, and rows of a scoring batch
+    stages: tuple[Stage, ...] = ("base", "mid", "sft", "rl")  # whose models are evaluated
+    sandbox: Sandbox = "auto"  # of HumanEval's programs. auto: as far as the machine allows; required: all of it
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """Checkpoints of every training stage, in addition to its save_every."""
 
-    save_minutes: float | None = None  # save also after so many minutes; None: by save_every alone
-    keep: int = 2  # how many of the newest are kept
-    keep_every_hours: float | None = None  # keep also the first, and then one every so many hours; None: no others
+    save_minutes: Positive | None = None  # save also after so many minutes; None: by save_every alone
+    keep: Count = 2  # how many of the newest are kept
+    keep_every_hours: Positive | None = None  # keep also the first, and then one every so many hours; None: no others
 
 
 @dataclass(frozen=True)
@@ -214,8 +230,8 @@ class TrackingConfig:
 
     tensorboard: bool = False  # event files in RUN_DIR/tensorboard; needs the extra of that name
     wandb: str | None = None  # a project of Weights & Biases; needs the extra of that name
-    samples: int = 3  # prompts that the model continues at each of base's evaluations; 0: none
-    trace_at: int | None = None  # a step of every stage: it and the next two are profiled into <stage>/trace
+    samples: Natural = 3  # prompts that the model continues at each of base's evaluations; 0: none
+    trace_at: Natural | None = None  # a step of every stage: it and the next two are profiled into <stage>/trace
     stop_on_spike: bool = False  # save and stop when the loss spikes (alarms.py says when); false: only log it
 
 
@@ -232,10 +248,10 @@ class MeshConfig:
 class RunConfig:
     """The whole run."""
 
-    seed: int = 1337  # of the weights, of the order of rows and of sampling
-    dtype: str = "auto"  # float32 | bfloat16; auto: bfloat16, on a CPU only to train and where its cores are fast at it
-    attention: str = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
-    price_per_hour: float | None = None  # of the whole machine, in dollars; for the report
+    seed: Seed = 1337  # of the weights, of the order of rows and of sampling
+    dtype: Dtype = "auto"  # float32 | bfloat16; auto: bfloat16, on a CPU only to train, if its cores are fast at it
+    attention: Backend = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
+    price_per_hour: Rate | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = DataConfig()
@@ -262,20 +278,40 @@ class SweepConfig:
 # ---------------------------------------------------------------------------------------------- building
 
 
+NOTHING = ("", "null", "~")  # as text
+_TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+
+
+def _number(text: str, kind: type):
+    with contextlib.suppress(ValueError):
+        return kind(text)  # int takes 010 and 1_000
+    value = float(text)
+    return int(value) if kind is int and value.is_integer() else None
+
+
 def _convert(value, hint, where: str, default=None):
-    """`value` from YAML as the annotated type `hint`; a UserError that names `where` if it does not fit."""
+    """`value` as the annotated type `hint`, which decides how text is read; a UserError that names `where` if it does
+    not fit."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        if value is None:
+    if origin is Annotated:
+        value = _convert(value, args[0], where, default)
+        if refusal := args[1].refusal(value):
+            raise UserError(f"{where}={value} {refusal}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() in NOTHING):
             return None
         fitting = [a for a in args if (typing.get_origin(a) or a) is type(value)]
-        return _convert(value, [*fitting, *args][0], where)
+        try:
+            return _convert(value, [*fitting, *args][0], where)
+        except UserError as e:
+            raise UserError(f"{e}; leave it out for the default") from None
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise UserError(f"{where} is a section of settings; write {where}.<key>=<value>, not {where}={value!r}")
         return from_dict(hint, value, where, default)
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else value
+        items = value.split(",") if isinstance(value, str) and value else value
         if not isinstance(items, (list, tuple)):
             raise UserError(f"{where} takes a list such as a,b and not {value!r}")
         return tuple(_convert(v, args[0], where) for v in items)
@@ -283,14 +319,15 @@ def _convert(value, hint, where: str, default=None):
         if not isinstance(value, dict):
             raise UserError(f"{where} takes a mapping such as {{name: 1}} and not {value!r}")
         return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if hint is float and not isinstance(value, bool):
-        with contextlib.suppress(TypeError, ValueError):
-            return float(value)  # of an int as well, and of text: YAML 1.1 reads 1e-3 as such
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if type(value) is not hint:
+    read = value
+    if isinstance(value, str) and hint is not str:
+        with contextlib.suppress(ValueError):
+            read = _TRUTH.get(value.lower(), value) if hint is bool else _number(value, hint)
+    elif hint in (int, float) and type(value) in (int, float) and hint(value) == value:
+        read = hint(value)
+    if type(read) is not hint:
         raise UserError(f"{where} takes {'an' if hint is int else 'a'} {hint.__name__} and not {value!r}")
-    return value
+    return read
 
 
 def from_dict(cls, values: dict, where: str = "", default=None):
@@ -299,7 +336,7 @@ def from_dict(cls, values: dict, where: str = "", default=None):
     UserError for an unknown key (it names the nearest) or a wrong type.
     """
     default = cls() if default is None else default
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     kwargs = {}
     for key, value in (values or {}).items():
         path = f"{where}.{key}".lstrip(".")
@@ -329,11 +366,18 @@ def fingerprint(value) -> str:
 # ----------------------------------------------------------------------------------------------- reading
 
 
-def _merge(into: dict, other: dict) -> dict:
+class _Dotted(dict):
+    """What a.b=c says."""
+
+
+def _merge(into: dict, other: dict, of: typing.Any = RunConfig) -> dict:
+    """Sections are merged, and mappings with what is written with dots; a whole mapping takes the place of another."""
+    hints = typing.get_type_hints(of) if dataclasses.is_dataclass(of) else {}
     out = dict(into)
     for key, value in other.items():
-        nested = isinstance(value, dict) and isinstance(out.get(key), dict)
-        out[key] = _merge(out[key], value) if nested else value
+        merged = isinstance(value, _Dotted) or dataclasses.is_dataclass(hints.get(key))
+        nested = merged and isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value, hints.get(key)) if nested else value
     return out
 
 
@@ -343,7 +387,7 @@ def _read_yaml(path: Path) -> dict:
         near = ", ".join(sorted(str(p) for p in folder.glob("*.yaml"))) or "none"
         raise UserError(f"no configuration file {path}; at hand: {near}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
     except yaml.YAMLError as e:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
@@ -355,12 +399,12 @@ def _parse_override(text: str) -> dict:
     key, sep, value = text.partition("=")
     if not sep or not key:
         raise UserError(f"cannot read {text!r}: settings are written key=value, for example model.depth=6")
-    try:
-        parsed: typing.Any = yaml.safe_load(value) if value else None
-    except yaml.YAMLError:
-        parsed = value
+    parsed: typing.Any = value
+    if value.startswith(("{", "[")):
+        with contextlib.suppress(yaml.YAMLError):
+            parsed = yaml.load(value, yaml.BaseLoader)
     for part in reversed(key.split(".")):
-        parsed = {part: parsed}
+        parsed = _Dotted({part: parsed})
     return parsed
 
 

@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import operator
 import typing
 from pathlib import Path
 
 import pytest
 
 import run_speedrun
+from evals.tasks import check_names
 from nanochat_jax import config as c
 from nanochat_jax.errors import UserError
 
@@ -46,7 +48,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("base.batch_tokens=1000", "must be a multiple of model.sequence_len"),
         ("data.dir=/no/such/folder", "is not a folder"),
         ("data.source=local", "needs data.dir"),
-        ("evals.stages=3", "takes a list"),
+        ("evals.stages=3", "is not one of base, mid, sft, rl"),
         ("evals.sandbox=never", "is not one of auto, required"),
         ("evals.samples=-1", "must not be negative"),
         ("tracking.samples=-1", "must not be negative"),
@@ -63,12 +65,77 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("model.head_dim=3", "must be even"),
         ("rl.objective=ppo", "is not one of grpo, dpo"),
         ("price_per_hour=[1", "takes a float"),
+        ("sft.epochs=0", "must be more than 0"),
+        ("sft.epochs=nan", "must be a finite number"),
+        ("sft.max_rows=0", "must be at least 1"),
+        ("rl.temperature=0", "must be more than 0"),
+        ("rl.top_k=-5", "must not be negative"),
+        ("rl.max_new_tokens=0", "must be at least 1"),
+        ("rl.steps=-1", "must be at least 1"),
+        ("base.tokens=0", "must be at least 1"),
+        ("base.tokens=1.5", "takes an int and not '1.5'"),
+        ("base.batch_tokens=0", "must be at least 1"),
+        ("base.save_every=0", "must be at least 1"),
+        ("base.eval_every=-1", "must not be negative"),
+        ("base.optim.matrix_lr=nan", "must be a finite number"),
+        ("base.optim.matrix_lr=-1", "must not be negative"),
+        ("base.optim.warmdown=2", "must be at most 1"),
+        ("tokenizer.sample_chars=0", "must be at least 1"),
+        ("data.pack_buffer=0", "must be at least 1"),
+        ("data.hub_shards=0", "must be at least 1"),
+        ("model.n_kv_head=0", "must be at least 1"),
+        ("model.n_kv_head=3", "must divide the number of heads"),
+        ("mesh.data=0", "or -1 for what is left"),
+        ("evals.stages=sft,foo", "evals.stages=foo is not one of base, mid, sft, rl"),
+        ("seed=-1", "must not be negative"),
+        (f"seed={2**64}", "must be at most"),
     ],
 )
 def test_mistakes_are_one_line_that_says_what_to_do(override, says):
     with pytest.raises(UserError) as e:
         c.load_config(None, None, [override])
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("data.text_column=on", "on"),
+        ("data.hub_folder=no", "no"),
+        ("data.cache_dir=2025-10-01", "2025-10-01"),
+        ("tracking.wandb=123", "123"),
+        ("base.tokens=1e6", 1_000_000),
+        ("base.tokens=010", 10),
+        ("base.tokens=1_000", 1000),
+        ("base.optim.matrix_lr=1e-3", 0.001),
+        ("base.fp8=yes", True),
+        ("sft.max_rows=null", None),
+        ("base.eval_every=0", 0),
+        ("evals.stages=[sft, rl]", ("sft", "rl")),
+    ],
+)
+def test_a_settings_type_says_how_its_text_is_read(tmp_path, override, value):
+    name, text = override.split("=")
+    section, _, key = name.partition(".")
+    for part in reversed(key.split(".")):
+        text = f"{{{part}: {text}}}"
+    (tmp_path / "x.yaml").write_text(f"{section}: {text}")
+    for found in (c.load_config(None, None, [override]), c.load_config(tmp_path / "x.yaml")):
+        assert operator.attrgetter(name)(found) == value
+
+
+def test_a_mapping_takes_the_place_of_another_and_a_dotted_setting_adds_to_it(tmp_path):
+    (tmp_path / "x.yaml").write_text("sft: {mixture: {chat: 1}, optim: {lr_scale: 2}}")
+    assert c.load_config(tmp_path / "x.yaml", None, ["sft.mixture={gsm8k: 1}"]).sft.mixture == {"gsm8k": 1}
+    found = c.load_config(tmp_path / "x.yaml", None, ["sft.mixture.gsm8k=2", "sft={epochs: 3}"]).sft
+    assert found.mixture == {"chat": 1, "gsm8k": 2} and (found.optim.lr_scale, found.epochs) == (2, 3)
+
+
+def test_a_task_that_there_is_none_of_is_refused_before_anything_runs():
+    check_names(c.load_config(None, None, ["rl.task={sums: 1}", "evals.chat_tasks=everyday", "mid.mixture={talk: 1}"]))
+    for setting in ("evals.chat_tasks=foo", "rl.task=foo", "sft.mixture={foo: 1}"):
+        with pytest.raises(UserError, match=f"{setting.split('=')[0]} names 'foo'"):
+            check_names(c.load_config(None, None, [setting]))
 
 
 def test_what_only_grpo_has_is_refused_for_dpo():

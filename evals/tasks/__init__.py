@@ -18,7 +18,7 @@ from evals.tasks.identity import Identity
 from evals.tasks.multiple_choice import ARC, MMLU, Facts
 from evals.tasks.plain import KINDS, Talk
 from evals.tasks.spelling import Spelling, SpellingBee, read_words
-from nanochat_jax.config import DataConfig
+from nanochat_jax.config import DataConfig, RunConfig
 from nanochat_jax.data.embedded import documented_words
 from nanochat_jax.data.sources import open_documents, source_of
 from nanochat_jax.data.tables import CHAT_REPO, ROWS
@@ -42,6 +42,16 @@ _GENERATED: dict[str, Callable[[str], Task]] = {
 _ON_WORDS = {"spellingbee": SpellingBee, "spelling": Spelling}
 MADE_HERE = (*_GENERATED, *_ON_WORDS)
 TASKS = (*ROWS, *MADE_HERE, "everyday", "text", "chat")
+
+
+def check_names(config: RunConfig) -> None:
+    """UserError for a task that the settings name and that there is none of."""
+    named: dict = {"evals.chat_tasks": config.evals.chat_tasks, "mid.mixture": config.mid.mixture}
+    named |= {"sft.mixture": config.sft.mixture, "rl.task": config.rl.task}
+    for setting, tasks in named.items():
+        for name in [tasks] if isinstance(tasks, str) else tasks or ():
+            if name not in TASKS:
+                raise UserError(f"{setting} names {name!r}, and there are the tasks {', '.join(sorted(TASKS))}")
 
 
 def available(data: DataConfig, split: str) -> list[str]:

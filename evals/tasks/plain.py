@@ -25,6 +25,7 @@ Exchange = tuple[str, str, dict]  # a question, its answer with <<calls=results>
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 NUMBER_WORDS = dict(enumerate(NUMBERS)) | {10 * tens: word for tens, word in enumerate(TENS, 2)}
 COURTEOUS = {"before": 0.3, "after": 0.2}  # shares of questions with a word of courtesy there
+COMPOSED = 0.5  # share of word problems that are put together of pieces
 SLOTS = {"t": "things", "box": "boxes", "people": "people", "animals": "animals", "room": "rooms"}
 _LEADING = re.compile("^(?:(?:in|to|on|at|for|because|a|an|the|some) )*")  # words of an answer
 
@@ -149,13 +150,14 @@ class Arithmetic(Plain):
     name = "arithmetic"
 
     def ask(self, rng: random.Random) -> Exchange:
-        known, kind = phrases(), rng.choices(("+", "-", "*", "/", "two"), (4, 4, 4, 4, 3))[0]
-        wordings = known["problems"][kind]
+        known, kind = phrases(), rng.choices(("+", "-", "*", "/", "two"), (4, 4, 4, 4, 4))[0]
+        wordings = known["composed" if rng.random() < COMPOSED else "problems"][kind]
         if kind == "two":
             a, b, c = rng.randint(2, 9), rng.randint(2, 12), rng.randint(1, 9)
             a += c if a * b <= c else 0
             d = rng.randint(a * b + c + 1, a * b + 130)
             template, asked = rng.choices(list(wordings.items()), [len(w) for w in wordings.values()])[0]
+            d *= 2 if "/2" in template else 1
             wording, expression = rng.choice(asked), template.format(a=a, b=b, c=c, d=d)
         else:
             (a, b), c, d = draw_numbers(rng, kind, small=True), 0, 0
@@ -166,6 +168,7 @@ class Arithmetic(Plain):
             if wording.startswith("A week has"):
                 b = 7
             expression = f"{a}{kind}{b}"
+        wording = re.sub(r"<(\w+)>", lambda piece: rng.choice(known["pieces"][piece[1]]), wording)
         in_words = rng.random() < 0.15
         numbers = {n: _said(rng, v, in_words) for n, v in zip("abcd", (a, b, c, d))}
         question = typed(rng, _fill_problem(rng, wording, numbers))
@@ -180,6 +183,9 @@ def _fill_problem(rng: random.Random, wording: str, numbers: dict[str, str]) -> 
     slots |= {f"verb_{tense}": rng.choice(verbs) for tense, verbs in known["verbs"].items()}
     slots |= {"n": name, "m": other, "place": rng.choice(lists["place"])}
     slots["box_"] = slots["box"].replace("box", "boxe").replace("shelf", "shelve")
+    slots |= dict(zip(("does", "do", "unit"), rng.choice(known["doing"]).split("/"))) | {
+        "period": rng.choice(known["periods"])
+    }
     slots["day"], slots["day2"] = rng.sample(lists["day"], 2)
     slots["thing"], slots["thing2"] = rng.sample(stories.words()["things"], 2)
     slots |= {"thing_": slots["thing"], "person": slots["people"], "He": slots["he"].capitalize()}
@@ -342,7 +348,7 @@ KINDS: dict[str, Callable[[str], _Kind]] = {
     task.name: task for task in (Sums, Arithmetic, Letters, Spell, Reading, Self, Story)
 }
 # of the exchanges in a conversation
-SHARES = {"sums": 15, "arithmetic": 28, "letters": 13, "spell": 11, "reading": 17, "self": 18, "story": 1}
+SHARES = {"sums": 13, "arithmetic": 28, "letters": 14, "spell": 11, "reading": 19, "self": 18, "story": 1}
 
 
 class Talk(Checked, Generated):
