@@ -188,8 +188,8 @@ def _fill_problem(rng: random.Random, wording: str, numbers: dict[str, str]) -> 
     }
     slots["day"], slots["day2"] = rng.sample(lists["day"], 2)
     slots["thing"], slots["thing2"] = rng.sample(stories.words()["things"], 2)
-    slots |= {"thing_": slots["thing"], "person": slots["people"], "He": slots["he"].capitalize()}
-    return stories.with_articles(wording.format(**slots))
+    slots |= {"thing_": slots["thing"], "person": slots["people"]}
+    return stories.Cast(slots).fill(wording)
 
 
 class _OnWords(Plain):
