@@ -2,22 +2,24 @@
 
     uv run run_speedrun.py                                     # what fits this machine
     uv run run_speedrun.py --config configs/d20.yaml --mesh configs/mesh/h100_x8.yaml
-    uv run run_speedrun.py --stages sft,rl,eval,report sft.epochs=2
+    uv run run_speedrun.py --stages sft,rl,eval,report --yes sft.epochs=2     # anew, from what mid learned
     uv run run_speedrun.py --plan --gpu h100 --count 8 --price 3     # what it would take; nothing runs
     uv run run_speedrun.py --settings lora                     # what can be set, and what each setting means
 
 Stages run in order; one that is done in the run directory is skipped, and one that was stopped resumes from its last
-checkpoint. The last line on stdout is a JSON object with the run directory, the seconds of each stage and the scores.
+checkpoint. A stage whose settings changed runs anew where --stages names it, and so does what comes after it. The last
+line on stdout is a JSON object with the run directory, the seconds of each stage and the scores.
 """
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
 from nanochat_jax import processes
 from nanochat_jax.cli import command
-from nanochat_jax.config import check_same, dump_yaml, load_config
+from nanochat_jax.config import RunConfig, differences, dump_yaml, load_config, read_run_config, to_dict
 from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.files import atomic_write_text, read_json
 from nanochat_jax.mesh import hosts
@@ -35,7 +37,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--config", help="YAML file of settings; default: what fits this machine")
     p.add_argument("--mesh", help="YAML file of mesh axes, such as configs/mesh/h100_x8.yaml")
     p.add_argument("--run-dir", help="default: runs/<name of the configuration>")
-    p.add_argument("--stages", default=",".join(STAGES), help="a comma-separated choice, run in the pipeline's order")
+    p.add_argument("--stages", help="a comma-separated choice, run in the pipeline's order")
+    p.add_argument("--yes", action="store_true", help="lose the checkpoints of stages that changed settings make anew")
     p.add_argument(
         "--settings", dest="word", nargs="?", const="", metavar="WORD", help="list settings, all or with WORD"
     )
@@ -74,7 +77,34 @@ def plan(args: argparse.Namespace) -> int:
     return plan.main(load_config(path, args.mesh, args.settings), args)
 
 
-def open_run(args: argparse.Namespace):
+def clear_changed(run_dir: Path, config: RunConfig, named: list[str], sure: bool) -> str:
+    """Removes what was made with other settings, from the first stage on that these concern; what to say of that.
+
+    UserError where `named`, the stages that were asked for by name, do not hold that stage, or checkpoints would be
+    lost and nobody is `sure`.
+    """
+    old, new = to_dict(read_run_config(run_dir)), to_dict(config)
+    if "eval" in named and old["evals"] != new["evals"]:
+        shutil.rmtree(run_dir / "eval", ignore_errors=True)  # a mark alone: what was evaluated stays until it is again
+    if not (changed := differences(old, new)):
+        return ""
+    sections = {path.split(":")[0].split(".")[0] for path in changed}
+    first = next((i for i, stage in enumerate(STAGES[1:5], 1) if stage in sections), 0)
+    first = first if sections <= set(STAGES[1:5]) else 0
+    lost = [s for s in STAGES[first:5] if (run_dir / s).exists()]
+    what = f"{run_dir} was made with other settings ({'; '.join(changed[:3])})"
+    if STAGES[first] not in named:
+        raise UserError(f"{what}; take the same ones, another --run-dir, or name {STAGES[first]} in --stages")
+    if lost and not sure:
+        raise UserError(f"{what}; {' and '.join(lost)} would be made anew and their checkpoints lost: --yes does that")
+    for stage in (*lost, "eval"):
+        shutil.rmtree(run_dir / stage, ignore_errors=True)
+        for record in (run_dir / "evals").glob(f"{stage}.*"):
+            record.unlink()
+    return f"{what}: {' and '.join(lost)} removed, to be made anew"
+
+
+def open_run(args: argparse.Namespace, named: list[str]):
     """The run directory, new or resumed. UserError where it was made with other settings."""
     from evals import sandbox
     from evals.tasks import check_names
@@ -91,8 +121,10 @@ def open_run(args: argparse.Namespace):
     sinks.check(config.tracking)
     check_names(config)
     run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
+    cleared = ""
     if (run_dir / "config.yaml").is_file():
-        check_same(run_dir, config, "--run-dir")
+        if hosts.is_main():
+            cleared = clear_changed(run_dir, config, named, args.yes)
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(f"{run_dir} is not empty and not a run directory; take another --run-dir")
     hosts.barrier("settings compared")
@@ -101,6 +133,8 @@ def open_run(args: argparse.Namespace):
     hosts.barrier("run directory")
     run = Run(run_dir, config, RunLog(run_dir, silent=not hosts.is_main()), Stop())
     hosts.log_to(run.log.write)
+    if cleared:
+        run.log.say(cleared)
     use_compilation_cache(run.cache_dir / "compiled")
     return run
 
@@ -131,13 +165,14 @@ def needs(run, name: str, chosen: list[str]) -> None:
 
 
 def pipeline(args: argparse.Namespace) -> dict:
-    chosen = [s.strip() for s in args.stages.split(",") if s.strip()]
+    named = [s.strip() for s in (args.stages or "").split(",") if s.strip()]
+    chosen = named if args.stages is not None else list(STAGES)
     unknown = sorted(set(chosen) - set(STAGES))
     if unknown or not chosen:
         raise UserError(f"unknown stage {unknown[0] if unknown else repr(args.stages)}; stages are {', '.join(STAGES)}")
     from nanochat_jax.checkpoint import read_done
 
-    run = open_run(args)
+    run = open_run(args, named)
     left = [s for s in ON_ONE_HOST if s in chosen and hosts.count() > 1]
     seconds = {}
     with run.stop:

@@ -429,8 +429,12 @@ def load_config(
 
 # ------------------------------------------------------------------------------- a run directory's settings
 
-# settings that may change when a run is resumed
-MAY_DIFFER = ("attention", "evals", "mesh", "checkpoints", "tracking", "price_per_hour")
+# settings that no result of training depends on: they may change when a run is resumed
+MAY_DIFFER = (
+    *("attention", "evals", "mesh", "checkpoints", "tracking", "price_per_hour", "data.pack_workers", "data.cache_dir"),
+    *(f"{stage}.{name}" for stage in ("base", "mid", "sft", "rl") for name in ("save_every", "eval_every")),
+    *("base.core_every", "rl.eval_questions", "rl.eval_samples"),
+)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

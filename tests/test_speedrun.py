@@ -3,9 +3,11 @@
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,8 @@ import pytest
 import run_speedrun
 from conftest import speedrun_command as command
 from conftest import speedrun_environment as environment
-from nanochat_jax.config import differences
-from nanochat_jax.errors import START_AGAIN
+from nanochat_jax.config import differences, read_run_config
+from nanochat_jax.errors import START_AGAIN, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("base", "mid", "sft", "rl")
@@ -161,6 +163,27 @@ def test_eight_devices_train_as_one_does(whole, place, tmp_path):
     assert run_speedrun.main(command(place, eight, *settings, "mesh.fsdp=2")[2:]) == 0
     got, want = ([r["loss"] for r in records(d, "base") if "loss" in r] for d in (eight, one))
     assert len(got) == 8 and got == pytest.approx(want, rel=1e-5)
+
+
+def test_a_stage_whose_settings_changed_is_made_anew_with_all_later_ones(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    config = read_run_config(run)
+    changed = replace(config, sft=replace(config.sft, epochs=2.0))
+    with pytest.raises(UserError, match=r"sft.epochs: 1.0, now 2.0\); .* or name sft in --stages"):
+        run_speedrun.clear_changed(run, changed, [], True)
+    with pytest.raises(UserError, match="sft and rl would be made anew and their checkpoints lost: --yes does that"):
+        run_speedrun.clear_changed(run, changed, ["sft"], False)
+    assert all((run / stage / "done.json").is_file() for stage in ("base", "mid", "sft", "rl", "eval"))
+    assert run_speedrun.clear_changed(run, changed, ["sft"], True).endswith("sft and rl removed, to be made anew")
+    assert [s for s in run_speedrun.STAGES if (run / s).exists()] == ["tokenizer", "base", "mid"]
+    assert {p.name.split(".")[0] for p in (run / "evals").iterdir()} <= {"base", "mid"}
+
+
+def test_what_no_result_depends_on_may_change(whole):
+    config = read_run_config(whole[0])
+    other = replace(config, sft=replace(config.sft, save_every=7), data=replace(config.data, pack_workers=1))
+    assert run_speedrun.clear_changed(whole[0], other, [], False) == ""
 
 
 def test_differences_name_what_differs():
