@@ -176,7 +176,7 @@ def test_a_stage_whose_settings_changed_is_made_anew_with_all_later_ones(whole, 
         run_speedrun.clear_changed(run, changed, ["sft"], False)
     assert all((run / stage / "done.json").is_file() for stage in ("base", "mid", "sft", "rl", "eval"))
     assert run_speedrun.clear_changed(run, changed, ["sft"], True).endswith("sft and rl removed, to be made anew")
-    assert [s for s in run_speedrun.STAGES if (run / s).exists()] == ["tokenizer", "base", "mid"]
+    assert [s for s in run_speedrun.STAGES[:6] if (run / s).exists()] == ["tokenizer", "base", "mid"]
     assert {p.name.split(".")[0] for p in (run / "evals").iterdir()} <= {"base", "mid"}
 
 
