@@ -58,6 +58,7 @@ def evaluate_chat_task(
     """Accuracy of the model on a task, with its standard error; every question and verdict goes to the file `path`.
 
     Returns accuracy (of the greedy answers), stderr, n, of (questions that the task has), baseline, centered, kind;
+    of a task with a lenient score: accuracy_lenient, stderr_lenient, lenient (what it admits);
     with subjects: subjects ({name: {accuracy, stderr, n}}), macro (the mean of their accuracies, with its stderr);
     for generative tasks, which need an engine: unfinished, the share of answers that met the token limit;
     with draws: samples, temperature and pass_at_k.
@@ -86,6 +87,9 @@ def evaluate_chat_task(
     centered = (score["accuracy"] - task.baseline) / (1 - task.baseline)
     out = score | {"of": len(task), "baseline": task.baseline, "centered": centered, "kind": task.kind}
     out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
+    if task.lenient:
+        loose = _accuracy(np.array([greedy["correct_lenient"] for greedy, *_ in answers]))
+        out |= {"accuracy_lenient": loose["accuracy"], "stderr_lenient": loose["stderr"], "lenient": task.lenient}
     if task.kind != "categorical":
         out["unfinished"] = sum(greedy["finish_reason"] != "stop" for greedy, *_ in answers) / len(answers)
         if draws is not None:
@@ -161,11 +165,14 @@ def hold(engine, tokenizer, conversations: Sequence[dict], max_new_tokens: int) 
 
 
 def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[list[dict]]) -> np.ndarray:
-    """(questions, answers to each) bool; adds `correct`, and `reason` where there is one, to every answer."""
+    """(questions, answers to each) bool; adds `correct`, and where there are such `correct_lenient` and `reason`, to
+    every answer."""
 
     def judge(conversation: dict, answer: dict) -> None:
         correct, reason = task.judge(conversation, answer["completion"])
         answer |= {"correct": bool(correct)} | ({"reason": reason} if reason else {})
+        if task.lenient:
+            answer["correct_lenient"] = bool(correct or task.admits(conversation, answer["completion"]))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # HumanEval's verdicts wait for processes
         list(pool.map(judge, *zip(*((c, a) for c, group in zip(conversations, answers) for a in group))))

@@ -28,9 +28,13 @@ class Task(ABC):
 
 
 class ScoredTask(Task):
-    """A task with a verdict. baseline: the accuracy of guessing."""
+    """A task with a verdict. baseline: the accuracy of guessing.
+
+    lenient: what the lenient score takes for right beside what the strict one does; "" where the two are one.
+    """
 
     baseline: float = 0.0
+    lenient: str = ""
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether the visible text of a completion is right: by default, whether it is the reference answer."""
@@ -40,9 +44,13 @@ class ScoredTask(Task):
         """The verdict and a reason for it, which may be empty: why a program failed, for example."""
         return self.evaluate(conversation, completion), ""
 
+    def admits(self, conversation: dict, completion: str) -> bool:
+        """Whether the lenient score takes an answer for right that the strict one, `evaluate`, takes for wrong."""
+        return False
+
     def reward(self, conversation: dict, completion: str) -> float:
-        """What RL maximises."""
-        return float(self.evaluate(conversation, completion))
+        """What RL maximises: the lenient verdict."""
+        return float(self.evaluate(conversation, completion) or self.admits(conversation, completion))
 
 
 class FromRows(ScoredTask):
@@ -105,6 +113,11 @@ def prompt_messages(conversation: dict) -> list[dict]:
     """A conversation up to its last user turn: what the model is asked."""
     messages = conversation["messages"]
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
+
+
+def visible(content: str | Sequence[dict]) -> str:
+    """The text of a message, without its tool calls."""
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
 def read_rows(path: str | Path) -> Sequence[dict]:

@@ -140,6 +140,26 @@ def test_samples_beside_greedy_answers_give_pass_at_k(model, tmp_path):
     assert other["accuracy"] == got["accuracy"] and len({chat.Draws(1, 1.0, s).seed_of("a", 0, 0) for s in (7, 8)}) == 2
 
 
+def test_a_lenient_score_stands_beside_the_strict_one(model, tmp_path):
+    class Loose(AnyText):
+        lenient = "any text"
+
+        def admits(self, conversation, completion):
+            return True
+
+    engine = Engine(model, slots=4, max_len=192, tool=CalculatorTool(TOK))
+    how = {"max_new_tokens": 6, "draws": chat.Draws(2, 1.0)}
+    strict, both = (
+        chat.evaluate_chat_task(task(["-"] * 3), TOK, Scorer(model, 4), engine, **how, path=tmp_path / "r")
+        for task in (AnyText, Loose)
+    )
+    added = {"accuracy_lenient": 1.0, "stderr_lenient": 0.0, "lenient": "any text"}
+    assert both == strict | added and not added.keys() & strict.keys()
+    answers = [a for r in records.read(tmp_path / "r") for a in (r, *r["samples"])]
+    assert all(a["correct_lenient"] for a in answers) and not all(a["correct"] for a in answers)
+    assert all(("right by the lenient score" in records.remarks(a)) != a["correct"] for a in answers)
+
+
 def test_records_keep_tool_calls_and_earlier_turns():
     ids = [*b"It is ", TOK.python_start, *b"1+1", TOK.python_end, TOK.output_start, *b"2", TOK.output_end, *b"2."]
 

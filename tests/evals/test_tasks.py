@@ -19,7 +19,7 @@ from evals.tasks.checks import holds
 from evals.tasks.conversations import Conversations, read_chats
 from evals.tasks.everyday import Everyday
 from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
-from evals.tasks.humaneval import HumanEval, extract_program, import_lines
+from evals.tasks.humaneval import HumanEval, extract_program, find_program, import_lines
 from evals.tasks.identity import Identity
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from evals.tasks.multiple_choice import ARC, MMLU, Facts, render_multiple_choice
@@ -219,6 +219,71 @@ def test_multiple_choice_rows_of_the_hub():
 def test_gsm8k_compares_numbers_as_written():
     task = GSM8K([{"question": "?", "answer": "It is <<10*123=1230>>1,230.\n#### 1,230"}])
     assert task.evaluate(task[0], "so #### 1230") and not task.evaluate(task[0], "1230")
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        *(
+            ("72", s)
+            for s in ("72.", "$72", "72.00", " 72", "+72", "**72**", "Answer: 72", r"\boxed{72}", "**Answer:** 72.0")
+        ),
+        ("72.", "72"),
+        ("$72", "72"),
+        ("0.5", ".5"),
+        ("-5", "\u2212$5.0"),
+        ("1,230", "$1,230.00 in all"),
+    ],
+)
+def test_the_lenient_score_of_numbers_is_of_their_values(reference, said):
+    task = GSM8K([{"question": "?", "answer": f"So.\n#### {reference}"}])
+    assert not task.evaluate(task[0], f"#### {said}") and task.reward(task[0], f"#### {said}") == 1.0
+    assert task.reward(task[0], f"####{said}") == 1.0
+    for wrong in (said, f"#### 9{said}", "#### ", "####" + "-" * 1000, "#### " + "9" * 5000):
+        assert task.reward(task[0], wrong) == 0.0
+
+
+def test_what_is_right_by_the_strict_score_is_right_by_the_lenient_one():
+    task = GSM8K([{"question": "?", "answer": "#### 1/2"}])
+    assert task.evaluate(task[0], "#### 1") and task.reward(task[0], "### 1 #### 1 or 2") == 1.0
+    nobody = GSM8K([{"question": "?", "answer": "Nobody knows."}])
+    assert nobody.reward(nobody[0], "#### none") == 0.0
+
+
+TOTAL = "def total(xs):\n    return sum(xs)"
+LENIENT = {
+    "py": f"```py\n{TOTAL}\n```",
+    "Python": f"Here it is:\n```Python\n{TOTAL}\n```\nIt sums.",
+    "python3": f"```python3\n{TOTAL}\n```",
+    "braces": f"```{{.python}}\n{TOTAL}\n```",
+    "tildes": f"~~~\n{TOTAL}\n~~~",
+    "no end": f"Sure:\n```python\n{TOTAL}",
+    "no beginning": f"{TOTAL}\n```\nThat is all.",
+    "indented": "1. So:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```",
+    "end in the last line": f"```python\n{TOTAL}```",
+    "text after the end": f"```python\n{TOTAL}``` It sums.",
+    "title": f'```python title="a.py"\n{TOTAL}\n```',
+    "code in the first line": f"```python {TOTAL}\n```",
+    "in a line": "`" * 3 + "def total(xs): return sum(xs)" + "`" * 3,
+    "bash first": f"```bash\npip install x\n```\nand then\n```python\n{TOTAL}\n```",
+    "example first": f"```python\nprint(total([1]))\n```\nwith\n```python\n{TOTAL}\n```",
+    "another language first": f"```ruby\ndef total(xs)\nend\n```\n```\n{TOTAL}\n```",
+}
+
+
+@pytest.mark.parametrize("name", LENIENT)
+def test_the_lenient_score_finds_code_between_fences_of_any_kind(name):
+    found = find_program(LENIENT[name], "total")
+    assert found.split() == TOTAL.split() and found != extract_program(LENIENT[name])
+    assert find_program(LENIENT[name].replace("\n", "\r\n"), "total").split() == TOTAL.split()
+
+
+def test_code_that_only_the_lenient_score_finds_is_run_too():
+    task = HumanEval([HUMANEVAL])
+    for said, want in ((LENIENT["bash first"], 1.0), ("```py\ndef total(xs):\n    return 0\n```", 0.0)):
+        assert not task.evaluate(task[0], said) and task.reward(task[0], said) == want
+    for said in ("", "None.", "```", "``````", "~~~\n```", "```python\nprint(1)\n```"):
+        assert find_program(said, "total") == said.strip()
 
 
 HUMANEVAL = {
