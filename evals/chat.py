@@ -22,6 +22,7 @@ from evals.significance import mean_of, pass_estimates, standard_error
 from evals.tasks.base import ScoredTask, Task, prompt_messages
 from nanochat_jax.engine.engine import Request
 from nanochat_jax.errors import UserError
+from nanochat_jax.words import listed
 from tokenizer.chat import parse_completion, render_prompt
 
 SUBSET_SEED = 1337  # of the choice of max_per_task questions
@@ -66,7 +67,7 @@ def evaluate_chat_task(
     if not isinstance(task, ScoredTask):
         raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
     if not (asked := pick(len(task), max_per_task)):
-        raise ValueError(f"the task {task.name} has no questions")
+        raise UserError(f"the task {task.name} has no questions")
     conversations = [task[i] for i in asked]
     if any("then" in c for c in conversations):
         conversations = hold(engine, tokenizer, conversations, max_new_tokens)
@@ -84,8 +85,9 @@ def evaluate_chat_task(
 
     right = _judge(task, conversations, answers)  # (questions, 1 + samples)
     score = _accuracy(right[:, 0])
-    centered = (score["accuracy"] - task.baseline) / (1 - task.baseline)
-    out = score | {"of": len(task), "baseline": task.baseline, "centered": centered, "kind": task.kind}
+    chance = task.chance(conversations)
+    centered = (score["accuracy"] - chance) / (1 - chance)
+    out = score | {"of": len(task), "baseline": chance, "centered": centered, "kind": task.kind}
     out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
     if task.lenient:
         loose = _accuracy(np.array([greedy["correct_lenient"] for greedy, *_ in answers]))
@@ -119,7 +121,7 @@ def answer_categorical(scorer: Scorer, tokenizer, prompts: IntRows, letters: Seq
     """The letter that the model finds likeliest after each prompt (ids), of those offered with it."""
     ids = {letter: tokenizer.encode(letter) for letter in {x for offered in letters for x in offered}}
     if several := [letter for letter in ids if len(ids[letter]) != 1]:
-        raise ValueError(f"the letters {several} are not one token each in this vocabulary")
+        raise UserError(f"the letters {listed(several)} of a question are not one token each; name the choices A, B, C")
     out: list[str] = []
     for at in range(0, len(prompts), SCORED_AT_A_TIME):
         offered = letters[at : at + SCORED_AT_A_TIME]

@@ -61,7 +61,7 @@ class GSM8K(NumberAnswer, FromRows):
     """Rows with `question` and `answer`."""
 
     name, kind = "gsm8k", "generative"
-    columns = ("question", "answer")
+    columns = {"question": str, "answer": str}
 
     def conversation(self, row: dict) -> dict:
         return dialogue(row["question"], parse_parts(row["answer"])) | {"answer": extract_answer(row["answer"])}

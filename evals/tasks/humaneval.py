@@ -50,7 +50,7 @@ class HumanEval(FromRows):
     lenient = (
         "programs in fenced blocks of any kind: ```py, ~~~, indented, without an end, after a block of another language"
     )
-    columns = ("prompt", "canonical_solution", "test", "entry_point")
+    columns = dict.fromkeys(("prompt", "canonical_solution", "test", "entry_point"), str)
 
     def conversation(self, row: dict) -> dict:
         whole = (row["prompt"] + row["canonical_solution"]).strip()

@@ -23,7 +23,7 @@ TOK = ByteTokenizer()
 
 
 class Choices(FromRows):
-    name, kind, baseline, columns = "choices", "categorical", 0.25, ()
+    name, kind, baseline, columns = "choices", "categorical", 0.25, {}
 
     def conversation(self, row):
         letters = ["A", "B", "C", "D"][: 2 + row % 3]
@@ -73,6 +73,20 @@ def test_multiple_choice_takes_the_likeliest_of_the_offered_letters(model, tmp_p
     assert [r["correct"] for r in found] == want and "What is 3?" in found[3]["prompt"]
     assert all(r["correct"] == (r["completion"] == r["expected"]) for r in found)
     assert len({r["id"] for r in found}) == 10 and [r["index"] for r in found] == list(range(10))
+
+
+def test_chance_is_that_of_the_choices_that_are_offered(model):
+    few, many = (
+        [{"question": f"{i}?", "choices": list("abcdefghij")[:n], "answer": "b"} for i in range(3)] for n in (4, 10)
+    )
+    for rows, chance in ((few, 0.25), (many, 0.1), (few + many, 0.175)):
+        got = chat.evaluate_chat_task(MMLU(rows), TOK, Scorer(model, 4))
+        assert got["baseline"] == pytest.approx(chance)
+        assert got["centered"] == pytest.approx((got["accuracy"] - chance) / (1 - chance))
+    with pytest.raises(UserError, match="the letters 10 of a question are not one token each"):
+        chat.answer_categorical(Scorer(model, 4), TOK, [[1]], [["10"]])
+    with pytest.raises(UserError, match="no questions"):
+        chat.evaluate_chat_task(MMLU([]), TOK, Scorer(model, 4))
 
 
 class Subjects(Choices):

@@ -28,6 +28,7 @@ from evals.tasks.spelling import Spelling, SpellingBee, read_words
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data import stories
 from nanochat_jax.data.split import HELD_OUT, held_out
+from nanochat_jax.data.tables import ROWS
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.errors import UserError
 
@@ -216,6 +217,61 @@ def test_multiple_choice_rows_of_the_hub():
         assert MMLU(rows)[0]["messages"][1]["content"] == "D"
 
 
+HUMANEVAL = {
+    "prompt": "from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    '''Sum.'''\n",
+    "canonical_solution": "    return sum(xs)\n",
+    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
+    "entry_point": "total",
+}
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "want"),
+    [("abcd", "B", "B"), ("abcd", " c", "C"), ("abc", 2, "C"), ("abcdefghij", 9, "J"), ("abcdefghij", "J", "J")],
+)
+def test_mmlu_takes_letters_and_any_number_of_choices(choices, answer, want):
+    row = {"question": "Q?", "choices": list(choices), "answer": answer}
+    for task in (MMLU([row]), MMLU([{"train": row}])):
+        asked, said = (m["content"] for m in task[0]["messages"])
+        assert said == want and len(task[0]["letters"]) == len(choices) and f"- {choices[-1]}=" in asked
+
+
+MC = {"question": "Q?", "choices": ["a", "b", "c"], "answer": 1}
+ARC_ROW = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}
+UNUSABLE = [
+    ("gsm8k", {"question": "Q?", "answer": "#### 1"}, {"question": None}, "question is null"),
+    ("gsm8k", {"question": "Q?", "answer": "#### 1"}, {"answer": None}, "answer is null"),
+    ("humaneval", HUMANEVAL, {"prompt": None}, "prompt is null"),
+    ("mmlu", MC, {"question": None}, "question is null"),
+    ("mmlu", MC, {"choices": None}, "choices is null"),
+    ("mmlu", MC, {"choices": ["a", None, "c"]}, "two or more texts"),
+    ("mmlu", MC, {"choices": ["a"]}, "two or more texts"),
+    ("mmlu", MC, {"choices": [str(i) for i in range(30)]}, "two or more texts"),
+    ("mmlu", MC, {"answer": None}, "answer is null"),
+    ("mmlu", MC, {"answer": 3}, "answer 3 is none of its letters, A, B, C"),
+    ("mmlu", MC, {"answer": -1}, "answer -1 is none"),
+    ("mmlu", MC | {"answer": "B"}, {"answer": "AB"}, "answer 'AB' is none"),
+    ("mmlu", MC | {"answer": 1.0}, {}, "answer is 1.0"),
+    ("arc_easy", ARC_ROW, {"answerKey": "C"}, "answer 'C' is none of its letters, A, B"),
+    ("arc_easy", ARC_ROW, {"choices": {"text": ["x", "y"], "label": ["A"]}}, "two or more texts"),
+    ("arc_easy", ARC_ROW, {"choices": None}, "choices is null"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "change", "says"), UNUSABLE)
+def test_a_row_that_cannot_be_asked_is_named_with_its_file(name, row, change, says, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "tasks" / ROWS[name].files["test"].replace("*", "x")
+    path.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist([row, row | change]), path)
+    task = load_task(name, split="test", data=DataConfig(dir=str(tmp_path)), cache_dir=tmp_path)
+    with pytest.raises(UserError, match=f"{path.name}, row 1 .*{says}") as e:
+        task[1]
+    assert "\n" not in str(e.value)
+
+
 def test_gsm8k_compares_numbers_as_written():
     task = GSM8K([{"question": "?", "answer": "It is <<10*123=1230>>1,230.\n#### 1,230"}])
     assert task.evaluate(task[0], "so #### 1230") and not task.evaluate(task[0], "1230")
@@ -284,14 +340,6 @@ def test_code_that_only_the_lenient_score_finds_is_run_too():
         assert not task.evaluate(task[0], said) and task.reward(task[0], said) == want
     for said in ("", "None.", "```", "``````", "~~~\n```", "```python\nprint(1)\n```"):
         assert find_program(said, "total") == said.strip()
-
-
-HUMANEVAL = {
-    "prompt": "from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    '''Sum.'''\n",
-    "canonical_solution": "    return sum(xs)\n",
-    "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
-    "entry_point": "total",
-}
 
 
 @pytest.mark.parametrize(
