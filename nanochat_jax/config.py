@@ -174,8 +174,8 @@ class RLConfig:
     minibatches: int = 1  # updates in a pass, each on its part of the questions
     steps: int | None = None  # None: one epoch over the questions
     max_new_tokens: int = 256  # of a sample
-    temperature: float = 1.0  # of sampling
-    top_k: int = 50  # tokens that sampling chooses from; 0: all
+    temperature: float = 1.0  # of sampling, and of the probabilities that are learned
+    top_k: int = 50  # tokens that sampling chooses from; 0: all, which kl, clip, epochs and minibatches need
     micro_batch: int = 16  # sequences per data-parallel device and micro-step
     eval_every: int = 60  # steps between evaluations
     eval_questions: int = 400  # of each task

@@ -76,9 +76,7 @@ def test_multiple_choice_takes_the_likeliest_of_the_offered_letters(model, tmp_p
 
 
 def test_chance_is_that_of_the_choices_that_are_offered(model):
-    few, many = (
-        [{"question": f"{i}?", "choices": list("abcdefghij")[:n], "answer": "b"} for i in range(3)] for n in (4, 10)
-    )
+    few, many = ([{"question": "?", "choices": list("abcdefghij")[:n], "answer": "b"}] * 3 for n in (4, 10))
     for rows, chance in ((few, 0.25), (many, 0.1), (few + many, 0.175)):
         got = chat.evaluate_chat_task(MMLU(rows), TOK, Scorer(model, 4))
         assert got["baseline"] == pytest.approx(chance)
