@@ -241,6 +241,8 @@ def test_chatcore_of_the_published_runs():
 def test_summary_leaves_out_what_was_not_measured():
     full = {"bpb": {"bpb": 1.23456}, "core": None, "chat": {"a": result(0.5)}, "chatcore": {"score": None}}
     assert summary(full) == {"bpb": 1.2346, "a": 0.5}
+    full["chat"]["a"]["accuracy_lenient"] = 0.75
+    assert summary(full) == {"bpb": 1.2346, "a": 0.5, "a_lenient": 0.75}
 
 
 def test_a_task_with_nothing_to_score_is_an_error(model, tmp_path):

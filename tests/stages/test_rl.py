@@ -77,6 +77,7 @@ def test_a_question_that_was_skipped_weighs_nothing_and_takes_nothing_from_the_o
     questions = [Question(Short("a", 3), i, i) for i in range(3)]
     counted = both.metrics(questions)
     assert counted == asked.metrics(questions[:2]) | {"skipped": 1} and counted["reward"] == 0.25
+    assert (training_batch(pairs(both), END, PAD, max_len=64)["weights"][4:] == 0).all()
     none = Rollouts([[1] * 300], [[skipped] * 2], np.zeros((1, 2), np.float32))
     assert none.metrics(questions[:1])["reward"] == 0 and not training_batch(none, END, PAD, 64)["weights"].any()
 

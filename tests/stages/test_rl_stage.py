@@ -202,13 +202,11 @@ class Long(Toy):
         return found
 
 
-@pytest.mark.parametrize("objective", ["grpo", "dpo"])
-def test_questions_longer_than_the_context_are_skipped_and_counted(objective, tmp_path, monkeypatch):
+def test_questions_longer_than_the_context_are_skipped_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(rl, "load_task", lambda *_, **__: Long("length", TASKS["length"].right))
-    run = make_run(tmp_path, "rl.task=length", f"rl.objective={objective}", *MESHES["data-fsdp"])
-    rl.main(run)
+    rl.main(make_run(tmp_path, "rl.task=length", "rl.steps=2"))
     steps = [r for r in records(tmp_path) if "loss" in r]
-    assert [r["step"] for r in steps] == [1, 2, 3, 4] and 0 < sum(r["skipped"] for r in steps) < 16
+    assert [r["step"] for r in steps] == [1, 2] and 0 < sum(r["skipped"] for r in steps) < 8
     assert all(np.isfinite(r["loss"]) and r["completion_tokens"] > 0 for r in steps if r["skipped"] < 4)
     log = (tmp_path / "log.txt").read_text()
     assert log.count("of length leaves no room for an answer in model.sequence_len=128") == 1
