@@ -54,7 +54,8 @@ def evaluate(argv: Sequence[str]) -> int:
 def summary(result: dict) -> dict:
     """{name: score} of what an evals/<stage>.json holds."""
     scores = {name: (result.get(name) or {}).get(key) for name, key in (("bpb", "bpb"), ("core", "core_metric"))}
-    scores |= {name: task["accuracy"] for name, task in result["chat"].items()}
+    for name, task in result["chat"].items():
+        scores |= {name: task["accuracy"], f"{name}_lenient": task.get("accuracy_lenient")}
     scores["chatcore"] = (result.get("chatcore") or {}).get("score")
     return {name: round(score, 4) for name, score in scores.items() if score is not None}
 

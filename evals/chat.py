@@ -22,6 +22,7 @@ from evals.significance import mean_of, pass_estimates, standard_error
 from evals.tasks.base import ScoredTask, Task, prompt_messages
 from nanochat_jax.engine.engine import Request
 from nanochat_jax.errors import UserError
+from nanochat_jax.words import listed
 from tokenizer.chat import parse_completion, render_prompt
 
 SUBSET_SEED = 1337  # of the choice of max_per_task questions
@@ -58,6 +59,7 @@ def evaluate_chat_task(
     """Accuracy of the model on a task, with its standard error; every question and verdict goes to the file `path`.
 
     Returns accuracy (of the greedy answers), stderr, n, of (questions that the task has), baseline, centered, kind;
+    of a task with a lenient score: accuracy_lenient, stderr_lenient, lenient (what it admits);
     with subjects: subjects ({name: {accuracy, stderr, n}}), macro (the mean of their accuracies, with its stderr);
     for generative tasks, which need an engine: unfinished, the share of answers that met the token limit;
     with draws: samples, temperature and pass_at_k.
@@ -65,7 +67,7 @@ def evaluate_chat_task(
     if not isinstance(task, ScoredTask):
         raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
     if not (asked := pick(len(task), max_per_task)):
-        raise ValueError(f"the task {task.name} has no questions")
+        raise UserError(f"the task {task.name} has no questions")
     conversations = [task[i] for i in asked]
     if any("then" in c for c in conversations):
         conversations = hold(engine, tokenizer, conversations, max_new_tokens)
@@ -83,9 +85,13 @@ def evaluate_chat_task(
 
     right = _judge(task, conversations, answers)  # (questions, 1 + samples)
     score = _accuracy(right[:, 0])
-    centered = (score["accuracy"] - task.baseline) / (1 - task.baseline)
-    out = score | {"of": len(task), "baseline": task.baseline, "centered": centered, "kind": task.kind}
+    chance = task.chance(conversations)
+    centered = (score["accuracy"] - chance) / (1 - chance)
+    out = score | {"of": len(task), "baseline": chance, "centered": centered, "kind": task.kind}
     out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
+    if task.lenient:
+        loose = _accuracy(np.array([greedy["correct_lenient"] for greedy, *_ in answers]))
+        out |= {"accuracy_lenient": loose["accuracy"], "stderr_lenient": loose["stderr"], "lenient": task.lenient}
     if task.kind != "categorical":
         out["unfinished"] = sum(greedy["finish_reason"] != "stop" for greedy, *_ in answers) / len(answers)
         if draws is not None:
@@ -115,7 +121,7 @@ def answer_categorical(scorer: Scorer, tokenizer, prompts: IntRows, letters: Seq
     """The letter that the model finds likeliest after each prompt (ids), of those offered with it."""
     ids = {letter: tokenizer.encode(letter) for letter in {x for offered in letters for x in offered}}
     if several := [letter for letter in ids if len(ids[letter]) != 1]:
-        raise ValueError(f"the letters {several} are not one token each in this vocabulary")
+        raise UserError(f"the letters {listed(several)} of a question are not one token each; name the choices A, B, C")
     out: list[str] = []
     for at in range(0, len(prompts), SCORED_AT_A_TIME):
         offered = letters[at : at + SCORED_AT_A_TIME]
@@ -161,11 +167,14 @@ def hold(engine, tokenizer, conversations: Sequence[dict], max_new_tokens: int) 
 
 
 def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[list[dict]]) -> np.ndarray:
-    """(questions, answers to each) bool; adds `correct`, and `reason` where there is one, to every answer."""
+    """(questions, answers to each) bool; adds `correct`, and where there are such `correct_lenient` and `reason`, to
+    every answer."""
 
     def judge(conversation: dict, answer: dict) -> None:
         correct, reason = task.judge(conversation, answer["completion"])
         answer |= {"correct": bool(correct)} | ({"reason": reason} if reason else {})
+        if task.lenient:
+            answer["correct_lenient"] = bool(correct or task.admits(conversation, answer["completion"]))
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # HumanEval's verdicts wait for processes
         list(pool.map(judge, *zip(*((c, a) for c, group in zip(conversations, answers) for a in group))))

@@ -5,22 +5,24 @@ evals/<stage>.<task>.jsonl has a line for each question, a JSON object with
     index       of the question in the task          id          of what the model was shown: equal ids, equal prompts
     prompt      text of it                           expected    the answer, where the task states one
     completion  visible text of the greedy answer    correct     the verdict on it
+    correct_lenient  the verdict of the lenient score, of a task that has one
     reason      what there is to say of the verdict: why a program failed
     finish_reason, tokens                            of a generative task: stop, length or prompt too long
     parts       the completion with its tool calls, where there are any
     subject     of the question, where the task has subjects
-    samples     further answers, drawn for pass@k, each with completion, correct, reason, finish_reason, tokens, parts
+    samples     further answers, drawn for pass@k, each with completion, correct, correct_lenient, reason,
+                finish_reason, tokens, parts
 
 and evals/<stage>.bpb.jsonl for each row of validation text its index, id, bits and bytes.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from evals.tasks.base import prompt_messages
+from evals.tasks.base import prompt_messages, visible
 from nanochat_jax.config import read_run_config
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, read_json
@@ -32,11 +34,6 @@ SHORT, LONG = 12, 100  # characters of a question that is suggested to visitors
 def content_id(content: bytes) -> str:
     """12 hex digits that tell contents apart."""
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def visible(content: str | Sequence[dict]) -> str:
-    """The text of a message, without its tool calls."""
-    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
 
 
 def said(answer: dict) -> str:
@@ -51,7 +48,8 @@ def remarks(answer: dict) -> list[str]:
     tokens, end = answer.get("tokens"), answer.get("finish_reason", "stop")
     length = f"{tokens:,} token{'s' * (tokens != 1)}" if tokens is not None else ""
     ended = {"stop": "", "length": "cut off at the limit"}.get(end, end)
-    return [remark for remark in (length, ended, answer.get("reason")) if remark]
+    lenient = "right by the lenient score" if answer.get("correct_lenient") and not answer["correct"] else ""
+    return [remark for remark in (lenient, length, ended, answer.get("reason")) if remark]
 
 
 def asked(conversation: dict) -> dict:

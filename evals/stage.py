@@ -172,6 +172,9 @@ class _Evaluation:
             f"{self.name} {name}: accuracy {out['accuracy']:.4f} ± {out['stderr']:.4f} "
             f"({out['n']} questions, chance {out['baseline']:.2f}), {out['seconds']:.1f} s"
         )
+        if "accuracy_lenient" in out:
+            figure = f"{out['accuracy_lenient']:.4f} ± {out['stderr_lenient']:.4f}"
+            self.log(f"{self.name} {name}: accuracy_lenient {figure}; it admits {out['lenient']}")
         if "pass_at_k" in out:
             found = ", ".join(f"{k} {e['value']:.4f} ± {e['stderr']:.4f}" for k, e in out["pass_at_k"].items())
             self.log(f"{self.name} {name}: {out['samples']} samples at temperature {out['temperature']:g}: {found}")

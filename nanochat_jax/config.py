@@ -190,8 +190,8 @@ class RLConfig:
     minibatches: Count = 1  # updates in a pass, each on its part of the questions
     steps: Count | None = None  # None: one epoch over the questions
     max_new_tokens: Count = 256  # of a sample
-    temperature: Positive = 1.0  # of sampling
-    top_k: Natural = 50  # tokens that sampling chooses from; 0: all
+    temperature: Positive = 1.0  # of sampling, and of the probabilities that are learned
+    top_k: Natural = 50  # tokens that sampling chooses from; 0: all, which kl, clip, epochs and minibatches need
     micro_batch: Count = 16  # sequences per data-parallel device and micro-step
     eval_every: Natural = 60  # steps between evaluations; 0: at the end alone
     eval_questions: Count = 400  # of each task

@@ -53,6 +53,7 @@ Objective = Annotated[str, Among(("grpo", "dpo"))]
 Sandbox = Annotated[str, Among(("auto", "required"))]
 Stage = Annotated[str, Among(("base", "mid", "sft", "rl"))]
 
+_WHOLE = "needs rl.top_k=0, not {0.rl.top_k}: probabilities that it compares are of all tokens, so samples must be too"
 # (settings, what must hold for the value of each in a RunConfig, what is said after `name=value` where it does not).
 # None is always allowed; {0} in a message is the configuration.
 _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
@@ -66,6 +67,9 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
     ("rl.questions", lambda v, c: v % c.rl.minibatches == 0, "must be a multiple of rl.minibatches={0.rl.minibatches}"),
     ("rl.clip", lambda v, c: 0 < v < 1, "must lie between 0 and 1, such as 0.2; leave it out for no clipping"),
     ("rl.clip_high", lambda v, c: c.rl.clip and v >= c.rl.clip, "must be at least rl.clip, which is {0.rl.clip}"),
+    ("rl.kl rl.clip", lambda v, c: not c.rl.top_k or c.rl.objective == "dpo", _WHOLE),
+    ("rl.epochs rl.minibatches", lambda v, c: v == 1 or not c.rl.top_k or c.rl.objective == "dpo", _WHOLE),
+    ("rl.temperature", lambda v, c: v >= 0.25, "must be at least 0.25: colder, exponentials leave the range of floats"),
     (
         "rl.kl rl.clip rl.zscore",
         lambda v, c: not v or c.rl.objective != "dpo",

@@ -61,6 +61,12 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("rl.clip=1.2", "must lie between 0 and 1"),
         ("rl.clip_high=0.3", "must be at least rl.clip, which is None"),
         ("rl.kl=-1", "must not be negative"),
+        ("rl.kl=0.05", "rl.kl=0.05 needs rl.top_k=0, not 50"),
+        ("rl.clip=0.2", "rl.clip=0.2 needs rl.top_k=0, not 50"),
+        ("rl.epochs=2", "rl.epochs=2 needs rl.top_k=0, not 50"),
+        ("rl.minibatches=2", "rl.minibatches=2 needs rl.top_k=0, not 50"),
+        ("rl.temperature=0.1", "must be at least 0.25"),
+        ("rl.temperature=nan", "must be at least 0.25"),
         ("checkpoints.save_minutes=0", "must be more than 0; leave it out"),
         ("model.head_dim=3", "must be even"),
         ("rl.objective=ppo", "is not one of grpo, dpo"),
@@ -136,6 +142,12 @@ def test_a_task_that_there_is_none_of_is_refused_before_anything_runs():
     for setting in ("evals.chat_tasks=foo", "rl.task=foo", "sft.mixture={foo: 1}"):
         with pytest.raises(UserError, match=f"{setting.split('=')[0]} names 'foo'"):
             check_names(c.load_config(None, None, [setting]))
+
+
+def test_probabilities_are_compared_where_samples_are_of_all_tokens():
+    switches = ["rl.temperature=0.6", "rl.kl=0.05", "rl.clip=0.2", "rl.epochs=2", "rl.minibatches=2", "rl.top_k=0"]
+    assert c.load_config(None, None, switches).rl.temperature == 0.6
+    assert c.load_config(None, None, ["rl.objective=dpo", "rl.epochs=2"]).rl.top_k == 50  # it has no such ratio
 
 
 def test_what_only_grpo_has_is_refused_for_dpo():

@@ -38,6 +38,8 @@ def _texts(facts: Facts) -> Iterator[str]:
             gone = f", and {packed['dropped']:,} dropped, of which that left no answer" if packed["dropped"] else ""
             of = f"{packed['conversations']:,} are in its rows"
             yield f"{stage}: {packed['cropped']:,} conversations were cropped to a row{gone}; {of}."
+    if skipped := sum(r.get("skipped", 0) for r in facts.metrics["rl"]):
+        yield f"rl: {skipped:,} questions were skipped, as their prompts leave no room for an answer."
     truncated = [r["truncated"] for r in facts.metrics["rl"] if r.get("truncated") is not None]
     if any(truncated):
         limit = facts.config.rl.max_new_tokens

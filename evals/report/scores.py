@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from evals.report.facts import Facts, is_in_part, names, stand_ins, titled
-from nanochat_jax.words import DASH, duration, listed, percent, plus_minus, table
+from nanochat_jax.words import DASH, duration, listed, percent, plain, plus_minus, table
 
 LEGEND = (
     "± is one standard error, left out where all answers were right, or none: its formula says nothing there. Bold is "
@@ -45,6 +45,7 @@ def section(facts: Facts) -> str:
         asked = [facts.chat[s].get(task, {}) for s in facts.evaluated]
         chance = next(found["baseline"] for found in asked if found)
         row(titled(task), f"{chance:.2f}", [_task(found, in_part) for found in asked])
+        row(f"{titled(task)}, lenient", f"{chance:.2f}", [_lenient(task, found, in_part) for found in asked])
     row("ChatCORE", "0", [_chatcore(e, in_part) for e in evals])
     head = ["", "chance", *map(str.upper, facts.evaluated)]
     remarks = "\n".join(f"{number}. {text}" for text, number in notes.items())
@@ -108,6 +109,14 @@ def _task(task: dict, in_part: str) -> Cell | None:
     if not task:
         return None
     return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), (in_part,) * is_in_part(task))
+
+
+def _lenient(name: str, task: dict, in_part: str) -> Cell | None:
+    """Of the lenient score, where the task `name` has one beside the strict one."""
+    if (value := task.get("accuracy_lenient")) is None:
+        return None
+    note = f"The lenient score of {titled(name)} also takes {plain(task['lenient'])}; ChatCORE is of the strict one."
+    return Cell(value, plus_minus(value, task["stderr_lenient"]), (note, *(in_part,) * is_in_part(task)))
 
 
 def _chatcore(found: dict, in_part: str) -> Cell | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from evals.tasks.base import Task, read_rows
+from evals.tasks.base import FromRows, Task, read_rows
 from evals.tasks.conversations import Conversations, Texts, read_chats
 from evals.tasks.everyday import Everyday
 from evals.tasks.gsm8k import GSM8K
@@ -26,7 +26,7 @@ from nanochat_jax.errors import UserError
 
 VERSION = 5  # of what the tasks say: part of the key of packed conversations
 
-_FROM_ROWS: dict[str, Callable[[Sequence[dict]], Task]] = {
+_FROM_ROWS: dict[str, Callable[[Sequence[dict]], FromRows]] = {
     "arc_easy": partial(ARC, name="arc_easy"),
     "arc_challenge": partial(ARC, name="arc_challenge"),
     "mmlu": MMLU,
@@ -88,24 +88,29 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
         return Texts(open_documents(data, cache_dir))
     if name == "chat":
         return Conversations(_chats(data, cache_dir), split)
-    return _FROM_ROWS[name](_table(name, split, data, cache_dir))
+    rows, source = _table(name, split, data, cache_dir)
+    task = _FROM_ROWS[name](rows)
+    task.source = source
+    return task
 
 
 def _local_files(data: DataConfig, folder: str, pattern: str | None) -> list[Path]:
     return sorted((Path(data.dir) / folder).glob(pattern)) if data.dir and pattern else []
 
 
-def _table(name: str, split: str, data: DataConfig, cache_dir: Path) -> Sequence[dict]:
+def _table(name: str, split: str, data: DataConfig, cache_dir: Path) -> tuple[Sequence[dict], str]:
+    """The rows of a task's split, and where they are."""
     rows = ROWS[name]
     if source_of(data) == "hub":
         if split not in rows.hub_splits:
             raise UserError(f"task {name} has no split {split}")
-        return _from_hub(rows.repo, rows.config, rows.hub_splits[split], cache_dir)
+        of_hub = rows.repo, rows.config, rows.hub_splits[split]
+        return _from_hub(*of_hub, cache_dir), " ".join(filter(None, of_hub))
     found = _local_files(data, "tasks", rows.files.get(split))
     if not found:
         wanted = rows.files.get(split) or f"rows of split {split}, which it does not have"
         raise UserError(f"task {name} needs {wanted} in the folder tasks of data.dir ({data.dir or 'not set'})")
-    return read_rows(found[0])
+    return read_rows(found[0]), str(found[0])
 
 
 def _chats(data: DataConfig, cache_dir: Path) -> Sequence[dict]:

@@ -2,7 +2,7 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -28,9 +28,17 @@ class Task(ABC):
 
 
 class ScoredTask(Task):
-    """A task with a verdict. baseline: the accuracy of guessing."""
+    """A task with a verdict. baseline: the accuracy of guessing.
+
+    lenient: what the lenient score takes for right beside what the strict one does; "" where the two are one.
+    """
 
     baseline: float = 0.0
+    lenient: str = ""
+
+    def chance(self, conversations: Sequence[dict]) -> float:
+        """The accuracy of guessing on these questions."""
+        return self.baseline
 
     def evaluate(self, conversation: dict, completion: str) -> bool:
         """Whether the visible text of a completion is right: by default, whether it is the reference answer."""
@@ -40,25 +48,46 @@ class ScoredTask(Task):
         """The verdict and a reason for it, which may be empty: why a program failed, for example."""
         return self.evaluate(conversation, completion), ""
 
+    def admits(self, conversation: dict, completion: str) -> bool:
+        """Whether the lenient score takes an answer for right that the strict one, `evaluate`, takes for wrong."""
+        return False
+
     def reward(self, conversation: dict, completion: str) -> float:
-        """What RL maximises."""
-        return float(self.evaluate(conversation, completion))
+        """What RL maximises: the lenient verdict."""
+        return float(self.evaluate(conversation, completion) or self.admits(conversation, completion))
 
 
 class FromRows(ScoredTask):
-    """A task whose questions are the rows of a table. UserError where the table lacks one of `columns`."""
+    """A task whose questions are the rows of a table. UserError where the table lacks one of `columns`, and for a row
+    that holds something else than the type that they state, or that `conversation` raises a ValueError for.
 
-    columns: Sequence[str]
+    source: where the rows are, for messages.
+    """
+
+    columns: Mapping[str, type | tuple[type, ...]]
+    source: str = ""
 
     def __init__(self, rows: Sequence[dict]):
-        check_columns(self.name, rows, self.columns)
+        check_columns(self.name, [self.unpacked(rows[0])] if len(rows) else [], self.columns)
         self._rows = rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: int) -> dict:
-        return self.conversation(self._rows[i])
+        row = self.unpacked(self._rows[i])
+        try:
+            for column, types in self.columns.items():
+                if not isinstance(row.get(column), types):
+                    raise ValueError(f"{column} is {brief(row.get(column))}")
+            return self.conversation(row)
+        except ValueError as e:
+            where = self.source or f"task {self.name}"
+            raise UserError(f"{where}, row {i} (from 0) cannot be asked: {e}; correct it or remove it") from None
+
+    def unpacked(self, row: dict) -> dict:
+        """The columns of a row."""
+        return row
 
     @abstractmethod
     def conversation(self, row: dict) -> dict: ...
@@ -107,6 +136,17 @@ def prompt_messages(conversation: dict) -> list[dict]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
+def visible(content: str | Sequence[dict]) -> str:
+    """The text of a message, without its tool calls."""
+    return content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+
+
+def brief(value) -> str:
+    """A value as it stands in a message."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
 def read_rows(path: str | Path) -> Sequence[dict]:
     """The rows of a parquet file, made into dicts when asked for. UserError where it is missing or cannot be read."""
     import datasets
@@ -121,7 +161,7 @@ def read_rows(path: str | Path) -> Sequence[dict]:
         raise UserError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}); fetch it again") from None
 
 
-def check_columns(task: str, rows: Sequence[dict], columns: Sequence[str]) -> None:
+def check_columns(task: str, rows: Sequence[dict], columns: Iterable[str]) -> None:
     """UserError where the first row, and so the table, lacks a column that the task reads."""
     missing = [c for c in columns if len(rows) and c not in rows[0]]
     if missing:

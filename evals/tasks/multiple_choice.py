@@ -1,9 +1,11 @@
 """Multiple choice: how it is asked; ARC (Clark et al., arXiv 1803.05457); MMLU (Hendrycks et al., arXiv 2009.03300)."""
 
 import random
+import statistics
+import string
 from collections.abc import Sequence
 
-from evals.tasks.base import FromRows, Generated, dialogue
+from evals.tasks.base import FromRows, Generated, brief, dialogue
 from nanochat_jax.data import stories
 
 LETTERS = ("A", "B", "C", "D")
@@ -17,7 +19,11 @@ def render_multiple_choice(question: str, letters: Sequence[str], choices: Seque
 
 
 def multiple_choice(question: str, letters: Sequence[str], choices: Sequence[str], answer: str) -> dict:
-    """The conversation that asks a question with these choices; `answer` is the right letter."""
+    """The conversation that asks a question with these choices; `answer` is the right letter. ValueError."""
+    if len(choices) < 2 or len(choices) != len(letters) or not all(isinstance(c, str) for c in (*letters, *choices)):
+        raise ValueError(f"it needs two or more texts, each with a letter, and has {brief(choices)}, {brief(letters)}")
+    if answer not in letters:
+        raise ValueError(f"the answer {brief(answer)} is none of its letters, {', '.join(letters)}")
     return dialogue(render_multiple_choice(question, letters, choices), answer) | {"letters": list(letters)}
 
 
@@ -25,28 +31,39 @@ class ARC(FromRows):
     """School science: `question`, three to five `choices` ({"text", "label"}), `answerKey`. Some labels are 1 to 4."""
 
     kind, baseline = "categorical", 0.25
-    columns = ("question", "choices", "answerKey")
+    columns = {"question": str, "choices": dict, "answerKey": str}
 
     def __init__(self, rows: Sequence[dict], name: str):
         self.name = name
         super().__init__(rows)
 
     def conversation(self, row: dict) -> dict:
-        return multiple_choice(row["question"], row["choices"]["label"], row["choices"]["text"], row["answerKey"])
+        labels, texts = (row["choices"].get(key) or () for key in ("label", "text"))
+        return multiple_choice(row["question"], labels, texts, row["answerKey"])
 
 
 class MMLU(FromRows):
-    """57 subjects: `question`, `choices` (four texts), `answer` (0 to 3) and, in the test split, `subject`."""
+    """57 subjects: `question`, `choices` (four texts), `answer` (0 to 3) and, in the test split, `subject`.
+
+    Tables like it may have up to 26 choices, and letters for answers; chance is then one in so many.
+    """
 
     name, kind, baseline = "mmlu", "categorical", 0.25
+    columns = {"question": str, "choices": list, "answer": (int, str)}
 
-    def __init__(self, rows: Sequence[dict]):
-        self.columns = (NESTED,) if len(rows) and NESTED in rows[0] else ("question", "choices", "answer")
-        super().__init__(rows)
+    def unpacked(self, row: dict) -> dict:
+        return row.get(NESTED) or row
+
+    def chance(self, conversations: Sequence[dict]) -> float:
+        return statistics.mean(1 / len(c["letters"]) for c in conversations)
 
     def conversation(self, row: dict) -> dict:
-        row = row.get(NESTED) or row
-        asked = multiple_choice(row["question"], LETTERS, row["choices"], LETTERS[row["answer"]])
+        letters, answer = tuple(string.ascii_uppercase[: len(row["choices"])]), row["answer"]
+        if isinstance(answer, str):
+            answer = answer.strip().upper()
+        elif 0 <= answer < len(letters):
+            answer = letters[answer]
+        asked = multiple_choice(row["question"], letters, row["choices"], answer)
         return asked | ({"subject": row["subject"]} if row.get("subject") else {})
 
 

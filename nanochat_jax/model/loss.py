@@ -207,6 +207,14 @@ def _weighted_sum_bwd(vocab, softcap, chunk, eight_bits, kept, g):
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
 
 
+def tempered(hidden, softcap: float, temperature: float):
+    """hidden (..., D) and softcap with which the losses here are of the softmax at a temperature T.
+
+    The logits over T are c tanh((z / T) / c) with c = softcap / T; exp(c) must stay well within float32.
+    """
+    return (hidden, softcap) if temperature == 1 else (hidden / temperature, softcap / temperature)
+
+
 @jax.named_scope("loss")
 def weighted_nll(
     hidden, head, targets, weights, *, vocab: int, softcap: float, chunk: int | None = None, eight_bits: bool = False

@@ -35,10 +35,11 @@ class Learner:
         """reference: parameters for the KL and DPO, if any; held: bytes on each device beside the train step's."""
         self.run, self.cfg, self.reference = run, run.config.rl, reference
         graph, dtype = graph_of(run.gpt_config, run.training_dtype), run.training_dtype
-        self._log_probs = policy.make_log_probs(graph, dtype, run.mesh)
+        self._log_probs = policy.make_log_probs(graph, dtype, run.mesh, self.cfg.temperature)
         self._look = policy.make_look(self._log_probs, on_policy=self.cfg.objective != "dpo")
         self._weigh = policy.make_weigh(self.cfg)
-        step, state = loop.make_step(graph, optimizer, dtype, run.mesh), abstract_state(run, optimizer)
+        step = loop.make_step(graph, optimizer, dtype, run.mesh, temperature=self.cfg.temperature)
+        state = abstract_state(run, optimizer)
         arrays = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         rows = rows_per_device(run)
         self._step_of = functools.cache(lambda length: fit_step(run, "rl", step, state, arrays, (rows, length), held))

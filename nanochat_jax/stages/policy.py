@@ -13,7 +13,10 @@ With rl.objective=dpo the loss is that of pairs of answers instead, `preference_
 
 Both depend on the parameters only through the tokens' log-probabilities, so that the gradient is that of a negative
 log-likelihood weighted by d loss / d nll: a forward pass gives the log-probabilities, `weigh` the weights, and the
-train step of the other stages does the rest. Probabilities are those of the whole softmax at temperature 1.
+train step of the other stages does the rest. Probabilities are those of the whole softmax at rl.temperature, from which
+the samples are. rl.top_k, which leaves out the least likely tokens, is not in them: what looks at ratios of
+probabilities, rl.kl, rl.clip and further updates of the same samples, needs rl.top_k=0 (`rules.py`). The plain policy
+gradient takes samples of the top 50 for those of all, as the reference does.
 """
 
 import functools
@@ -25,20 +28,21 @@ import jax.numpy as jnp
 from nanochat_jax.config import RLConfig
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import cast_matrices, merge
-from nanochat_jax.model.loss import token_nll
+from nanochat_jax.model.loss import tempered, token_nll
 
 
-def make_log_probs(graph, dtype, mesh) -> Callable:
+def make_log_probs(graph, dtype, mesh, temperature: float = 1.0) -> Callable:
     """f(params, tokens, targets (A, R, T)) -> -log p of the targets, and the entropy at each place: float32, in nats.
 
-    Jitted; micro-batch by micro-batch, with the products of the train step.
+    Of the softmax at a temperature. Jitted; micro-batch by micro-batch, with the products of the train step.
     """
 
     def of_rows(params, rows):
         tokens, targets = rows
         model = merge(graph, params)
         head, cfg = params["lm_head"]["weight"], model.cfg
-        found = token_nll(model.hidden(tokens), head, targets, vocab=cfg.vocab_size, softcap=cfg.softcap, entropy=True)
+        hidden, softcap = tempered(model.hidden(tokens), cfg.softcap, temperature)
+        found = token_nll(hidden, head, targets, vocab=cfg.vocab_size, softcap=softcap, entropy=True)
         return found[0], found[2]
 
     def local(params, *batch):

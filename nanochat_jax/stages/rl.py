@@ -2,8 +2,10 @@
 without KL, clipping and the division by the standard deviation (compare Dr. GRPO, arXiv 2503.20783); or DPO on pairs.
 
 A step samples every question several times, as one batch through the engine with its tools. A sample's advantage is its
-reward less the mean of its question's; what a tool wrote carries no weight. rl.epochs and rl.minibatches say how many
-updates a step makes of its samples, rl.kl, rl.clip and rl.zscore the objective (`policy.py`).
+reward less the mean of its question's; what a tool wrote carries no weight. Rewards, and the pass@k of the stage, are
+of a task's lenient score where it has one; a question whose prompt leaves no room for an answer is skipped and counted.
+rl.epochs and rl.minibatches say how many updates a step makes of its samples, rl.kl, rl.clip and rl.zscore the
+objective (`policy.py`).
 
 DPO (rl.objective=dpo, arXiv 2305.18290) samples from the model that RL began with, and learns to prefer the first right
 answer to the first wrong one, of questions that have both; its probabilities are not normalised by length.
@@ -32,6 +34,8 @@ def load_questions(run: Run, shares: dict[str, int], split: str) -> Questions:
     for name, task in tasks.items():
         if task.kind != "generative":
             raise UserError(f"rl.task={name} is {task.kind}; RL needs tasks whose answers are generated, such as gsm8k")
+        if not len(task):
+            raise UserError(f"rl.task={name} has no questions in its {split} split; take another task")
     return Questions(cast(dict[str, ScoredTask], tasks), shares, run.config.seed)
 
 
@@ -60,6 +64,9 @@ def main(run: Run) -> dict:
     learner = Learner(run, optimizer, reference, held=memory.held_bytes((reference, sampler.engine.arrays)))
     names = " and ".join(shares)
     run.log.say(f"rl: {steps} steps of {cfg.questions} questions x {cfg.samples} samples of {names}, from {before}")
+    for name, task in questions.tasks.items():
+        if task.lenient:
+            run.log.say(f"rl: rewards of {name} are of the lenient score; it admits {task.lenient}")
 
     # training
     def next_batch(step: int, params: dict) -> tuple[list[dict], dict]:

@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from evals.significance import pass_estimates
-from evals.tasks.base import ScoredTask
+from evals.tasks.base import ScoredTask, prompt_messages
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import Completion, Engine, Request
 from nanochat_jax.stages import common
 from nanochat_jax.stages.run import Run
 from tokenizer.chat import parse_completion, render_prompt
 
+TOO_LONG = "prompt too long"  # of a question that leaves no room for an answer: it is skipped, and its reward 0
 _BUCKET = 128  # sequence lengths of the training batch are rounded up to multiples of this, to compile few shapes
 
 
@@ -56,34 +57,50 @@ class Rollouts:
     completions: list[list[Completion]]
     rewards: np.ndarray
 
+    @property
+    def asked(self) -> np.ndarray:
+        """(Q,) bool: which questions were not skipped."""
+        return np.array([group[0].finish_reason != TOO_LONG for group in self.completions])
+
     def metrics(self, questions: Sequence[Question]) -> dict[str, float]:
-        """Mean reward, of each task where there are several, mean length, and how many were cut off at the limit."""
-        flat = [c for group in self.completions for c in group]
-        names = [q.task.name for q in questions]
-        each = {f"{n}/reward": float(self.rewards[[m == n for m in names]].mean()) for n in dict.fromkeys(names)}
+        """Mean reward, of each task where there are several, mean length, and how many were cut off at the limit, of
+        the questions that were asked; and how many were skipped."""
+        asked = self.asked
+        flat = [c for group, was_asked in zip(self.completions, asked) for c in group if was_asked]
+        names = np.array([q.task.name for q in questions])
+        each = {f"{n}/reward": _mean(self.rewards[asked & (names == n)]) for n in dict.fromkeys(names.tolist())}
         return {
-            "reward": float(self.rewards.mean()),
+            "reward": _mean(self.rewards[asked]),
             **(each if len(each) > 1 else {}),
-            "completion_tokens": float(np.mean([len(c.ids) for c in flat])),
-            "truncated": float(np.mean([c.finish_reason == "length" for c in flat])),
+            "completion_tokens": _mean([len(c.ids) for c in flat]),
+            "truncated": _mean([c.finish_reason == "length" for c in flat]),
+            "skipped": int((~asked).sum()),
         }
+
+
+def _mean(values) -> float:
+    """0 where there is none."""
+    return float(np.mean(values)) if len(values) else 0.0
 
 
 class Sampler:
     """Samples answers to questions with the current parameters, all in one batch over the mesh, and scores them."""
 
     def __init__(self, run: Run, model, slots: int):
-        self.cfg, self.tok = run.config.rl, run.tokenizer
+        self.cfg, self.tok, self.log, self._warned = run.config.rl, run.tokenizer, run.log, False
         length, tool = run.config.model.sequence_len, CalculatorTool(run.tokenizer)
         self.engine = Engine(model, slots=slots, max_len=length, tool=tool, mesh=run.mesh)
 
     def __call__(
         self, params: dict, questions: Sequence[Question], samples: int, seed_of: Callable[[int, int], int]
     ) -> Rollouts:
-        """seed_of(a question's id, sample) makes each sample a function of its place alone."""
+        """seed_of(a question's id, sample) makes each sample a function of its place alone. A question whose prompt
+        leaves no room for an answer gets empty ones, and no reward."""
         self.engine.update_params(params)
         conversations = [q.task[q.index] for q in questions]
-        prompts = [render_prompt(self.tok, c["messages"][:-1]) for c in conversations]
+        prompts = [render_prompt(self.tok, prompt_messages(c)) for c in conversations]
+        fits = [len(p) < self.engine.max_len for p in prompts]
+        self._warn([q for q, fit in zip(questions, fits) if not fit])
         like = Request(
             ids=[],
             max_new_tokens=self.cfg.max_new_tokens,
@@ -91,15 +108,25 @@ class Sampler:
             top_k=self.cfg.top_k,
             stop_ids=(self.tok.assistant_end, self.tok.bos),
         )
-        asked = [(p, seed_of(q.id, s)) for q, p in zip(questions, prompts) for s in range(samples)]
-        requests = [replace(like, ids=p, seed=seed) for p, seed in asked]
-        flat = self.engine.generate(requests)
-        completions = [flat[i * samples : (i + 1) * samples] for i in range(len(prompts))]
+        asked = [(q, p) for q, p, fit in zip(questions, prompts, fits) if fit]
+        requests = [replace(like, ids=p, seed=seed_of(q.id, s)) for q, p in asked for s in range(samples)]
+        done = iter(self.engine.generate(requests))
+        skipped = [Completion(finish_reason=TOO_LONG)] * samples
+        completions = [[next(done) for _ in range(samples)] if fit else skipped for fit in fits]
         rewards = [
-            [q.task.reward(c, parse_completion(self.tok, x.ids)[0]) for x in group]
-            for q, c, group in zip(questions, conversations, completions)
+            [q.task.reward(c, parse_completion(self.tok, x.ids)[0]) if fit else 0.0 for x in group]
+            for q, c, group, fit in zip(questions, conversations, completions, fits)
         ]
         return Rollouts(prompts, completions, np.asarray(rewards, np.float32))
+
+    def _warn(self, skipped: Sequence[Question]) -> None:
+        """Of the first questions that are skipped; metrics count them all."""
+        if skipped and not self._warned:
+            self._warned = True
+            self.log.say(
+                f"rl: question {skipped[0].index} of {skipped[0].task.name} leaves no room for an answer in "
+                f"model.sequence_len={self.engine.max_len}; such questions are skipped, and counted in the metrics"
+            )
 
 
 def advantages(rewards: np.ndarray, zscore: bool) -> np.ndarray:
@@ -114,9 +141,9 @@ def advantages(rewards: np.ndarray, zscore: bool) -> np.ndarray:
 def training_batch(rollouts: Rollouts, end_id: int, pad_id: int, max_len: int, zscore: bool = False) -> dict:
     """tokens, targets (N, T) int32; share and weights (N, T) float32 such that sum(weights * nll) has the gradient.
 
-    share = 1 / (sampled tokens of the question * questions), 0 where nothing was sampled: token-normalised within a
-    question, as DAPO (arXiv 2503.14476) and the reference have it; weights = advantage * share. The end token counts as
-    sampled where the model chose to stop.
+    share = 1 / (sampled tokens of the question * questions that were asked), 0 where nothing was sampled:
+    token-normalised within a question, as DAPO (arXiv 2503.14476) and the reference have it; weights = advantage *
+    share. The end token counts as sampled where the model chose to stop.
     """
     rows, masks = [], []
     for prompt, group in zip(rollouts.prompts, rollouts.completions):
@@ -131,8 +158,8 @@ def training_batch(rollouts: Rollouts, end_id: int, pad_id: int, max_len: int, z
     for i, (row, mask) in enumerate(zip(rows, masks)):
         tokens[i, : len(row)], sampled[i, : len(mask)] = row, mask
     sampled = sampled[:, 1:]
-    questions, samples = rollouts.rewards.shape
-    count = np.maximum(sampled.reshape(questions, samples, -1).sum(axis=(1, 2)), 1)[:, None] * questions
+    (questions, samples), asked = rollouts.rewards.shape, max(int(rollouts.asked.sum()), 1)
+    count = np.maximum(sampled.reshape(questions, samples, -1).sum(axis=(1, 2)), 1)[:, None] * asked
     weight = (advantages(rollouts.rewards, zscore) / count).reshape(-1, 1)
     share = np.repeat(1 / count, samples, axis=1).reshape(-1, 1)
     return {

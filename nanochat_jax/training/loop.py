@@ -19,7 +19,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.errors import Interrupted
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import cast_matrices, init_params, merge
-from nanochat_jax.model.loss import weighted_nll
+from nanochat_jax.model.loss import tempered, weighted_nll
 
 # ----------------------------------------------------------------------------------------------------- the step
 
@@ -44,11 +44,19 @@ def init_state(cfg: GPTConfig, optimizer: optax.GradientTransformation, seed: in
     return jax.jit(fresh, out_shardings=shardings)(params)
 
 
-def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join: Callable | None = None) -> Callable:
+def make_step(
+    graph,
+    optimizer: optax.GradientTransformation,
+    dtype,
+    mesh,
+    join: Callable | None = None,
+    temperature: float = 1.0,
+) -> Callable:
     """step(state, batch) -> state, metrics; jitted, the state's buffers donated.
 
     join: (frozen, params) -> the model's parameters, where the state has only a part of them or a change to them, such
     as adapters; then it is step(state, batch, frozen), and frozen, in `dtype`, is neither donated nor differentiated.
+    temperature: of the softmax whose log-likelihood is the loss.
 
     batch: tokens and targets (A, R, T) int32, A micro-batches of R rows, targets negative where there is none; weights
     (A, R, T) float32, or absent for the mean over all targets. metrics: loss and grad_norm, float32 scalars.
@@ -57,8 +65,9 @@ def make_step(graph, optimizer: optax.GradientTransformation, dtype, mesh, join:
     def micro_loss(params, frozen, tokens, targets, weights):
         params = join(frozen, params) if join else params
         model, head = merge(graph, params), params["lm_head"]["weight"]
-        more = {"softcap": model.cfg.softcap, "eight_bits": model.lm_head.eight_bits}
-        return weighted_nll(model.hidden(tokens), head, targets, weights, vocab=model.cfg.vocab_size, **more)
+        hidden, softcap = tempered(model.hidden(tokens), model.cfg.softcap, temperature)
+        more = {"softcap": softcap, "eight_bits": model.lm_head.eight_bits}
+        return weighted_nll(hidden, head, targets, weights, vocab=model.cfg.vocab_size, **more)
 
     def micro(params, frozen, *rows):
         found = jax.value_and_grad(micro_loss)(params, frozen, *rows)

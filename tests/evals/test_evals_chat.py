@@ -23,7 +23,7 @@ TOK = ByteTokenizer()
 
 
 class Choices(FromRows):
-    name, kind, baseline, columns = "choices", "categorical", 0.25, ()
+    name, kind, baseline, columns = "choices", "categorical", 0.25, {}
 
     def conversation(self, row):
         letters = ["A", "B", "C", "D"][: 2 + row % 3]
@@ -73,6 +73,18 @@ def test_multiple_choice_takes_the_likeliest_of_the_offered_letters(model, tmp_p
     assert [r["correct"] for r in found] == want and "What is 3?" in found[3]["prompt"]
     assert all(r["correct"] == (r["completion"] == r["expected"]) for r in found)
     assert len({r["id"] for r in found}) == 10 and [r["index"] for r in found] == list(range(10))
+
+
+def test_chance_is_that_of_the_choices_that_are_offered(model):
+    few, many = ([{"question": "?", "choices": list("abcdefghij")[:n], "answer": "b"}] * 3 for n in (4, 10))
+    for rows, chance in ((few, 0.25), (many, 0.1), (few + many, 0.175)):
+        got = chat.evaluate_chat_task(MMLU(rows), TOK, Scorer(model, 4))
+        assert got["baseline"] == pytest.approx(chance)
+        assert got["centered"] == pytest.approx((got["accuracy"] - chance) / (1 - chance))
+    with pytest.raises(UserError, match="the letters 10 of a question are not one token each"):
+        chat.answer_categorical(Scorer(model, 4), TOK, [[1]], [["10"]])
+    with pytest.raises(UserError, match="no questions"):
+        chat.evaluate_chat_task(MMLU([]), TOK, Scorer(model, 4))
 
 
 class Subjects(Choices):
@@ -138,6 +150,26 @@ def test_samples_beside_greedy_answers_give_pass_at_k(model, tmp_path):
     assert len({s["completion"] for r in found for s in r["samples"]}) > 6
     other = chat.evaluate_chat_task(task, TOK, Scorer(model, 4), engine, **how | {"draws": chat.Draws(4, 1.0, seed=8)})
     assert other["accuracy"] == got["accuracy"] and len({chat.Draws(1, 1.0, s).seed_of("a", 0, 0) for s in (7, 8)}) == 2
+
+
+def test_a_lenient_score_stands_beside_the_strict_one(model, tmp_path):
+    class Loose(AnyText):
+        lenient = "any text"
+
+        def admits(self, conversation, completion):
+            return True
+
+    engine = Engine(model, slots=4, max_len=192, tool=CalculatorTool(TOK))
+    how = {"max_new_tokens": 6, "draws": chat.Draws(2, 1.0)}
+    strict, both = (
+        chat.evaluate_chat_task(task(["-"] * 3), TOK, Scorer(model, 4), engine, **how, path=tmp_path / "r")
+        for task in (AnyText, Loose)
+    )
+    added = {"accuracy_lenient": 1.0, "stderr_lenient": 0.0, "lenient": "any text"}
+    assert both == strict | added and not added.keys() & strict.keys()
+    answers = [a for r in records.read(tmp_path / "r") for a in (r, *r["samples"])]
+    assert all(a["correct_lenient"] for a in answers) and not all(a["correct"] for a in answers)
+    assert all(("right by the lenient score" in records.remarks(a)) != a["correct"] for a in answers)
 
 
 def test_records_keep_tool_calls_and_earlier_turns():
@@ -209,6 +241,8 @@ def test_chatcore_of_the_published_runs():
 def test_summary_leaves_out_what_was_not_measured():
     full = {"bpb": {"bpb": 1.23456}, "core": None, "chat": {"a": result(0.5)}, "chatcore": {"score": None}}
     assert summary(full) == {"bpb": 1.2346, "a": 0.5}
+    full["chat"]["a"]["accuracy_lenient"] = 0.75
+    assert summary(full) == {"bpb": 1.2346, "a": 0.5, "a_lenient": 0.75}
 
 
 def test_a_task_with_nothing_to_score_is_an_error(model, tmp_path):

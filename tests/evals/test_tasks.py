@@ -19,7 +19,7 @@ from evals.tasks.checks import holds
 from evals.tasks.conversations import Conversations, read_chats
 from evals.tasks.everyday import Everyday
 from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
-from evals.tasks.humaneval import HumanEval, extract_program, import_lines
+from evals.tasks.humaneval import HumanEval, extract_program, find_program, import_lines
 from evals.tasks.identity import Identity
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from evals.tasks.multiple_choice import ARC, MMLU, Facts, render_multiple_choice
@@ -28,6 +28,7 @@ from evals.tasks.spelling import Spelling, SpellingBee, read_words
 from nanochat_jax.config import DataConfig
 from nanochat_jax.data import stories
 from nanochat_jax.data.split import HELD_OUT, held_out
+from nanochat_jax.data.tables import ROWS
 from nanochat_jax.engine.calculator import use_calculator
 from nanochat_jax.errors import UserError
 
@@ -216,17 +217,129 @@ def test_multiple_choice_rows_of_the_hub():
         assert MMLU(rows)[0]["messages"][1]["content"] == "D"
 
 
-def test_gsm8k_compares_numbers_as_written():
-    task = GSM8K([{"question": "?", "answer": "It is <<10*123=1230>>1,230.\n#### 1,230"}])
-    assert task.evaluate(task[0], "so #### 1230") and not task.evaluate(task[0], "1230")
-
-
 HUMANEVAL = {
     "prompt": "from typing import List\n\n\ndef total(xs: List[int]) -> int:\n    '''Sum.'''\n",
     "canonical_solution": "    return sum(xs)\n",
     "test": "def check(candidate):\n    assert candidate([1, 2]) == 3\n",
     "entry_point": "total",
 }
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "want"),
+    [("abcd", "B", "B"), ("abcd", " c", "C"), ("abc", 2, "C"), ("abcdefghij", 9, "J"), ("abcdefghij", "J", "J")],
+)
+def test_mmlu_takes_letters_and_any_number_of_choices(choices, answer, want):
+    row = {"question": "Q?", "choices": list(choices), "answer": answer}
+    for task in (MMLU([row]), MMLU([{"train": row}])):
+        asked, said = (m["content"] for m in task[0]["messages"])
+        assert said == want and len(task[0]["letters"]) == len(choices) and f"- {choices[-1]}=" in asked
+
+
+MC = {"question": "Q?", "choices": ["a", "b", "c"], "answer": 1}
+ARC_ROW = {"question": "Q?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "A"}
+UNUSABLE = [
+    ("gsm8k", {"question": "Q?", "answer": "#### 1"}, {"question": None}, "question is null"),
+    ("gsm8k", {"question": "Q?", "answer": "#### 1"}, {"answer": None}, "answer is null"),
+    ("humaneval", HUMANEVAL, {"prompt": None}, "prompt is null"),
+    ("mmlu", MC, {"question": None}, "question is null"),
+    ("mmlu", MC, {"choices": None}, "choices is null"),
+    ("mmlu", MC, {"choices": ["a", None, "c"]}, "two or more texts"),
+    ("mmlu", MC, {"choices": ["a"]}, "two or more texts"),
+    ("mmlu", MC, {"choices": [str(i) for i in range(30)]}, "two or more texts"),
+    ("mmlu", MC, {"answer": None}, "answer is null"),
+    ("mmlu", MC, {"answer": 3}, "answer 3 is none of its letters, A, B, C"),
+    ("mmlu", MC, {"answer": -1}, "answer -1 is none"),
+    ("mmlu", MC | {"answer": "B"}, {"answer": "AB"}, "answer 'AB' is none"),
+    ("mmlu", MC | {"answer": 1.0}, {}, "answer is 1.0"),
+    ("arc_easy", ARC_ROW, {"answerKey": "C"}, "answer 'C' is none of its letters, A, B"),
+    ("arc_easy", ARC_ROW, {"choices": {"text": ["x", "y"], "label": ["A"]}}, "two or more texts"),
+    ("arc_easy", ARC_ROW, {"choices": None}, "choices is null"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "change", "says"), UNUSABLE)
+def test_a_row_that_cannot_be_asked_is_named_with_its_file(name, row, change, says, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "tasks" / ROWS[name].files["test"].replace("*", "x")
+    path.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist([row, row | change]), path)
+    task = load_task(name, split="test", data=DataConfig(dir=str(tmp_path)), cache_dir=tmp_path)
+    with pytest.raises(UserError, match=f"{path.name}, row 1 .*{says}") as e:
+        task[1]
+    assert "\n" not in str(e.value)
+
+
+def test_gsm8k_compares_numbers_as_written():
+    task = GSM8K([{"question": "?", "answer": "It is <<10*123=1230>>1,230.\n#### 1,230"}])
+    assert task.evaluate(task[0], "so #### 1230") and not task.evaluate(task[0], "1230")
+
+
+@pytest.mark.parametrize(
+    ("reference", "said"),
+    [
+        *(
+            ("72", s)
+            for s in ("72.", "$72", "72.00", " 72", "+72", "**72**", "Answer: 72", r"\boxed{72}", "**Answer:** 72.0")
+        ),
+        ("72.", "72"),
+        ("$72", "72"),
+        ("0.5", ".5"),
+        ("-5", "\u2212$5.0"),
+        ("1,230", "$1,230.00 in all"),
+    ],
+)
+def test_the_lenient_score_of_numbers_is_of_their_values(reference, said):
+    task = GSM8K([{"question": "?", "answer": f"So.\n#### {reference}"}])
+    assert not task.evaluate(task[0], f"#### {said}") and task.reward(task[0], f"#### {said}") == 1.0
+    assert task.reward(task[0], f"####{said}") == 1.0
+    for wrong in (said, f"#### 9{said}", "#### ", "####" + "-" * 1000, "#### " + "9" * 5000):
+        assert task.reward(task[0], wrong) == 0.0
+
+
+def test_what_is_right_by_the_strict_score_is_right_by_the_lenient_one():
+    task = GSM8K([{"question": "?", "answer": "#### 1/2"}])
+    assert task.evaluate(task[0], "#### 1") and task.reward(task[0], "### 1 #### 1 or 2") == 1.0
+    nobody = GSM8K([{"question": "?", "answer": "Nobody knows."}])
+    assert nobody.reward(nobody[0], "#### none") == 0.0
+
+
+TOTAL = "def total(xs):\n    return sum(xs)"
+LENIENT = {
+    "py": f"```py\n{TOTAL}\n```",
+    "Python": f"Here it is:\n```Python\n{TOTAL}\n```\nIt sums.",
+    "python3": f"```python3\n{TOTAL}\n```",
+    "braces": f"```{{.python}}\n{TOTAL}\n```",
+    "tildes": f"~~~\n{TOTAL}\n~~~",
+    "no end": f"Sure:\n```python\n{TOTAL}",
+    "no beginning": f"{TOTAL}\n```\nThat is all.",
+    "indented": "1. So:\n   ```python\n   def total(xs):\n       return sum(xs)\n   ```",
+    "end in the last line": f"```python\n{TOTAL}```",
+    "text after the end": f"```python\n{TOTAL}``` It sums.",
+    "title": f'```python title="a.py"\n{TOTAL}\n```',
+    "code in the first line": f"```python {TOTAL}\n```",
+    "in a line": "`" * 3 + "def total(xs): return sum(xs)" + "`" * 3,
+    "bash first": f"```bash\npip install x\n```\nand then\n```python\n{TOTAL}\n```",
+    "example first": f"```python\nprint(total([1]))\n```\nwith\n```python\n{TOTAL}\n```",
+    "another language first": f"```ruby\ndef total(xs)\nend\n```\n```\n{TOTAL}\n```",
+}
+
+
+@pytest.mark.parametrize("name", LENIENT)
+def test_the_lenient_score_finds_code_between_fences_of_any_kind(name):
+    found = find_program(LENIENT[name], "total")
+    assert found.split() == TOTAL.split() and found != extract_program(LENIENT[name])
+    assert find_program(LENIENT[name].replace("\n", "\r\n"), "total").split() == TOTAL.split()
+
+
+def test_code_that_only_the_lenient_score_finds_is_run_too():
+    task = HumanEval([HUMANEVAL])
+    for said, want in ((LENIENT["bash first"], 1.0), ("```py\ndef total(xs):\n    return 0\n```", 0.0)):
+        assert not task.evaluate(task[0], said) and task.reward(task[0], said) == want
+    for said in ("", "None.", "```", "``````", "~~~\n```", "```python\nprint(1)\n```"):
+        assert find_program(said, "total") == said.strip()
 
 
 @pytest.mark.parametrize(

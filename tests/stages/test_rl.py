@@ -19,7 +19,17 @@ from nanochat_jax.model.gpt import graph_of, merge
 from nanochat_jax.model.loss import token_nll, weighted_nll
 from nanochat_jax.stages import policy
 from nanochat_jax.stages.common import mix_seed, permutation
-from nanochat_jax.stages.rollouts import Questions, Rollouts, advantages, minibatches, pairs, pass_at_k, training_batch
+from nanochat_jax.stages.rollouts import (
+    TOO_LONG,
+    Question,
+    Questions,
+    Rollouts,
+    advantages,
+    minibatches,
+    pairs,
+    pass_at_k,
+    training_batch,
+)
 from nanochat_jax.stages.step import place
 from nanochat_jax.training import loop
 
@@ -55,6 +65,21 @@ def test_training_batch_masks_prompts_tools_and_padding():
         np.allclose(batch["share"].reshape(2, -1).sum(axis=1), 1 / 2)
         and (batch["share"][batch["targets"] < 0] == 0).all()
     )
+
+
+def test_a_question_that_was_skipped_weighs_nothing_and_takes_nothing_from_the_others():
+    asked, skipped = rollouts(), Completion([], [], TOO_LONG)
+    both = Rollouts([*asked.prompts, [1] * 300], [*asked.completions, [skipped] * 2], np.zeros((3, 2), np.float32))
+    both.rewards[:2] = asked.rewards
+    whole, batch = (training_batch(r, END, PAD, max_len=64) for r in (asked, both))
+    assert all(np.array_equal(batch[k][:4], whole[k]) for k in ("weights", "share", "targets"))
+    assert (batch["targets"][4:] == -1).all() and not batch["share"][4:].any()
+    questions = [Question(Short("a", 3), i, i) for i in range(3)]
+    counted = both.metrics(questions)
+    assert counted == asked.metrics(questions[:2]) | {"skipped": 1} and counted["reward"] == 0.25
+    assert (training_batch(pairs(both), END, PAD, max_len=64)["weights"][4:] == 0).all()
+    none = Rollouts([[1] * 300], [[skipped] * 2], np.zeros((1, 2), np.float32))
+    assert none.metrics(questions[:1])["reward"] == 0 and not training_batch(none, END, PAD, 64)["weights"].any()
 
 
 def test_training_batch_crops_to_the_context():
@@ -112,7 +137,8 @@ KL, CLIP = 0.3, (0.2, 0.25)
 
 @pytest.fixture(scope="module")
 def tiny():
-    """The parts of a small model, a batch (1, 4, 16), the pass, and a train step of plain gradient descent."""
+    """The parts of a small model, a batch (1, 4, 16), and by temperature the pass and a train step of plain gradient
+    descent."""
     model = tiny_model(sequence_len=16, vocab_size=50)
     rng = np.random.default_rng(3)
     tokens = rng.integers(0, 50, (1, 4, 17)).astype(np.int32)
@@ -129,9 +155,14 @@ def tiny():
         sharding.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1]),
         optax.sgd(1.0),
     )
-    log_probs = policy.make_log_probs(graph, jnp.float32, mesh)
-    step = loop.make_step(graph, descent, jnp.float32, mesh)
-    return graph, nnx.to_pure_dict(nnx.split(model)[1]), batch, log_probs, step
+    programs = {
+        t: (
+            policy.make_log_probs(graph, jnp.float32, mesh, t),
+            loop.make_step(graph, descent, jnp.float32, mesh, temperature=t),
+        )
+        for t in (1.0, 0.6)
+    }
+    return graph, nnx.to_pure_dict(nnx.split(model)[1]), batch, programs
 
 
 def moved(params, seed):
@@ -139,12 +170,12 @@ def moved(params, seed):
     return jax.tree.map(lambda p: p + 0.03 * jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
 
 
-def written_out(graph, params, old, reference, batch, kl, clip):
-    """PPO's clipped gain less GRPO's penalty, token by token, from whole log-softmaxes."""
+def written_out(graph, params, old, reference, batch, kl, clip, temperature):
+    """PPO's clipped gain less GRPO's penalty, token by token, from whole log-softmaxes at a temperature."""
     targets, sampled = jnp.maximum(batch["targets"][0], 0), batch["targets"][0] >= 0
 
     def log_p(params):
-        logp = jax.nn.log_softmax(merge(graph, params)(batch["tokens"][0]), axis=-1)
+        logp = jax.nn.log_softmax(merge(graph, params)(batch["tokens"][0]) / temperature, axis=-1)
         return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
 
     now = log_p(params)
@@ -158,10 +189,12 @@ def written_out(graph, params, old, reference, batch, kl, clip):
     return -jnp.where(sampled, gain - penalty, 0.0).sum()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize(("kl", "clip"), [(None, None), (KL, CLIP)])
-def test_weighed_nll_has_the_gradient_of_the_objective(tiny, kl, clip):
+def test_weighed_nll_has_the_gradient_of_the_objective(tiny, kl, clip, temperature):
     """Through the train step itself, from log-probabilities of the pass."""
-    graph, params, batch, log_probs, step = tiny
+    graph, params, batch, programs = tiny
+    log_probs, step = programs[temperature]
     old, reference = moved(params, 1), moved(params, 2)
     nll, before, kept = (log_probs(p, batch["tokens"], batch["targets"])[0] for p in (params, old, reference))
     settings = RLConfig(kl=kl, clip=clip and clip[0], clip_high=clip and clip[1])
@@ -171,7 +204,7 @@ def test_weighed_nll_has_the_gradient_of_the_objective(tiny, kl, clip):
     rows = {"tokens": batch["tokens"], "targets": batch["targets"], "weights": weights}
     after = step(state, rows)[0].params
     got = jax.tree.map(jnp.subtract, params, after)
-    objective = jax.jit(functools.partial(written_out, graph, kl=kl, clip=clip))
+    objective = jax.jit(functools.partial(written_out, graph, kl=kl, clip=clip, temperature=temperature))
     want = jax.grad(objective)(params, old, reference, batch)
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert np.allclose(g, w, atol=2e-5 * max(1, float(jnp.abs(w).max())))

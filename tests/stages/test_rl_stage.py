@@ -36,6 +36,8 @@ TINY = (
 )
 ALL = (
     "rl.task={bytes: 1, length: 1}",
+    "rl.top_k=0",
+    "rl.temperature=0.8",
     "rl.kl=0.1",
     "rl.clip=0.002",
     "rl.clip_high=0.003",
@@ -153,7 +155,7 @@ def test_stopped_and_resumed_bit_for_bit_with_every_switch_on_a_mesh(tmp_path):
 
 def test_what_is_measured_changes_nothing(tmp_path):
     """kl=0, and clipping where there is one update, leave the parameters as they are without, bit for bit."""
-    settings = ("rl.task=bytes", "rl.steps=2", "rl.eval_every=0", *MESHES["data-fsdp"])
+    settings = ("rl.task=bytes", "rl.steps=2", "rl.eval_every=0", "rl.top_k=0", *MESHES["data-fsdp"])
     plain, measured = make_run(tmp_path / "a", *settings), make_run(tmp_path / "b", *settings, "rl.kl=0", "rl.clip=0.2")
     rl.main(plain)
     rl.main(measured)
@@ -189,6 +191,33 @@ def test_eight_devices_sample_what_one_does(mesh, tmp_path):
     one, eight = found
     assert [[c.ids for c in g] for g in one.completions] == [[c.ids for c in g] for g in eight.completions]
     assert np.array_equal(one.rewards, eight.rewards) and len({tuple(c.ids) for c in one.completions[0]}) > 1
+
+
+class Long(Toy):
+    """Every second question is longer than the context."""
+
+    def __getitem__(self, i):
+        found = super().__getitem__(i)
+        found["messages"][0]["content"] *= 1 + 600 * (i % 2)
+        return found
+
+
+def test_questions_longer_than_the_context_are_skipped_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(rl, "load_task", lambda *_, **__: Long("length", TASKS["length"].right))
+    rl.main(make_run(tmp_path, "rl.task=length", "rl.steps=2"))
+    steps = [r for r in records(tmp_path) if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2] and 0 < sum(r["skipped"] for r in steps) < 8
+    assert all(np.isfinite(r["loss"]) and r["completion_tokens"] > 0 for r in steps if r["skipped"] < 4)
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("of length leaves no room for an answer in model.sequence_len=128") == 1
+    held_out = [r["pass@2"] for r in records(tmp_path) if "pass@2" in r]
+    assert held_out and all(p <= 0.5 for p in held_out)  # they are wrong there, as in evaluation
+
+
+def test_a_split_without_questions_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(Toy, "__len__", lambda self: 0)
+    with pytest.raises(UserError, match="rl.task=bytes has no questions in its train split"):
+        rl.main(make_run(tmp_path, "rl.task=bytes"))
 
 
 def test_sequences_that_devices_cannot_share_say_so(tmp_path):
