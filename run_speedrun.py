@@ -76,6 +76,8 @@ def plan(args: argparse.Namespace) -> int:
 
 def open_run(args: argparse.Namespace):
     """The run directory, new or resumed. UserError where it was made with other settings."""
+    import jax
+
     from evals import sandbox
     from nanochat_jax.devices import use_compilation_cache
     from nanochat_jax.mesh.preemption import Stop
@@ -88,6 +90,7 @@ def open_run(args: argparse.Namespace):
     if config.evals.sandbox == "required":
         sandbox.prepare(config.evals.sandbox, print)  # now, and not after hours of training
     sinks.check(config.tracking)
+    jax.devices()  # so that one that is missing is found before anything is written
     run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
     if (run_dir / "config.yaml").is_file():
         check_same(run_dir, config, "--run-dir")

@@ -343,8 +343,8 @@ def _read_yaml(path: Path) -> dict:
         near = ", ".join(sorted(str(p) for p in folder.glob("*.yaml"))) or "none"
         raise UserError(f"no configuration file {path}; at hand: {near}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as e:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of settings")
@@ -413,7 +413,7 @@ def config_file(run_dir: str | Path) -> Path:
 
 def read_run_config(run_dir: str | Path) -> RunConfig:
     """The settings of a run directory, unchecked: its data may be elsewhere by now. UserError if there is none."""
-    return from_dict(RunConfig, yaml.safe_load(config_file(run_dir).read_text()))
+    return from_dict(RunConfig, _read_yaml(config_file(run_dir)))
 
 
 def check_same(run_dir: Path, config: RunConfig, option: str) -> None:

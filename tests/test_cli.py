@@ -25,7 +25,7 @@ def ends(capsys, error: BaseException, argv=(), **options) -> tuple[int, str]:
 
     @command(**options)
     def main(argv=None):
-        raise error
+        raise error() if callable(error) else error
 
     status = main(list(argv))
     out, err = capsys.readouterr()
@@ -48,6 +48,9 @@ def ends(capsys, error: BaseException, argv=(), **options) -> tuple[int, str]:
         (system_error(errno.EROFS), 2, "cannot open or write /data/x (Read-only file system); take another folder"),
         (system_error(errno.EACCES), 2, "cannot open or write /data/x (Permission denied); take another folder"),
         (system_error(errno.ENOTDIR), 2, "cannot open or write /data/x (Not a directory); take another path"),
+        (system_error(errno.EIO), 2, "cannot read or write /data/x (Input/output error); mend that"),
+        (ValueError("tensorstore: Too many open files"), 2, "cannot read or write (Too many open files)"),
+        ("\udcfc".encode, 2, "'\\udcfc' cannot be written in utf-8; set PYTHONUTF8=1, or rename"),
         (system_error(errno.EISDIR), 2, "cannot open or write /data/x (Is a directory); take another path"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -66,7 +69,7 @@ def test_no_device_names_what_asked_for_it(capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     status, line = ends(capsys, RuntimeError(CUDA))
     assert status == 2 and "(Unable to initialize backend 'cuda': no GPU is there)" in line
-    assert "JAX_PLATFORMS=cuda asks for it: leave that out" in line
+    assert "JAX_PLATFORMS=cuda asks for it, and here is cpu: leave that out" in line
     monkeypatch.delenv("JAX_PLATFORMS")
     assert "set JAX_PLATFORMS=cpu" in ends(capsys, RuntimeError(CUDA))[1]
 
@@ -83,6 +86,31 @@ def test_a_missing_path_is_a_mistake_only_where_a_person_gave_it(capsys):
     for argv in ([], ["--run-dir", "/runs/a"], ["--stage", "base"]):
         with pytest.raises(FileNotFoundError):
             ends(capsys, system_error(errno.ENOENT, "/runs/a/base/rows.bin"), argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--run-dir", ""], "an argument is empty"),
+        (["--run-dir="], "an argument is empty"),
+        (["--run-dir", "runs/\udcfc"], r"'runs/\udcfc' is not text in utf-8; rename it"),
+    ],
+)
+def test_arguments_that_no_command_can_use(capsys, argv, says):
+    assert says in ends(capsys, ValueError("not reached"), argv)[1]
+
+
+@pytest.mark.parametrize("module", ["fcntl", "resource"])
+def test_windows(capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"needs Linux, macOS or WSL: Python has no module {module}" in ends(capsys, ValueError("not reached"))[1]
+
+
+def test_the_current_folder_is_gone(capsys, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current folder is gone" in ends(capsys, ValueError("not reached"))[1]
 
 
 @pytest.mark.parametrize("error", [ValueError("shapes differ"), RuntimeError("INTERNAL"), OSError("?"), KeyError("a")])
