@@ -155,8 +155,8 @@ def newest_readable(directory: Path, abstract: Any, say: Callable[[str], None]) 
             damaged.append(candidate)
     if damaged:
         raise UserError(
-            f"no checkpoint in {directory} can be read; put a whole one there, or rename that folder to train the stage "
-            "anew"
+            f"no checkpoint in {directory} can be read; put a whole one there, or rename that folder to train the "
+            "stage anew"
         )
     raise UserError(f"{directory} holds no checkpoint yet")
 
