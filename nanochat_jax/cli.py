@@ -23,8 +23,8 @@ MISTAKE, DEFECT, CTRL_C, NO_READER = 2, 1, 130, 141  # exit statuses; the last t
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 FAILED = (errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM, getattr(errno, "ESTALE", errno.EIO))  # no path's fault
-WRONG_PATH = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENODEV)
-WRONG_IF_GIVEN = (errno.ENOENT, errno.EEXIST)  # of any other path than a person gave, these are defects
+WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENODEV)
+WRONG_IF_GIVEN = (errno.ENOENT,)  # of any other path than a person gave, it is a defect
 NO_DEVICE = "Unable to initialize backend"  # how jax begins to say that a device does not start
 
 

@@ -2,16 +2,22 @@
 
 import errno
 import importlib
+import io
 import os
 import subprocess
 import sys
 import traceback
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, speedrun_environment
+from nanochat_jax.checkpoint import Damaged, store
 from nanochat_jax.cli import command, explained
+from nanochat_jax.data.packed import PackedDataset, write_packed
+from nanochat_jax.devices import use_compilation_cache
 from nanochat_jax.errors import Interrupted, UserError
+from nanochat_jax.formats import unreadable
 
 CUDA = "Unable to initialize backend 'cuda': no GPU is there\nand more"
 
@@ -113,6 +119,46 @@ def test_the_current_folder_is_gone(capsys, monkeypatch, tmp_path):
     assert "the current folder is gone" in ends(capsys, ValueError("not reached"))[1]
 
 
+def test_what_the_terminal_cannot_say_ends_nothing(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, "ascii"))
+    assert command(lambda argv: print(input()))([]) == 0 and out.getvalue() == b"caf?\n"
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path, monkeypatch):
+    refused = system_error(errno.EIO)
+    for error, raised in (
+        (refused, OSError),
+        (ValueError("tensorstore: Too many open files"), ValueError),
+        (ValueError("checksum"), Damaged),
+        (system_error(errno.ENOENT), Damaged),
+    ):
+        with pytest.raises(raised), store._orbax():
+            raise error
+    assert str(unreadable("a.parquet", refused)) == "a.parquet cannot be read (Input/output error)"
+    assert "put a whole copy in its place" in str(unreadable("a.parquet", OSError("Corrupt snappy")))
+    write_packed(tmp_path / "rows", iter([([1, 2],)]), 2, {})
+    rows = PackedDataset(tmp_path / "rows")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(np, "load", lambda *a, **k: (_ for _ in ()).throw(refused))
+        rows.rows([0])
+
+
+def test_a_run_that_one_may_only_read(tmp_path, monkeypatch, capsys):
+    """Evaluation says so before it begins; who only wants faster starts does without."""
+    (tmp_path / "evals").touch()
+    monkeypatch.setattr("evals.stage.load_model", lambda *args: None)
+    assert importlib.import_module("evals.__main__").main(["--run-dir", str(tmp_path)]) == 2
+    assert "evals (File exists)" in capsys.readouterr().err
+    use_compilation_cache(tmp_path / "evals" / "compiled")
+
+
+def test_from_another_folder(tmp_path):
+    process = start("-m", "nanochat_jax.checkpoint", "ls", tmp_path, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert "no checkpoint in" in one_line(process)
+
+
 @pytest.mark.parametrize("error", [ValueError("shapes differ"), RuntimeError("INTERNAL"), OSError("?"), KeyError("a")])
 def test_a_defect_is_raised_as_it_is(capsys, error):
     with pytest.raises(type(error)) as raised:
@@ -149,10 +195,10 @@ def test_every_command_is_guarded(name):
 # ---------------------------------------------------------------------------------------------- for real
 
 
-def start(*argv, stdout=subprocess.PIPE, **environment) -> subprocess.Popen:
+def start(*argv, stdout=subprocess.PIPE, cwd=ROOT, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, argv)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**speedrun_environment(), **environment},
         stdout=stdout,
         stderr=subprocess.PIPE,
