@@ -106,6 +106,8 @@ def clear_changed(run_dir: Path, config: RunConfig, named: list[str], sure: bool
 
 def open_run(args: argparse.Namespace, named: list[str]):
     """The run directory, new or resumed. UserError where it was made with other settings."""
+    import jax
+
     from evals import sandbox
     from evals.tasks import check_names
     from nanochat_jax.devices import use_compilation_cache
@@ -120,6 +122,7 @@ def open_run(args: argparse.Namespace, named: list[str]):
         sandbox.prepare(config.evals.sandbox, print)  # now, and not after hours of training
     sinks.check(config.tracking)
     check_names(config)
+    jax.devices()  # so that one that is missing is found before anything is written
     run_dir = Path(args.run_dir) if args.run_dir else ROOT / "runs" / path.stem
     cleared = ""
     if (run_dir / "config.yaml").is_file():

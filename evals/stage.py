@@ -26,7 +26,7 @@ from nanochat_jax.data.packing import pack_split
 from nanochat_jax.data.sources import open_documents
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import atomic_write_json, read_json
+from nanochat_jax.files import atomic_write_json, check_writable, read_json
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.quantize import rounded
 from nanochat_jax.tracking.tracking import peak_memory_gb
@@ -78,6 +78,7 @@ def evaluate_stage(
     if unknown := [name for name in tasks or () if name not in known]:
         raise UserError(f"unknown task {unknown[0]}; there are {', '.join(known)}")
     loaded = load_model(run_dir, stage)
+    check_writable(run_dir / "evals")  # now, and not after all answers
     stage, config = loaded.stage, config or loaded.config
     given = {name: value for name, value in settings.items() if value is not None}
     config = replace(config, evals=replace(config.evals, **given))

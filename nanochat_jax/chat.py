@@ -160,12 +160,13 @@ def line_history() -> Iterator[None]:
         yield
         return
     readline.set_history_length(1000)
-    with contextlib.suppress(OSError):
+    nowhere = (OSError, RuntimeError)  # the latter: nobody knows where the home is
+    with contextlib.suppress(*nowhere):
         readline.read_history_file(HISTORY.expanduser())
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(*nowhere):
             readline.write_history_file(HISTORY.expanduser())
 
 

@@ -388,7 +388,7 @@ def _read_yaml(path: Path) -> dict:
         raise UserError(f"no configuration file {path}; at hand: {near}")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of settings")
@@ -461,7 +461,7 @@ def config_file(run_dir: str | Path) -> Path:
 
 def read_run_config(run_dir: str | Path) -> RunConfig:
     """The settings of a run directory, unchecked: its data may be elsewhere by now. UserError if there is none."""
-    return from_dict(RunConfig, yaml.safe_load(config_file(run_dir).read_text()))
+    return from_dict(RunConfig, _read_yaml(config_file(run_dir)))
 
 
 def check_same(run_dir: Path, config: RunConfig, option: str) -> None:

@@ -6,6 +6,7 @@ A device that is not here has no MFU: n/a is better than a wrong figure.
 import contextlib
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
@@ -130,7 +131,14 @@ def cpu_has_bfloat16() -> bool:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Keeps compiled programs in `folder`, so that the next process with the same shapes starts at once."""
+    """Keeps compiled programs in `folder`, so that the next process with the same shapes starts at once; without
+    one where that cannot be."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():  # and cannot be made
+        return
+    # a full disk, and a folder that one may only read, are no reason to warn at every program
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

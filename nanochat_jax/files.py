@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +43,20 @@ def atomic_write_json(path: str | Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def check_writable(folder: Path) -> None:
+    """Makes a folder. OSError where no file can be made there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """A folder to fill, which becomes `path` at the end of the block, and not at all where that fails. UserError where
     there is something already."""
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} is not empty; take another folder, or remove it")
+        raise UserError(f"there is something at {path} already; take another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = part_of(path)
     shutil.rmtree(part, ignore_errors=True)
@@ -67,7 +75,7 @@ def read_json(path: str | Path) -> Any | None:
     except FileNotFoundError:
         return None
     except ValueError as e:  # not JSON, or not even text
-        raise UserError(f"{path} is not valid JSON ({e}); remove it to have it made anew") from None
+        raise UserError(f"{path} is not valid JSON ({e}); mend it, or rename it to go on without") from None
 
 
 def claim(path: str | Path) -> TextIO:

@@ -53,6 +53,14 @@ def texts_of(path: Path, column: str) -> Iterator[str]:
     return _line_texts(path, column) if kind == "lines" else _plain_texts(path)
 
 
+def unreadable(path: Path | str, e: Exception, how: str = "") -> UserError:
+    """What to say of an error while a file was read. Libraries' own have no number; the system's are no damage."""
+    if isinstance(e, OSError) and e.errno:
+        return UserError(f"{path} cannot be read ({os.strerror(e.errno)})")
+    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    return UserError(f"{path} cannot be read{how} ({reason}); put a whole copy in its place")
+
+
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
     with _parquet(path, column) as file:
         for batch in file.iter_batches(1024, columns=[column], use_threads=False):
@@ -76,8 +84,7 @@ def _parquet(path: Path, column: str) -> Iterator:
                 raise UserError(f"column `{column}` (data.text_column) of {path} holds {kind} and not text")
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"{path} cannot be read as parquet ({reason}); fetch it again") from None
+        raise unreadable(path, e, " as parquet") from None
 
 
 def _line_texts(path: Path, column: str) -> Iterator[str]:
@@ -175,4 +182,4 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             with open(path, "rb") as file:
                 yield file
     except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror or str(e).splitlines()[0]}); fetch it again") from None
+        raise unreadable(path, e) from None

@@ -7,7 +7,6 @@ where its tunable says so when the process starts.
 
 import ctypes
 import os
-import resource
 import signal
 import sys
 from pathlib import Path
@@ -54,5 +53,7 @@ def cores() -> int:
 
 def peak_memory_gb() -> float:
     """The most memory that this process has held so far, in 10^9 bytes."""
+    import resource  # here: Windows has none, and a command says so
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -77,6 +77,15 @@ def test_what_was_typed_is_remembered(tmp_path, monkeypatch):
     readline.clear_history()
 
 
+def test_nobody_knows_where_the_home_is(monkeypatch):
+    def unknown(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", unknown)
+    with chat.line_history():
+        pass
+
+
 def test_answer_with_the_engine_equals_generate():
     engine = Engine(tiny_model(), slots=2, max_len=192)
     request = Request([1, 2, 3], 20, temperature=0.0)

@@ -2,16 +2,22 @@
 
 import errno
 import importlib
+import io
 import os
 import subprocess
 import sys
 import traceback
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, speedrun_environment
+from nanochat_jax.checkpoint import Damaged, store
 from nanochat_jax.cli import command, explained
+from nanochat_jax.data.packed import PackedDataset, write_packed
+from nanochat_jax.devices import use_compilation_cache
 from nanochat_jax.errors import Interrupted, UserError
+from nanochat_jax.formats import unreadable
 
 CUDA = "Unable to initialize backend 'cuda': no GPU is there\nand more"
 
@@ -25,7 +31,7 @@ def ends(capsys, error: BaseException, argv=(), **options) -> tuple[int, str]:
 
     @command(**options)
     def main(argv=None):
-        raise error
+        raise error() if callable(error) else error
 
     status = main(list(argv))
     out, err = capsys.readouterr()
@@ -48,6 +54,9 @@ def ends(capsys, error: BaseException, argv=(), **options) -> tuple[int, str]:
         (system_error(errno.EROFS), 2, "cannot open or write /data/x (Read-only file system); take another folder"),
         (system_error(errno.EACCES), 2, "cannot open or write /data/x (Permission denied); take another folder"),
         (system_error(errno.ENOTDIR), 2, "cannot open or write /data/x (Not a directory); take another path"),
+        (system_error(errno.EIO), 2, "cannot read or write /data/x (Input/output error); mend that"),
+        (ValueError("tensorstore: Too many open files"), 2, "cannot read or write (Too many open files)"),
+        ("\udcfc".encode, 2, "'\\udcfc' cannot be written in utf-8; set PYTHONUTF8=1, or rename"),
         (system_error(errno.EISDIR), 2, "cannot open or write /data/x (Is a directory); take another path"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
@@ -66,7 +75,7 @@ def test_no_device_names_what_asked_for_it(capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     status, line = ends(capsys, RuntimeError(CUDA))
     assert status == 2 and "(Unable to initialize backend 'cuda': no GPU is there)" in line
-    assert "JAX_PLATFORMS=cuda asks for it: leave that out" in line
+    assert "JAX_PLATFORMS=cuda asks for it, and here is cpu: leave that out" in line
     monkeypatch.delenv("JAX_PLATFORMS")
     assert "set JAX_PLATFORMS=cpu" in ends(capsys, RuntimeError(CUDA))[1]
 
@@ -83,6 +92,71 @@ def test_a_missing_path_is_a_mistake_only_where_a_person_gave_it(capsys):
     for argv in ([], ["--run-dir", "/runs/a"], ["--stage", "base"]):
         with pytest.raises(FileNotFoundError):
             ends(capsys, system_error(errno.ENOENT, "/runs/a/base/rows.bin"), argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--run-dir", ""], "an argument is empty"),
+        (["--run-dir="], "an argument is empty"),
+        (["--run-dir", "runs/\udcfc"], r"'runs/\udcfc' is not text in utf-8; rename it"),
+    ],
+)
+def test_arguments_that_no_command_can_use(capsys, argv, says):
+    assert says in ends(capsys, ValueError("not reached"), argv)[1]
+
+
+@pytest.mark.parametrize("module", ["fcntl", "resource"])
+def test_windows(capsys, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert f"needs Linux, macOS or WSL: Python has no module {module}" in ends(capsys, ValueError("not reached"))[1]
+
+
+def test_the_current_folder_is_gone(capsys, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current folder is gone" in ends(capsys, ValueError("not reached"))[1]
+
+
+def test_what_the_terminal_cannot_say_ends_nothing(monkeypatch):
+    out = io.BytesIO()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(out, "ascii"))
+    assert command(lambda argv: print(input()))([]) == 0 and out.getvalue() == b"caf?\n"
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path, monkeypatch):
+    refused = system_error(errno.EIO)
+    for error, raised in (
+        (refused, OSError),
+        (ValueError("tensorstore: Too many open files"), ValueError),
+        (ValueError("checksum"), Damaged),
+        (system_error(errno.ENOENT), Damaged),
+    ):
+        with pytest.raises(raised), store._orbax():
+            raise error
+    assert str(unreadable("a.parquet", refused)) == "a.parquet cannot be read (Input/output error)"
+    assert "put a whole copy in its place" in str(unreadable("a.parquet", OSError("Corrupt snappy")))
+    write_packed(tmp_path / "rows", iter([([1, 2],)]), 2, {})
+    rows = PackedDataset(tmp_path / "rows")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(np, "load", lambda *a, **k: (_ for _ in ()).throw(refused))
+        rows.rows([0])
+
+
+def test_a_run_that_one_may_only_read(tmp_path, monkeypatch, capsys):
+    """Evaluation says so before it begins; who only wants faster starts does without."""
+    (tmp_path / "evals").touch()
+    monkeypatch.setattr("evals.stage.load_model", lambda *args: None)
+    assert importlib.import_module("evals.__main__").main(["--run-dir", str(tmp_path)]) == 2
+    assert "evals (File exists)" in capsys.readouterr().err
+    use_compilation_cache(tmp_path / "evals" / "compiled")
+
+
+def test_from_another_folder(tmp_path):
+    process = start("-m", "nanochat_jax.checkpoint", "ls", tmp_path, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert "no checkpoint in" in one_line(process)
 
 
 @pytest.mark.parametrize("error", [ValueError("shapes differ"), RuntimeError("INTERNAL"), OSError("?"), KeyError("a")])
@@ -121,10 +195,10 @@ def test_every_command_is_guarded(name):
 # ---------------------------------------------------------------------------------------------- for real
 
 
-def start(*argv, stdout=subprocess.PIPE, **environment) -> subprocess.Popen:
+def start(*argv, stdout=subprocess.PIPE, cwd=ROOT, **environment) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, argv)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**speedrun_environment(), **environment},
         stdout=stdout,
         stderr=subprocess.PIPE,

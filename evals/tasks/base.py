@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nanochat_jax.data.split import HELD_OUT, held_out
 from nanochat_jax.errors import UserError
+from nanochat_jax.formats import unreadable
 
 
 class Task(ABC):
@@ -158,7 +159,7 @@ def read_rows(path: str | Path) -> Sequence[dict]:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except (pyarrow.ArrowException, OSError) as e:
-        raise UserError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}); fetch it again") from None
+        raise unreadable(path, e, " as parquet") from None
 
 
 def check_columns(task: str, rows: Sequence[dict], columns: Iterable[str]) -> None:

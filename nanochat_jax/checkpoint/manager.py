@@ -154,7 +154,10 @@ def newest_readable(directory: Path, abstract: Any, say: Callable[[str], None]) 
                 say(f"checkpoint {candidate} in {directory} is damaged and left out: {e}")
             damaged.append(candidate)
     if damaged:
-        raise UserError(f"no checkpoint in {directory} can be read; remove that folder to train the stage anew")
+        raise UserError(
+            f"no checkpoint in {directory} can be read; put a whole one there, or rename that folder to train the "
+            "stage anew"
+        )
     raise UserError(f"{directory} holds no checkpoint yet")
 
 

@@ -59,7 +59,7 @@ def load_changed(run_dir: str | Path, stage: str, adapters: dict, mesh: jax.shar
     if loaded.identity != adapters["identity"]:
         raise UserError(
             f"{run_dir}/{loaded.stage} is not the model that stage {stage} was trained on; put that one back, or "
-            f"remove {run_dir}/{stage} and train the stage anew"
+            "take another run directory"
         )
     return loaded
 
@@ -93,7 +93,7 @@ def load_model(run_dir: str | Path, stage: str | None = None, mesh: jax.sharding
     if meta.get("tokenizer") != tokenizer.hash:
         raise UserError(
             f"{run_dir / 'tokenizer'} is not the tokenizer that stage {stage} was trained with; put that one back, or "
-            f"remove {run_dir / stage} and train the stage anew"
+            "take another run directory"
         )
     params = state["params"] if mesh is not None else jax.tree.map(jnp.asarray, state["params"])
     try:

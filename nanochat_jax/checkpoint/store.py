@@ -19,8 +19,11 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from nanochat_jax.cli import explained
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import hosts
+
+REFUSALS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # TensorStore's words for what is no damage
 
 
 class Damaged(Exception):
@@ -172,14 +175,14 @@ def _read_arrays(path: Path, abstract: Any, partial: bool = True) -> Any:
 
 @contextmanager
 def _orbax() -> Iterator[ocp.PyTreeCheckpointHandler]:
-    """The state's reader. Its errors become Damaged, except for lack of memory or permission."""
+    """The state's reader. Its errors become Damaged, except for what the system refuses: files that are not there are
+    found by `check_files`."""
     handler = handlers()["state"]
     try:
         yield handler
-    except (MemoryError, PermissionError):
-        raise
     except Exception as e:
-        if "RESOURCE_EXHAUSTED" in str(e) or "PERMISSION_DENIED" in str(e):
+        missing = isinstance(e, (FileNotFoundError, NotADirectoryError))
+        if isinstance(e, MemoryError) or any(code in str(e) for code in REFUSALS) or not missing and explained(e):
             raise
         raise Damaged(one_line(e)) from e
     finally:

@@ -116,7 +116,7 @@ class PackedDataset(contextlib.AbstractContextManager):
         shard = self.manifest["shards"][i]
         try:
             arrays = {name: np.load(self.path / _file(name, i), mmap_mode="r") for name, _ in self._arrays()}
-        except (OSError, ValueError, EOFError):
+        except (FileNotFoundError, ValueError, EOFError):
             arrays = {}
         shape = shard["rows"], self.manifest["row_len"]
         written = [(shape, np.dtype(dtype)) for _, dtype in self._arrays()]

@@ -117,8 +117,10 @@ def train_stage(
                 eval_every=settings.eval_every,
             )
     finally:
-        tracker.close()
-        checkpointer.close()
+        try:
+            tracker.close()
+        finally:
+            checkpointer.close()  # whatever else failed: it may be writing still
 
     # leave a done mark
     done = {
@@ -145,7 +147,7 @@ def _resume(run: Run, name: str, checkpointer, init: Callable[[], dict] | None, 
     if saved["tokenizer"] != run.tokenizer.hash:
         raise UserError(
             f"{run.dir / 'tokenizer'} is not the tokenizer that stage {name} began with; put that one back, or "
-            f"remove {run.dir / name} to train the stage anew"
+            "take another run directory"
         )
     return state, saved
 

@@ -40,12 +40,18 @@ class RunLog:
     def __init__(self, run_dir: str | Path, silent: bool = False):
         self.console, self.silent = Console(stderr=True, highlight=False, quiet=silent), silent
         self.path = Path(os.devnull) if silent else Path(run_dir) / "log.txt"
+        self._told = False
 
     def write(self, text: str) -> None:
-        """To log.txt alone."""
+        """To log.txt alone. Where that fails the run goes on without it: the console has the text too."""
         stamp = datetime.datetime.now().isoformat(sep=" ", timespec="seconds")
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(f"{stamp}  {text}\n")
+        try:
+            with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as f:
+                f.write(f"{stamp}  {text}\n")
+        except OSError as e:
+            if not self._told:
+                self.console.print(f"cannot write {self.path} ({e.strerror})", markup=False, soft_wrap=True)
+            self._told = True
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
@@ -140,8 +146,11 @@ class Tracker:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
         row = {"stage": self.stage, "step": step, "of": self.total, "time": round(time.time(), 3), **values}
         with self._lock:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            try:
+                self._file.write(json.dumps(row) + "\n")
+                self._file.flush()
+            except OSError as e:  # which does not say which file it was
+                raise OSError(e.errno, e.strerror, self._file.name) from None
             for sink in self._sinks:
                 sink.write(row)
 
@@ -149,7 +158,8 @@ class Tracker:
         return "  ".join((f"{self.stage} {step}/{self.total}", *parts))
 
     def _stalled(self, alarm: str) -> None:
-        self._write(self._step, {"alarm": alarm})
+        with contextlib.suppress(OSError):  # this is a thread: the next step will say so
+            self._write(self._step, {"alarm": alarm})
         self.log.say(self._at(self._step, "ALARM", alarm))
 
     def close(self) -> None:
@@ -158,7 +168,8 @@ class Tracker:
             self._bar.stop()
         for sink in self._sinks:
             sink.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # `_write` has said so
+            self._file.close()
 
 
 def _figures(metrics: dict) -> str:

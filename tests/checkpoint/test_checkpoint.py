@@ -297,7 +297,7 @@ def test_all_damaged(tmp_path):
         shutil.rmtree(tmp_path / step / "state")
     said = []
     checkpointer = Checkpointer(tmp_path, say=said.append)
-    with pytest.raises(UserError, match="no checkpoint in .* can be read; remove that folder"):
+    with pytest.raises(UserError, match="no checkpoint in .* can be read; put a whole one there"):
         checkpointer.restore(abstract(tiny_state()))
     checkpointer.close()
     assert len(said) == 2

@@ -48,6 +48,24 @@ def test_records_are_json_and_lines_are_plain(tmp_path, log, capsys):
     assert "loss 0.6667" in log.path.read_text()
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_full_disk(tmp_path, log, capsys, monkeypatch):
+    """The log does without; a record that cannot be written is the stage's error, once, and names its file."""
+    log.path.symlink_to("/dev/full")
+    log.say("a")
+    log.say("b")
+    said = capsys.readouterr().err
+    assert said.count("cannot write") == 1 and "No space left" in said and "a\n" in said and "b\n" in said
+    monkeypatch.setattr("nanochat_jax.tracking.tracking.truncate_from", lambda path, step: [])
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "metrics.jsonl").symlink_to("/dev/full")
+    tracker = Tracker(tmp_path, "base", 9, log)
+    with pytest.raises(OSError, match="metrics.jsonl"):
+        tracker.record(1, loss=1.0)
+    tracker._stalled("stall: of a thread, which has nobody to tell")
+    tracker.close()
+
+
 def test_going_on_drops_what_came_after_the_checkpoint(tmp_path, log):
     tracker = Tracker(tmp_path, "base", 9, log)
     for step in range(1, 6):
@@ -87,7 +105,7 @@ def test_files_are_whole_or_absent(tmp_path):
     assert read_json(path) == {"a": 1} and list(path.parent.iterdir()) == [path]
     assert read_json(tmp_path / "none.json") is None
     path.write_text("{")
-    with pytest.raises(UserError, match="remove it"):
+    with pytest.raises(UserError, match="mend it"):
         read_json(path)
     claim(tmp_path / "lock").close()
 

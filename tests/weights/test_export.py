@@ -137,7 +137,7 @@ def test_nothing_is_left_where_it_fails(run, exported, tmp_path, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert export.main(["--run-dir", str(run), "--to", str(tmp_path / "full")]) == 2
-    assert "full is not empty" in capsys.readouterr().err
+    assert "full already" in capsys.readouterr().err
     assert bring_in(exported, tmp_path / "run", "model.depht=3") == 2
     assert "unknown setting model.depht" in capsys.readouterr().err
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
