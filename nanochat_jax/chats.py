@@ -198,11 +198,12 @@ def _whole(text: str, repairs: set[str]) -> str:
 
 def _cut_to_last_answer(turns: list[tuple[str, list[dict]]], repairs: set[str], system: Any) -> None:
     """Takes off what follows the last answer; an answer ends with a text or a call."""
-    why = "only a system message" if system else "no messages"
+    if not turns:
+        raise Unusable("only a system message" if system else "no messages")
+    why = "an empty answer" if turns[-1][0] == "assistant" else "no answer"
     while turns:
         role, parts = turns[-1]
         if role != "assistant" or _is_empty(parts):
-            why = "an empty answer" if role == "assistant" else "no answer" if role == "user" else why
             turns.pop()
         elif parts[-1]["type"] == "python_output":
             parts.pop()
