@@ -235,12 +235,13 @@ def chat_files(folder: Path) -> tuple[list[Path], list[Path]]:
     return [p for p in files if is_chat_file(p.name)], [p for p in files if not is_chat_file(p.name)]
 
 
-def rows_of(path: Path) -> Iterator[tuple[str, Any]]:
+def rows_of(path: Path, also: str = "") -> Iterator[tuple[str, Any]]:
     """(where, row) of a file, as they are read: "line 3" of lines, "row 3" of parquet, "entry 3" of an array. What is
-    not JSON is an `Unusable`. UserError where the file cannot be read."""
+    not JSON is an `Unusable`. `also` is a column of parquet to read beside those of conversations. UserError where the
+    file cannot be read."""
     if kind_of(path.name) == "parquet":
         with opened_parquet(path) as table:
-            names = [name for name in table.schema_arrow.names if name in FIELDS]
+            names = [name for name in table.schema_arrow.names if name in FIELDS or name == also]
             batches = table.iter_batches(256, columns=names or None, use_threads=False)
             rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
