@@ -59,7 +59,7 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
     """(messages in our form, what the row was taken for, what was repaired). Unusable."""
     form, said = _form_of(row)
     repairs: set[str] = set()
-    if isinstance(row, Mapping) and (row.get("tools") or row.get("functions")):
+    if isinstance(row, Mapping) and any(row.get(name) not in (None, "", "[]", []) for name in ("tools", "functions")):
         repairs.add("the list of tools left out")
     turns: list[tuple[str, list[dict]]] = []
     for message in said:
@@ -103,7 +103,7 @@ def _pair(row: Mapping, question: Any, more: Any, answer: Any) -> list:
     if isinstance(question, str) and isinstance(more, str):
         question = "\n\n".join(text for text in (question, more) if text.strip())
     earlier = row.get("history") or []
-    if not all(isinstance(turn, list) and len(turn) == 2 for turn in earlier):
+    if not isinstance(earlier, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in earlier):
         raise Unusable("`history` holds no pairs of question and answer")
     texts = [text for pair in (*earlier, [question, answer]) for text in pair]
     return [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
@@ -111,7 +111,8 @@ def _pair(row: Mapping, question: Any, more: Any, answer: Any) -> list:
 
 def _with_system(row: Mapping, said: list) -> list:
     text = next((row[name] for name in SYSTEM if isinstance(row.get(name), str) and row[name].strip()), "")
-    has_one = said and isinstance(said[0], Mapping) and said[0].get("role", said[0].get("from")) in SYSTEM
+    first = said[0] if said and isinstance(said[0], Mapping) else {}
+    has_one = (first.get("role") or first.get("from")) in ("system", "developer")
     return said if has_one or not text else [{"role": "system", "content": text}, *said]
 
 
@@ -129,6 +130,8 @@ def _add(turns: list[tuple[str, list[dict]]], message: Any, repairs: set[str]) -
         repairs.add(f"role {name} as {role}")
     content = message["content"] if message.get("content") is not None else message.get("value")
     calls = message.get("tool_calls") or ([message["function_call"]] if message.get("function_call") else [])
+    if not isinstance(calls, list):
+        raise Unusable("tool calls that are no list")
     if role == "call":
         role, content, calls = "assistant", None, [content]
     parts = _parts(content, role, repairs) + [{"type": "python", "text": _call(call, repairs)} for call in calls]
@@ -171,7 +174,7 @@ def _call(call: Any, repairs: set[str]) -> str:
     if isinstance(call, str):  # as ShareGPT has it
         try:
             call = json.loads(call)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Unusable("a tool call that is not JSON") from None
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
@@ -179,7 +182,7 @@ def _call(call: Any, repairs: set[str]) -> str:
     arguments = function.get("arguments") or {}
     try:
         given = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unusable("a tool call whose arguments are not JSON") from None
     if not isinstance(given, Mapping):
         raise Unusable("a tool call whose arguments are no object")

@@ -6,8 +6,15 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_fakes import Bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nanochat_jax.chats import Tally, Unusable, chat_files, conversation_of
+from nanochat_jax.data.__main__ import main
+from nanochat_jax.data.check import check
+from nanochat_jax.errors import UserError
+from tokenizer.chat import render
 
 HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
 ROW = {"messages": HI}
@@ -133,6 +140,34 @@ def test_what_has_no_meaning_is_left_out_with_its_reason(row, why):
     assert why in str(e.value)
 
 
+KEYS = "role from content value type text tool_calls function_call function name arguments weight messages"
+KEYS += " conversations prompt completion instruction input output history system tools"
+WORDS = st.sampled_from(
+    [*KEYS.split(), "user", "assistant", "human", "python", "python_output", "{}", "\ud83d", "\udce9"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | WORDS | st.just(""),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS.split()), inner, max_size=5),
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool", "developer"])},
+    optional={"content": WORDS | JSON, "tool_calls": st.just([CALL]) | JSON},
+)
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(JSON | st.builds(lambda said: {"messages": said}, st.lists(MESSAGE, max_size=6)))
+def test_whatever_is_given_becomes_a_conversation_or_a_reason(row):
+    try:
+        got, form, _ = conversation_of(row)
+    except Unusable as e:
+        assert 0 < len(str(e)) < 200 and "\n" not in str(e)
+        return
+    assert (
+        form and sum(render(Bytes(), {"messages": got})[1]) and conversation_of({"messages": got})[::2] == (got, set())
+    )
+
+
 # ------------------------------------------------------------------------------------------------- files
 
 LINES = json.dumps(ROW) + "\n" + json.dumps(HI) + "\n" + json.dumps({"prompt": "hi", "completion": "yes"}) + "\n"
@@ -236,3 +271,49 @@ def test_files_of_conversations_are_told_from_others(tmp_path):
     chats, others = chat_files(tmp_path)
     assert [p.name for p in chats] == ["a.jsonl", "b.JSON", "c.json.gz", "d.parquet"]
     assert [p.name for p in others] == ["e.csv", "f.parquet.gz", "h.txt"]
+
+
+# ------------------------------------------------------------------------------------------------- data check
+
+
+def test_the_check_says_what_a_folder_holds(tmp_path, capsys):
+    chat = tmp_path / "chat"
+    chat.mkdir()
+    rows = [
+        ROW,
+        ROW,
+        {"messages": messages("q" * 100, "yes")},
+        {"messages": messages("q", "a" * 100)},
+        {"messages": []},
+    ]
+    (chat / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (chat / "b.csv").touch()
+    for path in (tmp_path, chat):
+        others, counted, lengths, long, duplicates, targets = check(path, Bytes(), 32)
+        assert others.startswith("b.csv not read") and counted.startswith(
+            "4 conversations taken; 1 left out (1 no messa"
+        )
+        assert lengths == "lengths: half have at most 10 tokens, 99 % at most 106, the longest 108"
+        assert long.startswith("2 are longer than the context of 32 tokens") and "1 have no target within it" in long
+        assert duplicates == "duplicates: 1 conversations occur before"
+        assert targets == "targets: 48.3 % of 234 tokens"
+    assert main(["check", str(chat / "a.jsonl"), "--context", "20"]) == 0
+    said = capsys.readouterr().out
+    assert "half have at most 5 characters" in said and "2 are longer than the context of 20 tokens, about 80" in said
+    assert "targets: 50.9 % of 214 characters" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("none", None, "there is no file or folder"),
+        ("a.csv", b"", "no file of conversations"),
+        ("a.jsonl", b"{}", "can be used: 1 left out .1 no known form .fields none., first a.jsonl line 1"),
+        ("a.jsonl", b"", "can be used: 0 left out"),
+    ],
+)
+def test_the_check_refuses_what_holds_no_conversation(tmp_path, name, content, why):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=why):
+        list(check(tmp_path / name, None, 32))
