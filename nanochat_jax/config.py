@@ -109,7 +109,7 @@ class DataConfig:
     """Where documents, conversations and questions come from, and how documents are packed into rows."""
 
     source: Source = "auto"  # auto | embedded | local | hub; auto is local where dir is set, else embedded
-    dir: str | None = None  # local: pretrain/ (parquet, jsonl, txt), chat/*.jsonl.gz, tasks/*.parquet, core/, words/
+    dir: str | None = None  # local: pretrain/ (parquet, jsonl, txt), chat/ (json, parquet), tasks/, core/, words/
     cache_dir: str | None = None  # packed rows and downloads; default: `cache` beside the run directory
     text_column: str = "text"  # of parquet and JSON lines, local or of the hub
     hub_pretrain: str = "karpathy/climbmix-400b-shuffle"  # owner/name, or climbmix, fineweb_edu, fineweb

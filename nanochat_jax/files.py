@@ -1,11 +1,13 @@
 """Files that are either whole or absent, and folders that one process at a time may write to."""
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -76,6 +78,31 @@ def read_json(path: str | Path) -> Any | None:
         return None
     except ValueError as e:  # not JSON, or not even text
         raise UserError(f"{path} is not valid JSON ({e}); mend it, or rename it to go on without") from None
+
+
+RECENT = 2_000_000_000  # ns: a file as young as that may change again without a change of its times
+
+
+def content_hashes(paths: Iterable[Path], memory: Path) -> list[str]:
+    """A hash of the contents of each file. Those that did not change since are not read again: `memory`, a JSON file,
+    knows their size and times. UserError where a file cannot be read."""
+    known = read_json(memory) or {}
+    found, hashes = dict(known), []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+                held = known.get(name := str(path.absolute()), [None])
+                digest = held[-1] if held[:-1] == state else hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror})") from None
+        if time.time_ns() - max(state[1:]) > RECENT:
+            found[name] = [*state, digest]
+        hashes.append(digest)
+    if found != known:
+        atomic_write_json(memory, found)
+    return hashes
 
 
 def claim(path: str | Path) -> TextIO:

@@ -62,33 +62,39 @@ def unreadable(path: Path | str, e: Exception, how: str = "") -> UserError:
 
 
 def _parquet_texts(path: Path, column: str) -> Iterator[str]:
-    with _parquet(path, column) as file:
+    with opened_parquet(path) as file:
+        _check_column(file.schema_arrow, path, column)
         for batch in file.iter_batches(1024, columns=[column], use_threads=False):
             yield from filter(None, batch.column(0).to_pylist())
 
 
+def _check_column(schema, path: Path, column: str) -> None:
+    """UserError where a column is not there, or is no text."""
+    import pyarrow
+
+    if column not in schema.names:
+        raise UserError(f"{path} has no column `{column}` (data.text_column); it has {', '.join(schema.names)}")
+    kind = schema.field(column).type
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if str(kind) not in ("string", "large_string", "string_view"):
+        raise UserError(f"column `{column}` (data.text_column) of {path} holds {kind} and not text")
+
+
 @contextlib.contextmanager
-def _parquet(path: Path, column: str) -> Iterator:
-    """The open file, whose errors, and a column that is not there or is no text, become UserErrors."""
+def opened_parquet(path: Path) -> Iterator:
+    """The open file. UserError where it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if column not in names:
-                raise UserError(f"{path} has no column `{column}` (data.text_column); it has {', '.join(names)}")
-            kind = file.schema_arrow.field(column).type
-            kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-            if str(kind) not in ("string", "large_string", "string_view"):
-                raise UserError(f"column `{column}` (data.text_column) of {path} holds {kind} and not text")
             yield file
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as e:
         raise unreadable(path, e, " as parquet") from None
 
 
 def _line_texts(path: Path, column: str) -> Iterator[str]:
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 text = None if line.isspace() else _field(line, column)
@@ -110,13 +116,21 @@ def _field(line: bytes, column: str) -> str | None:
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise UserError(f": `{column}` holds {type(text).__name__} and not text")
-    # JSON can spell halves of characters, which are no text
-    return text and text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text and whole_text(text)
+
+
+def whole_text(text: str) -> str:
+    """The same text, or one with U+FFFD for halves of characters, which JSON can spell and which are no text."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _plain_texts(path: Path) -> Iterator[str]:
     """What is not UTF-8 becomes U+FFFD."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for i, block in enumerate(_stream_blocks(file) if compression_of(path) else _file_blocks(file)):
             text = block.decode("utf-8" if i else "utf-8-sig", "replace").replace("\r\n", "\n")
             for document in text.split(BETWEEN):
@@ -170,7 +184,7 @@ def _stream_blocks(stream: BinaryIO) -> Iterator[bytes]:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, decompressed. UserError where they cannot be read."""
     try:
         if compression := compression_of(path):

@@ -173,8 +173,15 @@ def train_tokenizer(documents: Iterable[str], out_dir: str | Path, cfg: Tokenize
               60          3.954           4.718      12.8       0.61 GB
               99          3.956           4.719      21.3       0.85 GB
     """
-    start = time.perf_counter()
-    sample = sample_documents(documents, cfg.sample_chars, cfg.max_doc_chars)
+    start, long = time.perf_counter(), 0
+
+    def counted():
+        nonlocal long
+        for text in documents:
+            long += len(text) > cfg.max_doc_chars
+            yield text
+
+    sample = sample_documents(counted(), cfg.sample_chars, cfg.max_doc_chars)
     if not any(sample):
         raise UserError("no documents to train a tokenizer on; check data.dir, or --data")
     model = _fit(sample, cfg.vocab_size, cfg.apart)
@@ -188,5 +195,6 @@ def train_tokenizer(documents: Iterable[str], out_dir: str | Path, cfg: Tokenize
     log(
         f"tokenizer: {cfg.vocab_size} entries from {stats['chars'] / 1e6:.1f} M characters of {len(sample)} documents "
         f"in {stats['seconds']:.1f} s, peak memory {stats['peak_memory_gb']:.2f} GB"
+        + (f"; of {long:,} longer documents the first {cfg.max_doc_chars:,} characters alone" if long else "")
     )
     return stats

@@ -2,15 +2,17 @@
 
     task = load_task("gsm8k", split="test", data=config.data, cache_dir=cache_dir)
 
-Local files have the hub's columns: tasks/gsm8k_main_test.parquet, chat/*.jsonl.gz, words/*.txt.gz below data.dir.
+Local files have the hub's columns: tasks/gsm8k_main_test.parquet, words/*.txt.gz below data.dir. What chat/ may hold is
+in `nanochat_jax.chats`.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from evals.tasks.base import FromRows, Task, read_rows
-from evals.tasks.conversations import Conversations, Texts, read_chats
+from evals.tasks.conversations import Conversations, Texts, local_chats
 from evals.tasks.everyday import Everyday
 from evals.tasks.gsm8k import GSM8K
 from evals.tasks.humaneval import HumanEval
@@ -18,7 +20,10 @@ from evals.tasks.identity import Identity
 from evals.tasks.multiple_choice import ARC, MMLU, Facts
 from evals.tasks.plain import KINDS, Talk
 from evals.tasks.spelling import Spelling, SpellingBee, read_words
-from nanochat_jax.config import DataConfig, RunConfig
+from nanochat_jax import chats
+from nanochat_jax.chats import chat_files
+from nanochat_jax.config import DataConfig, RunConfig, fingerprint
+from nanochat_jax.data import embedded
 from nanochat_jax.data.embedded import documented_words
 from nanochat_jax.data.sources import open_documents, source_of
 from nanochat_jax.data.tables import CHAT_REPO, ROWS
@@ -41,6 +46,7 @@ _GENERATED: dict[str, Callable[[str], Task]] = {
 }
 _ON_WORDS = {"spellingbee": SpellingBee, "spelling": Spelling}
 MADE_HERE = (*_GENERATED, *_ON_WORDS)
+_MADE_OF = Path(__file__).parent, Path(embedded.__file__).parent  # folders of phrases and words
 TASKS = (*ROWS, *MADE_HERE, "everyday", "text", "chat")
 
 
@@ -68,7 +74,7 @@ def trainable(data: DataConfig) -> list[str]:
     """The names of the tasks with training rows."""
     source = source_of(data)
     names = [*MADE_HERE, "text"] + [n for n in available(data, "train") if n not in (*MADE_HERE, "everyday")]
-    if source == "hub" or (source == "local" and _local_files(data, "chat", "*.jsonl.gz")):
+    if source == "hub" or (source == "local" and data.dir and chat_files(Path(data.dir) / "chat")[0]):
         names.append("chat")
     return names
 
@@ -80,17 +86,33 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
     if name in _GENERATED:
         return _GENERATED[name](split)
     if name in _ON_WORDS:
-        found = _local_files(data, "words", "*.txt*")
-        return _ON_WORDS[name](read_words(found[0]) if found else documented_words(), split)
+        found = _local_files(data, "words", "*.txt*")[:1]
+        words = read_words(found[0]) if found else documented_words()
+        return _made_of(_ON_WORDS[name](words, split), found, [] if found else [fingerprint(list(words))])
     if name == "everyday":
         return Everyday()
     if name == "text":
         return Texts(open_documents(data, cache_dir))
+    if source_of(data) == "hub":
+        return _hub_task(name, split, cache_dir)
     if name == "chat":
-        return Conversations(_chats(data, cache_dir), split)
-    rows, source = _table(name, split, data, cache_dir)
-    task = _FROM_ROWS[name](rows)
-    task.source = source
+        if not data.dir:
+            raise UserError("task chat needs conversations in the folder chat of data.dir (not set)")
+        return local_chats(Path(data.dir) / "chat", split)
+    table = _table(name, split, data)
+    task = _FROM_ROWS[name](read_rows(table))
+    task.source = str(table)
+    return _made_of(task, [table], [])
+
+
+def made_by() -> list:
+    """Plain data that names the rules by which tasks say what they say: they, and the files of phrases and words."""
+    files = (p for folder in _MADE_OF for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".jsonl", ".txt"))
+    return [VERSION, chats.VERSION, hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()]
+
+
+def _made_of(task: Task, files: Sequence[Path], key: list) -> Task:
+    task.files, task.key = files, key
     return task
 
 
@@ -98,31 +120,25 @@ def _local_files(data: DataConfig, folder: str, pattern: str | None) -> list[Pat
     return sorted((Path(data.dir) / folder).glob(pattern)) if data.dir and pattern else []
 
 
-def _table(name: str, split: str, data: DataConfig, cache_dir: Path) -> tuple[Sequence[dict], str]:
-    """The rows of a task's split, and where they are."""
-    rows = ROWS[name]
-    if source_of(data) == "hub":
-        if split not in rows.hub_splits:
-            raise UserError(f"task {name} has no split {split}")
-        of_hub = rows.repo, rows.config, rows.hub_splits[split]
-        return _from_hub(*of_hub, cache_dir), " ".join(filter(None, of_hub))
-    found = _local_files(data, "tasks", rows.files.get(split))
+def _table(name: str, split: str, data: DataConfig) -> Path:
+    files = ROWS[name].files
+    found = _local_files(data, "tasks", files.get(split))
     if not found:
-        wanted = rows.files.get(split) or f"rows of split {split}, which it does not have"
+        wanted = files.get(split) or f"rows of split {split}, which it does not have"
         raise UserError(f"task {name} needs {wanted} in the folder tasks of data.dir ({data.dir or 'not set'})")
-    return read_rows(found[0]), str(found[0])
+    return found[0]
 
 
-def _chats(data: DataConfig, cache_dir: Path) -> Sequence[dict]:
-    if source_of(data) == "hub":
-        return _from_hub(CHAT_REPO, None, "train", cache_dir)
-    rows = read_chats(Path(data.dir) / "chat") if data.dir else []
-    if not rows:
-        raise UserError(f"task chat needs *.jsonl.gz in the folder chat of data.dir ({data.dir or 'not set'})")
-    return rows
-
-
-def _from_hub(repo: str, config: str | None, split: str, cache_dir: Path) -> Sequence[dict]:
+def _hub_task(name: str, split: str, cache_dir: Path) -> Task:
+    """Its key are the files in the cache of downloads, whose folders are named by the dataset's commit."""
     from nanochat_jax.data.hub import task_table
 
-    return task_table(repo, config, split, Path(cache_dir) / "hub")
+    if name != "chat" and split not in ROWS[name].hub_splits:
+        raise UserError(f"task {name} has no split {split}")
+    chat = (CHAT_REPO, None, "train")
+    table = chat if name == "chat" else (ROWS[name].repo, ROWS[name].config, ROWS[name].hub_splits[split])
+    rows = task_table(*table, Path(cache_dir) / "hub")
+    task = Conversations(rows, split) if name == "chat" else _FROM_ROWS[name](rows)
+    if isinstance(task, FromRows):
+        task.source = " ".join(filter(None, table))
+    return _made_of(task, [], [*table, *(Path(f["filename"]).parts[-5:] for f in getattr(rows, "cache_files", []))])

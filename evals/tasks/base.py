@@ -16,10 +16,16 @@ class Task(ABC):
 
     kind: categorical (the conversation has "letters", the answer is one of them), generative (the answer is free
     text), or conversation (nothing to score).
+
+    files: what its rows are made of, where those are local files. key: plain data that names what else they are made
+    of, but for the code. notes: lines on what was made of its rows.
     """
 
     name: str
     kind: str
+    files: Sequence[Path] = ()
+    key: list = []
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -22,7 +22,7 @@ from nanochat_jax.files import read_json
 from nanochat_jax.processes import cores
 from tokenizer.chat import render_batch
 
-VERSION = 2  # of what is packed: part of the cache's key
+VERSION = 3  # of what is packed: part of the cache's key
 BATCH = 128  # conversations rendered at a time; the rows depend on it
 
 
@@ -131,14 +131,22 @@ def pack_conversations(
             counts["targets"] += int(mask[1:].sum())
             pad = (0, row_len - len(ids))
             yield np.pad(ids, pad, constant_values=tok.bos), np.pad(mask, pad)
+        if not counts["conversations"]:
+            raise UserError(_why_empty(counts["dropped"], max_rows, seq_len))
 
     manifest = write_packed(path, rows(), row_len, counts, dtype)
-    if not manifest["rows"]:
-        raise UserError("the mixture of conversations is empty; set data.dir, or leave the mixture to its default")
     full = counts["tokens"] / (manifest["rows"] * row_len)
     log(
         f"packed rows: {manifest['rows']:,} of {row_len} from {counts['conversations']:,} conversations, "
-        f"{100 * full:.1f} % full, {counts['cropped']} cropped, {counts['dropped']} dropped, "
-        f"{time.perf_counter() - began:.1f} s"
+        f"{100 * full:.1f} % full, {counts['cropped']} cropped, "
+        f"{counts['dropped']} dropped (a question longer than a row), {time.perf_counter() - began:.1f} s"
     )
     return PackedDataset(path)
+
+
+def _why_empty(dropped: int, max_rows: int | None, seq_len: int) -> str:
+    if max_rows == 0:
+        return "max_rows=0 takes no conversations; leave it out, or give the rows to pack"
+    if dropped:
+        return f"each of {dropped:,} conversations has a question longer than model.sequence_len, {seq_len} tokens"
+    return "the mixture of conversations is empty: its tasks have no rows in this split; give them more, or other tasks"

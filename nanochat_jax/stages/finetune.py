@@ -12,15 +12,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-from evals.tasks import VERSION, load_task
+from evals.tasks import load_task, made_by
 from evals.tasks.base import Task
 from evals.tasks.mixtures import mid_mixture, sft_mixture
 from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import read_done
-from nanochat_jax.config import FinetuneConfig, to_dict
+from nanochat_jax.config import FinetuneConfig
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset
 from nanochat_jax.data.packing import pack_conversations
+from nanochat_jax.files import content_hashes
 from nanochat_jax.mesh import hosts, sharding
 from nanochat_jax.model import lora
 from nanochat_jax.model.gpt import cast_matrices
@@ -34,7 +35,10 @@ def load_tasks(run: Run, name: str) -> list[tuple[Task, int]]:
     """The tasks that mid or sft trains on, and how many times, or -n for n conversations of it."""
     data, cache = run.config.data, run.cache_dir
     mixture = (mid_mixture if name == "mid" else sft_mixture)(data, getattr(run.config, name).mixture)
-    return [(load_task(task, split=split, data=data, cache_dir=cache), times) for task, split, times in mixture]
+    tasks = [(load_task(task, split=split, data=data, cache_dir=cache), times) for task, split, times in mixture]
+    for note in (note for task, _ in tasks for note in task.notes):
+        run.log.say(note)
+    return tasks
 
 
 def _dataset(run: Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
@@ -42,13 +46,14 @@ def _dataset(run: Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
     run.log.say(
         f"{name}: " + ", ".join(f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
     )
+    memory = run.cache_dir / "hashes.json"
     return pack_conversations(
         Mixture(tasks, seed=run.config.seed),
         run.tokenizer,
         run.config.model.sequence_len,
         run.cache_dir / "packed",
         all_targets=cfg.all_targets,
-        key=[VERSION, to_dict(run.config.data), run.config.seed, [[t.name, len(t), n] for t, n in tasks]],
+        key=[made_by(), run.config.seed, [[t.name, n, t.key, *content_hashes(t.files, memory)] for t, n in tasks]],
         max_rows=cfg.max_rows,
         workers=run.config.data.pack_workers,
         log=run.log.say,

@@ -16,7 +16,7 @@ from evals.chat import by_subject
 from evals.tasks import TASKS, available, load_task, trainable
 from evals.tasks.base import read_rows
 from evals.tasks.checks import holds
-from evals.tasks.conversations import Conversations, read_chats
+from evals.tasks.conversations import Conversations, local_chats
 from evals.tasks.everyday import Everyday
 from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
 from evals.tasks.humaneval import HumanEval, extract_program, find_program, import_lines
@@ -361,21 +361,33 @@ def dialogue(n):
     return [{"role": ("user", "assistant")[i % 2], "content": f"turn {i}"} for i in range(n)]
 
 
-def test_conversations_leave_out_what_is_no_dialogue(tmp_path):
+def test_conversations_leave_out_what_is_no_dialogue():
     system = [{"role": "system", "content": "Be kind."}]
-    bad = [[], dialogue(1), dialogue(3), dialogue(2)[::-1], system, [{"role": "user", "content": ""}, dialogue(2)[1]]]
+    bad = [[], dialogue(1), dialogue(2)[::-1], system, [{"role": "user", "content": ""}, dialogue(2)[1]]]
     rows = [{"messages": m} for m in [*bad, None, ["hi"], [{"role": "user"}], system + dialogue(2)]]
     both = Conversations(rows, "train"), Conversations(rows, "test")
-    assert [t.skipped for t in both] == [len(bad) + 3] * 2 and len(both[0]) + len(both[1]) == 1
+    assert all(f"; {len(bad) + 3} left out" in t.notes[0] for t in both) and len(both[0]) + len(both[1]) == 1
     assert [task[i] for task in both for i in range(len(task))] == [{"messages": system + dialogue(2)}]
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
-        f.write(json.dumps({"messages": dialogue(2)}) + "\n")
-    with gzip.open(tmp_path / "b.raw_lists.jsonl.gz", "wt") as f:
-        f.write(json.dumps(dialogue(2)) + "\n")
-    assert read_chats(tmp_path) == [{"messages": dialogue(2)}] * 2
-    (tmp_path / "a.jsonl.gz").write_bytes(b"half")
-    with pytest.raises(UserError, match="damaged"):
-        read_chats(tmp_path)
+    with pytest.raises(UserError, match="can be used: 3 left out .*no messages, first row 1"):
+        Conversations(rows[:3], "train")
+
+
+def test_chats_of_a_folder_are_read_with_what_is_said_of_them(tmp_path):
+    with pytest.raises(UserError, match="needs conversations in"):
+        local_chats(tmp_path, "train")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": dialogue(2)}) + '\n\n{"text": "x"}\n')
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(dialogue(3)).encode()))
+    (tmp_path / "c.csv").write_text("a,b")
+    both = [local_chats(tmp_path, split) for split in ("train", "test")]
+    assert [t[i] for t in both for i in range(len(t))] == [{"messages": dialogue(2)}] * 2
+    form, counted, others = both[0].notes
+    assert "deep/b.jsonl.gz: taken for lists of messages" in form and "c.csv not read" in others
+    assert "2 conversations taken, 1 of them repaired (1 taken up to the last answer); 1 left out" in counted
+    assert "(1 no known form (fields text), first a.jsonl line 3)" in counted
+    (tmp_path / "d.jsonl.gz").write_bytes(b"half")
+    with pytest.raises(UserError, match="d.jsonl.gz cannot be read"):
+        local_chats(tmp_path, "train")
 
 
 def test_conversations_hold_out_by_their_text_alone():
@@ -387,13 +399,6 @@ def test_conversations_hold_out_by_their_text_alone():
     assert not train & test and len(train | test) == 2000 and 20 < len(test) < 70
     assert sides(rows[::-1]) == [train, test]  # neither order, nor what else is there, nor a repeat moves a row
     assert sides(rows[:500] * 2)[1] == test & {json.dumps(r) for r in rows[:500]}
-
-
-def test_a_chat_file_of_another_layout_is_named_with_its_line(tmp_path):
-    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as f:
-        f.write(json.dumps({"messages": dialogue(2)}) + '\n\n{"text": "x"}\n')
-    with pytest.raises(UserError, match="a.jsonl.gz, line 3"):
-        read_chats(tmp_path)
 
 
 def test_parquet_rows_are_read_when_asked_for(tmp_path):
@@ -416,9 +421,7 @@ def test_parquet_rows_are_read_when_asked_for(tmp_path):
         assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda r: ARC(r, "arc_easy"), MMLU, GSM8K, HumanEval, lambda r: Conversations(r, "test")]
-)
+@pytest.mark.parametrize("make", [lambda r: ARC(r, "arc_easy"), MMLU, GSM8K, HumanEval])
 def test_rows_of_another_table_are_named(make):
     with pytest.raises(UserError, match="lack .*they have other"):
         make([{"other": 1}])

@@ -1,5 +1,6 @@
 """The tokenizer: exact on every text, blind to what looks like a special token; conversations; training; the CLI."""
 
+import gzip
 import json
 import string
 
@@ -12,7 +13,7 @@ from conftest import ROOT
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
 from tokenizer import SPECIAL_TOKENS, StreamDecoder, load_tokenizer
-from tokenizer.__main__ import main
+from tokenizer.__main__ import main, read_documents
 from tokenizer.chat import parse_completion, render, render_batch, render_prompt
 from tokenizer.evaluate import evaluate, table
 from tokenizer.tokenizer import MAX_PIECE_CHARS
@@ -412,3 +413,43 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         said = capsys.readouterr()
         assert said.err.startswith("error: ") and said.err.count("\n") == 1 and said.out == ""
     assert main(["evaluate", "--dir", str(tmp_path), "--data", str(data)]) == 2
+
+
+def test_the_command_reads_json_and_what_is_compressed(tmp_path):
+    said = [
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]} for i in range(9)
+    ]
+    wanted = [f"{i}\nyes" for i in range(9)]
+    lines = "\n".join(map(json.dumps, said)).encode()
+    documents = "\n".join(json.dumps({"id": 1, "text": text}) for text in wanted).encode()
+    (tmp_path / "deep").mkdir()
+    for name, content in (
+        ("a.jsonl", lines),
+        ("deep/a.jsonl.gz", gzip.compress(lines)),
+        ("a.json", json.dumps(said).encode()),
+        ("b.jsonl", documents),
+        ("b.jsonl.gz", gzip.compress(documents)),
+        ("b.txt", "<|endoftext|>".join(wanted).encode()),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert list(read_documents(tmp_path / name)) == wanted
+    (tmp_path / "c.csv").touch()
+    log = []
+    assert list(read_documents(tmp_path, log.append)) == wanted * 6
+    assert "c.csv not read" in log[0] and "27 conversations taken; 0 left out" in log[1]
+
+
+def test_the_command_says_what_it_cannot_read(tmp_path, capsys):
+    out = ["--out", str(tmp_path / "o"), "--vocab-size", "400"]
+    for name, content in (("a.bz2", b"BZh"), ("a.jsonl", b'{"x": 1}'), ("a.jsonl", b""), ("a.txt", b"")):
+        (tmp_path / name).write_bytes(content)
+        assert main(["train", "--data", str(tmp_path / name), *out]) == 2
+        said = capsys.readouterr()
+        assert name in said.err and said.err.count("\n") == 1
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": " ".join(texts())}))
+    assert main(["train", "--data", str(tmp_path / "a.jsonl"), *out]) == 0
+    assert "of 1 longer documents the first 10,000 characters alone" in capsys.readouterr().out
+    (tmp_path / "a.txt").write_text("\n".join(texts()))
+    assert main(["train", "--data", str(tmp_path / "a.txt"), *out]) == 0
+    chars = json.loads(capsys.readouterr().out.splitlines()[-1])["chars"]
+    assert chars > 0.99 * len("\n".join(texts())) > 10_000
