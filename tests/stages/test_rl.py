@@ -47,7 +47,7 @@ def rollouts():
 
 def test_training_batch_masks_prompts_tools_and_padding():
     batch = training_batch(rollouts(), END, PAD, max_len=256)
-    assert batch["tokens"].shape == (4, 64)  # of few lengths, so that few programs are compiled
+    assert batch["tokens"].shape == (4, 128)  # of few lengths, so that few programs are compiled
     want = [
         [-1, -1, 5, 6, END, -1],
         [-1, -1, 5, -1, 8, -1],
