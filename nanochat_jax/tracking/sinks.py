@@ -5,10 +5,12 @@ uv run --extra wandb run_speedrun.py tracking.wandb=PROJECT             # WANDB_
 """
 
 import importlib.util
+import secrets
 from pathlib import Path
 
-from nanochat_jax.config import TrackingConfig, fingerprint
+from nanochat_jax.config import TrackingConfig
 from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_text
 
 
 def check(config: TrackingConfig) -> None:
@@ -47,6 +49,13 @@ class TensorBoard:
         self._writer.close()
 
 
+def _wandb_id(path: Path) -> str:
+    """Drawn once and kept with the run: another one at the same place, or of another machine, has another."""
+    if not path.is_file():
+        atomic_write_text(path, secrets.token_hex(6))
+    return path.read_text()
+
+
 class WandB:
     """One run for all stages, with keys `stage/name`; the same one again when the run is resumed."""
 
@@ -58,7 +67,7 @@ class WandB:
             self._run = wandb.init(
                 project=project,
                 name=run_dir.name,
-                id=fingerprint(str(run_dir.resolve())),
+                id=_wandb_id(run_dir / "wandb-id"),
                 resume="allow",
                 dir=str(run_dir),
                 settings=wandb.Settings(console="off", silent=True),

@@ -276,6 +276,9 @@ def test_wandb_gets_the_records_of_all_stages_in_one_run(tmp_path, log, monkeypa
     assert [i["project"] for i in fake.inits] == ["mine"] * 2 and fake.inits[0]["id"] == fake.inits[1]["id"]
     assert fake.logged[0].items() >= {"base/step": 1, "base/loss": 2.0}.items() and "base/mfu" not in fake.logged[0]
     assert fake.logged[1]["sft/loss"] == 2.0 and fake.finished == 2
+    (tmp_path / "wandb-id").unlink()  # the run directory was made anew
+    sinks.open_sinks(TrackingConfig(wandb="mine"), tmp_path, "base", 0)
+    assert fake.inits[2]["id"] != fake.inits[0]["id"]
 
 
 def test_what_is_missing_for_a_sink_is_one_line(tmp_path, monkeypatch):
