@@ -134,6 +134,8 @@ def _add(turns: list[tuple[str, list[dict]]], message: Any, repairs: set[str]) -
         raise Unusable("tool calls that are no list")
     if role == "call":
         role, content, calls = "assistant", None, [content]
+    if calls and role != "assistant":
+        raise Unusable(f"tool calls of role {role}")
     parts = _parts(content, role, repairs) + [{"type": "python", "text": _call(call, repairs)} for call in calls]
     if role == "tool":
         if not turns or all(part["type"] == "text" for part in turns[-1][1]):

@@ -1,5 +1,6 @@
 """Packing in the background: the same rows with any number of threads, whoever is killed, whoever packs beside it."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -230,7 +231,8 @@ def test_a_packer_that_is_killed_again_and_again_is_given_up(tmp_path, capfd):
     with start(documents, tmp_path, workers=1) as data, pytest.raises(UserError, match="SIGKILL"):
         while data.packer.working():
             for process in packers():
-                process.kill()
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def test_the_packer_ends_with_the_process_that_trains(tmp_path):
