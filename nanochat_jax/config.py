@@ -34,7 +34,7 @@ from nanochat_jax.rules import (
     Share,
     Source,
     Stage,
-    check,
+    check_together,
 )
 
 
@@ -406,6 +406,12 @@ def _parse_override(text: str) -> dict:
     for part in reversed(key.split(".")):
         parsed = _Dotted({part: parsed})
     return parsed
+
+
+def check(config: RunConfig) -> None:
+    """UserError for the first setting that breaks a rule: a bound, a choice, or one that concerns several."""
+    from_dict(RunConfig, to_dict(config))
+    check_together(config)
 
 
 def read_settings(path: str | Path | None, mesh: str | Path | None, overrides: Sequence[str]) -> dict:

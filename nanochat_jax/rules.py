@@ -96,8 +96,8 @@ def _heads(model: Any) -> int:
     return -(-(model.width or 64 * model.depth) // model.head_dim)
 
 
-def check(config: Any) -> None:
-    """UserError for the first setting of a RunConfig that breaks a rule."""
+def check_together(config: Any) -> None:
+    """UserError for the first setting of a RunConfig that does not go with the others."""
     for names, holds, message in _RULES:
         for name in names.split():
             value = operator.attrgetter(name)(config)

@@ -45,7 +45,10 @@ FLAGS = (  # for a GPU, a network, hours, or somebody who watches
     r"-m evals --run-dir runs/demo --tasks humaneval",
     r"tests/kill_runs.py",
 )
-ELSEWHERE = (r"^(pip|git|tmux|ssh|rsync|sbatch|kubectl|sky|docker) ", r"^uv (sync|run (pytest|ruff|lint-imports))")
+ELSEWHERE = (
+    r"^(pip|git|tmux|ssh|rsync|sbatch|kubectl|sky|docker) ",
+    r"^uv (sync|run (pytest|ruff|lint-imports|--directory))",
+)
 
 
 def documents():

@@ -118,7 +118,7 @@ def test_the_command_evaluates_draws_and_leaves_records(tmp_path, capsys, monkey
     assert result["reading"]["samples"] == 2 and result["reading"]["temperature"] == 0.5
     assert [len(r["samples"]) for r in records.read(records.path_of(run, "sft", "reading"))] == [2] * 3
     assert show(capsys, run, "--task", "reading")[0] == 0
-    assert main([*command, "--temperature", "0"]) == 2 and "greedy answers are all alike" in capsys.readouterr().err
+    assert main([*command, "--temperature", "0"]) == 2 and "must be more than 0" in capsys.readouterr().err
 
 
 def test_what_is_suggested_was_answered_rightly_and_is_short(tmp_path):
