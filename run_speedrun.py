@@ -78,24 +78,26 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def clear_changed(run_dir: Path, config: RunConfig, named: list[str], sure: bool) -> str:
-    """Removes what was made with other settings, from the first stage on that these concern; what to say of that.
+    """Removes what was made with other settings, from the first stage on that these concern; what to say of that, ""
+    where nothing was.
 
     UserError where `named`, the stages that were asked for by name, do not hold that stage, or checkpoints would be
     lost and nobody is `sure`.
     """
     old, new = to_dict(read_run_config(run_dir)), to_dict(config)
-    if "eval" in named and old["evals"] != new["evals"]:
-        shutil.rmtree(run_dir / "eval", ignore_errors=True)  # a mark alone: what was evaluated stays until it is again
-    if not (changed := differences(old, new)):
-        return ""
+    changed = differences(old, new)
     sections = {path.split(":")[0].split(".")[0] for path in changed}
     first = next((i for i, stage in enumerate(STAGES[1:5], 1) if stage in sections), 0)
     first = first if sections <= set(STAGES[1:5]) else 0
-    lost = [s for s in STAGES[first:5] if (run_dir / s).exists()]
+    lost = [s for s in STAGES[first:5] if (run_dir / s).exists()] if changed else []
+    if not lost:
+        if "eval" in named and old["evals"] != new["evals"]:
+            shutil.rmtree(run_dir / "eval", ignore_errors=True)  # a mark alone: scores stay until there are new ones
+        return ""
     what = f"{run_dir} was made with other settings ({'; '.join(changed[:3])})"
     if STAGES[first] not in named:
         raise UserError(f"{what}; take the same ones, another --run-dir, or name {STAGES[first]} in --stages")
-    if lost and not sure:
+    if not sure:
         raise UserError(f"{what}; {' and '.join(lost)} would be made anew and their checkpoints lost: --yes does that")
     for stage in (*lost, "eval"):
         shutil.rmtree(run_dir / stage, ignore_errors=True)

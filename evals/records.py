@@ -122,6 +122,6 @@ def suggestions(run_dir: str | Path, stage: str, most: int = 4) -> list[dict]:
         lines = read(path_of(run_dir, stage, kind))
         right = [line["prompt"] for line in lines if line["correct"] and line.get("finish_reason") == "stop"]
         fit = (p for p in right if SHORT <= len(p) <= LONG and "\n" not in p)
-        if short := sorted(fit, key=lambda p: (not p.endswith("?"), len(p))):
-            found.append({"kind": kind, "text": short[len(short) // 3]})
+        if best := min(fit, key=lambda p: (not p[0].isupper(), not p.endswith("?"), len(p)), default=""):
+            found.append({"kind": kind, "text": best})
     return found[:most]

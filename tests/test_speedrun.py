@@ -186,6 +186,17 @@ def test_what_no_result_depends_on_may_change(whole):
     assert run_speedrun.clear_changed(whole[0], other, [], False) == ""
 
 
+def test_the_settings_of_a_stage_that_has_not_run_may_change(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run, ignore=shutil.ignore_patterns("rl"))
+    config = read_run_config(run)
+    assert run_speedrun.clear_changed(run, replace(config, rl=replace(config.rl, steps=9)), [], False) == ""
+    assert (
+        run_speedrun.clear_changed(run, replace(config, evals=replace(config.evals, samples=2)), ["eval"], False) == ""
+    )
+    assert (run / "sft").exists() and not (run / "eval").exists()  # evaluated anew, with the new settings
+
+
 def test_differences_name_what_differs():
     old = {"a": {"b": 1, "c": 2}, "evals": {"x": 1}}
     assert differences(old, {"a": {"b": 1, "c": 3}, "evals": {"x": 2}}) == ["a.c: 2, now 3"]

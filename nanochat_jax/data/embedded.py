@@ -95,7 +95,7 @@ def _story(rng: random.Random) -> str:
     told, lines = stories.story(rng), []
     if rng.random() < 0.8:
         more = [rng.choice(options) for options in rng.sample(MORE, rng.randint(0, 2))]
-        more = [m for m in more if m[m.rindex("{") + 1 : -1] in told.told()]
+        more = [m for m in more if m[m.rindex("{") + 1 : -1] in told.slots()]
         lines.append(told.cast.fill("".join((rng.choice(HEADINGS), *more))) + ".")
     asked = [_answered(rng.choice(told.questions))] if rng.random() < 0.2 else []
     return "\n".join([*lines, told.text, *asked])

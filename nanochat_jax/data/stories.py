@@ -4,7 +4,7 @@ A `Cast` says who and what there is: names, kinds, pronouns, things, places. A p
 about one cast, so that its sentences agree with each other, and what is asked about it has one answer. There are more
 than 10^9 casts for each plot, and some thousand ways to tell it.
 
-    told = story(random.Random(0), name="Milo", kind="dog")
+    told = story(random.Random(0), {"hero": "Milo", "kind": "dog"})
     told.text, told.questions
 """
 
@@ -47,7 +47,7 @@ class Told:
     questions: tuple[Asked, ...]
     cast: "Cast"
 
-    def told(self) -> set[str]:
+    def slots(self) -> set[str]:
         """The slots that occur in the text."""
         return {slot for slot, said in self.cast.items() if said in self.text}
 
