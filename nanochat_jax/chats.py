@@ -17,9 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.formats import kind_of, opened, opened_parquet, whole_text
+from nanochat_jax.formats import kind_of, opened, opened_parquet, some, whole_text
 
-VERSION = 1  # of what is made of a row: part of the key of what is packed
 KINDS = ".json, .jsonl or .ndjson, also .gz or .zst, and .parquet"
 LINE = 1 << 20  # characters of a first line that tell an array from rows
 LONGEST = 1 << 26  # characters of an array's entry, beyond which it is taken for damage
@@ -358,8 +357,3 @@ class Tally:
         worst = sorted(self.left_out.items(), key=lambda entry: -entry[1][0])
         why = "; ".join(f"{n:,} {reason}, first {where}" for reason, (n, where) in worst)
         return f"{sum(n for n, _ in self.left_out.values()):,} left out" + (f" ({why})" if why else "")
-
-
-def some(names: list[str], most: int = 3) -> str:
-    """The first of many names."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -7,8 +7,9 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -80,29 +81,37 @@ def read_json(path: str | Path) -> Any | None:
         raise UserError(f"{path} is not valid JSON ({e}); mend it, or rename it to go on without") from None
 
 
+def digest_of(paths: Iterable[Path]) -> str:
+    """One hash of the contents of small files."""
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in paths)).hexdigest()
+
+
 RECENT = 2_000_000_000  # ns: a file as young as that may change again without a change of its times
 
 
-def content_hashes(paths: Iterable[Path], memory: Path) -> list[str]:
+def content_hashes(paths: Sequence[Path], memory: Path) -> list[str]:
     """A hash of the contents of each file. Those that did not change since are not read again: `memory`, a JSON file,
-    knows their size and times. UserError where a file cannot be read."""
+    knows their size and times, where it may be written. UserError where a file cannot be read."""
     known = read_json(memory) or {}
-    found, hashes = dict(known), []
-    for path in paths:
+
+    def hashed(path: Path) -> list:
+        """Size, times and hash."""
         try:
             with open(path, "rb") as file:
                 stat = os.fstat(file.fileno())
                 state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-                held = known.get(name := str(path.absolute()), [None])
-                digest = held[-1] if held[:-1] == state else hashlib.file_digest(file, "sha256").hexdigest()
+                held = known.get(str(path.absolute()), [None])
+                return held if held[:-1] == state else [*state, hashlib.file_digest(file, "sha256").hexdigest()]
         except OSError as e:
             raise UserError(f"{path} cannot be read ({e.strerror})") from None
-        if time.time_ns() - max(state[1:]) > RECENT:
-            found[name] = [*state, digest]
-        hashes.append(digest)
-    if found != known:
-        atomic_write_json(memory, found)
-    return hashes
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+        found = list(pool.map(hashed, paths))
+    settled = {str(p.absolute()): f for p, f in zip(paths, found) if time.time_ns() - max(f[1:3]) > RECENT}
+    if not settled.items() <= known.items():
+        with suppress(OSError):  # who may only read the cache hashes again
+            atomic_write_json(memory, known | settled)
+    return [digest for *_, digest in found]
 
 
 def claim(path: str | Path) -> TextIO:

@@ -197,3 +197,8 @@ def opened(path: Path) -> Iterator[BinaryIO]:
                 yield file
     except OSError as e:
         raise unreadable(path, e) from None
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first of many names."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -6,7 +6,6 @@ Local files have the hub's columns: tasks/gsm8k_main_test.parquet, words/*.txt.g
 in `nanochat_jax.chats`.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,7 @@ from nanochat_jax.data.embedded import documented_words
 from nanochat_jax.data.sources import open_documents, source_of
 from nanochat_jax.data.tables import CHAT_REPO, ROWS
 from nanochat_jax.errors import UserError
-
-VERSION = 5  # of what the tasks say: part of the key of packed conversations
+from nanochat_jax.files import digest_of
 
 _FROM_ROWS: dict[str, Callable[[Sequence[dict]], FromRows]] = {
     "arc_easy": partial(ARC, name="arc_easy"),
@@ -46,7 +44,7 @@ _GENERATED: dict[str, Callable[[str], Task]] = {
 }
 _ON_WORDS = {"spellingbee": SpellingBee, "spelling": Spelling}
 MADE_HERE = (*_GENERATED, *_ON_WORDS)
-_MADE_OF = Path(__file__).parent, Path(embedded.__file__).parent  # folders of phrases and words
+_MADE_OF = Path(__file__).parent, Path(embedded.__file__).parent  # folders of code, phrases and words
 TASKS = (*ROWS, *MADE_HERE, "everyday", "text", "chat")
 
 
@@ -105,10 +103,10 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
     return _made_of(task, [table], [])
 
 
-def made_by() -> list:
-    """Plain data that names the rules by which tasks say what they say: they, and the files of phrases and words."""
-    files = (p for folder in _MADE_OF for p in sorted(folder.iterdir()) if p.suffix in (".yaml", ".jsonl", ".txt"))
-    return [VERSION, chats.VERSION, hashlib.sha256(b"".join(p.read_bytes() for p in files)).hexdigest()]
+def made_by() -> str:
+    """Names the rules by which tasks say what they say: their code, and the files of phrases and words."""
+    rules = (p for folder in _MADE_OF for p in sorted(folder.iterdir()) if p.suffix in (".py", ".yaml", ".jsonl", ".txt"))
+    return digest_of([*rules, Path(chats.__file__)])
 
 
 def _made_of(task: Task, files: Sequence[Path], key: list) -> Task:

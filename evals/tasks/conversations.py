@@ -7,10 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 from evals.tasks.base import Task
-from nanochat_jax.chats import KINDS, Tally, chat_files, conversation_of, some
+from nanochat_jax.chats import KINDS, Tally, chat_files, conversation_of
 from nanochat_jax.data.documents import Documents
 from nanochat_jax.data.split import held_out
 from nanochat_jax.errors import UserError
+from nanochat_jax.formats import some
 
 HELD_OUT = 50  # one conversation in so many is for testing
 

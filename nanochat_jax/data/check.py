@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochat_jax.chats import KINDS, Tally, chat_files, is_chat_file, some
+from nanochat_jax.chats import KINDS, Tally, chat_files, is_chat_file
 from nanochat_jax.errors import UserError
+from nanochat_jax.formats import some
 from nanochat_jax.processes import cores
 from tokenizer.chat import render_batch
 

@@ -6,7 +6,6 @@ files, so that bits per byte compare between runs.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,14 @@ from typing import Protocol
 
 from nanochat_jax import formats
 from nanochat_jax.errors import UserError
-from nanochat_jax.formats import kind_of, texts_of
-
-SAMPLES, SAMPLE = 16, 1 << 16  # of a file, and the bytes of each, that stand for its contents
+from nanochat_jax.files import content_hashes
+from nanochat_jax.formats import kind_of, some, texts_of
 
 
 class Documents(Protocol):
     """Documents of two splits, train and val. The process that packs gets a pickled copy."""
+
+    notes: tuple[str, ...]  # lines on what is not read
 
     @property
     def key(self) -> list:
@@ -40,20 +40,24 @@ class Documents(Protocol):
         return itertools.chain.from_iterable(self.files("val"))
 
 
-def local_documents(folder: Path, column: str = "text") -> FileDocuments:
+def local_documents(folder: Path, column: str, cache_dir: Path) -> FileDocuments:
     """The files in and below folder/pretrain or, where there is no such folder, those in `folder` itself. UserError
-    where there are fewer than two."""
+    where there are fewer than two. cache_dir: where their hashes are kept."""
     root = folder / "pretrain"
     found = root.rglob("*") if root.is_dir() else folder.glob("*")
     root = root if root.is_dir() else folder
-    names = sorted(p.relative_to(root).as_posix() for p in found if kind_of(p.name) and p.is_file())
+    found = sorted(p.relative_to(root).as_posix() for p in found if not p.name.startswith(".") and p.is_file())
+    names = [name for name in found if kind_of(name)]
+    others = [name for name in found if not kind_of(name)]
     train, val = split_names(names)
     if not train:
         raise UserError(
             f"{root} holds {len(names)} files of documents (.parquet; .jsonl or .txt, also .gz or .zst); "
             "it takes two or more, the last for validation"
         )
-    return FileDocuments(root, tuple(train), val, column)
+    others += sorted({*names} - {*train, val})
+    notes = (f"{some(others)} in {root} not read as documents",) if others else ()
+    return FileDocuments(root, tuple(train), val, column, cache_dir, notes)
 
 
 _SPLIT = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?=[-_./])")
@@ -81,28 +85,15 @@ class FileDocuments(Documents):
     train_names: tuple[str, ...]
     val_name: str
     column: str
+    cache_dir: Path
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def key(self) -> list:
-        files = [[name, *_contents(self.root / name)] for name in (*self.train_names, self.val_name)]
-        return ["files", formats.VERSION, self.column, *files]
+        names = (*self.train_names, self.val_name)
+        hashes = content_hashes([self.root / name for name in names], self.cache_dir / "hashes.json")
+        return ["files", formats.VERSION, self.column, *map(list, zip(names, hashes))]
 
     def files(self, split: str) -> Iterator[Iterator[str]]:
         names = self.train_names if split == "train" else (self.val_name,)
         return (texts_of(self.root / name, self.column) for name in names)
-
-
-def _contents(path: Path) -> tuple[int, str]:
-    """(size, hash) of a file. Of one beyond a megabyte only samples, its beginning and its end among them: reading all
-    would take minutes of a large folder, and a parquet footer or a checksum at the end tells most changes."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            whole = size <= SAMPLES * SAMPLE
-            for i in range(1 if whole else SAMPLES):
-                file.seek(i * (size - SAMPLE) // (SAMPLES - 1) if i else 0)
-                digest.update(file.read(size if whole else SAMPLE))
-    except OSError as e:
-        raise UserError(f"{path} cannot be read ({e.strerror})") from None
-    return size, digest.hexdigest()[:16]

@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from nanochat_jax.config import fingerprint
 from nanochat_jax.data import stories
 from nanochat_jax.data.documents import Documents
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import atomic_write_text
+from nanochat_jax.files import atomic_write_text, digest_of
 from nanochat_jax.formats import texts_of
 
-VERSION = 6  # of the rules below
 PACKAGES = ("optax",)
 TOO_SHORT = 200  # characters of a docstring that says little
 VALIDATION_SHARE = 24  # one file in so many, by the hash of its name; also of the texts that are made
@@ -39,11 +37,13 @@ class EmbeddedDocuments(Documents):
     """Made when first asked for, in a few seconds, and kept as JSON lines in the cache: some megabytes."""
 
     cache_dir: Path
+    notes = ()
 
     @cached_property
     def key(self) -> list:
-        """What the texts depend on, so that nobody has to collect them to know that they are the same."""
-        return ["embedded", VERSION, stories.contents(), *(f"{p} {metadata.version(p)}" for p in PACKAGES)]
+        """What the texts are made of and by, so that nobody has to collect them to know that they are the same."""
+        rules = Path(__file__), Path(stories.__file__), stories.HERE / "stories.yaml", stories.HERE / "words.txt"
+        return ["embedded", PACKAGES, digest_of(chain(rules, *map(_modules, PACKAGES)))]
 
     def files(self, split: str) -> Iterator[Iterator[str]]:
         folder = self.cache_dir / "embedded" / fingerprint(self.key)
@@ -159,15 +159,17 @@ def documented_words() -> list[str]:
 def _documentation() -> Iterator[tuple[str, list[str]]]:
     """(name, docstrings) of every file of the packages."""
     for package in PACKAGES:
-        found = importlib.util.find_spec(package)
-        if found and found.origin:
-            root = Path(found.origin).parent
-            for path in _modules(root):
-                yield f"{package}/{path.relative_to(root).as_posix()}", docstrings(_read(path))
+        for path in _modules(package):
+            yield f"{package}/{path.relative_to(_root(package)).as_posix()}", docstrings(_read(path))
 
 
-def _modules(root: Path) -> list[Path]:
+def _modules(package: str) -> list[Path]:
+    root = _root(package)
     return sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts))
+
+
+def _root(package: str) -> Path:
+    return Path(importlib.util.find_spec(package).origin).parent  # type: ignore[union-attr, arg-type]  # it is required
 
 
 def _read(path: Path) -> str:

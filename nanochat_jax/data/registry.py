@@ -46,10 +46,11 @@ class HubDocuments(Documents):
     val_file: HubFile
     folder: Path  # where they are kept
     column: str
+    notes = ()
 
     @property
     def key(self) -> list:
-        files = [[f.name, f.size, f.sha256] for f in self.all_files()]
+        files = [[f.name, f.size, f.sha256 or f.revision] for f in self.all_files()]
         return ["hub", formats.VERSION, self.repo, self.column, *files]
 
     def all_files(self) -> tuple[HubFile, ...]:

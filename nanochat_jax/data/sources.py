@@ -25,7 +25,7 @@ def open_documents(data: DataConfig, cache_dir: Path) -> Documents:
     if source == "embedded":
         return EmbeddedDocuments(Path(cache_dir))
     if source == "local":
-        return local_documents(Path(data.dir or "."), data.text_column)
+        return local_documents(Path(data.dir or "."), data.text_column, Path(cache_dir))
     return hub_documents(
         data.hub_pretrain, data.hub_folder, data.hub_shards, Path(cache_dir) / "hub", column=data.text_column
     )

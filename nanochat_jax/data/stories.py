@@ -8,7 +8,6 @@ than 10^9 casts for each plot, and some thousand ways to tell it.
     told.text, told.questions
 """
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -61,11 +60,6 @@ class Cast(dict):
 
     def fill(self, template: str) -> str:
         return with_articles(template.format_map(self))
-
-
-def contents() -> str:
-    """A hash of the texts that stories are made of."""
-    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("words.txt", "stories.yaml"))).hexdigest()
 
 
 @cache

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from nanochat_jax import devices
 from nanochat_jax.errors import UserError
-from nanochat_jax.files import atomic_write_json, read_json
+from nanochat_jax.files import atomic_write_json, digest_of, read_json
 from nanochat_jax.kernels import flash
 from nanochat_jax.mesh import hosts
 
@@ -221,7 +221,7 @@ def choose(
 def _measured(shapes: list[Shape], rows: int, cache: Path, say) -> list[str]:
     """The fastest backend of each shape, measured now or before, as the cache's file says."""
     path = Path(cache) / "attention.json"
-    known, place = read_json(path) or {}, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+    known, place = read_json(path) or {}, _place()
     here = known.setdefault(place, {})
     for shape in shapes:
         if here.get(str(shape), {}).get("backend") in BACKENDS:
@@ -235,6 +235,12 @@ def _measured(shapes: list[Shape], rows: int, cache: Path, say) -> list[str]:
         for name, why in left_out.items():
             say(f"attention {shape}: {name} left out: {why}")
     return [here[str(shape)]["backend"] for shape in shapes]
+
+
+def _place() -> str:
+    """What was measured, and on what."""
+    kernels = digest_of([Path(__file__), Path(flash.__file__)])[:12]
+    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, kernels {kernels}"
 
 
 def measure(shape: Shape, rows: int) -> tuple[dict[str, float], dict[str, str]]:

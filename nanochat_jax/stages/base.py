@@ -49,6 +49,7 @@ def main(run: Run) -> dict:
                 next_batch=lambda i, _: (loader.at(i), {}),
                 tokens_per_step=plan.batch_tokens,
                 evaluate=_evaluator(run, val_rows),
+                rows=train_rows,
                 extra=lambda: {
                     "batch_tokens": plan.batch_tokens,
                     "epochs": wanted / len(train_rows),

@@ -71,13 +71,14 @@ def train_stage(
     tokens_per_step: int,
     evaluate: Callable,
     extra: Callable[[], dict],
+    rows: PackedDataset | None = None,
     lora_rank: int | None = None,
     meta: dict | None = None,
 ) -> dict:
     """Trains stage `name` to its end and writes its done mark; returns the mark.
 
     init: gives the first parameters, which are adapters where lora_rank is set; None: fresh ones. extra: called at the
-    end, gives more of the mark; meta: more of every checkpoint's.
+    end, gives more of the mark; meta: more of every checkpoint's. rows: what batches are made of.
     """
     stage_dir, settings, tracking = run.dir / name, getattr(run.config, name), run.config.tracking
 
@@ -86,8 +87,11 @@ def train_stage(
     state, saved = _resume(run, name, checkpointer, init, optimizer, lora_rank)
     if saved:
         run.log.say(f"{name}: resumes from step {int(state.step)} of {steps}")
+        if rows and saved.get("rows", rows.path.name) != rows.path.name:
+            run.log.say(f"{name}: the data changed, or how rows are made of it; the steps before saw other rows")
     meta = {
         "stage": name,
+        "rows": rows and rows.path.name,
         "seed": run.config.seed,
         "tokenizer": run.tokenizer.hash,
         "config": fingerprint(run.config),

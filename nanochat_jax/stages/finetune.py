@@ -122,6 +122,7 @@ def main(run: Run, name: str) -> dict:
             steps=steps,
             next_batch=lambda i, _: (loader.at(i), {}),
             tokens_per_step=batch_tokens,
+            rows=dataset,
             extra=lambda: {
                 "from": before,
                 "batch_tokens": batch_tokens,

@@ -33,7 +33,10 @@ class Run:
 
     @cached_property
     def documents(self):
-        return open_documents(self.config.data, self.cache_dir)
+        found = open_documents(self.config.data, self.cache_dir)
+        for note in found.notes:
+            self.log.say(note)
+        return found
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
