@@ -186,6 +186,10 @@ def test_the_fastest_that_is_right_is_chosen_once_and_the_others_are_named(fakes
 
     monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured again"))
     assert attention.choose([SHAPE], 2, tmp_path, say=pytest.fail) == {SHAPE: "blocks"}
+    (tmp_path / "other.py").write_text("# a kernel was changed")
+    monkeypatch.setattr(flash, "__file__", str(tmp_path / "other.py"))
+    monkeypatch.setattr(attention, "measure", lambda *_: ({"slow": 1.0, "blocks": 2.0}, {}))
+    assert attention.choose([SHAPE], 2, tmp_path, say=list) == {SHAPE: "slow"}
 
 
 def test_what_was_chosen_is_what_a_trace_uses(fakes, tmp_path):
