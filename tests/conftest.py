@@ -16,6 +16,17 @@ from hypothesis import settings
 settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
+
+
+def fuzzed(few):
+    """The parameters of a fuzz test: settings for a few examples, the same in every run, and, slow, for --fuzz many."""
+    fast = settings(max_examples=few, deadline=None, database=None)
+    many = settings(max_examples=FUZZ, deadline=None, database=None, derandomize=False)
+    return [pytest.param(fast, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)]
+
+
+FUZZ = int(os.environ.get("FUZZ", "300"))  # examples of a slow fuzz test, new ones in every run
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight simulated devices; LLVM's optimizations would take longer than what they make faster here.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")

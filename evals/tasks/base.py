@@ -87,7 +87,10 @@ class FromRows(ScoredTask):
             for column, types in self.columns.items():
                 if not isinstance(row.get(column), types):
                     raise ValueError(f"{column} is {brief(row.get(column))}")
-            return self.conversation(row)
+            conversation = self.conversation(row)
+            if not all(message["content"] for message in conversation["messages"]):
+                raise ValueError("its question or its answer is empty")
+            return conversation
         except ValueError as e:
             where = self.source or f"task {self.name}"
             raise UserError(f"{where}, row {i} (from 0) cannot be asked: {e}; correct it or remove it") from None
