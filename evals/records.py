@@ -90,9 +90,12 @@ def read(path: Path) -> list[dict]:
     lines = path.read_bytes().splitlines() if path.is_file() else ()  # of bytes: "\u2028" ends no line
     for number, line in enumerate(lines, 1):
         try:
-            out.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
-            raise UserError(f"{path}, line {number} is not a record; evaluate that task anew") from None
+            record = None
+        if not isinstance(record, dict) or "id" not in record:
+            raise UserError(f"{path}, line {number} is not a record; evaluate that task anew")
+        out.append(record)
     return out
 
 

@@ -31,8 +31,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--max-tokens", type=int, default=256, help="of an answer; default 256")
     p.add_argument("--seed", type=int, help="of the first answer; default: another one each time")
     args = p.parse_args(argv)
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_tokens < 1:
-        p.error("needs --temperature >= 0, --top-k >= 0, 0 < --top-p <= 1, --max-tokens >= 1")
+    if not 0 <= args.temperature < 100 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_tokens < 1:
+        p.error("needs 0 <= --temperature < 100, --top-k >= 0, 0 < --top-p <= 1, --max-tokens >= 1")
     return args
 
 

@@ -71,14 +71,18 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def read_json(path: str | Path) -> Any | None:
-    """The file's value, or None where there is no such file. UserError where it is not JSON."""
+def read_json(path: str | Path, kind: type = dict) -> Any | None:
+    """The file's value, or None where there is no such file. UserError where it is no JSON of that kind."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if isinstance(value, kind):
+            return value
+        what = f"it holds a {type(value).__name__} where a {kind.__name__} should be"
     except FileNotFoundError:
         return None
-    except ValueError as e:  # not JSON, or not even text
-        raise UserError(f"{path} is not valid JSON ({e}); mend it, or rename it to go on without") from None
+    except (ValueError, RecursionError) as e:  # not JSON, or not even text
+        what = str(e)
+    raise UserError(f"{path} is damaged ({what}); put a whole copy in its place, or rename it to go on without")
 
 
 def digest_of(paths: Iterable[Path]) -> str:

@@ -201,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--once", action="store_true", help="print one frame and end")
     p.add_argument("--every", type=float, default=2.0, help="seconds between frames")
     args, console = p.parse_args(argv), Console()
+    if not 0 < args.every < 1e6:
+        p.error("--every takes a number of seconds above 0")
     config_file(args.run_dir)
     if args.once:
         console.print(frame(args.run_dir, time.time()))

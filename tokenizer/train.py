@@ -149,12 +149,12 @@ def _size_error(error: RuntimeError, vocab_size: int) -> UserError:
     if found := re.search(r"Vocabulary size too high.*<= (\d+)", message):
         return UserError(
             f"the training text is too small for a vocabulary of {vocab_size}: "
-            f"set tokenizer.vocab_size to {found[1]} or less, or give more text"
+            f"set tokenizer.vocab_size (--vocab-size) to {found[1]} or less, or give more text"
         )
     if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return UserError(
             f"bytes, special tokens and the characters of the text do not fit a vocabulary of {vocab_size}: "
-            f"set tokenizer.vocab_size to {max(512, int(found[1]) * 5 // 4)} or more"
+            f"set tokenizer.vocab_size (--vocab-size) to {max(512, int(found[1]) * 5 // 4)} or more"
         )
     return UserError(f"cannot train a vocabulary of {vocab_size}: {' '.join(message.split())}")
 

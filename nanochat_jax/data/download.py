@@ -66,7 +66,7 @@ def contents(cache_dir: Path) -> list[str]:
     """A line on each dataset in the cache: its files that are whole, those that are half here, and their bytes."""
     lines = []
     for folder in sorted(p for p in cache_dir.glob("*") if p.is_dir()):
-        listed = [entry for path in folder.rglob(LISTING) for entry in read_json(path) or ()]
+        listed = [entry for path in folder.rglob(LISTING) for entry in read_json(path, list) or ()]
         files = [p for p in folder.rglob("*") if p.is_file()]
         if listed:
             notes = [p for p in files if p.suffix == ".json" and p.with_suffix("").is_file()]

@@ -124,7 +124,7 @@ def _listing(repo: str, subfolder: str, folder: Path) -> list[HubFile]:
     """The dataset's files of documents below a folder, by name; from the cache where they were listed before."""
     path = folder / subfolder / LISTING
     with writing(path.parent):
-        known = read_json(path)
+        known = read_json(path, list)
         if known is None:
             known = [asdict(f) for f in _list(repo, subfolder)]
             atomic_write_json(path, known)

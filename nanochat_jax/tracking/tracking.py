@@ -59,12 +59,12 @@ class RunLog:
 
 
 def read_records(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; [] where there is none. A line that was cut in half is left out."""
+    """The records of a metrics.jsonl; [] where there is none. A line that is none, cut in half say, is left out."""
     out = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
             out.append(json.loads(line))
-    return out
+    return [record for record in out if isinstance(record, dict) and "step" in record]
 
 
 def truncate_from(path: Path, step: int) -> list[dict]:

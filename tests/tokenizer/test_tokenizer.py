@@ -182,7 +182,7 @@ def test_damaged_files(tok, tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tok.model)
     (tmp_path / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="meta.json is not valid JSON"):
+    with pytest.raises(UserError, match="meta.json is damaged"):
         load_tokenizer(tmp_path)
 
 
