@@ -93,7 +93,7 @@ def read(path: Path) -> list[dict]:
             record = json.loads(line)
         except ValueError:
             record = None
-        if not isinstance(record, dict) or "id" not in record:
+        if not isinstance(record, dict):
             raise UserError(f"{path}, line {number} is not a record; evaluate that task anew")
         out.append(record)
     return out

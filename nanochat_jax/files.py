@@ -82,7 +82,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any | None:
         return None
     except (ValueError, RecursionError) as e:  # not JSON, or not even text
         what = str(e)
-    raise UserError(f"{path} is damaged ({what}); put a whole copy in its place, or rename it to go on without")
+    raise UserError(f"{path} is damaged ({what}); mend it, or rename it to go on without")
 
 
 def digest_of(paths: Iterable[Path]) -> str:

@@ -5,6 +5,7 @@ depth 4 and 8 x 512 tokens 190,000 pages of 4 KB. Linux gives pages of 2 MB to w
 where its tunable says so when the process starts.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -25,10 +26,11 @@ def huge_pages_environment() -> dict[str, str]:
 
 
 def restart_with_huge_pages() -> None:
-    """Runs this process's own command again in its place; returns where `huge_pages_environment` is empty."""
-    more = huge_pages_environment()
-    if more:
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **more})
+    """Runs this process's own command again in its place; returns where `huge_pages_environment` is empty, or where
+    this user may not start it, as where the user was changed since it started."""
+    if more := huge_pages_environment():
+        with contextlib.suppress(OSError):
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **more})
 
 
 def die_with_parent() -> None:

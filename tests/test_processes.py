@@ -52,3 +52,9 @@ def test_restart_keeps_the_command_and_the_process(tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, script, "a b", "--c"], env=env, stdout=subprocess.PIPE, text=True)
     assert json.loads(process.communicate()[0]) == ["glibc.malloc.hugetlb=1", ["a b", "--c"], process.pid]
+
+
+def test_who_may_not_start_it_again_goes_on(mode, monkeypatch):
+    mode("always [madvise] never\n")
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    processes.restart_with_huge_pages()

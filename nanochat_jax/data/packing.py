@@ -132,7 +132,7 @@ def pack_conversations(
             pad = (0, row_len - len(ids))
             yield np.pad(ids, pad, constant_values=tok.bos), np.pad(mask, pad)
         if not counts["conversations"]:
-            raise UserError(_why_empty(counts["dropped"], max_rows, seq_len))
+            raise UserError(_why_empty(counts["dropped"], seq_len))
 
     manifest = write_packed(path, rows(), row_len, counts, dtype)
     full = counts["tokens"] / (manifest["rows"] * row_len)
@@ -144,9 +144,7 @@ def pack_conversations(
     return PackedDataset(path)
 
 
-def _why_empty(dropped: int, max_rows: int | None, seq_len: int) -> str:
-    if max_rows == 0:
-        return "max_rows=0 takes no conversations; leave it out, or give the rows to pack"
+def _why_empty(dropped: int, seq_len: int) -> str:
     if dropped:
         return f"each of {dropped:,} conversations has a question longer than model.sequence_len, {seq_len} tokens"
     return "the mixture of conversations is empty: its tasks have no rows in this split; give them more, or other tasks"

@@ -237,12 +237,12 @@ def test_sample_does_not_read_for_ever():
 @pytest.mark.parametrize(
     ("documents", "size", "message"),
     [
-        (["hello world"] * 10, 4096, "set tokenizer.vocab_size to [34][0-9]{2} or less"),
-        (["hello world"] * 10, 300, "set tokenizer.vocab_size to 512 or more"),
+        (["hello world"] * 10, 4096, "set tokenizer.vocab_size .--vocab-size. to [34][0-9]{2} or less"),
+        (["hello world"] * 10, 300, "set tokenizer.vocab_size .--vocab-size. to 512 or more"),
         (
             ["".join(map(chr, range(0x4E00, 0x5800)))] * 3,
             512,
-            "characters of the text do not fit.*vocab_size to [0-9]{4} or",
+            "characters of the text do not fit.*vocab_size .--vocab-size. to [0-9]{4} or",
         ),
         ([], 512, "no documents"),
         (["", ""], 512, "no documents"),
