@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
     "function_call": "call",
 }
+HALVES = "half characters replaced"
 TEXTS = ("text", "input_text", "output_text")  # types of parts that hold a text
 _DECODE = json.JSONDecoder().raw_decode
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
@@ -62,6 +63,8 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
         repairs.add("the list of tools left out")
     turns: list[tuple[str, list[dict]]] = []
     for message in said:
+        if isinstance(message, Mapping) and message.get("role") == "assistant" and message.get("weight") == 0:
+            raise Unusable("an answer of weight 0, which is not to be learned")
         _add(turns, message, repairs)
     system = turns.pop(0) if turns and turns[0][0] == "system" else None
     _cut_to_last_answer(turns, repairs, system)
@@ -76,6 +79,34 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
         repairs.add("an empty system message dropped")
         system = None
     return [{"role": r, "content": _content(parts)} for r, parts in ([system] if system else []) + turns], form, repairs
+
+
+def prompt_of(said: Sequence[Any]) -> list[dict]:
+    """Messages that wait for an answer, in our form: whatever their order, the first is a system's or a user's, and
+    users and the assistant take turns. Where the assistant speaks last it is gone on with. Unusable.
+
+    A system message behind others is read as a part of the user's turn there, for that is where our renderer puts any.
+    """
+    turns: list[tuple[str, list[dict]]] = []
+    repairs: set[str] = set()
+    for message in said:
+        as_user = isinstance(message, Mapping) and any(role != "system" for role, _ in turns)
+        if as_user and ROLES.get(str(message.get("role")).lower()) == "system":
+            message = {"role": "user", "content": message.get("content")}
+        _add(turns, message, repairs)
+    if HALVES in repairs:
+        raise Unusable("not valid Unicode: a lone surrogate")
+    system = [turns.pop(0)] if turns and turns[0][0] == "system" else []
+    turns = [turn for turn in turns if turn[0] == "user" or not _is_empty(turn[1])]  # an empty answer is none
+    joined: list[tuple[str, list[dict]]] = []
+    for role, parts in turns:
+        if joined and joined[-1][0] == role:
+            joined[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
+        else:
+            joined.append((role, parts))
+    if not joined or joined[0][0] == "assistant":
+        joined.insert(0, ("user", []))
+    return [{"role": role, "content": _content(parts)} for role, parts in system + joined]
 
 
 def _form_of(row: Any) -> tuple[str, list]:
@@ -123,8 +154,6 @@ def _add(turns: list[tuple[str, list[dict]]], message: Any, repairs: set[str]) -
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise Unusable(f"unknown role {name!r:.30}" if name else "a message without a role")
-    if role == "assistant" and message.get("weight") == 0:
-        raise Unusable("an answer of weight 0, which is not to be learned")
     if role in ("system", "user", "assistant") and message.get("role") not in (None, role):
         repairs.add(f"role {name} as {role}")
     content = message["content"] if message.get("content") is not None else message.get("value")
@@ -196,7 +225,7 @@ def _whole(text: str, repairs: set[str]) -> str:
     if mended is not text:
         if re.search("[\udc80-\udcff]", text):
             raise Unusable("text that is not UTF-8")
-        repairs.add("half characters replaced")
+        repairs.add(HALVES)
     return mended
 
 

@@ -28,6 +28,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--max-waiting", type=int, default=64, help="answers that may wait for a slot; default 64")
     p.add_argument("--int8", action="store_true", help="weights as 8-bit integers: half the memory, nearly the same")
     p.add_argument("--cors-origin", action="append", default=[], help="an origin whose pages may call; repeatable")
+    p.add_argument("--strict", action="store_true", help="refuse fields that are not known, which are left out else")
     return p.parse_args(argv)
 
 
@@ -80,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     scheduler = Scheduler(engine, args.max_waiting, likely)
     about = {"run": run.name, "stage": loaded.stage, "suggestions": records.suggestions(run, loaded.stage)}
     key = os.environ.get("NANOCHAT_API_KEY")
-    app = create_app(scheduler, tok, about, api_key=key, cors_origins=args.cors_origin)
+    app = create_app(scheduler, tok, about, api_key=key, cors_origins=args.cors_origin, strict=args.strict)
     host, port = listening.getsockname()[:2]
-    print(f"{run.name}, stage {loaded.stage}: http://{host}:{port}", file=sys.stderr)
+    at = f"[{host}]" if ":" in host else host
+    print(f"{run.name}, stage {loaded.stage}: http://{at}:{port}", file=sys.stderr)
     if not key and not ipaddress.ip_address(host).is_loopback:
         print("other machines can reach it, and no NANOCHAT_API_KEY is set: anybody may ask", file=sys.stderr)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3)

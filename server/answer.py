@@ -13,10 +13,15 @@ from server.scheduler import Scheduler, Update
 from server.schemas import Sampling
 
 
+NO_MASS = 1e-9  # what top_p=0 stands for: the likeliest alone
+SILENCE = 5.0  # seconds, after which a stream says that it lives
+
+
 def engine_requests(tok, ids: list[int], body: Sampling) -> list[engine.Request]:
     """n requests for one prompt, with seeds that count up from the one that was given."""
     seed = random.randrange(2**31) if body.seed is None else body.seed
-    how = body.model_dump(include={"temperature", "top_k", "top_p"}) | {"logprobs": body.wanted_logprobs}
+    how = {"temperature": body.temperature, "top_k": body.top_k, "top_p": max(body.top_p, NO_MASS)}
+    how["logprobs"] = body.wanted_logprobs
     stops = (tok.assistant_end, tok.bos)
     return [engine.Request(ids, body.limit, seed=seed + i, stop_ids=stops, **how) for i in range(body.n or 1)]
 
@@ -46,11 +51,16 @@ class Answer:
 
     async def shown(self) -> AsyncGenerator[tuple[int, list[Shown]]]:
         """(index of a choice, what may be shown of it now) as it is made; the last of a choice has its `reason` set.
+        Nothing is shown of choice 0 now and then while nothing comes.
 
         Raises Stopped where the engine fails.
         """
         while not self.ended:
-            index, update = await self._updates.get()
+            try:
+                index, update = await asyncio.wait_for(self._updates.get(), SILENCE)
+            except TimeoutError:
+                yield 0, []
+                continue
             choice = self.choices[index]
             if choice.reason is not None:
                 continue

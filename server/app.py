@@ -1,6 +1,7 @@
 """The HTTP side: OpenAI's chat completions and completions, what watches them, and the page."""
 
 import contextlib
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from server.replies import ChatShape, TextShape, reply
 from server.scheduler import Scheduler
 from server.schemas import ChatRequest, CompletionRequest
 
-EXPOSED = ["Retry-After"]  # to pages of other origins
+EXPOSED = ["Retry-After", "X-Ignored-Fields"]  # to pages of other origins
 SHORT_TEXT = 4000  # characters that are tokenized in about a millisecond
 STATIC = Path(__file__).with_name("static")
 PAGE_HEADERS = {
@@ -33,9 +34,18 @@ PAGE_HEADERS = {
 
 
 def create_app(
-    scheduler: Scheduler, tok, info: dict, *, api_key: str | None = None, cors_origins: Sequence[str] = ()
+    scheduler: Scheduler,
+    tok,
+    info: dict,
+    *,
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
+    strict: bool = False,
 ) -> FastAPI:
-    """The application over a scheduler that it starts and stops. `info`: run, stage and suggestions, for the page."""
+    """The application over a scheduler that it starts and stops. `info`: run, stage and suggestions, for the page.
+
+    strict: fields that are not known are refused, and not left out.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -52,7 +62,7 @@ def create_app(
             CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
         )
     _add_watching(app, scheduler, metrics, info)
-    _add_api(app, scheduler, metrics, tok, f"{info['run']}/{info['stage']}")
+    _add_api(app, scheduler, metrics, tok, f"{info['run']}/{info['stage']}", strict)
     _add_page(app)
     return app
 
@@ -82,11 +92,20 @@ def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: di
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: str) -> None:
+def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: str, strict: bool) -> None:
     entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "nanochat_jax"}
     posted = (400, 401, 408, 413, 429, 500)
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     streams = {"text/event-stream": {"schema": event}}
+
+    def ignored(body: schemas.Sampling) -> dict[str, str]:
+        """The header that names what is left out of a request; it is counted."""
+        if names := body.unknown():
+            if strict:
+                raise ApiError(400, f"unknown field {names[0]}", names[0])
+            metrics.ignored.inc(len(names))
+        said = re.sub("[^ -~]", "?", ", ".join(names))
+        return {"X-Ignored-Fields": said[:1000]} if names else {}
 
     @app.get("/v1/models", responses=_documented(401, model=schemas.ModelList))
     async def models():
@@ -100,21 +119,23 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
 
     @app.post("/v1/chat/completions", responses=_documented(*posted, model=schemas.ChatCompletion, content=streams))
     async def chat(body: ChatRequest, request: Request):
+        headers = ignored(body)
         limit = dialogue.prompt_limit(scheduler.engine, body.limit)
         fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
         answer = Answer(scheduler, tok, engine_requests(tok, fitted.ids, body), body.stops, metrics)
         context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
         extra = {"context": context} if any(context.values()) else {}
-        return await reply(answer, ChatShape(tok, bool(body.logprobs)), request, body, model, **extra)
+        return await reply(answer, ChatShape(tok, bool(body.logprobs)), request, body, model, headers, **extra)
 
     @app.post("/v1/completions", responses=_documented(*posted, model=schemas.TextCompletion, content=streams))
     async def completions(body: CompletionRequest, request: Request):
+        headers = ignored(body)
         ids = [tok.bos, *await _aside(body, tok.encode, body.prompt)]
         if len(ids) >= (room := scheduler.engine.max_len):
             message = f"the prompt is {len(ids)} tokens long, and the context of {room} has to hold an answer too"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
         answer = Answer(scheduler, tok, engine_requests(tok, ids, body), body.stops, metrics)
-        return await reply(answer, TextShape(tok, body.logprobs is not None), request, body, model)
+        return await reply(answer, TextShape(tok, body.logprobs is not None), request, body, model, headers)
 
 
 async def _aside(body: schemas.Sampling, do, *args):

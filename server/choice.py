@@ -37,7 +37,7 @@ class Choice:
     def __init__(self, tok, stops: Sequence[str] = ()):
         self.reason: str | None = None
         self.text = ""
-        self.calls: list[dict[str, str]] = []
+        self.calls: list[dict] = []
         self.tokens: list[Token] = []
         self.n_ids = 0  # how many were taken
         self._tok, self._reader, self._stops = tok, Reader(tok), stops
@@ -98,7 +98,7 @@ class Choice:
                 self.tokens += part.tokens
             else:
                 while len(self.calls) <= part.call:
-                    self.calls.append({"name": "calculator", "input": "", "output": ""})
+                    self.calls.append({"index": len(self.calls), "name": "calculator", "input": "", "output": ""})
                 self.calls[part.call]["input" if part.kind == "python" else "output"] += part.text
             if out and (out[-1].kind, out[-1].call) == (part.kind, part.call):
                 out[-1].text += part.text

@@ -7,6 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from nanochat_jax.chats import Unusable
 from nanochat_jax.errors import UserError
 
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -62,8 +63,9 @@ def install(app: FastAPI) -> None:
         return _described(min(e.errors(), key=lambda error: error["type"].endswith("_type"))).response()
 
     @app.exception_handler(UserError)
-    async def no_conversation(request: Request, e: UserError):
-        return ApiError(400, str(e), "messages").response()
+    @app.exception_handler(Unusable)
+    async def no_conversation(request: Request, e: Exception):
+        return ApiError(400, f"messages: {e}", "messages").response()
 
     @app.exception_handler(Exception)
     async def failed(request: Request, e: Exception):
@@ -77,8 +79,6 @@ def _described(error: dict) -> ApiError:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {error['ctx']['error']}")
-    if error["type"] == "extra_forbidden":
-        return ApiError(400, f"unknown field {place}", place)
     if error["type"] == "value_error" and len(error["loc"]) == 1:
         return ApiError(400, message)
     return ApiError(400, f"{place}: {message}", place if first != "the body" else None)

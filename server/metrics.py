@@ -18,6 +18,7 @@ class Metrics:
         self._scheduler, self.registry = scheduler, CollectorRegistry()
         where: dict[str, Any] = {"registry": self.registry, "namespace": "nanochat"}
         self.requests = Counter("requests", "HTTP requests that have ended", ["route", "status"], **where)
+        self.ignored = Counter("ignored_fields", "Fields of requests that are not known and were left out", **where)
         self.in_flight = Gauge("requests_in_flight", "HTTP requests that have not ended", **where)
         timed: Any = {"buckets": SECONDS, **where}
         self.latency = Histogram("request_seconds", "From a request to the end of its response", ["route"], **timed)

@@ -22,8 +22,9 @@ class ChatShape:
 
     def __init__(self, tok, logprobs: bool):
         self._tok, self._logprobs = tok, logprobs
+        self._begun: set[tuple[int, int]] = set()  # choices and calls that a stream has named
 
-    def opening(self, index: int) -> dict | None:
+    def opening(self, index: int) -> dict:
         """What a stream says of a choice before its first token."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
@@ -31,7 +32,9 @@ class ChatShape:
         if part.kind == "text":
             return self._chunk(index, {"content": part.text}, part.tokens)
         says = "input" if part.kind == "python" else "output"
-        return self._chunk(index, {"tool": {"index": part.call, "name": "calculator", says: part.text}})
+        began = {} if (index, part.call) in self._begun else {"name": "calculator"}  # clients put deltas together
+        self._begun.add((index, part.call))
+        return self._chunk(index, {"tool": [{"index": part.call, **began, says: part.text}]})
 
     def closing(self, index: int, reason: str) -> dict:
         return {**self._chunk(index, {}), "finish_reason": reason}
@@ -60,8 +63,8 @@ class TextShape:
     def __init__(self, tok, logprobs: bool):
         self._tok, self._logprobs = tok, logprobs
 
-    def opening(self, index: int) -> dict | None:
-        return None
+    def opening(self, index: int) -> dict:
+        return self._chunk(index, "", [])
 
     def part(self, index: int, part: Shown) -> dict | None:
         return self._chunk(index, part.text, part.tokens) if part.kind == "text" else None
@@ -76,20 +79,31 @@ class TextShape:
         out = {"index": index, "text": text, "finish_reason": reason}
         if self._logprobs:
             out["logprobs"] = {
-                "tokens": [self._tok.decode([t.id]) for t in tokens],
+                "tokens": [self._named(t.id) for t in tokens],
                 "token_logprobs": [t.logprob for t in tokens],
-                "top_logprobs": [{self._tok.decode([id]): logprob for id, logprob in t.top} for t in tokens],
+                "top_logprobs": [{self._named(id): logprob for id, logprob in t.top} for t in tokens],
                 "text_offset": [t.offset for t in tokens],
             }
         return out
 
 
-async def reply(answer: Answer, shape: ChatShape | TextShape, request: Request, body: Sampling, model: str, **extra):
+    def _named(self, id: int) -> str:
+        """A token's text; where it is a piece of a character, its bytes as OpenAI writes them."""
+        raw = self._tok.decode_bytes([id])
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+async def reply(
+    answer: Answer, shape: ChatShape | TextShape, request: Request, body: Sampling, model: str, headers: dict, **extra
+):
     """The response to a request: `extra` is said beside the choices, once."""
     head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return Stream(answer, _events(answer, shape, {**head, "object": shape.chunk_kind}, include_usage, extra))
+        return Stream(answer, _events(answer, shape, {**head, "object": shape.chunk_kind}, include_usage, extra), headers)
 
     async def watch() -> None:  # the answer is given up as soon as the client has gone
         while (await request.receive())["type"] != "http.disconnect":
@@ -106,7 +120,8 @@ async def reply(answer: Answer, shape: ChatShape | TextShape, request: Request, 
         watching.cancel()
         answer.close()
     choices = [shape.whole(i, choice) for i, choice in enumerate(answer.choices)]
-    return JSONResponse({**head, "object": shape.kind, **extra, "choices": choices, "usage": answer.usage()})
+    whole = {**head, "object": shape.kind, **extra, "choices": choices, "usage": answer.usage()}
+    return JSONResponse(whole, headers=headers)
 
 
 class Stream(StreamingResponse):
@@ -114,8 +129,8 @@ class Stream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, events: AsyncIterator[str]):
-        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+    def __init__(self, answer: Answer, events: AsyncIterator[str], headers: dict[str, str]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         self._answer = answer
 
     async def __call__(self, scope, receive, send) -> None:
@@ -130,15 +145,16 @@ async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra:
         usage = {"usage": None} if include_usage else {}
         return _data({**head, "choices": choices, **usage, **more})
 
-    opening = [chunk for i in range(len(answer.choices)) if (chunk := shape.opening(i))]
-    ready = [event(opening, **extra)] if opening or extra else []  # what comes at one time is sent as one piece
+    # at once, however long it may have to wait: proxies and browsers give up where nothing comes
+    yield event([shape.opening(i) for i in range(len(answer.choices))], **extra)
+    ready: list[str] = []  # what comes at one time is sent as one piece
     try:
         async for index, parts in answer.shown():
             ready += [event([chunk]) for p in parts if (chunk := shape.part(index, p))]
             if reason := answer.choices[index].reason:
                 ready.append(event([shape.closing(index, reason)]))
-            if not answer.ended:
-                yield "".join(ready)
+            if not answer.ended and (ready or not parts):
+                yield "".join(ready) or ": waiting\n\n"
                 ready = []
     except Stopped as e:
         ready.append(_data(e.body()))

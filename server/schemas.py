@@ -1,4 +1,8 @@
-"""What the API takes and gives: OpenAI's chat completions and completions. An unknown field is refused, not ignored."""
+"""What the API takes and gives: OpenAI's chat completions and completions.
+
+What asks for nothing (null, an empty list, false) changes nothing. A field that is not known is left out and named in
+the reply's header. What would change the meaning of the answer and cannot be done is refused.
+"""
 
 import functools
 from abc import abstractmethod
@@ -7,19 +11,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
+from nanochat_jax.chats import prompt_of
+
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
 MAX_LOGPROBS = 20
 NEW_TOKENS = 256  # where a request does not say
-CALCULATOR = "are not supported: the model has a calculator of its own, and no others"
-UNSUPPORTED = {
-    "tools": f"tools {CALCULATOR}",
-    "tool_choice": f"tools {CALCULATOR}",
-    "functions": f"functions {CALCULATOR}",
-    "logit_bias": "logit_bias is not supported",
-    "best_of": "best_of is not supported; ask for several with n",
-    "echo": "echo is not supported: the answer is what follows the prompt",
-    "suffix": "suffix is not supported: the model goes on from the end of the prompt",
+ALONE = "this model has a calculator of its own and calls no other tools"
+REFUSED = {  # what cannot be done, unless it asks for nothing: field -> (values that may stand there, what to say)
+    "tool_choice": (("auto", "none"), ALONE),
+    "function_call": (("auto", "none"), ALONE),
+    "response_format": (({"type": "text"},), "the model keeps to no form"),
+    "logit_bias": ((), "logits are taken as they are"),
+    "presence_penalty": ((), "nothing is penalised"),
+    "frequency_penalty": ((), "nothing is penalised"),
+    "repetition_penalty": ((1,), "nothing is penalised"),
+    "min_p": ((), "take top_p or top_k"),
+    "modalities": ((["text"],), "text is all that it says"),
+    "audio": ((), "text is all that it says"),
+    "best_of": ((1,), "ask for several with n"),
+    "echo": ((), "the answer is what follows the prompt"),
+    "suffix": ((), "the model goes on from the end of the prompt"),
 }
 
 
@@ -35,54 +47,43 @@ Text = Annotated[str, AfterValidator(_unicode)]
 Stop = Annotated[Text, Field(max_length=500)]
 
 
-class Strict(BaseModel):
-    """Takes exactly what it declares: no other fields, no number as a string."""
+class Lenient(BaseModel):
+    """No number as a string; null stands for a field's default, as clients send it."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, data):
+        if not isinstance(data, dict):
+            return data
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: value for name, value in data.items() if value is not None or name not in optional}
 
-class TextPart(Strict):
-    type: Literal["text"]
-    text: Text
-
-
-class AssistantPart(Strict):
-    type: Literal["text", "python", "python_output"]
-    text: Text
-
-
-class ToolCall(Strict):
-    name: str
-    input: str
-    output: str
+    def unknown(self) -> list[str]:
+        """The names of fields that are not known, where they ask for something."""
+        extra = (self.model_extra or {}).items()
+        return [name for name, value in extra if value and value not in REFUSED.get(name, ((),))[0]]
 
 
-class TextMessage(Strict):
-    role: Literal["system", "developer", "user"]
-    content: Text | list[TextPart]
+class Message(Lenient):
+    """A turn of anybody; what may stand in it, `chats.prompt_of` knows."""
+
+    role: str
+    content: Any = None
+    tool_calls: Any = None
+    function_call: Any = None
+    tool_call_id: Any = None
+    name: Any = None
+    tool: Any = None  # the calculator's calls, which come back from an answer and are not read
 
 
-class AssistantMessage(Strict):
-    """What the model said, as a string or in the parts it said it in. `tool` may come back from an answer, unread."""
-
-    role: Literal["assistant"]
-    content: Text | list[AssistantPart]
-    tool: list[ToolCall] | None = None
-
-
-Message = Annotated[TextMessage | AssistantMessage, Field(discriminator="role")]
-
-
-class StreamOptions(Strict):
+class StreamOptions(Lenient):
     include_usage: bool = False
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"]  # a small model keeps to no schema
-
-
-class Sampling(Strict):
-    """What both kinds of request share. null stands for a field's default, as clients send it."""
+class Sampling(Lenient):
+    """What both kinds of request share."""
 
     model: str | None = None  # there is one model, whatever this says
     n: int | None = Field(1, ge=1, le=8)
@@ -90,33 +91,17 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(NEW_TOKENS, ge=1, le=1_000_000)
     temperature: float | None = Field(0.6, ge=0, le=2)  # 0: greedy
-    top_p: float | None = Field(1.0, gt=0, le=1)
+    top_p: float | None = Field(1.0, ge=0, le=1)
     top_k: int | None = Field(50, ge=0, le=1_000_000)  # 0: all; not OpenAI's
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
-    presence_penalty: float | None = Field(0, ge=0, le=0)  # taken where they change nothing
-    frequency_penalty: float | None = Field(0, ge=0, le=0)
-    user: str | None = None  # taken from OpenAI's clients; nothing is kept
-    metadata: dict[str, str] | None = None
-    store: bool | None = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _supported(cls, data):
-        if not isinstance(data, dict):
-            return data
-        for name in data:
-            if name in UNSUPPORTED and name not in cls.model_fields:
-                raise ValueError(UNSUPPORTED[name])
-        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
-        return {name: value for name, value in data.items() if value is not None or name not in optional}
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
 
     @model_validator(mode="after")
     def _bounded(self):
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is for streams: set stream")
-        if self.store:
-            raise ValueError("store is not supported: nothing is kept")
+        for name, (admitted, why) in REFUSED.items():
+            value = (self.model_extra or {}).get(name)
+            if value and value not in admitted:
+                raise ValueError(f"{name} is not supported: {why}")
         if (chars := self.chars()) > MAX_CHARS:
             raise ValueError(f"the text is {chars} characters long; {MAX_CHARS} is the limit")
         return self
@@ -147,7 +132,6 @@ class ChatRequest(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)  # OpenAI's new name, which wins
     logprobs: bool | None = False
     top_logprobs: int | None = Field(0, ge=0, le=MAX_LOGPROBS)
-    response_format: ResponseFormat | None = None
 
     @model_validator(mode="after")
     def _top_of_logprobs(self):
@@ -156,7 +140,11 @@ class ChatRequest(Sampling):
         return self
 
     def chars(self) -> int:
-        return sum(len(_text(m.content)) for m in self.messages)
+        return sum(len(str(m.content)) for m in self.messages)
+
+    def unknown(self) -> list[str]:
+        inner = {f"messages.{name}" for m in self.messages for name in m.unknown()}
+        return super().unknown() + sorted(inner)
 
     @property
     def limit(self) -> int:
@@ -167,13 +155,8 @@ class ChatRequest(Sampling):
         return (self.top_logprobs or 0) if self.logprobs else -1
 
     def conversation(self) -> list[dict]:
-        """The messages as the renderer takes them: a developer is a system, and only an assistant has parts."""
-        out = []
-        for m in self.messages:
-            role = "system" if m.role == "developer" else m.role
-            content = m.model_dump()["content"] if role == "assistant" else _text(m.content)
-            out.append({"role": role, "content": content})
-        return out
+        """The messages as the renderer takes them. Unusable."""
+        return prompt_of([m.model_dump(exclude_none=True) for m in self.messages])
 
 
 class CompletionRequest(Sampling):
@@ -188,17 +171,13 @@ class CompletionRequest(Sampling):
         return -1 if self.logprobs is None else self.logprobs
 
 
-def _text(content) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
-
-
 # ------------------------------------------------ responses: only described here, for the document of the API
 
 
-def _response(name: str, **fields) -> Any:
+def _response(title: str, /, **fields) -> Any:
     """A model of these fields: each a type, or (type, default) where it may be missing."""
     known: dict[str, Any] = {n: field if isinstance(field, tuple) else (field, ...) for n, field in fields.items()}
-    return create_model(name, **known)
+    return create_model(title, **known)
 
 
 _list: Any = functools.partial(GenericAlias, list)  # list[model], of a model that mypy takes for a variable
@@ -207,10 +186,11 @@ Usage = _response("Usage", prompt_tokens=int, completion_tokens=int, total_token
 WHOLE = {"id": str, "created": int, "model": str, "usage": Usage}
 Context = _response("Context", dropped_messages=int, truncated=bool)  # only where the conversation exceeded the context
 
+ToolCall = _response("ToolCall", index=int, name=str, input=str, output=str)
 ChatLogprob = _response("ChatLogprob", token=str, logprob=float, bytes=list[int])
 ChatTop = _response("ChatTopLogprob", token=str, logprob=float, bytes=list[int], top_logprobs=_list(ChatLogprob))
 ChatLogprobs = _response("ChatLogprobs", content=_list(ChatTop))
-Reply = _response("Reply", role=Literal["assistant"], content=str, tool=(list[ToolCall], []))
+Reply = _response("Reply", role=Literal["assistant"], content=str, tool=(_list(ToolCall), []))
 ChatChoice = _response("ChatChoice", index=int, message=Reply, finish_reason=Ends, logprobs=(ChatLogprobs | None, None))
 ChatCompletion = _response(
     "ChatCompletion",

@@ -111,12 +111,11 @@ def _render(tok: Tokenizer, conversations: list[list[Turn]], threads: int) -> li
 
 
 def render_prompt(tok: Tokenizer, messages: Sequence[dict]) -> list[int]:
-    """Ids of messages that end with a user's, then assistant_start: the model goes on from there. Raises UserError."""
+    """Ids for the model to go on from: messages that end with a user's, then assistant_start, or up to the end of what
+    the assistant has said. Raises UserError."""
     turns = _turns(messages)
-    if turns[-1][0] != "user":
-        raise UserError(f"message {len(messages) - 1} must be from the user, for the assistant to answer")
     ((ids, _),) = _render(tok, [turns], threads=1)
-    return [*ids, tok.assistant_start]
+    return [*ids, tok.assistant_start] if turns[-1][0] == "user" else ids[:-1]
 
 
 def parse_completion(tok: Tokenizer, ids: Iterable[int]) -> tuple[str, list[dict]]:

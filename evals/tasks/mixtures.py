@@ -11,7 +11,7 @@ from nanochat_jax.errors import UserError
 Recipe = list[tuple[str, str, int]]
 
 # Without a network, both learn from conversations of all kinds, other ones each, and keep a part of the text of base.
-EMBEDDED_MID = dict(talk=-40_000, text=-2_000, story=-2_500, reading=-4_000)
+EMBEDDED_MID = dict(talk=-40_000, text=-2_000, story=-3_000, reading=-5_000)
 EMBEDDED_SFT = dict(talk=-40_000, text=-3_300, story=-2_500)
 MID = dict(chat=1, mmlu=1, gsm8k=1, identity=-1_000, spellingbee=-20_000, spelling=-20_000)
 SFT = dict(arc_easy=1, arc_challenge=1, gsm8k=1, chat=-10_000, identity=-1_000, spellingbee=-300, spelling=-300)

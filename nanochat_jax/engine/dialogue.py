@@ -18,7 +18,7 @@ class Fitted(NamedTuple):
 
 
 def fit(tok: Tokenizer, messages: Sequence[dict], limit: int) -> Fitted:
-    """The prompt of a conversation in at most `limit` ids (5 or more), for the assistant to answer.
+    """The prompt of a conversation in at most `limit` ids (10 or more), for the assistant to answer or to go on with.
 
     The system message and the first exchange stay, which say what the conversation is about, and the newest others. A
     last message that is still too long loses its front; for its sake goes a first exchange that fills more than half.
@@ -27,6 +27,10 @@ def fit(tok: Tokenizer, messages: Sequence[dict], limit: int) -> Fitted:
     whole = render_prompt(tok, messages)
     if len(whole) <= limit:
         return Fitted(whole)
+    if messages[-1]["role"] == "assistant":
+        begun = whole[len(render_prompt(tok, messages[:-1])) :]
+        ids, dropped, truncated = fit(tok, messages[:-1], limit - len(begun[-limit // 2 :]))
+        return Fitted(ids + begun[-limit // 2 :], dropped, truncated or len(begun) > limit // 2)
     system, turns = (messages[:1], messages[1:]) if messages[0]["role"] == "system" else ([], messages)
     first, last, between = turns[:2], turns[-1], turns[2:-1]
     if len(turns) > 2:

@@ -31,8 +31,10 @@ export function take(reply, chunk) {
     return fresh;
   };
   if (content) part("text").text += content;
-  if (tool?.input) part("python", tool.index).text += tool.input;
-  if (tool?.output) part("python_output", tool.index).text += tool.output;
+  for (const call of tool ?? []) {
+    if (call.input) part("python", call.index).text += call.input;
+    if (call.output) part("python_output", call.index).text += call.output;
+  }
   if ((content || tool) && !reply.exact) reply.tokens++;  // nearly: a piece is mostly one token
   if (choice.finish_reason) reply.finish = choice.finish_reason;
 }

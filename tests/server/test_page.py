@@ -134,7 +134,7 @@ def delta(**parts):
 
 
 def tool(index, **part):
-    return delta(tool={"index": index, "name": "calculator", **part})
+    return delta(tool=[{"index": index, "name": "calculator", **part}])
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def choices_of(chunks, index=0):
 
 def test_whole_answer(client, scripted):
     got = client.post(CHAT, json={"messages": USER, "seed": 7, "top_p": 0.5}).json()
-    tool = [{"name": "calculator", "input": "1+2", "output": "3"}]
+    tool = [{"index": 0, "name": "calculator", "input": "1+2", "output": "3"}]
     assert got["choices"][0]["message"] == {"role": "assistant", "content": SAID, "tool": tool}
     assert got["choices"][0]["finish_reason"] == "stop" and got["object"] == "chat.completion"
     prompt = [TOK.bos, TOK.user_start, *b"hello", TOK.user_end, TOK.assistant_start]
@@ -88,15 +88,16 @@ def test_calls_of_the_tool_stream_at_their_places():
         whole = client.post(CHAT, json={"messages": USER}).json()["choices"][0]["message"]
     calls, order = {}, ""
     for delta in (c["delta"] for c in choices_of(chunks)):
-        if tool := delta.get("tool"):
-            assert tool["name"] == "calculator" and len(tool) == 3
-            call = calls.setdefault(tool["index"], {"input": "", "output": ""})
+        for tool in delta.get("tool", ()):  # put together as OpenAI's clients do
+            call = calls.setdefault(tool["index"], {"name": "", "input": "", "output": ""})
             for part in call:
                 call[part] += tool.get(part, "")
-        order += delta.get("content", "") or (str(tool["index"]) if tool else "")
-    want = [{"input": "1+2", "output": "3"}, {"input": "7*8", "output": ""}, {"input": "1+2", "output": "3"}]
+            order += str(tool["index"])
+        order += delta.get("content", "")
+    want = [("1+2", "3"), ("7*8", ""), ("1+2", "3")]
+    want = [{"name": "calculator", "input": said, "output": got} for said, got in want]
     assert [calls[i] for i in sorted(calls)] == want
-    assert whole == {"role": "assistant", "content": "abc", "tool": [{"name": "calculator", **c} for c in want]}
+    assert whole == {"role": "assistant", "content": "abc", "tool": [{"index": i, **c} for i, c in enumerate(want)]}
     assert re.fullmatch("a0+b1+2+c", order)
 
 
@@ -241,7 +242,7 @@ def test_logprobs_of_completions(client):
     [choice] = client.post(TEXT, json=body).json()["choices"]
     told = choice["logprobs"]
     ids = list(SAID.encode())
-    assert told["tokens"] == [TOK.decode([id]) for id in ids]
+    assert told["tokens"] == [chr(id) if id < 128 else f"bytes:\\x{id:02x}" for id in ids]
     assert told["token_logprobs"] == [-0.5] * len(ids)
     assert told["top_logprobs"][0] == {"G": -0.5, "x": -1.5}
     assert [choice["text"][i] for i in told["text_offset"][:3]] == ["G", "r", "ü"]
@@ -272,31 +273,16 @@ def test_logprobs_of_chat(client):
         ({"messages": []}, "at least 1", "messages"),
         ({"messages": USER, "temperature": 3}, "temperature: .*less than or equal to 2", "temperature"),
         ({"messages": USER, "temperature": "1"}, "temperature: .*valid number", "temperature"),
-        ({"messages": USER, "top_p": 0}, "top_p", "top_p"),
         ({"messages": USER, "max_tokens": 0}, "max_tokens", "max_tokens"),
         ({"messages": USER, "n": 9}, "n: .*less than or equal to 8", "n"),
-        ({"messages": USER, "stop": ["x"] * 5}, "stop: .*at most 4", "stop"),
-        (
-            {"messages": USER, "presence_penalty": 0.5},
-            "presence_penalty: .*less than or equal to 0",
-            "presence_penalty",
-        ),
+        ({"messages": USER, "presence_penalty": 0.5}, "presence_penalty is not supported: nothing is pen", None),
+        ({"messages": USER, "tool_choice": "required"}, "tool_choice is not supported: this model", None),
         ({"messages": USER, "seed": 2**63}, "seed", "seed"),
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs needs logprobs", None),
-        ({"messages": USER, "stream_options": {}}, "set stream", None),
-        ({"messages": USER, "tools": []}, "tools are not supported", None),
-        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format.type: .*'text'", None),
-        ({"messages": USER, "best": 1}, "unknown field best", "best"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "robot.*'system', 'developer', 'user'", "messages.0"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content", "messages.0.content"),
-        (
-            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages.0.content.0.type: .*'text'",
-            None,
-        ),
+        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format is not supported: the model keeps", None),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages: unknown role 'robot'", "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'", "messages"),
         ({"messages": [{**USER[0], "content": "x" * 300_000}]}, "200000 is the limit", None),
-        ({"messages": USER * 2}, "message 1 is from 'user'", "messages"),
-        ({"messages": [*USER, {"role": "assistant", "content": "x"}]}, "must be from the user", "messages"),
     ],
 )
 def test_bad_requests_are_one_clear_message(client, scripted, body, says, param):
@@ -311,7 +297,6 @@ def test_harmless_fields_of_clients_are_taken(client):
     harmless = {"user": "me", "metadata": {"a": "b"}, "store": False, "presence_penalty": 0, "frequency_penalty": 0.0}
     body = {"messages": USER, "model": "gpt-4", "response_format": {"type": "text"}, **harmless}
     assert client.post(CHAT, json=body).status_code == 200
-    assert client.post(TEXT, json={"prompt": "x", "store": True}).status_code == 400
 
 
 def test_every_error_has_the_same_shape(client):
@@ -322,7 +307,7 @@ def test_every_error_has_the_same_shape(client):
         (client.post("/v1/nope"), 404),
         (client.get("/v1/models/other"), 404),
         (client.get(CHAT), 405),
-        (client.post(CHAT, content=b"{}", headers={"Content-Type": "text/plain"}), 400),
+        (client.post(CHAT, content=b"{}"), 400),
         (client.post(CHAT, content=b"x" * (MAX_BODY + 1)), 413),
         (client.post(CHAT, content=(b"x" * 1000 for _ in range(1001))), 413),  # without a Content-Length
     ]:
