@@ -12,30 +12,32 @@ from server.metrics import Metrics
 from server.scheduler import Scheduler, Update
 from server.schemas import Sampling
 
-
 NO_MASS = 1e-9  # what top_p=0 stands for: the likeliest alone
 SILENCE = 5.0  # seconds, after which a stream says that it lives
 
 
-def engine_requests(tok, ids: list[int], body: Sampling) -> list[engine.Request]:
-    """n requests for one prompt, with seeds that count up from the one that was given."""
+def engine_requests(tok, prompts: list[list[int]], body: Sampling) -> list[engine.Request]:
+    """n requests for each prompt, with seeds that count up from the one that was given."""
     seed = random.randrange(2**31) if body.seed is None else body.seed
-    how = {"temperature": body.temperature, "top_k": body.top_k, "top_p": max(body.top_p, NO_MASS)}
-    how["logprobs"] = body.wanted_logprobs
+    how: dict = {"temperature": body.temperature, "top_k": body.top_k, "logprobs": body.wanted_logprobs}
+    how["top_p"] = body.top_p or NO_MASS
     stops = (tok.assistant_end, tok.bos)
-    return [engine.Request(ids, body.limit, seed=seed + i, stop_ids=stops, **how) for i in range(body.n or 1)]
+    seeds = range(seed, seed + (body.n or 1))
+    return [engine.Request(ids, body.limit, seed=s, stop_ids=stops, **how) for ids in prompts for s in seeds]
 
 
 class Answer:
-    """Submits `requests`, all or none: Busy where there is no room for them, Stopped where the engine is down.
+    """Submits the requests for some prompts, all or none: Busy where there is no room for them, Stopped where the
+    engine is down.
 
     The caller must `close` it, which frees the slots of what has not ended.
     """
 
-    def __init__(self, scheduler: Scheduler, tok, requests: list[engine.Request], stops: list[str], metrics: Metrics):
+    def __init__(self, scheduler: Scheduler, tok, prompts: list[list[int]], body: Sampling, metrics: Metrics):
+        requests, stops = engine_requests(tok, prompts, body), body.stops
         self.choices = [Choice(tok, stops) for _ in requests]
         self._scheduler, self._metrics, self._began = scheduler, metrics, time.perf_counter()
-        self._n_prompt, self._first = len(requests[0].ids), True
+        self._n_prompt, self._first = sum(map(len, prompts)), True
         loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
 

@@ -14,11 +14,12 @@ from server.metrics import Metrics
 MAX_BODY = 1_000_000  # bytes
 BODY_SECONDS = 20.0  # a body that takes longer is given up
 CLOSE = {"Connection": "close"}  # with a refusal, as the rest of the body is not read
+LOCKED = ("/metrics", "/tokenize", "/detokenize", "/tokenizer_info")  # beside all of /v1
 SECURITY = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 class Edge:
-    """ASGI middleware. key: what /v1 and /metrics want as a bearer token; None: nothing."""
+    """ASGI middleware. key: what /v1 and LOCKED want as a bearer token; None: nothing."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, key: str | None):
         self._app, self._metrics, self._key = app, metrics, key
@@ -51,7 +52,7 @@ class Edge:
             self._metrics.latency.labels(route).observe(time.perf_counter() - began)
 
     def _allowed(self, scope: Scope) -> bool:
-        if not self._key or not scope["path"].startswith("/v1/") and scope["path"] != "/metrics":
+        if not self._key or not scope["path"].startswith("/v1/") and scope["path"] not in LOCKED:
             return True
         scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and hmac.compare_digest(given.strip().encode("latin-1"), self._key.encode())
@@ -91,8 +92,8 @@ def whole(send: Send) -> Send:
 
 
 def bounded(receive: Receive, headers: Headers) -> Receive:
-    """`receive` of a body, unzipped where it is gzip, that raises 413 where it is, or says it is, too large and 408 where
-    it comes too slowly."""
+    """`receive` of a body, unzipped where it is gzip. Raises 413 where it is too large, or says so, and 408 where it
+    comes too slowly."""
     size, ended = 0, False
     zipped = zlib.decompressobj(31) if headers.get("content-encoding", "").lower() == "gzip" else None
     announced = headers.get("content-length", "")

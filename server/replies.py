@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Sequence
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from nanochat_jax.engine.sampling import TokenLogprob
 from server.answer import Answer
 from server.choice import Choice, Shown, Token
 from server.errors import ApiError, Stopped
 from server.schemas import Sampling
+from tokenizer import SPECIAL_TOKENS
 
 
 class ChatShape:
@@ -56,12 +58,13 @@ class ChatShape:
 
 
 class TextShape:
-    """Completions, OpenAI's older API: text that goes on from text."""
+    """Completions, OpenAI's older API: text that goes on from text. echoed: of each prompt its text and tokens, to
+    stand before what follows it; n answers to each."""
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, tok, logprobs: bool):
-        self._tok, self._logprobs = tok, logprobs
+    def __init__(self, tok, logprobs: bool, echoed: Sequence[tuple[str, list[Token]]] = (), n: int = 1):
+        self._tok, self._logprobs, self._echoed, self._n = tok, logprobs, echoed, n
 
     def opening(self, index: int) -> dict:
         return self._chunk(index, "", [])
@@ -73,7 +76,9 @@ class TextShape:
         return self._chunk(index, "", [], reason)
 
     def whole(self, index: int, choice: Choice) -> dict:
-        return self._chunk(index, choice.text, choice.tokens, choice.reason)
+        text, tokens = self._echoed[index // self._n] if self._echoed else ("", [])
+        later = [t._replace(offset=t.offset + len(text)) for t in choice.tokens]
+        return self._chunk(index, text + choice.text, [*tokens, *later], choice.reason)
 
     def _chunk(self, index: int, text: str, tokens: Sequence[Token], reason: str | None = None) -> dict:
         out = {"index": index, "text": text, "finish_reason": reason}
@@ -86,24 +91,35 @@ class TextShape:
             }
         return out
 
-
     def _named(self, id: int) -> str:
         """A token's text; where it is a piece of a character, its bytes as OpenAI writes them."""
         raw = self._tok.decode_bytes([id])
         try:
-            return raw.decode()
+            return raw.decode() or next(name for name in SPECIAL_TOKENS if getattr(self._tok, name[2:-2]) == id)
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def echo(tok, ids: Sequence[int], scores: Sequence[TokenLogprob]) -> tuple[str, list[Token]]:
+    """The text of a prompt and, where it was scored, its tokens but for the first, which is <|bos|>."""
+    starts = [len(tok.decode(ids[:end])) for end in range(1, len(ids))] if scores else []
+    return tok.decode(ids), [Token(id, s.logprob, s.top, at) for id, s, at in zip(ids[1:], scores, starts)]
+
+
+def head_of(shape, model: str) -> dict:
+    return {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
 
 async def reply(
     answer: Answer, shape: ChatShape | TextShape, request: Request, body: Sampling, model: str, headers: dict, **extra
 ):
     """The response to a request: `extra` is said beside the choices, once."""
-    head = {"id": f"{shape.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+    head = head_of(shape, model)
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return Stream(answer, _events(answer, shape, {**head, "object": shape.chunk_kind}, include_usage, extra), headers)
+        return Stream(
+            answer, _events(answer, shape, {**head, "object": shape.chunk_kind}, include_usage, extra), headers
+        )
 
     async def watch() -> None:  # the answer is given up as soon as the client has gone
         while (await request.receive())["type"] != "http.disconnect":

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from nanochat_jax.chats import prompt_of
+from tokenizer import SPECIAL_TOKENS
+from tokenizer.chat import render_prompt
 
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
@@ -30,7 +32,6 @@ REFUSED = {  # what cannot be done, unless it asks for nothing: field -> (values
     "modalities": ((["text"],), "text is all that it says"),
     "audio": ((), "text is all that it says"),
     "best_of": ((1,), "ask for several with n"),
-    "echo": ((), "the answer is what follows the prompt"),
     "suffix": ((), "the model goes on from the end of the prompt"),
 }
 
@@ -159,16 +160,65 @@ class ChatRequest(Sampling):
         return prompt_of([m.model_dump(exclude_none=True) for m in self.messages])
 
 
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+MAX_PROMPTS = 128
+
+
 class CompletionRequest(Sampling):
-    prompt: Text
+    prompt: Text | Ids | Annotated[list[Text] | list[Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+    max_tokens: int | None = Field(NEW_TOKENS, ge=0, le=1_000_000)  # 0 is for echo
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = False  # the prompt comes back before what follows it, with its log-probabilities
+
+    @model_validator(mode="after")
+    def _whole(self):
+        if self.echo and self.stream:
+            raise ValueError("echo is not supported in a stream")
+        return self
+
+    @property
+    def given(self) -> list:
+        """The prompts, each a text or ids."""
+        alone = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if alone else list(self.prompt)
 
     def chars(self) -> int:
-        return len(self.prompt)
+        return sum(map(len, self.given))
+
+    def prompts(self, tok) -> list[list[int]]:
+        """The ids of each prompt, behind one <|bos|>. ValueError for an id that there is not."""
+        found = [tok.encode(one) if isinstance(one, str) else one for one in self.given]
+        if max(map(max, filter(None, found)), default=0) >= tok.vocab_size:
+            raise ValueError(f"prompt: ids go up to {tok.vocab_size - 1}")
+        return [ids if ids[:1] == [tok.bos] else [tok.bos, *ids] for ids in found]
+
+    @property
+    def limit(self) -> int:
+        return NEW_TOKENS if self.max_tokens is None else self.max_tokens
 
     @property
     def wanted_logprobs(self) -> int:
         return -1 if self.logprobs is None else self.logprobs
+
+
+class Tokenize(Lenient):
+    """Text, or a conversation, to ids; as vLLM has it."""
+
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool | None = True
+
+    def ids(self, tok) -> list[int]:
+        if self.messages is not None:
+            return render_prompt(tok, prompt_of([m.model_dump(exclude_none=True) for m in self.messages]))
+        prompt = self.prompt or ""
+        if prompt in SPECIAL_TOKENS:
+            return [getattr(tok, prompt[2:-2])]
+        return [*([tok.bos] if self.add_special_tokens else []), *tok.encode(prompt)]
+
+
+class Detokenize(Lenient):
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 # ------------------------------------------------ responses: only described here, for the document of the API
@@ -204,6 +254,9 @@ Likely = list[dict[str, float]]
 TextLogprobs = _response(
     "TextLogprobs", tokens=list[str], token_logprobs=list[float], top_logprobs=Likely, text_offset=list[int]
 )
+Tokens = _response("Tokens", tokens=list[int], count=int, max_model_len=int)
+Detokenized = _response("Detokenized", prompt=str)
+TokenizerInfo = _response("TokenizerInfo", bos_token=str, eos_token=str, pad_token=str, vocab_size=int)
 TextChoice = _response("TextChoice", index=int, text=str, finish_reason=Ends, logprobs=(TextLogprobs | None, None))
 TextCompletion = _response("TextCompletion", **WHOLE, object=Literal["text_completion"], choices=_list(TextChoice))
 

@@ -17,7 +17,6 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 
-
 def fuzzed(few):
     """The parameters of a fuzz test: settings for a few examples, the same in every run, and, slow, for --fuzz many."""
     fast = settings(max_examples=few, deadline=None, database=None)

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT, fuzzed
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from report_fakes import full_run
 
+from conftest import ROOT, fuzzed
 from nanochat_jax.cli import positive
 from nanochat_jax.config import RunConfig
 
@@ -43,9 +43,56 @@ COMMANDS = {
     "evals.__main__": [(), ("show",), ("compare",), ("report",)],
     "server.__main__": [()],
 }
-WORDS = ["", "0", "-1", "1", "3", "1.5", "nan", "inf", "1e6", "010", "2025-10-01", "no", "on", "null", "~", "\u00e9\U0001f642"]
-WORDS += ["base", "sft", "rl,eval", "sft,", ",", "foo", "gsm8k", "bpb,core", "float32", "h100", "a100", "*", "[1", "{a: 1}"]
-WORDS += ["{chat: 1}", "{chat: 0}", "{foo: 1}", "a=b", "=", "a\nb", "a" * 300, "-", "--", "%s", "{0}", "grpo", "SSL", "127.0.0.1"]
+WORDS = [
+    "",
+    "0",
+    "-1",
+    "1",
+    "3",
+    "1.5",
+    "nan",
+    "inf",
+    "1e6",
+    "010",
+    "2025-10-01",
+    "no",
+    "on",
+    "null",
+    "~",
+    "\u00e9\U0001f642",
+]
+WORDS += [
+    "base",
+    "sft",
+    "rl,eval",
+    "sft,",
+    ",",
+    "foo",
+    "gsm8k",
+    "bpb,core",
+    "float32",
+    "h100",
+    "a100",
+    "*",
+    "[1",
+    "{a: 1}",
+]
+WORDS += [
+    "{chat: 1}",
+    "{chat: 0}",
+    "{foo: 1}",
+    "a=b",
+    "=",
+    "a\nb",
+    "a" * 300,
+    "-",
+    "--",
+    "%s",
+    "{0}",
+    "grpo",
+    "SSL",
+    "127.0.0.1",
+]
 WORDS += ["../x", "/", "/proc/x", "/dev/null", "localhost", "99999", "18446744073709551616", "demo", "[", "(", "\\"]
 
 
@@ -81,7 +128,13 @@ class Place:
         (folder / "empty").mkdir()
         (folder / "file").write_text("no folder")
         shutil.copytree(ROOT / "configs", folder / "configs")
-        for name, text in {"tiny": yaml.safe_dump(TINY), "list": "- 1", "bad": "a: [", "text": "x", "nothing": ""}.items():
+        for name, text in {
+            "tiny": yaml.safe_dump(TINY),
+            "list": "- 1",
+            "bad": "a: [",
+            "text": "x",
+            "nothing": "",
+        }.items():
             (folder / f"{name}.yaml").write_text(text)
         (folder / "wrong.yaml").write_text("model: {depth: two}\nsft: 7\n")
         (folder / "twice.yaml").write_text("model: {depth: 2}\nmodel: {depth: 3}\n")
@@ -94,7 +147,14 @@ class Place:
         (folder / "weights").mkdir()
         (folder / "weights" / "config.json").write_text('{"model_type": "nanochat"}')
         (folder / "weights" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-        self.paths = sorted(p.name for p in folder.iterdir()) + ["none", "run:sft", "run:foo", "M/chat", "M/a.txt", "file/x"]
+        self.paths = sorted(p.name for p in folder.iterdir()) + [
+            "none",
+            "run:sft",
+            "run:foo",
+            "M/chat",
+            "M/a.txt",
+            "file/x",
+        ]
         self.paths += ["run/sft", "run/config.yaml", "odd:rl", "weights/config.json", "M/chat/a.jsonl"]
 
 
@@ -195,7 +255,11 @@ def values_of(action, place):
     elif "settings" in what:
         return st.builds("{}={}".format, st.sampled_from(SETTINGS), st.sampled_from([*WORDS, *NUMBERS, *place.paths]))
     elif re.search("config|mesh|FILE|file", what):
-        fit = [p for p in place.paths if p.endswith(".yaml")] + ["configs/d12.yaml", "configs/mesh/h100_x8.yaml", "configs/miniseries_cpu.yaml"]
+        fit = [p for p in place.paths if p.endswith(".yaml")] + [
+            "configs/d12.yaml",
+            "configs/mesh/h100_x8.yaml",
+            "configs/miniseries_cpu.yaml",
+        ]
     else:
         fit = place.paths
     fit = st.sampled_from(fit)
@@ -222,7 +286,9 @@ def lines(draw, known, place):
 def test_command_lines(place, stubs, examples):
     known = [(m, words, actions_of(m, words)) for m, several in COMMANDS.items() for words in several]
     known += [k for k in known if k[0] in ("run_speedrun", "nanochat_jax.scaling")] * 4
-    assert all(actions for module, words, actions in known if "nothing" not in words and words or len(COMMANDS[module]) == 1)
+    assert all(
+        actions for module, words, actions in known if "nothing" not in words and words or len(COMMANDS[module]) == 1
+    )
 
     @examples
     @given(lines(known, place))

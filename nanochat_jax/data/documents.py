@@ -44,9 +44,9 @@ def local_documents(folder: Path, column: str, cache_dir: Path) -> FileDocuments
     """The files in and below folder/pretrain or, where there is no such folder, those in `folder` itself. UserError
     where there are fewer than two. cache_dir: where their hashes are kept."""
     root = folder / "pretrain"
-    found = root.rglob("*") if root.is_dir() else folder.glob("*")
+    paths = root.rglob("*") if root.is_dir() else folder.glob("*")
     root = root if root.is_dir() else folder
-    found = sorted(p.relative_to(root).as_posix() for p in found if not p.name.startswith(".") and p.is_file())
+    found = sorted(p.relative_to(root).as_posix() for p in paths if not p.name.startswith(".") and p.is_file())
     names = [name for name in found if kind_of(name)]
     others = [name for name in found if not kind_of(name)]
     train, val = split_names(names)

@@ -197,6 +197,25 @@ class Engine:
             self.patient = before
         return [t.completion for t in tickets]
 
+    def score(self, ids: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Log-probabilities of ids[1:], each after those before it, and of the `top` likeliest at each place.
+
+        ids: as many as the context holds, at most. Beside requests: neither slots nor cache are touched, so that any
+        thread may call it.
+        """
+        shapes = [(1, self.cfg.n_kv_head, ring, self.cfg.head_dim) for ring in kv.ring_sizes(self.cfg, self.max_len)]
+        rows = [(np.zeros(shape, self.dtype), np.zeros(shape, self.dtype)) for shape in shapes]
+        found: list[TokenLogprob] = []
+        for start in range(0, len(ids) - 1, kv.SLACK):
+            piece, targets = ids[start:-1][: kv.SLACK], ids[start + 1 :][: kv.SLACK]
+            chunk = self._shapes.chunk(len(piece), patient=False)
+            padded = [np.array([*part, *[0] * (chunk - len(piece))], np.int32) for part in (piece, targets)]
+            before = np.int32(ids[start - 1] if start else -1)
+            told, rows = self._program.score(self.params, rows, *padded, before, np.int32(start), np.int32(len(piece)))
+            for logprob, likely, values in zip(*(x[: len(piece)].tolist() for x in map(np.asarray, told))):
+                found.append(TokenLogprob(logprob, tuple(zip(likely, values))[:top]))
+        return found
+
     def warm_up(self, request: Request) -> Iterator[None]:
         """Compiles, one program at each step of the iterator, what requests with such settings can come to need.
 

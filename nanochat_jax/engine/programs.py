@@ -90,8 +90,9 @@ class Program:
 
     def __init__(self, graph, cfg: GPTConfig, dtype: np.dtype, max_len: int, fused: bool, one_core: bool = False):
         self.graph, self.cfg, self.dtype, self.max_len, self.fused = graph, cfg, dtype, max_len, fused
-        options = {"compiler_options": {"xla_cpu_multi_thread_eigen": False}} if one_core else {}
+        options: dict = {"compiler_options": {"xla_cpu_multi_thread_eigen": False}} if one_core else {}
         self.prefill, self.decode = Compiled(self._prefill, 1, **options), Compiled(self._decode, 2, **options)
+        self.score = jax.jit(self._score, donate_argnums=1, **options)
 
     def model(self, params):
         if self.fused:
@@ -134,6 +135,15 @@ class Program:
         rows = kv.take(cache, slots, span)
         self.trunk(params, rows, tokens, positions, before)
         return kv.put(cache, slots, rows, positions)
+
+    def _score(self, params, rows, tokens, targets, before, start, count):
+        """`sampling.log_probabilities` of targets (C,) after tokens (C,), of which the first `count` are valid, at
+        positions from `start`; and the cache `rows` of this one sequence with the tokens in it."""
+        steps = jnp.arange(len(tokens))
+        positions = jnp.where(steps < count, start + steps, -1)
+        rows = list(rows)
+        model, hidden = self.trunk(params, rows, tokens[None], positions[None], before[None])
+        return log_probabilities(model.logits(hidden[0]), targets), rows
 
     def _decode(self, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
         """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are valid, and the cache with them.

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT
 from data_fakes import Bytes
 
+from conftest import ROOT
 from nanochat_jax.config import BaseConfig, DataConfig, FinetuneConfig, ModelConfig, RunConfig
 from nanochat_jax.data import embedded, stories
 from nanochat_jax.data.embedded import EmbeddedDocuments

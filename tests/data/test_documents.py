@@ -24,7 +24,6 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.formats import compression_of, kind_of, texts_of
 
 
-
 def local_documents(folder, column="text", cache=None):
     return documents.local_documents(folder, column, cache or folder.parent / "cache")
 

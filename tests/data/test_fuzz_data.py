@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import fuzzed
 from data_fakes import Bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import fuzzed
 from evals.tasks import load_task
 from nanochat_jax.config import BaseConfig, DataConfig, FinetuneConfig, ModelConfig, RunConfig
 from nanochat_jax.data.check import check
@@ -80,7 +80,14 @@ UNUSABLE = [
     {"messages": [turn("user", "?"), turn("assistant", None, tool_calls=[call("f", "{")])]},
     {"instruction": None, "output": "yes"},
 ]
-BROKEN = [b'{"messages": [{"role"', b'{"messages": nul}', b'{"prompt": "\xff", "completion": "a"}', b"}", b"no", b"{" * 9]
+BROKEN = [
+    b'{"messages": [{"role"',
+    b'{"messages": nul}',
+    b'{"prompt": "\xff", "completion": "a"}',
+    b"}",
+    b"no",
+    b"{" * 9,
+]
 
 
 @st.composite
@@ -104,7 +111,9 @@ def written(file, first):
     """(bytes, marks, number left out) of a file of `chat_files`."""
     suffix, kinds, how = file
     marks = [f"m{first + i:06d}" for i in range(len(kinds))]
-    rows = [USABLE[k](m) if isinstance(k, str) else UNUSABLE[k] if isinstance(k, int) else k for k, m in zip(kinds, marks)]
+    rows = [
+        USABLE[k](m) if isinstance(k, str) else UNUSABLE[k] if isinstance(k, int) else k for k, m in zip(kinds, marks)
+    ]
     used = {m for k, m in zip(kinds, marks) if isinstance(k, str)}
     if suffix == ".parquet":
         sink = io.BytesIO()
@@ -205,7 +214,12 @@ def test_conversations(examples):
 def document_files(draw):
     kind = draw(st.sampled_from(["jsonl", "jsonl", "txt", "parquet"]))
     broken = draw(st.integers(0, 9)) == 0
-    return kind, draw(st.integers(0, 5)), broken, draw(st.sampled_from(["", ".gz", ".zst"]) if kind != "parquet" else st.just(""))
+    return (
+        kind,
+        draw(st.integers(0, 5)),
+        broken,
+        draw(st.sampled_from(["", ".gz", ".zst"]) if kind != "parquet" else st.just("")),
+    )
 
 
 def document_bytes(file, first):
@@ -251,7 +265,9 @@ def test_documents(examples):
                     documents = open_documents(config.data, cache)
                     texts = list(documents.train())
                     assert not any(fails for _, fails in made[:-1])
-                    assert {t[:7] for t in texts if t.startswith("m")} == set().union(*(marks for marks, _ in made[:-1]))
+                    assert {t[:7] for t in texts if t.startswith("m")} == set().union(
+                        *(marks for marks, _ in made[:-1])
+                    )
                     with pack_split(config, documents, Bytes(), cache, "train", log=list) as rows:
                         tokens = rows.rows(range(len(rows)))["tokens"].ravel()
                 except UserError as e:
@@ -272,7 +288,25 @@ def test_documents(examples):
 
 # ------------------------------------------------------------------------------------------------------ tables
 
-VALUES = [None, "", "What?", "#### 4", "4", "A", "B", 0, 3, 9, -1, 1.5, True, [], ["a", "b"], ["A", "B", "C", "D"], [1, 2]]
+VALUES = [
+    None,
+    "",
+    "What?",
+    "#### 4",
+    "4",
+    "A",
+    "B",
+    0,
+    3,
+    9,
+    -1,
+    1.5,
+    True,
+    [],
+    ["a", "b"],
+    ["A", "B", "C", "D"],
+    [1, 2],
+]
 VALUES += [{"text": ["a", "b"], "label": ["A", "B"]}, {"text": ["a"], "label": [None]}, {"text": None, "label": ["1"]}]
 VALUES += ["def f():\n    return 1\n", "def check(candidate):\n    assert candidate() == 1", "f"]
 COLUMNS = {

@@ -18,6 +18,7 @@ from server.choice import Choice
 from server.edge import MAX_BODY
 from server.metrics import Metrics
 from server.scheduler import Busy, Scheduler, Stopped
+from server.schemas import ChatRequest
 
 SAID = "Grüße, 世界! 🙂"
 CALL = [TOK.python_start, *b"1+2", TOK.python_end, TOK.output_start, *b"3", TOK.output_end]
@@ -279,9 +280,17 @@ def test_logprobs_of_chat(client):
         ({"messages": USER, "tool_choice": "required"}, "tool_choice is not supported: this model", None),
         ({"messages": USER, "seed": 2**63}, "seed", "seed"),
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs needs logprobs", None),
-        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format is not supported: the model keeps", None),
+        (
+            {"messages": USER, "response_format": {"type": "json_object"}},
+            "response_format is not supported: the model keeps",
+            None,
+        ),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages: unknown role 'robot'", "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "a part of type 'image_url'", "messages"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "a part of type 'image_url'",
+            "messages",
+        ),
         ({"messages": [{**USER[0], "content": "x" * 300_000}]}, "200000 is the limit", None),
     ],
 )
@@ -501,7 +510,8 @@ def test_closing_an_answer_cancels_it_in_the_engine():
 
     async def run():
         async with app.router.lifespan_context(app):
-            answer = Answer(scheduler, TOK, [Request([1, 2], 100_000)] * 3, [], Metrics(scheduler))
+            body = ChatRequest(messages=USER, n=3, max_tokens=100_000)
+            answer = Answer(scheduler, TOK, [[1, 2]], body, Metrics(scheduler))
             await anext(answer.shown())
             answer.close()
             await asyncio.to_thread(wait_for, lambda: not engine.busy)

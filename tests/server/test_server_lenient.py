@@ -6,9 +6,13 @@ import http.client
 import json
 import re
 
+import numpy as np
 import pytest
+from evals_fakes import FullLogits, tiny_model
 from fastapi.testclient import TestClient
 from server_fakes import TOK, USER, Scripted, scripted_app, serving
+
+from nanochat_jax.engine.engine import Engine
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -151,11 +155,23 @@ ORDERS = {
     ),
     "null": ([turn("user", "a"), turn("assistant", None, tool_calls=None), *USER], user("a\n\nhello")),
     "parts": (
-        [turn("user", [{"type": "text", "text": "hel", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "lo"}])],
+        [
+            turn(
+                "user",
+                [
+                    {"type": "text", "text": "hel", "cache_control": {"type": "ephemeral"}},
+                    {"type": "text", "text": "lo"},
+                ],
+            )
+        ],
         user("hello"),
     ),
     "the calculator's": (
-        [turn("user", "a"), turn("assistant", "b", tool=[{"index": 0, "name": "c", "input": "1", "output": "1"}]), *USER],
+        [
+            turn("user", "a"),
+            turn("assistant", "b", tool=[{"index": 0, "name": "c", "input": "1", "output": "1"}]),
+            *USER,
+        ],
         user("a") + said("b") + user("hello"),
     ),
 }
@@ -195,7 +211,9 @@ def test_limits_that_clients_pass(client, engine):
 BODY = json.dumps({"messages": USER, "max_tokens": 3}).encode()
 
 
-@pytest.mark.parametrize("headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json; charset=x"}])
+@pytest.mark.parametrize(
+    "headers", [{}, {"Content-Type": "text/plain"}, {"Content-Type": "application/json; charset=x"}]
+)
 def test_a_body_is_json_whatever_its_header_says(client, headers):
     assert client.post(CHAT, content=BODY, headers=headers).status_code == 200
     assert client.post(CHAT + "/", content=BODY, headers=headers).status_code == 200
@@ -238,3 +256,75 @@ def test_who_waits_hears_that_the_server_lives(monkeypatch):
         connection.request("POST", CHAT, json.dumps({"messages": USER, "stream": True, "max_tokens": 6}))
         read = connection.getresponse().read()
     assert read.startswith(b'data: {"id"') and b": waiting\n\n" in read and read.endswith(b"data: [DONE]\n\n")
+
+
+# --------------------------------------------------------------------------------------- completions, scores, tokens
+
+
+def test_several_prompts_as_texts_and_ids(client, engine):
+    for prompt, want in (
+        (["a", "bc"], [b"a", b"bc"]),
+        ([5, 6, 7], [[5, 6, 7]]),
+        ([[5, 6], [TOK.bos, 8]], [[5, 6], [8]]),
+    ):
+        got = client.post(TEXT, json={"prompt": prompt, "max_tokens": 2, "n": 2, "seed": 1}).json()
+        assert [c["index"] for c in got["choices"]] == list(range(2 * len(want)))
+        asked = [r.ids for r in engine.seen[-2 * len(want) :]]
+        assert asked == [[TOK.bos, *ids] for ids in want for _ in range(2)]
+        assert got["usage"]["prompt_tokens"] == sum(len(ids) + 1 for ids in want)
+    for prompt in ([], [[]], [9999], ["a", 5], [-1]):
+        assert client.post(TEXT, json={"prompt": prompt}).status_code == 400
+
+
+def test_tokens_of_texts_and_back(client):
+    got = client.post("/tokenize", json={"prompt": "test", "add_special_tokens": False})
+    assert got.json() == {"tokens": [*b"test"], "count": 4, "max_model_len": 192}
+    assert client.post("/tokenize", json={"prompt": "a"}).json()["tokens"] == [TOK.bos, *b"a"]
+    assert client.post("/tokenize", json={"prompt": "<|bos|>"}).json()["tokens"] == [TOK.bos]
+    want = [TOK.bos, *user("hello"), TOK.assistant_start]
+    assert client.post("/tokenize", json={"messages": USER}).json()["tokens"] == want
+    assert client.post("/detokenize", json={"tokens": [*b"test"]}).json() == {"prompt": "test"}
+    assert client.get("/tokenizer_info").json()["eos_token"] == "<|bos|>"
+
+
+@pytest.fixture(scope="module")
+def real():
+    """A real engine, its server, and the model's own logits."""
+    model = tiny_model()
+    engine = Engine(model, slots=2, max_len=192)
+    with TestClient(scripted_app(None, engine=engine)[0]) as client:
+        yield client, FullLogits(model)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 150])
+def test_scores_of_a_prompt_are_the_models(real, length):
+    client, full = real
+    text = "the quick brown fox jumps over it, " * 5
+    text = text[:length]
+    body = {"prompt": text, "max_tokens": 1, "logprobs": 2, "echo": True, "temperature": 0, "seed": 1}
+    [choice] = client.post(TEXT, json=body).json()["choices"]
+    z = full([TOK.bos, *text.encode()])
+    logp = z - np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)) - z.max(-1, keepdims=True)
+    told, best = choice["logprobs"], logp.argmax(-1)
+    want = [logp[i, id] for i, id in enumerate([*text.encode(), best[-1]])]
+    assert len(told["tokens"]) == length + 1 and told["tokens"][:length] == list(text)
+    np.testing.assert_allclose(told["token_logprobs"], want, atol=2e-4)
+    assert told["text_offset"] == list(range(length + 1))
+    for top, logprob, id, b in zip(told["top_logprobs"], told["token_logprobs"], [*text.encode(), best[-1]], best):
+        assert len(top) == 2 and (logprob == max(top.values())) == (id == b)
+    none = client.post(TEXT, json={**body, "max_tokens": 0}).json()["choices"][0]
+    assert none["text"] == text and none["logprobs"]["token_logprobs"] == told["token_logprobs"][:-1]
+
+
+def test_an_echo_before_an_answer(real):
+    client, _ = real
+    plain = client.post(TEXT, json={"prompt": "abc", "max_tokens": 5, "temperature": 0, "logprobs": 1}).json()[
+        "choices"
+    ][0]
+    both = client.post(
+        TEXT, json={"prompt": "abc", "max_tokens": 5, "temperature": 0, "logprobs": 1, "echo": True}
+    ).json()["choices"][0]
+    assert both["text"] == "abc" + plain["text"]
+    assert both["logprobs"]["tokens"][3:] == plain["logprobs"]["tokens"]
+    assert both["logprobs"]["text_offset"][3:] == [3 + at for at in plain["logprobs"]["text_offset"]]
+    assert client.post(TEXT, json={"prompt": "abc", "echo": True, "stream": True}).status_code == 400
