@@ -18,6 +18,7 @@ and evals/<stage>.bpb.jsonl for each row of validation text its index, id, bits 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nanochat_jax.files import atomic_write_text, read_json
 
 ORDER = ("base", "mid", "sft", "rl")
 SHORT, LONG = 12, 100  # characters of a question that is suggested to visitors
+_ASKS = re.compile(r"(what|how|who|where|when|why|which|can|could|would|will|is|are|do|does|did)\b", re.IGNORECASE)
 
 
 def content_id(content: bytes) -> str:
@@ -125,6 +127,12 @@ def suggestions(run_dir: str | Path, stage: str, most: int = 4) -> list[dict]:
         lines = read(path_of(run_dir, stage, kind))
         right = [line["prompt"] for line in lines if line["correct"] and line.get("finish_reason") == "stop"]
         fit = (p for p in right if SHORT <= len(p) <= LONG and "\n" not in p)
-        if best := min(fit, key=lambda p: (not p[0].isupper(), not p.endswith("?"), len(p)), default=""):
+        if best := min(fit, key=lambda p: (not p[0].isupper(), not _is_plain(p), len(p)), default=""):
             found.append({"kind": kind, "text": best})
     return found[:most]
+
+
+def _is_plain(text: str) -> bool:
+    """A question has a question mark, and nothing else has one."""
+    last = re.split(r"[.!,] ", text)[-1]
+    return text.endswith("?") if _ASKS.match(last) else text[-1] in ".!"
