@@ -21,6 +21,7 @@ from server.edge import Edge
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.replies import ChatShape, TextShape, echo, head_of, reply
+from server.responses import ResponsesRequest, respond
 from server.scheduler import Scheduler
 from server.schemas import ChatRequest, CompletionRequest
 
@@ -150,6 +151,13 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
         usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
         head = head_of(shape, model) | {"object": shape.kind}
         return JSONResponse({**head, "choices": choices, "usage": usage}, headers=headers)
+
+    @app.post("/v1/responses", responses=_documented(*posted, model=schemas.Response, content=streams))
+    async def responses(body: ResponsesRequest, request: Request):
+        headers = ignored(body)
+        limit = dialogue.prompt_limit(scheduler.engine, body.limit)
+        fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
+        return await respond(Answer(scheduler, tok, [fitted.ids], body, metrics), request, body, model, headers)
 
     @app.post("/tokenize", responses=_documented(*posted, model=schemas.Tokens))
     async def tokenize(body: schemas.Tokenize):

@@ -16,6 +16,8 @@ from server.errors import ApiError, Stopped
 from server.schemas import Sampling
 from tokenizer import SPECIAL_TOKENS
 
+WAITING = ": waiting\n\n"  # a comment of an event stream
+
 
 class ChatShape:
     """Chat completions. The calculator's calls are in `tool`, which OpenAI has not; `content` is what is visible."""
@@ -121,7 +123,16 @@ async def reply(
             answer, _events(answer, shape, {**head, "object": shape.chunk_kind}, include_usage, extra), headers
         )
 
-    async def watch() -> None:  # the answer is given up as soon as the client has gone
+    await to_the_end(answer, request)
+    choices = [shape.whole(i, choice) for i, choice in enumerate(answer.choices)]
+    whole = {**head, "object": shape.kind, **extra, "choices": choices, "usage": answer.usage()}
+    return JSONResponse(whole, headers=headers)
+
+
+async def to_the_end(answer: Answer, request: Request) -> None:
+    """Waits for an answer, which is given up as soon as the client has gone."""
+
+    async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
         answer.close()
@@ -135,9 +146,6 @@ async def reply(
     finally:
         watching.cancel()
         answer.close()
-    choices = [shape.whole(i, choice) for i, choice in enumerate(answer.choices)]
-    whole = {**head, "object": shape.kind, **extra, "choices": choices, "usage": answer.usage()}
-    return JSONResponse(whole, headers=headers)
 
 
 class Stream(StreamingResponse):
@@ -159,7 +167,7 @@ class Stream(StreamingResponse):
 async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra: dict) -> AsyncIterator[str]:
     def event(choices: list, **more) -> str:
         usage = {"usage": None} if include_usage else {}
-        return _data({**head, "choices": choices, **usage, **more})
+        return data({**head, "choices": choices, **usage, **more})
 
     # at once, however long it may have to wait: proxies and browsers give up where nothing comes
     yield event([shape.opening(i) for i in range(len(answer.choices))], **extra)
@@ -170,15 +178,15 @@ async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra:
             if reason := answer.choices[index].reason:
                 ready.append(event([shape.closing(index, reason)]))
             if not answer.ended and (ready or not parts):
-                yield "".join(ready) or ": waiting\n\n"
+                yield "".join(ready) or WAITING
                 ready = []
     except Stopped as e:
-        ready.append(_data(e.body()))
+        ready.append(data(e.body()))
     else:
         if include_usage:
             ready.append(event([], usage=answer.usage()))
     yield "".join(ready) + "data: [DONE]\n\n"
 
 
-def _data(value: dict) -> str:
+def data(value: dict) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

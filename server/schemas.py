@@ -254,6 +254,20 @@ Likely = list[dict[str, float]]
 TextLogprobs = _response(
     "TextLogprobs", tokens=list[str], token_logprobs=list[float], top_logprobs=Likely, text_offset=list[int]
 )
+OutputText = _response("OutputText", type=Literal["output_text"], text=str, annotations=list, logprobs=list)
+OutputMessage = _response(
+    "OutputMessage", type=Literal["message"], id=str, status=str, role=Literal["assistant"], content=_list(OutputText)
+)
+Response = _response(
+    "Response",
+    id=str,
+    object=Literal["response"],
+    created_at=int,
+    status=Literal["completed", "incomplete"],
+    model=str,
+    output=_list(OutputMessage),
+    usage=dict[str, Any],
+)
 Tokens = _response("Tokens", tokens=list[int], count=int, max_model_len=int)
 Detokenized = _response("Detokenized", prompt=str)
 TokenizerInfo = _response("TokenizerInfo", bos_token=str, eos_token=str, pad_token=str, vocab_size=int)
