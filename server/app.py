@@ -84,9 +84,9 @@ def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: di
 
     @app.get("/ready", responses={200: {"model": schemas.Ready}, 503: {"model": schemas.Error}})
     async def ready():
-        """Requests are taken and worked on."""
+        """Requests are taken and worked on. compiled: none of the usual ones has to wait for a compilation."""
         if scheduler.ready:
-            return JSONResponse({"status": "ready"})
+            return JSONResponse({"status": "ready", "compiled": scheduler.compiled})
         raise ApiError(503, "the engine does not take requests")
 
     @app.get("/metrics", response_class=Response, responses=_documented(401, content={"text/plain": {}}))

@@ -28,13 +28,14 @@ class Job:
 class Scheduler:
     """Runs requests until `stop`, in a thread of its own. `submit` and `cancel` may be called from any thread.
 
-    likely: a request such as most will be; what such requests can need is compiled while there is nothing else to do.
+    likely: a request such as most will be; what such requests can need is compiled in another thread, beside requests.
     """
 
     def __init__(self, engine: Engine, max_waiting: int = 64, likely: Request | None = None):
         self.engine = engine
         self.failure: Exception | None = None
-        self._to_compile = None if likely is None else engine.warm_up(likely)
+        self.compiled = likely is None  # what such requests can need
+        self._warming = threading.Thread(target=self._warm_up, args=[likely], name="warm-up", daemon=True)
         self._max_waiting = max_waiting
         self._inbox: queue.Queue[Job | None] = queue.Queue()  # None: stop
         self._jobs: dict[Ticket, Job] = {}  # only the engine thread touches it
@@ -45,13 +46,16 @@ class Scheduler:
 
     def start(self) -> None:
         self._thread.start()
+        if not self.compiled:
+            self._warming.start()
 
     def stop(self) -> None:
         """Ends the thread after its present step; what is unfinished gets Stopped."""
         self._stopping = True
         self._inbox.put(None)
-        if self._thread.is_alive():
-            self._thread.join()
+        for thread in (self._thread, self._warming):
+            if thread.is_alive():
+                thread.join()
 
     @property
     def alive(self) -> bool:
@@ -93,6 +97,15 @@ class Scheduler:
         took = sum(self._took) / len(self._took) if self._took else 1.0
         return min(60, max(1, math.ceil(took * wanted / self.engine.slots)))
 
+    def _warm_up(self, likely: Request) -> None:
+        """A program at a time, while no request is worked on: on a CPU both want the cores."""
+        programs = self.engine.warm_up(likely)
+        while self.alive and not self.compiled:
+            if self.engine.busy:
+                time.sleep(0.01)
+            else:
+                self.compiled = next(programs, self) is self
+
     def _run(self) -> None:
         try:
             while not self._stopping:
@@ -101,8 +114,6 @@ class Scheduler:
                     for event in self.engine.step():
                         job = self._jobs[event.ticket] if event.completion is None else self._jobs.pop(event.ticket)
                         self._deliver(job, event)
-                elif self._to_compile is not None and next(self._to_compile, self) is self:
-                    self._to_compile = None
         except Exception as e:
             self.failure = e
         with self._lock:
@@ -117,7 +128,7 @@ class Scheduler:
         """Takes everything that has come; waits for something where there is nothing to do."""
         while not self._stopping:
             try:
-                job = self._inbox.get(block=not self.engine.busy and self._to_compile is None)
+                job = self._inbox.get(block=not self.engine.busy)
             except queue.Empty:
                 return
             if job is None or job.ended:

@@ -287,6 +287,6 @@ Health = _response(
     active=int,
     queued=int,
 )
-Ready = _response("Ready", status=Literal["ready"])
+Ready = _response("Ready", status=Literal["ready"], compiled=bool)
 ErrorDetail = _response("ErrorDetail", message=str, type=str, param=str | None, code=str | None)
 Error = _response("Error", error=ErrorDetail)

@@ -30,7 +30,7 @@ from nanochat_jax import devices as chips
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
 from nanochat_jax.engine.cache import Slot
-from nanochat_jax.engine.programs import Shapes, kernels_agree, prepared, program_of
+from nanochat_jax.engine.programs import Shapes, abstract, kernels_agree, prepared, program_of
 from nanochat_jax.engine.sampling import Mode, Request, Settings, TokenLogprob, mode
 from nanochat_jax.mesh import sharding
 
@@ -219,21 +219,20 @@ class Engine:
     def warm_up(self, request: Request) -> Iterator[None]:
         """Compiles, one program at each step of the iterator, what requests with such settings can come to need.
 
-        For idle time: a request that needs a program that is not there yet waits for its compilation. The programs run
-        for no ticket: nothing is decoded and nothing in the cache changes.
+        Any thread may do it, beside requests: nothing runs, and a request waits for its own programs alone.
         """
         how = mode([request], self.cfg.vocab_size)
         widths = sorted({self._shapes.width(n) for n in range(1, self._each + 1)})
         spans = sorted({self._shapes.span(n) for n in range(1, self.max_len + 1)})
         for width in widths:
-            self._run_copy({}, width)
+            self._run_copy({}, width, compile_only=True)
             yield
         for span, width in itertools.product(spans, widths):
             for chunk in self._shapes.chunks:
-                self._run_prefill([], width, chunk, span)
+                self._run_prefill([], width, chunk, span, compile_only=True)
                 yield
             if not self._program.fused or span == spans[0]:  # one fused program serves all spans
-                self._run_decode([], width, how, span, 0)
+                self._run_decode([], width, how, span, 0, compile_only=True)
                 yield
 
     # ----------------------------------------------------------------------------------------- the scheduler
@@ -400,14 +399,19 @@ class Engine:
         table.flat[rows] = [s.place for s in slots]
         return table, rows
 
-    def _run_copy(self, copies: dict[Slot, Slot], width: int) -> None:
+    def _run_copy(self, copies: dict[Slot, Slot], width: int, compile_only: bool = False) -> None:
         """Copies slots; {to: from}, both on the same device."""
         to, rows = self._rows(list(copies), width)
         sources = to.copy()
         sources.flat[rows] = [s.place for s in copies.values()]
-        self._cache = kv.copy(self._cache, sources, to)
+        if compile_only:
+            kv.copy.lower(*abstract((self._cache, sources, to))).compile()
+        else:
+            self._cache = kv.copy(self._cache, sources, to)
 
-    def _run_prefill(self, tickets: Sequence[Ticket], width: int, chunk: int, span: int) -> None:
+    def _run_prefill(
+        self, tickets: Sequence[Ticket], width: int, chunk: int, span: int, compile_only: bool = False
+    ) -> None:
         """Puts the next `chunk` ids of the prompts of tickets into the cache."""
         table, rows = self._rows([self._running[t] for t in tickets], width)
         R = table.size
@@ -422,9 +426,14 @@ class Engine:
             slot.ids += piece
             slot.written = max(slot.written, t.filled)
         args = self.params, self._cache, table, tokens, before, start, count
-        self._cache = self._program.prefill(span, *args)
+        if compile_only:
+            self._program.prefill.compile(span, *args)
+        else:
+            self._cache = self._program.prefill(span, *args)
 
-    def _run_decode(self, tickets: Sequence[Ticket], width: int, how: Mode, span: int, n: int) -> list[list]:
+    def _run_decode(
+        self, tickets: Sequence[Ticket], width: int, how: Mode, span: int, n: int, compile_only: bool = False
+    ) -> list[list]:
         """Decodes n tokens of each ticket: their ids and, where `how` wants them, `sampling.log_probabilities`."""
         table, rows = self._rows([self._running[t] for t in tickets], width)
         R = table.size
@@ -440,6 +449,9 @@ class Engine:
         if self._program.fused:  # kernels see for themselves how far they must look: one program serves all
             span = self.max_len
         args = self.params, self._cache, table, last, position, forced, settings, n
+        if compile_only:
+            self._program.decode.compile(span, how, *args)
+            return []
         out, self._cache = self._program.decode(span, how, *args)
         arrays = [np.asarray(o) for o in out]
         return [[a[row, :n] for a in arrays] for row in rows]

@@ -71,14 +71,37 @@ class Compiled:
         self._static, self._made, self._lock = static, set[tuple](), threading.Lock()
 
     def __call__(self, *args):
+        key, args = self._of(*args)
+        with contextlib.nullcontext() if key in self._made else self._lock:
+            out = self.jitted(*args)
+        self._made.add(key)
+        return out
+
+    def compile(self, *args) -> None:
+        """What a call with such arguments needs; nothing runs. From any thread: only their shapes are looked at."""
+        key, args = self._of(*args)
+        with self._lock:
+            if key not in self._made:
+                how, given = args[: self._static], args[self._static :]
+                self.jitted.lower(*how, *abstract(given)).compile()
+            self._made.add(key)
+
+    def _of(self, *args) -> tuple[tuple, tuple]:
+        """(what a program is known by, its arguments)"""
         how, (params, cache, slots, *rest) = args[: self._static], args[self._static :]
         if slots.shape[1] == cache[0][0].shape[1]:
             slots = None  # all of them, in their order
-        key = *how, slots is None, rest[0].shape
-        with contextlib.nullcontext() if key in self._made else self._lock:
-            out = self.jitted(*how, params, cache, slots, *rest)
-        self._made.add(key)
-        return out
+        return (*how, slots is None, rest[0].shape), (*how, params, cache, slots, *rest)
+
+
+def abstract(tree):
+    """The shapes of arrays, as `jax.jit` tells programs apart."""
+
+    def shape_of(x):
+        split = x.sharding if isinstance(x, jax.Array) and x.committed else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split) if hasattr(x, "shape") else x
+
+    return jax.tree.map(shape_of, tree)
 
 
 class Program:

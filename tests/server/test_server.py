@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -458,16 +459,19 @@ def test_scheduler_bounds_its_queue_and_counts():
         scheduler.submit([REQUEST], third[2])
 
 
-def test_scheduler_compiles_while_there_is_nothing_else_to_do():
-    engine = Scripted(SCRIPT)
+def test_scheduler_compiles_beside_requests_and_no_more_than_one_program_while_there_are_any():
+    engine, gate = Scripted(SCRIPT), threading.Event()
     scheduler = Scheduler(engine, likely=REQUEST)
-    got = collector()
+    got, busy = collector(), type(engine).busy.fget
+    engine.step = lambda step=engine.step: gate.wait(10) and step()
     scheduler.submit([REQUEST], got[2])
-    compiled, step = [], engine.step
-    engine.step = lambda: compiled.append(engine.compiled) or step()
     scheduler.start()
-    assert got[1].wait(10) and set(compiled) == {0}  # the request went first
-    wait_for(lambda: engine.compiled == 3)
+    wait_for(lambda: busy(engine))
+    time.sleep(0.1)
+    assert engine.compiled <= 1 and not scheduler.compiled
+    gate.set()
+    assert got[1].wait(10)
+    wait_for(lambda: engine.compiled == 3 and scheduler.compiled)
     scheduler.stop()
 
 
