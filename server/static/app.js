@@ -1,11 +1,13 @@
 // The page: which conversation is shown, what is sent, and what comes back.
 
 import { ApiError, complete, health } from "./api.js";
-import { $, el, iconButton, say } from "./dom.js";
+import { $, composing, el, iconButton, say } from "./dom.js";
 import { contentOf, grow, MessageView, sendOnEnter, take, textOf } from "./message.js";
 import { commandOf, HELP, reloadSettings, sampling, setByCommand, settings, setUpSettings } from "./settings.js";
 import { closeDrawer, drawerOpen, drawList, setUpSidebar } from "./sidebar.js";
 import * as store from "./store.js";
+
+const LONGEST = 200_000;  // characters of a message: the server's limit
 
 const GREEDY = { temperature: 0 };  // as a suggested question was answered rightly
 const SAVE_EVERY = 1000;  // ms, of a reply that is being written
@@ -353,6 +355,10 @@ function setUp() {
     event.preventDefault();
     const value = text.value.trim();
     if (!value) return;
+    if (value.length > LONGEST) {
+      notice(`The message has ${value.length.toLocaleString()} characters; ${LONGEST.toLocaleString()} are the limit.`);
+      return;
+    }
     const asCommand = commandOf(value);
     if (asCommand ? !command(...asCommand) : busy()) return;
     text.value = "";
@@ -395,7 +401,7 @@ function setUp() {
   };
   new ResizeObserver(() => follow && toBottom()).observe($("scroll"));
   addEventListener("keydown", event => {
-    if (event.key !== "Escape" || $("settings").open) return;
+    if (event.key !== "Escape" || composing(event) || $("settings").open) return;
     if (drawerOpen()) closeDrawer();
     else if (runs.has(chat.id)) stop();
     else $("notice").replaceChildren();

@@ -13,6 +13,9 @@ export function el(tag, props = {}, ...children) {
   return node;
 }
 
+/** Whether a key belongs to an input method that is composing a character. */
+export const composing = event => event.isComposing || event.keyCode === 229;
+
 /** One of the symbols in index.html. */
 export function icon(name) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");

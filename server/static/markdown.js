@@ -181,24 +181,25 @@ function render(block, makeChip, depth) {
     case "code":
       return codeBlock(block, makeChip);
     case "heading":
-      return el("h" + Math.min(6, block.level + 2), {}, text(block.text));  // h1 and h2 are the page's
+      return el("h" + Math.min(6, block.level + 2), { dir: "auto" }, text(block.text));  // h1 and h2 are the page's
     case "rule":
       return el("hr");
     case "quote":
-      return el("blockquote", {}, ...nested(block.inner));
+      return el("blockquote", { dir: sideOf(block.inner) }, ...nested(block.inner));
     case "list": {
       const items = block.items.map(inner => el("li", {}, ...nested(inner)));
-      return block.ordered ? el("ol", { start: block.number }, ...items) : el("ul", {}, ...items);
+      const dir = sideOf(block.items[0]);
+      return block.ordered ? el("ol", { start: block.number, dir }, ...items) : el("ul", { dir }, ...items);
     }
     case "table": {
       const row = (tag, values) =>
-        el("tr", {}, ...block.align.map((side, c) => el(tag, { className: side }, text(values[c] ?? ""))));
+        el("tr", {}, ...block.align.map((side, c) => el(tag, { className: side, dir: "auto" }, text(values[c] ?? ""))));
       const body = el("tbody", {}, ...block.rows.map(values => row("td", values)));
       const whole = el("table", {}, el("thead", {}, row("th", block.head)), body);
       return el("div", { className: "table", tabIndex: 0, role: "region", "aria-label": "Table" }, whole);
     }
     default:
-      return el("p", {}, text(block.text));
+      return el("p", { dir: "auto" }, text(block.text));
   }
 }
 
@@ -235,6 +236,8 @@ function link(href, ...children) {
 const AUTOLINK = /<((?:https?:\/\/|mailto:)[^\s<>\uFFFC]+)>/y;
 const BARE = /https?:\/\/[^\s<>"'`|*\uFFFC]+/y;
 const TARGET = /\(\s*(?:<([^<>\n]*)>|([^\s()]*(?:\([^\s()]*\)[^\s()]*)*))(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
+const FORMULAS = { "\\(": "\\)", "\\[": "\\]", "$$": "$$" };
+const RIGHT_TO_LEFT = /^[^\p{L}]*[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
 const wordAt = (text, i) => i >= 0 && i < text.length && /[\p{L}\p{N}]/u.test(text[i]);
 const spaceAt = (text, i) => i < 0 || i >= text.length || /\s/.test(text[i]);
 
@@ -272,8 +275,13 @@ function special(text, i, hopeless) {
   switch (text[i]) {
     case "\n":
       return { node: el("br"), end: i + 1 };
-    case "\\":
+    case "$":
+    case "\\": {
+      const end = formulaEnd(text, i, hopeless);
+      if (end) return { plain: text.slice(i, end), end };  // as it was written: its marks are no emphasis
+      if (text[i] === "$") return null;
       return /[!-/:-@[-`{-~]/.test(text[i + 1] ?? "") ? { plain: text[i + 1], end: i + 2 } : null;
+    }
     case "`":
       return codeSpan(text, i);
     case "*":
@@ -294,6 +302,21 @@ function special(text, i, hopeless) {
     default:
       return null;
   }
+}
+
+/** Where the formula that begins at i ends; null where none does. */
+function formulaEnd(text, i, hopeless) {
+  const open = text.slice(i, i + 2);
+  const close = FORMULAS[open];
+  if (!close || hopeless.has(open)) return null;
+  const at = text.indexOf(close, i + 2);
+  if (at < 0) hopeless.add(open);
+  return at < 0 ? null : at + 2;
+}
+
+/** On which side lines begin whose paragraphs say so themselves: dir="auto" does not look into these. */
+function sideOf(lines) {
+  return RIGHT_TO_LEFT.test(lines.join("\n")) ? "rtl" : "ltr";
 }
 
 function runLength(text, i) {

@@ -1,6 +1,6 @@
 // One message of a conversation on the page.
 
-import { copyButton, el, icon, iconButton } from "./dom.js";
+import { composing, copyButton, el, icon, iconButton } from "./dom.js";
 import { chipMark, Markdown, plainSource } from "./markdown.js";
 
 /** What was said, without the calculator's part. */
@@ -94,6 +94,7 @@ export class MessageView {
       el("h2", { className: "visually-hidden" }, user ? "You said" : "Reply"), this.body);
     if (user) {
       this.body.textContent = message.text;
+      this.body.dir = "auto";
       this.again = iconButton("edit", "Edit message", () => this.edit());
     } else {
       this.markdown = new Markdown(this.body, index => chip(this.calls[index]));
@@ -138,7 +139,7 @@ export class MessageView {
   }
 
   edit() {
-    const text = el("textarea", { value: this.message.text, rows: 1, "aria-label": "Edit your message" });
+    const text = el("textarea", { value: this.message.text, rows: 1, dir: "auto", "aria-label": "Edit your message" });
     const close = () => {
       form.replaceWith(this.body);
       this.tools.hidden = false;
@@ -153,7 +154,7 @@ export class MessageView {
     };
     text.oninput = () => grow(text);
     form.onkeydown = event => {
-      if (event.key === "Escape") {
+      if (event.key === "Escape" && !composing(event)) {
         event.stopPropagation();
         close();
       } else if (event.target === text) sendOnEnter(event, form);
@@ -172,7 +173,8 @@ export function grow(area) {
 }
 
 export function sendOnEnter(event, form) {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || composing(event)) return;
+  if (!matchMedia("(pointer: fine)").matches) return;  // a touch screen has no other key to break a line
   event.preventDefault();
   form.requestSubmit();
 }

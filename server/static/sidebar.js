@@ -1,6 +1,6 @@
 // The list of conversations, and on narrow screens the drawer that it is in.
 
-import { $, el, iconButton } from "./dom.js";
+import { $, composing, el, iconButton } from "./dom.js";
 import { newestFirst } from "./store.js";
 
 const narrow = matchMedia("(max-width: 800px)");
@@ -33,7 +33,7 @@ function row(chat, current, actions) {
 }
 
 function rename(item, chat, current, actions) {
-  const input = el("input", { value: chat.title, maxLength: 80, "aria-label": "Title of the conversation" });
+  const input = el("input", { value: chat.title, maxLength: 80, dir: "auto", "aria-label": "Title of the conversation" });
   let ended = false;
   const end = keep => {
     if (ended) return;  // to replace the input blurs it, which ends it as well
@@ -46,7 +46,7 @@ function rename(item, chat, current, actions) {
   };
   const focusRow = () => [...$("chats").children].find(i => i.dataset.id === chat.id)?.querySelector("button").focus();
   input.onkeydown = event => {
-    if (event.key !== "Enter" && event.key !== "Escape") return;
+    if ((event.key !== "Enter" && event.key !== "Escape") || composing(event)) return;
     event.stopPropagation();
     event.preventDefault();
     end(event.key === "Enter");

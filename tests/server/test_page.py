@@ -203,7 +203,10 @@ def box(page):
 
 def ask(page, text):
     box(page).fill(text)
-    page.keyboard.press("Enter")
+    if page.evaluate("matchMedia('(pointer: fine)').matches"):
+        page.keyboard.press("Enter")
+    else:
+        button(page, "Send").tap()
 
 
 def replies(page):
@@ -935,6 +938,77 @@ def test_a_narrow_phone(opens, api):
 
 def ground(page):
     return page.locator("body").evaluate("e => getComputedStyle(e).backgroundColor")
+
+
+def key(page, name, **more):
+    """A key as an input method sends it."""
+    event = {"key": name, "bubbles": True, "cancelable": True, **more}
+    page.evaluate("e => document.activeElement.dispatchEvent(new KeyboardEvent('keydown', e))", event)
+
+
+@pytest.mark.parametrize("composes", [{"keyCode": 229}, {"isComposing": True}], ids=lambda c: next(iter(c)))
+def test_keys_that_an_input_method_composes_with_do_nothing_else(page, api, composes):
+    box(page).fill("\u3053\u3093")
+    key(page, "Enter", **composes)
+    assert box(page).input_value() == "\u3053\u3093" and not api.bodies
+    page.keyboard.press("Enter")
+    whole(page)
+    button(page, "Rename \u201c\u3053\u3093\u201d").click()
+    page.get_by_label("Title of the conversation").fill("\u65e5")
+    for name in ("Enter", "Escape"):
+        key(page, name, **composes)
+    page.keyboard.press("Enter")
+    expect(chats(page)).to_have_text(["\u65e5"])
+    page.locator(".user").hover()
+    button(page, "Edit message").click()
+    page.get_by_label("Edit your message").fill("\u65e5\u672c")
+    key(page, "Escape", **composes)
+    assert page.get_by_label("Edit your message").input_value() == "\u65e5\u672c"
+    page.keyboard.press("Escape")
+    api.says("So far", gate := threading.Event(), "and on")
+    ask(page, "Count")
+    expect(replies(page).last).to_have_text("So far")
+    key(page, "Escape", **composes)  # which else would stop it
+    gate.set()
+    expect(replies(page).last).to_have_text("So farand on")
+
+
+def test_text_stands_where_its_script_begins(page, api):
+    api.says("\u05e9\u05dc\u05d5\u05dd\n\n- \u0645\u0631\u062d\u0628\u0627\n\nHello")
+    ask_and_wait(page, "\u05e9\u05dc\u05d5\u05dd")
+    ways = "es => es.map(e => getComputedStyle(e).direction)"
+    assert replies(page).locator("> p").evaluate_all(ways) == ["rtl", "ltr"]
+    assert replies(page).locator("li").evaluate_all(ways) == ["rtl"]
+    assert page.locator(".user .bubble").evaluate_all(ways) == ["rtl"]
+    box(page).fill("\u05e9")
+    assert box(page).evaluate("e => getComputedStyle(e).direction") == "rtl"
+
+
+def test_enter_breaks_a_line_on_a_touch_screen(opens, api):
+    page = opens(viewport={"width": 360, "height": 700}, is_mobile=True, has_touch=True)
+    box(page).fill("one")
+    page.keyboard.press("Enter")
+    page.keyboard.type("two")
+    assert box(page).input_value() == "one\ntwo" and not api.bodies
+    button(page, "Send").tap()
+    whole(page)
+    assert api.bodies[-1]["messages"] == [{"role": "user", "content": "one\ntwo"}]
+
+
+def test_formulas_are_shown_as_they_were_written(page, api):
+    text = r"\(a_b + c_d\) and \[ x_1 * y_1 * z \] and $$a_i b_i$$, but \*not\* *this*; \( open"
+    api.says(*(text[i : i + 5] for i in range(0, len(text), 5)))
+    ask_and_wait(page, "A formula")
+    want = r"\(a_b + c_d\) and \[ x_1 * y_1 * z \] and $$a_i b_i$$, but *not* this; ( open"
+    expect(replies(page)).to_have_text(want)
+    expect(replies(page).locator("em")).to_have_text(["this"])
+
+
+def test_a_message_beyond_the_servers_limit_is_not_sent(page, api):
+    box(page).fill("x" * 200_001)
+    page.keyboard.press("Enter")
+    expect(page.locator("#notice")).to_contain_text("200,001 characters; 200,000 are the limit")
+    assert not api.bodies and len(box(page).input_value()) == 200_001
 
 
 def test_light_and_dark(opens):
