@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 
 from nanochat_jax.engine import engine
 from server.choice import Choice, Shown
+from server.errors import ApiError
 from server.metrics import Metrics
 from server.scheduler import Scheduler, Update
 from server.schemas import Sampling
@@ -20,7 +21,9 @@ def engine_requests(tok, prompts: list[list[int]], body: Sampling) -> list[engin
     """n requests for each prompt, with seeds that count up from the one that was given."""
     seed = random.randrange(2**31) if body.seed is None else body.seed
     how: dict = {"temperature": body.temperature, "top_k": body.top_k, "logprobs": body.wanted_logprobs}
-    how["top_p"] = body.top_p or NO_MASS
+    how |= {"top_p": body.top_p or NO_MASS, "shaping": body.shaping}
+    if body.shaping and (unknown := [id for id, _ in body.shaping.bias if id >= tok.vocab_size]):
+        raise ApiError(400, f"logit_bias: ids go up to {tok.vocab_size - 1}, and {unknown[0]} is beyond", "logit_bias")
     stops = (tok.assistant_end, tok.bos)
     seeds = range(seed, seed + (body.n or 1))
     return [engine.Request(ids, body.limit, seed=s, stop_ids=stops, **how) for ids in prompts for s in seeds]

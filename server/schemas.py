@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from nanochat_jax.chats import prompt_of
+from nanochat_jax.engine.sampling import Shaping
 from tokenizer import SPECIAL_TOKENS
 from tokenizer.chat import render_prompt
 
@@ -24,11 +25,6 @@ REFUSED = {  # what cannot be done, unless it asks for nothing: field -> (values
     "tool_choice": (("auto", "none"), ALONE),
     "function_call": (("auto", "none"), ALONE),
     "response_format": (({"type": "text"},), "the model keeps to no form"),
-    "logit_bias": ((), "logits are taken as they are"),
-    "presence_penalty": ((), "nothing is penalised"),
-    "frequency_penalty": ((), "nothing is penalised"),
-    "repetition_penalty": ((1,), "nothing is penalised"),
-    "min_p": ((), "take top_p or top_k"),
     "modalities": ((["text"],), "text is all that it says"),
     "audio": ((), "text is all that it says"),
     "best_of": ((1,), "ask for several with n"),
@@ -45,6 +41,7 @@ def _unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_unicode)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[Text, Field(max_length=500)]
 
 
@@ -96,6 +93,11 @@ class Sampling(Lenient):
     top_k: int | None = Field(50, ge=0, le=1_000_000)  # 0: all; not OpenAI's
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    presence_penalty: float | None = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float | None = Field(1.0, ge=0.1, le=10)  # this one and min_p are vLLM's
+    min_p: float | None = Field(0.0, ge=0, le=1)
+    logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,7}$")], Bias] | None = Field(None, max_length=1024)
 
     @model_validator(mode="after")
     def _bounded(self):
@@ -120,6 +122,14 @@ class Sampling(Lenient):
     @abstractmethod
     def wanted_logprobs(self) -> int:
         """Of how many likely tokens beside the chosen one; -1: none at all."""
+
+    @property
+    def shaping(self) -> Shaping | None:
+        """What is to be done to logits; None where nothing is."""
+        bias = tuple((int(id), value) for id, value in (self.logit_bias or {}).items() if value)
+        penalties = self.presence_penalty or 0.0, self.frequency_penalty or 0.0, self.repetition_penalty or 1.0
+        wanted = Shaping(*penalties, self.min_p or 0.0, bias)
+        return None if wanted == Shaping() else wanted
 
     @property
     def stops(self) -> list[str]:

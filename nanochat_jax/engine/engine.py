@@ -31,7 +31,7 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
 from nanochat_jax.engine.cache import Slot
 from nanochat_jax.engine.programs import Shapes, abstract, kernels_agree, prepared, program_of
-from nanochat_jax.engine.sampling import Mode, Request, Settings, TokenLogprob, mode
+from nanochat_jax.engine.sampling import Mode, Request, Settings, Shaped, TokenLogprob, mode
 from nanochat_jax.mesh import sharding
 
 SHORT, LONG = 8, 32  # tokens of a time slice: while requests wait, and at most
@@ -446,9 +446,13 @@ class Engine:
             ahead = list(t.forced)[:LONG]
             forced[row, : len(ahead)] = ahead
             settings.fill(row, t.request)
+        shaped = Shaped.blank(R, self.cfg.vocab_size) if how.shaped else None
+        for t, row in zip(tickets, rows):
+            if shaped and t.request.shaping:
+                shaped.fill(row, t.request.shaping, t.prompt, t.completion.ids)
         if self._program.fused:  # kernels see for themselves how far they must look: one program serves all
             span = self.max_len
-        args = self.params, self._cache, table, last, position, forced, settings, n
+        args = self.params, self._cache, table, last, position, forced, settings, n, shaped
         if compile_only:
             self._program.decode.compile(span, how, *args)
             return []

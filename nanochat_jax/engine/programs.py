@@ -168,23 +168,26 @@ class Program:
         model, hidden = self.trunk(params, rows, tokens[None], positions[None], before[None])
         return log_probabilities(model.logits(hidden[0]), targets), rows
 
-    def _decode(self, span, how, params, cache, slots, last, position, forced, settings: Settings, n):
+    def _decode(self, span, how, params, cache, slots, last, position, forced, settings: Settings, n, shaped=None):
         """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are valid, and the cache with them.
 
         slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
         newest, whose keys are not in the cache yet, negative for an unused row; forced (R, LONG) ids to take in place
-        of a sample, -1 for none. out: ids, and where `how` wants them `sampling.log_probabilities`.
+        of a sample, -1 for none; shaped: `Shaped` where `how` says so. out: ids, and where `how` wants them
+        `sampling.log_probabilities`.
         """
 
         def one(i, carry):
-            rows, said, out = carry
+            rows, said, out, shaped = carry
             before, token = said[:, i], said[:, i + 1]
             now = position + i
             rows, here = list(rows), jnp.where((position >= 0) & (now < self.max_len), now, -1)
             logits = self.step(params, rows, places, token, here, before)
-            new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(logits, settings, now, how))
+            weighed = shaped.applied(logits, settings.temperature) if how.shaped else logits
+            new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(weighed, settings, now, how))
+            shaped = shaped.taken(new) if how.shaped else shaped
             made = log_probabilities(logits, new) if how.logprobs else ()
-            return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made))
+            return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made)), shaped
 
         said = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1)
         out: tuple[jax.Array, ...] = ()
@@ -197,7 +200,7 @@ class Program:
             rows = jax.tree.map(lambda c: c.reshape(c.shape[1:]), cache)
         else:
             places, rows = None, kv.take(cache, slots, span)
-        rows, said, out = jax.lax.fori_loop(0, n, one, (rows, said, out))
+        rows, said, out, _ = jax.lax.fori_loop(0, n, one, (rows, said, out, shaped))
         out = (said[:, 2:], *out)
         if self.fused:
             return out, jax.tree.map(lambda c: c[None], rows)

@@ -36,10 +36,24 @@ class Request:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     logprobs: int = -1
+    shaping: "Shaping | None" = None  # what is done to its logits before the draw
 
     @property
     def drawn(self) -> bool:
         return self.temperature >= COLDEST
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """presence and frequency are taken from the logits of tokens that the answer has, once and for each time;
+    repetition divides positive logits of tokens that were read or said, and multiplies others (CTRL, arXiv 1909.05858);
+    bias is added; what is less likely than min_p times the likeliest is not drawn (arXiv 2407.01082)."""
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+    min_p: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()  # (id, what is added)
 
 
 class TokenLogprob(NamedTuple):
@@ -69,6 +83,45 @@ class Settings(NamedTuple):
         self.top_k[row], self.top_p[row], self.seed[row] = request.top_k, request.top_p, request.seed % 2**32
 
 
+class Shaped(NamedTuple):
+    """`Shaping` of rows (S,), and what it looks at (S, V). Numpy arrays to be filled in, or jax's."""
+
+    presence: Any
+    frequency: Any
+    repetition: Any
+    min_p: Any
+    bias: Any
+    said: Any  # int32: how often the answer has each token
+    seen: Any  # bool: the prompt or the answer has it
+
+    @classmethod
+    def blank(cls, rows: int, vocab: int) -> Self:
+        numbers = (np.full(rows, value, np.float32) for value in (0, 0, 1, 0))
+        kinds = (np.float32, np.int32, bool)
+        return cls(*numbers, *(np.zeros((rows, vocab), kind) for kind in kinds))
+
+    def fill(self, row: int, wanted: Shaping, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        for name in ("presence", "frequency", "repetition", "min_p"):
+            getattr(self, name)[row] = getattr(wanted, name)
+        for id, value in wanted.bias:
+            self.bias[row, id] = value
+        self.seen[row, [*prompt, *answer]] = True
+        np.add.at(self.said[row], answer, 1)
+
+    def applied(self, logits: jax.Array, temperature: jax.Array) -> jax.Array:
+        """logits (S, V) float32 as they are drawn from; -inf: never."""
+        presence, frequency, repetition, min_p = (x[:, None] for x in self[:4])
+        z = jnp.where(self.seen, jnp.where(logits > 0, logits / repetition, logits * repetition), logits)
+        z = z - presence * (self.said > 0) - frequency * self.said + self.bias
+        least = z.max(axis=-1, keepdims=True) + jnp.maximum(temperature, COLDEST)[:, None] * jnp.log(min_p)
+        return jnp.where(z >= least, z, -jnp.inf)
+
+    def taken(self, ids: jax.Array) -> Self:
+        """After one more token (S,) of each row."""
+        rows = jnp.arange(len(ids))
+        return self._replace(said=self.said.at[rows, ids].add(1), seen=self.seen.at[rows, ids].set(True))
+
+
 class Mode(NamedTuple):
     """What sampling some rows needs, so that the cheapest exact program is compiled for them. Static under jit."""
 
@@ -77,6 +130,7 @@ class Mode(NamedTuple):
     plain: bool  # a row samples from the whole distribution
     candidates: int  # how many of the likeliest the filtered rows need; 0: there is no filtered row
     logprobs: bool  # a row wants logprobs
+    shaped: bool = False  # a row's logits are shaped
 
 
 def mode(requests: Sequence[Request], vocab: int) -> Mode:
@@ -86,7 +140,8 @@ def mode(requests: Sequence[Request], vocab: int) -> Mode:
     need = max((r.top_k or vocab for r in filtered), default=0)
     candidates = next((c for c in CANDIDATES if need <= c < vocab), vocab)
     logprobs = any(r.logprobs >= 0 for r in requests)
-    return Mode(len(drawn) < len(requests), bool(drawn), len(filtered) < len(drawn), candidates, logprobs)
+    shaped = any(r.shaping for r in requests)
+    return Mode(len(drawn) < len(requests), bool(drawn), len(filtered) < len(drawn), candidates, logprobs, shaped)
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode) -> jax.Array:

@@ -181,25 +181,25 @@ function render(block, makeChip, depth) {
     case "code":
       return codeBlock(block, makeChip);
     case "heading":
-      return el("h" + Math.min(6, block.level + 2), { dir: "auto" }, text(block.text));  // h1 and h2 are the page's
+      return el("h" + Math.min(6, block.level + 2), { dir: sideOf(block.text) }, text(block.text));  // h1 and h2 are the page's
     case "rule":
       return el("hr");
     case "quote":
-      return el("blockquote", { dir: sideOf(block.inner) }, ...nested(block.inner));
+      return el("blockquote", { dir: sideOf(block.inner.join("\n")) }, ...nested(block.inner));
     case "list": {
       const items = block.items.map(inner => el("li", {}, ...nested(inner)));
-      const dir = sideOf(block.items[0]);
+      const dir = sideOf(block.items[0].join("\n"));
       return block.ordered ? el("ol", { start: block.number, dir }, ...items) : el("ul", { dir }, ...items);
     }
     case "table": {
       const row = (tag, values) =>
-        el("tr", {}, ...block.align.map((side, c) => el(tag, { className: side, dir: "auto" }, text(values[c] ?? ""))));
+        el("tr", {}, ...block.align.map((side, c) => el(tag, { className: side, dir: sideOf(values[c] ?? "") }, text(values[c] ?? ""))));
       const body = el("tbody", {}, ...block.rows.map(values => row("td", values)));
       const whole = el("table", {}, el("thead", {}, row("th", block.head)), body);
       return el("div", { className: "table", tabIndex: 0, role: "region", "aria-label": "Table" }, whole);
     }
     default:
-      return el("p", { dir: "auto" }, text(block.text));
+      return el("p", { dir: sideOf(block.text) }, text(block.text));
   }
 }
 
@@ -314,9 +314,9 @@ function formulaEnd(text, i, hopeless) {
   return at < 0 ? null : at + 2;
 }
 
-/** On which side lines begin whose paragraphs say so themselves: dir="auto" does not look into these. */
-function sideOf(lines) {
-  return RIGHT_TO_LEFT.test(lines.join("\n")) ? "rtl" : "ltr";
+/** On which side a text begins. (With dir="auto" the browser would look again for each node that is put in.) */
+function sideOf(text) {
+  return RIGHT_TO_LEFT.test(text) ? "rtl" : "ltr";
 }
 
 function runLength(text, i) {

@@ -12,7 +12,7 @@ from nanochat_jax import devices
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import LONG, SHORT, Engine, Request
-from nanochat_jax.engine.sampling import Settings, _top_k, mode, sample
+from nanochat_jax.engine.sampling import Settings, Shaping, _top_k, mode, sample
 from nanochat_jax.mesh import sharding
 
 SLOTS, MAX_LEN = 4, 192  # shared by all tests, so that each program is compiled once
@@ -173,6 +173,47 @@ def test_events_carry_every_token_once(engine):
 def alone(model, request):
     """What an engine that has seen nothing else says."""
     return Engine(model, slots=SLOTS, max_len=MAX_LEN).generate([request])[0].ids
+
+
+def shaped(z, s, prompt, said):
+    """The logits that a token is drawn from, by the definitions."""
+    z = z.astype(np.float64)
+    for id in {*prompt, *said}:
+        z[id] = z[id] / s.repetition if z[id] > 0 else z[id] * s.repetition
+    for id in set(said):
+        z[id] -= s.presence + s.frequency * said.count(id)
+    for id, value in s.bias:
+        z[id] += value
+    return z
+
+
+SHAPES = [Shaping(presence=6.0), Shaping(frequency=4.0), Shaping(repetition=3.0), Shaping(bias=((65, 9.0),))]
+SHAPES += [Shaping(2.0, -0.5, 1.5, 0.0, ((70, 5.0),)), Shaping(presence=-6.0)]
+
+
+def test_penalties_and_bias_are_what_they_are_defined_as(engine, full):
+    """Beside each other and a plain row, over several slices."""
+    asked = prompts(*range(20, 27))
+    requests = [Request(p, 40, temperature=0.0, shaping=s) for p, s in zip(asked, [*SHAPES, None])]
+    answers = [c.ids for c in engine.generate(requests)]
+    for prompt, s, ids in zip(asked, [*SHAPES, Shaping()], answers):
+        z, bare = full(prompt + ids), []
+        for at, id in enumerate(ids):
+            weighed = shaped(z[len(prompt) + at - 1], s, prompt, ids[:at])
+            assert weighed[id] > weighed.max() - 1e-3
+            bare.append(z[len(prompt) + at - 1].argmax() == id)
+        assert len(ids) == 40 and all(bare) == (s == Shaping())
+    assert answers[-1] == engine.generate([Request(asked[-1], 40, temperature=0.0)])[0].ids
+
+
+def test_min_p_keeps_what_is_likely_enough(engine, full):
+    [prompt] = prompts(30)
+    z = full(prompt)[-1] / 2.0
+    probs = np.exp(z - z.max())
+    for top_k in (0, 50):
+        how = {"temperature": 2.0, "top_k": top_k, "shaping": Shaping(min_p=0.3)}
+        drawn = {c.ids[0] for c in engine.generate([Request(prompt, 1, seed=i, **how) for i in range(200)])}
+        assert len(drawn) > 1 and all(probs[id] >= 0.3 - 1e-3 for id in drawn)
 
 
 def test_the_next_turn_of_a_conversation_goes_on_from_the_cache(engine, model):
@@ -374,13 +415,14 @@ def test_sampling_follows_its_distribution(settings, want):
 
 def test_mode_is_the_cheapest_that_is_exact():
     def how(*settings):
-        return mode([Request([0], 1, **s) for s in settings], 1000)
+        return mode([Request([0], 1, **s) for s in settings], 1000)[:5]
 
+    assert not mode([Request([0], 1)], 1000).shaped and mode([Request([0], 1, shaping=Shaping())], 1000).shaped
     assert how({"temperature": 0.0, "top_k": 5}) == (True, False, False, 0, False)
     assert how({}) == (False, True, True, 0, False)
     assert how({"top_k": 50}, {}) == (False, True, True, 64, False)
     assert how({"top_k": 100}) == (False, True, False, 256, False)
-    assert how({"top_p": 0.9}).candidates == 1000 and how({"top_k": 500}).candidates == 1000
+    assert how({"top_p": 0.9})[3] == 1000 and how({"top_k": 500})[3] == 1000
     assert how({"top_k": 20, "top_p": 0.9}, {"temperature": 0.0, "logprobs": 0}) == (True, True, False, 64, True)
 
 

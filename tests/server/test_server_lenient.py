@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 from server_fakes import TOK, USER, Scripted, scripted_app, serving
 
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.sampling import Shaping
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
@@ -105,10 +106,6 @@ def test_strict_refuses_what_is_not_known():
         {"tool_choice": {"type": "function", "function": {"name": "f"}}, "tools": [TOOL]},
         {"response_format": {"type": "json_object"}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "A", "schema": SCHEMA}}},
-        {"logit_bias": {"5": 100}},
-        {"frequency_penalty": 0.2},
-        {"repetition_penalty": 1.2},
-        {"min_p": 0.1},
         {"modalities": ["text", "audio"]},
     ],
     ids=lambda more: next(iter(more)),
@@ -199,6 +196,16 @@ def test_calls_of_tools_and_their_results_are_history(client, engine):
     assert client.post(CHAT, json={"messages": [*history, turn("assistant", "Four."), *USER]}).status_code == 200
     want = [TOK.assistant_start, *python("f(a=2)", "4"), *b"Four.", TOK.assistant_end, *user("hello")]
     assert engine.seen[-1].ids == [TOK.bos, *user("hello"), *want, TOK.assistant_start]
+
+
+def test_what_shapes_the_logits_reaches_the_engine(client, engine):
+    more = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.2, "min_p": 0.1}
+    assert client.post(CHAT, json={"messages": USER, **more, "logit_bias": {"5": -100, "7": 0}}).status_code == 200
+    assert engine.seen[-1].shaping == Shaping(0.5, -1.0, 1.2, 0.1, ((5, -100.0),))
+    for wrong in ({"9999": 1}, {"a": 1}, {"5": 101}, [5]):
+        got = client.post(CHAT, json={"messages": USER, "logit_bias": wrong})
+        assert got.status_code == 400 and "logit_bias" in got.json()["error"]["message"]
+    assert client.post(CHAT, json={"messages": USER, "min_p": 2}).status_code == 400
 
 
 def test_limits_that_clients_pass(client, engine):
