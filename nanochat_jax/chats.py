@@ -90,23 +90,18 @@ def prompt_of(said: Sequence[Any]) -> list[dict]:
     turns: list[tuple[str, list[dict]]] = []
     repairs: set[str] = set()
     for message in said:
-        as_user = isinstance(message, Mapping) and any(role != "system" for role, _ in turns)
-        if as_user and ROLES.get(str(message.get("role")).lower()) == "system":
+        role = ROLES.get(str(message.get("role")).lower()) if isinstance(message, Mapping) else None
+        if role == "assistant" and not any(message.get(name) for name in ("content", "tool_calls", "function_call")):
+            continue  # an empty answer is none
+        if role == "system" and any(earlier != "system" for earlier, _ in turns):
             message = {"role": "user", "content": message.get("content")}
         _add(turns, message, repairs)
     if HALVES in repairs:
         raise Unusable("not valid Unicode: a lone surrogate")
-    system = [turns.pop(0)] if turns and turns[0][0] == "system" else []
-    turns = [turn for turn in turns if turn[0] == "user" or not _is_empty(turn[1])]  # an empty answer is none
-    joined: list[tuple[str, list[dict]]] = []
-    for role, parts in turns:
-        if joined and joined[-1][0] == role:
-            joined[-1][1].extend([{"type": "text", "text": "\n\n"}, *parts])
-        else:
-            joined.append((role, parts))
-    if not joined or joined[0][0] == "assistant":
-        joined.insert(0, ("user", []))
-    return [{"role": role, "content": _content(parts)} for role, parts in system + joined]
+    first = turns[1:] if turns and turns[0][0] == "system" else turns
+    if not first or first[0][0] == "assistant":
+        turns.insert(len(turns) - len(first), ("user", []))
+    return [{"role": role, "content": _content(parts)} for role, parts in turns]
 
 
 def _form_of(row: Any) -> tuple[str, list]:

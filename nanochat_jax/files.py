@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.processes import cores
 
 
 def part_of(path: Path) -> Path:
@@ -109,7 +110,7 @@ def content_hashes(paths: Sequence[Path], memory: Path) -> list[str]:
         except OSError as e:
             raise UserError(f"{path} cannot be read ({e.strerror})") from None
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing lets other threads run
+    with ThreadPoolExecutor(cores()) as pool:  # hashing lets other threads run
         found = list(pool.map(hashed, paths))
     settled = {str(p.absolute()): f for p, f in zip(paths, found) if time.time_ns() - max(f[1:3]) > RECENT}
     if not settled.items() <= known.items():

@@ -16,11 +16,10 @@ from prometheus_client import generate_latest
 from nanochat_jax.engine import dialogue
 from server import errors, schemas
 from server.answer import Answer
-from server.choice import Choice, Token
 from server.edge import Edge
 from server.errors import ApiError
 from server.metrics import Metrics
-from server.replies import ChatShape, TextShape, echo, head_of, reply
+from server.replies import ChatShape, TextShape, echo, reply, scored
 from server.responses import ResponsesRequest, respond
 from server.scheduler import Scheduler
 from server.schemas import ChatRequest, CompletionRequest
@@ -100,7 +99,7 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     streams = {"text/event-stream": {"schema": event}}
 
-    def ignored(body: schemas.Sampling) -> dict[str, str]:
+    def ignored(body: schemas.Lenient) -> dict[str, str]:
         """The header that names what is left out of a request; it is counted."""
         if names := body.unknown():
             if strict:
@@ -108,6 +107,14 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
             metrics.ignored.inc(len(names))
         said = re.sub("[^ -~]", "?", ", ".join(names))
         return {"X-Ignored-Fields": said[:1000]} if names else {}
+
+    async def begun(body: ChatRequest | ResponsesRequest) -> tuple[Answer, dict]:
+        """The answer to a conversation, and what the reply says beside it where that had to be cut."""
+        limit = dialogue.prompt_limit(scheduler.engine, body.limit)
+        fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
+        context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
+        extra = {"context": context} if any(context.values()) else {}
+        return Answer(scheduler, tok, [fitted.ids], body, metrics), extra
 
     @app.get("/v1/models", responses=_documented(401, model=schemas.ModelList))
     async def models():
@@ -122,11 +129,7 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     @app.post("/v1/chat/completions", responses=_documented(*posted, model=schemas.ChatCompletion, content=streams))
     async def chat(body: ChatRequest, request: Request):
         headers = ignored(body)
-        limit = dialogue.prompt_limit(scheduler.engine, body.limit)
-        fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
-        answer = Answer(scheduler, tok, [fitted.ids], body, metrics)
-        context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
-        extra = {"context": context} if any(context.values()) else {}
+        answer, extra = await begun(body)
         return await reply(answer, ChatShape(tok, bool(body.logprobs)), request, body, model, headers, **extra)
 
     @app.post("/v1/completions", responses=_documented(*posted, model=schemas.TextCompletion, content=streams))
@@ -140,54 +143,33 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
         if longest + (body.limit > 0) > room:
             message = f"the prompt is {longest} tokens long, and the context of {room} has to hold an answer too"
             raise ApiError(400, message, "prompt", "context_length_exceeded")
-        echoed = await run_in_threadpool(_echoed, scheduler.engine, tok, prompts, body) if body.echo else []
+        echoed = await run_in_threadpool(echo, scheduler.engine, tok, prompts, body) if body.echo else []
         shape = TextShape(tok, body.logprobs is not None, echoed, body.n or 1)
-        if body.limit > 0 and not (body.echo and body.limit == 1 and body.temperature == 0):
-            return await reply(Answer(scheduler, tok, prompts, body, metrics), shape, request, body, model, headers)
-        ended = Choice(tok)
-        ended.reason = "length"  # scoring has told what one more token would be
-        choices = [shape.whole(i, ended) for i in range(len(prompts) * (body.n or 1))]
-        made, asked = len(choices) * body.limit, sum(map(len, prompts))
-        usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
-        head = head_of(shape, model) | {"object": shape.kind}
-        return JSONResponse({**head, "choices": choices, "usage": usage}, headers=headers)
+        if body.is_scored:
+            return scored(shape, prompts, body, model, headers)
+        return await reply(Answer(scheduler, tok, prompts, body, metrics), shape, request, body, model, headers)
 
     @app.post("/v1/responses", responses=_documented(*posted, model=schemas.Response, content=streams))
     async def responses(body: ResponsesRequest, request: Request):
         headers = ignored(body)
-        limit = dialogue.prompt_limit(scheduler.engine, body.limit)
-        fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
-        return await respond(Answer(scheduler, tok, [fitted.ids], body, metrics), request, body, model, headers)
+        answer, extra = await begun(body)
+        return await respond(answer, request, body, model, headers, **extra)
 
     @app.post("/tokenize", responses=_documented(*posted, model=schemas.Tokens))
     async def tokenize(body: schemas.Tokenize):
-        ids = await run_in_threadpool(body.ids, tok)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": scheduler.engine.max_len})
+        headers, ids = ignored(body), await run_in_threadpool(body.ids, tok)
+        told = {"tokens": ids, "count": len(ids), "max_model_len": scheduler.engine.max_len}
+        return JSONResponse(told, headers=headers)
 
     @app.post("/detokenize", responses=_documented(*posted, model=schemas.Detokenized))
     async def detokenize(body: schemas.Detokenize):
-        return JSONResponse({"prompt": await run_in_threadpool(tok.decode, body.tokens)})
+        headers, text = ignored(body), await run_in_threadpool(tok.decode, body.tokens)
+        return JSONResponse({"prompt": text}, headers=headers)
 
     @app.get("/tokenizer_info", responses=_documented(401, model=schemas.TokenizerInfo))
     async def tokenizer_info():
         about = {f"{what}_token": "<|bos|>" for what in ("bos", "eos", "pad")}  # what stands between documents
         return JSONResponse({**about, "vocab_size": tok.vocab_size})
-
-
-def _echoed(engine, tok, prompts: list[list[int]], body: CompletionRequest) -> list[tuple[str, list[Token]]]:
-    """What stands before the answers: prompts and, where they are asked for, log-probabilities; where one greedy token
-    is to follow, it as well, whatever it is: clients count on exactly one."""
-    if body.logprobs is None and body.limit != 1:
-        return [echo(tok, ids, ()) for ids in prompts]
-    out = []
-    for ids in prompts:
-        scores = engine.score([*ids, tok.bos], max(1, body.wanted_logprobs))
-        follows = body.limit == 1 and body.temperature == 0
-        best, logprob = scores[-1].top[0]
-        scores[-1:] = [scores[-1]._replace(logprob=logprob)] if follows else []
-        shown = [s._replace(top=s.top[: max(0, body.wanted_logprobs)]) for s in scores]
-        out.append(echo(tok, [*ids, best] if follows else ids, shown))
-    return out
 
 
 async def _aside(body: schemas.Sampling, do, *args):

@@ -13,7 +13,7 @@ from nanochat_jax.engine.sampling import TokenLogprob
 from server.answer import Answer
 from server.choice import Choice, Shown, Token
 from server.errors import ApiError, Stopped
-from server.schemas import Sampling
+from server.schemas import CompletionRequest, Sampling
 from tokenizer import SPECIAL_TOKENS
 
 WAITING = ": waiting\n\n"  # a comment of an event stream
@@ -66,7 +66,7 @@ class TextShape:
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(self, tok, logprobs: bool, echoed: Sequence[tuple[str, list[Token]]] = (), n: int = 1):
-        self._tok, self._logprobs, self._echoed, self._n = tok, logprobs, echoed, n
+        self.tok, self._logprobs, self._echoed, self._n = tok, logprobs, echoed, n
 
     def opening(self, index: int) -> dict:
         return self._chunk(index, "", [])
@@ -95,17 +95,42 @@ class TextShape:
 
     def _named(self, id: int) -> str:
         """A token's text; where it is a piece of a character, its bytes as OpenAI writes them."""
-        raw = self._tok.decode_bytes([id])
+        raw = self.tok.decode_bytes([id])
         try:
-            return raw.decode() or next(name for name in SPECIAL_TOKENS if getattr(self._tok, name[2:-2]) == id)
+            return raw.decode() or next(name for name in SPECIAL_TOKENS if getattr(self.tok, name[2:-2]) == id)
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def echo(tok, ids: Sequence[int], scores: Sequence[TokenLogprob]) -> tuple[str, list[Token]]:
-    """The text of a prompt and, where it was scored, its tokens but for the first, which is <|bos|>."""
-    starts = [len(tok.decode(ids[:end])) for end in range(1, len(ids))] if scores else []
-    return tok.decode(ids), [Token(id, s.logprob, s.top, at) for id, s, at in zip(ids[1:], scores, starts)]
+def echo(engine, tok, prompts: list[list[int]], body: CompletionRequest) -> list[tuple[str, list[Token]]]:
+    """What stands before the answers to prompts: their text and, where they are asked for, the log-probabilities of
+    their tokens but <|bos|>. Where one greedy token is to follow it stands here as well, whatever it is, for clients
+    count on exactly one."""
+    out = []
+    for ids in prompts:
+        scores: list[TokenLogprob] = []
+        follows = body.is_scored and body.limit == 1
+        if follows or body.logprobs is not None:
+            *scores, last = engine.score([*ids, tok.bos], max(1, body.wanted_logprobs))
+            if follows:
+                best, logprob = last.top[0]
+                ids, scores = [*ids, best], [*scores, last._replace(logprob=logprob)]
+        starts = (len(tok.decode(ids[:end])) for end in range(1, len(ids)))
+        top = max(0, body.wanted_logprobs)
+        tokens = [Token(id, s.logprob, s.top[:top], at) for id, s, at in zip(ids[1:], scores, starts)]
+        out.append((tok.decode(ids), tokens))
+    return out
+
+
+def scored(shape: TextShape, prompts: list[list[int]], body: CompletionRequest, model: str, headers: dict):
+    """The response where scoring has told all that was asked for, and nothing is generated."""
+    ended = Choice(shape.tok)
+    ended.reason = "length"
+    choices = [shape.whole(i, ended) for i in range(len(prompts) * (body.n or 1))]
+    asked, made = sum(map(len, prompts)), len(choices) * body.limit
+    usage = {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
+    whole = {**head_of(shape, model), "object": shape.kind, "choices": choices, "usage": usage}
+    return JSONResponse(whole, headers=headers)
 
 
 def head_of(shape, model: str) -> dict:

@@ -13,7 +13,7 @@ from nanochat_jax.chats import Unusable, prompt_of
 from server.answer import Answer
 from server.errors import Stopped
 from server.replies import WAITING, Stream, data, to_the_end
-from server.schemas import MAX_MESSAGES, Sampling, Text
+from server.schemas import MAX_MESSAGES, Sampling, Text, length_of
 
 
 class ResponsesRequest(Sampling):
@@ -29,12 +29,16 @@ class ResponsesRequest(Sampling):
             raise ValueError("previous_response_id is not supported: nothing is kept; send the whole conversation")
         if ((self.text or {}).get("format") or {}).get("type", "text") != "text":
             raise ValueError("text.format is not supported: the model keeps to no form")
+        if self.n != 1:
+            raise ValueError("n is not supported: a response is one answer")
         if isinstance(self.input, list) and len(self.input) > MAX_MESSAGES:
             raise ValueError(f"input: {MAX_MESSAGES} items are the limit")
         return self
 
     def chars(self) -> int:
-        return len(str(self.input)) + len(self.instructions or "")
+        items = self.input if isinstance(self.input, list) else [{"content": self.input}]
+        texts = (item.get(name) for item in items for name in ("content", "output", "arguments"))
+        return sum(map(length_of, texts)) + len(self.instructions or "")
 
     @property
     def limit(self) -> int:
@@ -64,9 +68,11 @@ def _message(item: dict) -> Iterator[dict]:
         raise Unusable(f"an item of type {kind!r:.30}")
 
 
-async def respond(answer: Answer, request: Request, body: ResponsesRequest, model: str, headers: dict[str, str]):
-    """The response to a request."""
-    head = _head(body, model)
+async def respond(
+    answer: Answer, request: Request, body: ResponsesRequest, model: str, headers: dict[str, str], **extra
+):
+    """The response to a request, with what is `extra` in it."""
+    head = _head(body, model) | extra
     if body.stream:
         return Stream(answer, _events(answer, head), headers)
     await to_the_end(answer, request)

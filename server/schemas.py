@@ -61,7 +61,17 @@ class Lenient(BaseModel):
     def unknown(self) -> list[str]:
         """The names of fields that are not known, where they ask for something."""
         extra = (self.model_extra or {}).items()
-        return [name for name, value in extra if value and value not in REFUSED.get(name, ((),))[0]]
+        own = [name for name, value in extra if value and value not in REFUSED.get(name, ((),))[0]]
+        within = ((field, getattr(self, field)) for field in type(self).model_fields)
+        inner = ((field, v) for field, value in within for v in (value if isinstance(value, list) else [value]))
+        return own + sorted({f"{field}.{name}" for field, v in inner if isinstance(v, Lenient) for name in v.unknown()})
+
+
+def length_of(content: Any) -> int:
+    """Characters of what a message holds: a text, or parts with texts."""
+    if isinstance(content, list):
+        return sum(length_of(part.get("text", "") if isinstance(part, dict) else part) for part in content)
+    return len(content) if isinstance(content, str) else 0
 
 
 class Message(Lenient):
@@ -151,11 +161,7 @@ class ChatRequest(Sampling):
         return self
 
     def chars(self) -> int:
-        return sum(len(str(m.content)) for m in self.messages)
-
-    def unknown(self) -> list[str]:
-        inner = {f"messages.{name}" for m in self.messages for name in m.unknown()}
-        return super().unknown() + sorted(inner)
+        return sum(length_of(m.content) for m in self.messages)
 
     @property
     def limit(self) -> int:
@@ -185,6 +191,11 @@ class CompletionRequest(Sampling):
         if self.echo and self.stream:
             raise ValueError("echo is not supported in a stream")
         return self
+
+    @property
+    def is_scored(self) -> bool:
+        """Nothing is to be generated, but for one token after an echo, which scoring tells as well."""
+        return self.limit == 0 or bool(self.echo and self.limit == 1 and self.temperature == 0)
 
     @property
     def given(self) -> list:
@@ -219,6 +230,7 @@ class Tokenize(Lenient):
     add_special_tokens: bool | None = True
 
     def ids(self, tok) -> list[int]:
+        """The name of a special token alone is that token: lm-eval asks for those that /tokenizer_info names."""
         if self.messages is not None:
             return render_prompt(tok, prompt_of([m.model_dump(exclude_none=True) for m in self.messages]))
         prompt = self.prompt or ""

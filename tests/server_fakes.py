@@ -42,6 +42,9 @@ class Scripted:
                 ticket.completion.finish_reason = "cancelled"
                 self.ended.append(ticket)
 
+    def score(self, ids, top):
+        return [self.logprob(id, top) for id in ids[1:]]
+
     def warm_up(self, request):
         for _ in range(3):
             self.compiled += 1

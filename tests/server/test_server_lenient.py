@@ -86,7 +86,9 @@ def test_what_is_not_known_is_left_out_named_and_counted(client, engine, stream)
     assert got.status_code == 200 and got.headers["X-Ignored-Fields"] == ", ".join(HARMLESS)
     assert counted() == before + len(HARMLESS) and engine.seen[-1] == engine.seen[0]
     got = client.post(CHAT, json={**body, "a\nb\u00e9": 1, "stream_options": {"include_obfuscation": True}})
-    assert got.headers["X-Ignored-Fields"] == "a?b?"
+    assert got.headers["X-Ignored-Fields"] == "a?b?, stream_options.include_obfuscation"
+    got = client.post("/tokenize", json={"prompt": "a", "mood": "good"})
+    assert got.headers["X-Ignored-Fields"] == "mood"
     got = client.post(CHAT, json={**body, "messages": [{**USER[0], "name": "me", "mood": "good"}]})
     assert got.headers["X-Ignored-Fields"] == "messages.mood"
 

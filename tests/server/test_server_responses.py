@@ -89,6 +89,11 @@ def test_a_whole_response(client):
     assert (cut["status"], cut["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
 
 
+def test_a_conversation_that_had_to_be_cut_is_said(client):
+    got = client.post(PATH, json={"input": "x" * 500}).json()
+    assert got["context"] == {"dropped_messages": 0, "truncated": True}
+
+
 def test_a_streamed_response(client):
     text = client.post(PATH, json={"input": "hi", "stream": True}).text
     events = [event.split("\n") for event in text.split("\n\n") if event]
@@ -114,6 +119,7 @@ def test_a_streamed_response(client):
         ({"previous_response_id": "resp_1"}, "nothing is kept; send the whole conversation"),
         ({"text": {"format": {"type": "json_object"}}}, "the model keeps to no form"),
         ({"tool_choice": "required"}, "tool_choice is not supported"),
+        ({"n": 2}, "n is not supported: a response is one answer"),
     ],
 )
 def test_what_cannot_be_done_is_refused(client, more, says):
