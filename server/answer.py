@@ -17,11 +17,11 @@ NO_MASS = 1e-9  # what top_p=0 stands for: the likeliest alone
 SILENCE = 5.0  # seconds, after which a stream says that it lives
 
 
-def engine_requests(tok, prompts: list[list[int]], body: Sampling) -> list[engine.Request]:
+def engine_requests(tok, prompts: list[list[int]], body: Sampling, grammar) -> list[engine.Request]:
     """n requests for each prompt, with seeds that count up from the one that was given."""
     seed = random.randrange(2**31) if body.seed is None else body.seed
     how: dict = {"temperature": body.temperature, "top_k": body.top_k, "logprobs": body.wanted_logprobs}
-    how |= {"top_p": body.top_p or NO_MASS, "shaping": body.shaping}
+    how |= {"top_p": body.top_p or NO_MASS, "shaping": body.shaping, "grammar": grammar}
     if body.shaping and (unknown := [id for id, _ in body.shaping.bias if id >= tok.vocab_size]):
         raise ApiError(400, f"logit_bias: ids go up to {tok.vocab_size - 1}, and {unknown[0]} is beyond", "logit_bias")
     stops = (tok.assistant_end, tok.bos)
@@ -31,13 +31,15 @@ def engine_requests(tok, prompts: list[list[int]], body: Sampling) -> list[engin
 
 class Answer:
     """Submits the requests for some prompts, all or none: Busy where there is no room for them, Stopped where the
-    engine is down.
+    engine is down. grammar: what the answers keep to, or None.
 
     The caller must `close` it, which frees the slots of what has not ended.
     """
 
-    def __init__(self, scheduler: Scheduler, tok, prompts: list[list[int]], body: Sampling, metrics: Metrics):
-        requests, stops = engine_requests(tok, prompts, body), body.stops
+    def __init__(
+        self, scheduler: Scheduler, tok, prompts: list[list[int]], body: Sampling, metrics: Metrics, grammar=None
+    ):
+        requests, stops = engine_requests(tok, prompts, body, grammar), body.stops
         self.choices = [Choice(tok, stops) for _ in requests]
         self._scheduler, self._metrics, self._began = scheduler, metrics, time.perf_counter()
         self._n_prompt, self._first = sum(map(len, prompts)), True
@@ -58,7 +60,7 @@ class Answer:
         """(index of a choice, what may be shown of it now) as it is made; the last of a choice has its `reason` set.
         Nothing is shown of choice 0 now and then while nothing comes.
 
-        Raises Stopped where the engine fails.
+        Raises Stopped where the engine fails, ApiError where the answer cannot be made.
         """
         while not self.ended:
             try:
@@ -76,7 +78,10 @@ class Answer:
                 self._metrics.first_token.observe(time.perf_counter() - self._began)
             parts = choice.push(update.ids, update.logprobs)
             if update.completion is not None:
-                parts += choice.finish(update.completion.finish_reason)
+                reason = update.completion.finish_reason
+                if reason not in ("stop", "length", "cancelled"):
+                    raise ApiError(400, f"the answer cannot be kept to the form that was asked for: {reason}")
+                parts += choice.finish(reason)
             elif choice.reason is not None:  # a stop string: the engine need not go on
                 self._scheduler.cancel(self._jobs[index])
             if parts or choice.reason is not None:

@@ -1,6 +1,7 @@
 """The HTTP side: OpenAI's chat completions and completions, what watches them, and the page."""
 
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from fastapi.staticfiles import StaticFiles
 from prometheus_client import generate_latest
 
 from nanochat_jax.engine import dialogue
-from server import errors, schemas
+from nanochat_jax.engine.grammar import Grammar, Vocabulary
+from server import errors, schemas, tools
 from server.answer import Answer
 from server.edge import Edge
 from server.errors import ApiError
@@ -98,6 +100,7 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     posted = (400, 401, 408, 413, 429, 500)
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     streams = {"text/event-stream": {"schema": event}}
+    vocabulary = functools.cache(lambda: Vocabulary(tok))
 
     def ignored(body: schemas.Lenient) -> dict[str, str]:
         """The header that names what is left out of a request; it is counted."""
@@ -108,13 +111,22 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
         said = re.sub("[^ -~]", "?", ", ".join(names))
         return {"X-Ignored-Fields": said[:1000]} if names else {}
 
-    async def begun(body: ChatRequest | ResponsesRequest) -> tuple[Answer, dict]:
+    async def grammar_of(body: schemas.Sampling) -> Grammar | None:
+        """What the answer keeps to, where it is not text."""
+        if body.calls is None and body.schema_wanted is None:
+            return None
+        try:
+            return await run_in_threadpool(tools.grammar_of, vocabulary(), body.calls, body.schema_wanted)
+        except ValueError as e:
+            raise ApiError(400, str(e), str(e).partition(":")[0]) from None
+
+    async def begun(body: schemas.Conversing) -> tuple[Answer, dict]:
         """The answer to a conversation, and what the reply says beside it where that had to be cut."""
         limit = dialogue.prompt_limit(scheduler.engine, body.limit)
         fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
         context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
         extra = {"context": context} if any(context.values()) else {}
-        return Answer(scheduler, tok, [fitted.ids], body, metrics), extra
+        return Answer(scheduler, tok, [fitted.ids], body, metrics, await grammar_of(body)), extra
 
     @app.get("/v1/models", responses=_documented(401, model=schemas.ModelList))
     async def models():
@@ -130,7 +142,8 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     async def chat(body: ChatRequest, request: Request):
         headers = ignored(body)
         answer, extra = await begun(body)
-        return await reply(answer, ChatShape(tok, bool(body.logprobs)), request, body, model, headers, **extra)
+        shape = ChatShape(tok, bool(body.logprobs), bool(body.calls))
+        return await reply(answer, shape, request, body, model, headers, **extra)
 
     @app.post("/v1/completions", responses=_documented(*posted, model=schemas.TextCompletion, content=streams))
     async def completions(body: CompletionRequest, request: Request):
@@ -147,7 +160,8 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
         shape = TextShape(tok, body.logprobs is not None, echoed, body.n or 1)
         if body.is_scored:
             return scored(shape, prompts, body, model, headers)
-        return await reply(Answer(scheduler, tok, prompts, body, metrics), shape, request, body, model, headers)
+        answer = Answer(scheduler, tok, prompts, body, metrics, await grammar_of(body))
+        return await reply(answer, shape, request, body, model, headers)
 
     @app.post("/v1/responses", responses=_documented(*posted, model=schemas.Response, content=streams))
     async def responses(body: ResponsesRequest, request: Request):

@@ -12,20 +12,25 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from nanochat_jax.engine.sampling import TokenLogprob
 from server.answer import Answer
 from server.choice import Choice, Shown, Token
-from server.errors import ApiError, Stopped
+from server.errors import ApiError
 from server.schemas import CompletionRequest, Sampling
+from server.tools import CallReader
 from tokenizer import SPECIAL_TOKENS
 
 WAITING = ": waiting\n\n"  # a comment of an event stream
 
 
 class ChatShape:
-    """Chat completions. The calculator's calls are in `tool`, which OpenAI has not; `content` is what is visible."""
+    """Chat completions. The calculator's calls are in `tool`, which OpenAI has not; `content` is what is visible.
+
+    calls: the answer is a call of one of the caller's tools.
+    """
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, tok, logprobs: bool):
-        self._tok, self._logprobs = tok, logprobs
+    def __init__(self, tok, logprobs: bool, calls: bool = False):
+        self._tok, self._logprobs, self._calls = tok, logprobs, calls
+        self._readers: dict[int, CallReader] = {}  # of choices whose call a stream has begun
         self._begun: set[tuple[int, int]] = set()  # choices and calls that a stream has named
 
     def opening(self, index: int) -> dict:
@@ -35,18 +40,36 @@ class ChatShape:
     def part(self, index: int, part: Shown) -> dict | None:
         if part.kind == "text":
             return self._chunk(index, {"content": part.text}, part.tokens)
+        if self._calls:
+            return self._called(index, part.text)
         says = "input" if part.kind == "python" else "output"
         began = {} if (index, part.call) in self._begun else {"name": "calculator"}  # clients put deltas together
         self._begun.add((index, part.call))
         return self._chunk(index, {"tool": [{"index": part.call, **began, says: part.text}]})
 
+    def _called(self, index: int, text: str) -> dict | None:
+        """More of the one call that the answer is."""
+        reader = self._readers.setdefault(index, CallReader())
+        begun, said = reader.begun, reader.push(text)
+        if not said:
+            return None
+        call = {"function": {"arguments": said}} if begun else reader.call(said)
+        return self._chunk(index, {"tool_calls": [{"index": 0, **call}]})
+
     def closing(self, index: int, reason: str) -> dict:
-        return {**self._chunk(index, {}), "finish_reason": reason}
+        return {**self._chunk(index, {}), "finish_reason": self._reason(reason)}
 
     def whole(self, index: int, choice: Choice) -> dict:
-        tool = {"tool": choice.calls} if choice.calls else {}
-        message = {"role": "assistant", "content": choice.text, **tool}
-        return {"index": index, "message": message, "finish_reason": choice.reason, **self._told(choice.tokens)}
+        tool: dict = {"tool": choice.calls} if choice.calls else {}
+        if self._calls:
+            reader = CallReader()
+            tool = {"tool_calls": [reader.call(reader.push(choice.calls[0]["input"]))]} if choice.calls else {}
+        message = {"role": "assistant", "content": None if self._calls else choice.text, **tool}
+        reason = self._reason(choice.reason)
+        return {"index": index, "message": message, "finish_reason": reason, **self._told(choice.tokens)}
+
+    def _reason(self, reason: str | None) -> str | None:
+        return "tool_calls" if self._calls and reason == "stop" else reason
 
     def _chunk(self, index: int, delta: dict, tokens: Sequence[Token] = ()) -> dict:
         return {"index": index, "delta": delta, "finish_reason": None, **(self._told(tokens) if tokens else {})}
@@ -205,7 +228,7 @@ async def _events(answer: Answer, shape, head: dict, include_usage: bool, extra:
             if not answer.ended and (ready or not parts):
                 yield "".join(ready) or WAITING
                 ready = []
-    except Stopped as e:
+    except ApiError as e:
         ready.append(data(e.body()))
     else:
         if include_usage:

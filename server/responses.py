@@ -10,13 +10,14 @@ from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
 from nanochat_jax.chats import Unusable, prompt_of
+from server import tools
 from server.answer import Answer
-from server.errors import Stopped
+from server.errors import ApiError
 from server.replies import WAITING, Stream, data, to_the_end
-from server.schemas import MAX_MESSAGES, Sampling, Text, length_of
+from server.schemas import MAX_MESSAGES, Conversing, Text, length_of
 
 
-class ResponsesRequest(Sampling):
+class ResponsesRequest(Conversing):
     input: Text | list[dict[str, Any]] = Field(min_length=1)
     instructions: Text | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=1_000_000)
@@ -27,8 +28,6 @@ class ResponsesRequest(Sampling):
     def _alone(self):
         if self.previous_response_id:
             raise ValueError("previous_response_id is not supported: nothing is kept; send the whole conversation")
-        if ((self.text or {}).get("format") or {}).get("type", "text") != "text":
-            raise ValueError("text.format is not supported: the model keeps to no form")
         if self.n != 1:
             raise ValueError("n is not supported: a response is one answer")
         if isinstance(self.input, list) and len(self.input) > MAX_MESSAGES:
@@ -45,11 +44,14 @@ class ResponsesRequest(Sampling):
         return self.max_output_tokens or super().limit
 
     @property
+    def schema_wanted(self) -> Any:
+        return tools.schema_of((self.text or {}).get("format") or self.response_format)
+
+    @property
     def wanted_logprobs(self) -> int:
         return -1
 
     def conversation(self) -> list[dict]:
-        """The messages as the renderer takes them. Unusable."""
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
         return prompt_of([*first, *(message for item in items for message in _message(item))])
@@ -72,11 +74,14 @@ async def respond(
     answer: Answer, request: Request, body: ResponsesRequest, model: str, headers: dict[str, str], **extra
 ):
     """The response to a request, with what is `extra` in it."""
-    head = _head(body, model) | extra
+    head, item = _head(body, model) | extra, Call() if body.calls else Message()
     if body.stream:
-        return Stream(answer, _events(answer, head), headers)
+        return Stream(answer, _events(answer, head, item), headers)
     await to_the_end(answer, request)
-    return JSONResponse(_ended(head, answer), headers=headers)
+    choice = answer.choices[0]
+    for kind, text in [("text", choice.text), *(("python", call["input"]) for call in choice.calls)]:
+        item.push(kind, text)
+    return JSONResponse(_ended(head, answer, item), headers=headers)
 
 
 def _head(body: ResponsesRequest, model: str) -> dict:
@@ -94,9 +99,9 @@ def _head(body: ResponsesRequest, model: str) -> dict:
         "max_output_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
-        "text": {"format": {"type": "text"}},
-        "tools": [],
-        "tool_choice": "auto",
+        "text": body.text or {"format": {"type": "text"}},
+        "tools": body.tools or [],
+        "tool_choice": body.tool_choice or "auto",
         "parallel_tool_calls": False,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
@@ -107,24 +112,82 @@ def _head(body: ResponsesRequest, model: str) -> dict:
     }
 
 
-def _part(text: str) -> dict:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+class Message:
+    """Text as an item of the output, and its events."""
+
+    delta = "response.output_text.delta"
+
+    def __init__(self) -> None:
+        self._id, self.text = f"msg_{uuid.uuid4().hex}", ""
+        self.at = {"item_id": self._id, "output_index": 0, "content_index": 0}
+
+    @property
+    def named(self) -> bool:
+        """It is known well enough to begin it."""
+        return True
+
+    def push(self, kind: str, text: str) -> dict | None:
+        """What an event says of more of the answer; None where that is not to be seen."""
+        if kind != "text":
+            return None
+        self.text += text
+        return {"delta": text, "logprobs": []}
+
+    def item(self, status: str, begun: bool = False) -> dict:
+        content = [] if begun else [self._part()]
+        return {"type": "message", "id": self._id, "status": status, "role": "assistant", "content": content}
+
+    def opening(self) -> Iterator[tuple[str, dict]]:
+        """Events behind that of the item itself."""
+        yield "response.content_part.added", {**self.at, "part": {**self._part(), "text": ""}}
+
+    def closing(self) -> Iterator[tuple[str, dict]]:
+        yield "response.output_text.done", {**self.at, "text": self.text, "logprobs": []}
+        yield "response.content_part.done", {**self.at, "part": self._part()}
+
+    def _part(self) -> dict:
+        return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
 
 
-def _item(head: dict, status: str, *parts: dict) -> dict:
-    id = head["id"].replace("resp", "msg", 1)
-    return {"type": "message", "id": id, "status": status, "role": "assistant", "content": list(parts)}
+class Call:
+    """A call of one of the caller's tools as an item of the output, and its events."""
+
+    delta = "response.function_call_arguments.delta"
+
+    def __init__(self) -> None:
+        self._id, self._reader, self._arguments = f"fc_{uuid.uuid4().hex}", tools.CallReader(), ""
+        self.at = {"item_id": self._id, "output_index": 0}
+
+    @property
+    def named(self) -> bool:
+        return self._reader.begun
+
+    def push(self, kind: str, text: str) -> dict | None:
+        said = self._reader.push(text) if kind == "python" else ""
+        self._arguments += said
+        return {"delta": said} if said else None
+
+    def item(self, status: str, begun: bool = False) -> dict:
+        called = self._reader.call("" if begun else self._arguments)
+        known = {"type": "function_call", "id": self._id, "call_id": called["id"], "status": status}
+        return {**known, **called["function"]}
+
+    def opening(self) -> Iterator[tuple[str, dict]]:
+        yield from ()
+
+    def closing(self) -> Iterator[tuple[str, dict]]:
+        name = self._reader.name
+        yield "response.function_call_arguments.done", {**self.at, "name": name, "arguments": self._arguments}
 
 
-def _ended(head: dict, answer: Answer) -> dict:
-    choice, usage = answer.choices[0], answer.usage()
-    cut = choice.reason == "length"
+def _ended(head: dict, answer: Answer, item: Message | Call) -> dict:
+    usage, cut = answer.usage(), answer.choices[0].reason == "length"
     status = "incomplete" if cut else "completed"
     return {
         **head,
         "status": status,
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": [_item(head, status, _part(choice.text))],
+        "output": [item.item(status)] if item.named else [],
         "usage": {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0},
@@ -135,35 +198,35 @@ def _ended(head: dict, answer: Answer) -> dict:
     }
 
 
-async def _events(answer: Answer, head: dict) -> AsyncIterator[str]:
+async def _events(answer: Answer, head: dict, item: Message | Call) -> AsyncIterator[str]:
     numbers = iter(range(1 << 62))
 
     def event(kind: str, **more) -> str:
         return f"event: {kind}\n" + data({"type": kind, "sequence_number": next(numbers), **more})
 
-    at = {"item_id": _item(head, "")["id"], "output_index": 0, "content_index": 0}
-    yield (
-        event("response.created", response=head)
-        + event("response.in_progress", response=head)
-        + event("response.output_item.added", output_index=0, item=_item(head, "in_progress"))
-        + event("response.content_part.added", **at, part=_part(""))
-    )
+    def opening() -> str:
+        added = event("response.output_item.added", output_index=0, item=item.item("in_progress", begun=True))
+        return added + "".join(event(kind, **more) for kind, more in item.opening())
+
+    yield event("response.created", response=head) + event("response.in_progress", response=head)
+    begun = item.named
+    if begun:
+        yield opening()
     try:
         async for _, parts in answer.shown():
-            said = "".join(part.text for part in parts if part.kind == "text")
+            said = [more for part in parts if (more := item.push(part.kind, part.text))]
+            if said and not begun:
+                begun = True
+                yield opening()
             if said:
-                yield event("response.output_text.delta", **at, delta=said, logprobs=[])
+                yield "".join(event(item.delta, **item.at, **more) for more in said)
             elif not parts and not answer.ended:
                 yield WAITING
-    except Stopped as e:
+    except ApiError as e:
         failed = {**head, "status": "failed", "error": {"code": "server_error", "message": e.detail}}
         yield event("response.failed", response=failed)
         return
-    whole = _ended(head, answer)
-    text, item = answer.choices[0].text, whole["output"][0]
-    yield (
-        event("response.output_text.done", **at, text=text, logprobs=[])
-        + event("response.content_part.done", **at, part=_part(text))
-        + event("response.output_item.done", output_index=0, item=item)
-        + event(f"response.{whole['status']}", response=whole)
-    )
+    whole = _ended(head, answer, item)
+    closing = [event(kind, **more) for kind, more in item.closing()] if begun else []
+    closing += [event("response.output_item.done", output_index=0, item=done) for done in whole["output"]]
+    yield "".join(closing) + event(f"response.{whole['status']}", response=whole)

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model,
 
 from nanochat_jax.chats import prompt_of
 from nanochat_jax.engine.sampling import Shaping
+from server import tools
 from tokenizer import SPECIAL_TOKENS
 from tokenizer.chat import render_prompt
 
@@ -20,11 +21,9 @@ MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of all messages together, or of a prompt
 MAX_LOGPROBS = 20
 NEW_TOKENS = 256  # where a request does not say
-ALONE = "this model has a calculator of its own and calls no other tools"
 REFUSED = {  # what cannot be done, unless it asks for nothing: field -> (values that may stand there, what to say)
-    "tool_choice": (("auto", "none"), ALONE),
-    "function_call": (("auto", "none"), ALONE),
-    "response_format": (({"type": "text"},), "the model keeps to no form"),
+    "tool_choice": (("auto", "none"), "tools are called in chats and responses"),
+    "function_call": (("auto", "none"), "its newer name is tool_choice"),
     "modalities": ((["text"],), "text is all that it says"),
     "audio": ((), "text is all that it says"),
     "best_of": ((1,), "ask for several with n"),
@@ -107,6 +106,7 @@ class Sampling(Lenient):
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     repetition_penalty: float | None = Field(1.0, ge=0.1, le=10)  # this one and min_p are vLLM's
     min_p: float | None = Field(0.0, ge=0, le=1)
+    response_format: Any = None  # text, or JSON of some form
     logit_bias: dict[Annotated[str, Field(pattern="^[0-9]{1,7}$")], Bias] | None = Field(None, max_length=1024)
 
     @model_validator(mode="after")
@@ -117,6 +117,7 @@ class Sampling(Lenient):
                 raise ValueError(f"{name} is not supported: {why}")
         if (chars := self.chars()) > MAX_CHARS:
             raise ValueError(f"the text is {chars} characters long; {MAX_CHARS} is the limit")
+        _ = self.calls, self.schema_wanted
         return self
 
     @abstractmethod
@@ -127,6 +128,16 @@ class Sampling(Lenient):
     def limit(self) -> int:
         """New tokens at most."""
         return self.max_tokens or NEW_TOKENS
+
+    @property
+    def calls(self) -> dict[str, dict] | None:
+        """The functions of which one has to be called, {name: schema of its arguments}; None where none has to."""
+        return None
+
+    @property
+    def schema_wanted(self) -> Any:
+        """The JSON schema that the answer keeps to; None for text."""
+        return tools.schema_of(self.response_format)
 
     @property
     @abstractmethod
@@ -148,7 +159,26 @@ class Sampling(Lenient):
         return [s for s in given if s]
 
 
-class ChatRequest(Sampling):
+class Conversing(Sampling):
+    """What chat completions and responses share: a conversation, and functions that may be called."""
+
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+
+    @property
+    def calls(self) -> dict[str, dict] | None:
+        return tools.required(self.tool_choice, self.tools)
+
+    def unknown(self) -> list[str]:
+        """Where text may be the answer it is text: tools are left out."""
+        return (["tools"] if self.tools and not self.calls else []) + super().unknown()
+
+    @abstractmethod
+    def conversation(self) -> list[dict]:
+        """The messages as the renderer takes them. Unusable."""
+
+
+class ChatRequest(Conversing):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_completion_tokens: int | None = Field(None, ge=1, le=1_000_000)  # OpenAI's new name, which wins
     logprobs: bool | None = False
@@ -172,7 +202,6 @@ class ChatRequest(Sampling):
         return (self.top_logprobs or 0) if self.logprobs else -1
 
     def conversation(self) -> list[dict]:
-        """The messages as the renderer takes them. Unusable."""
         return prompt_of([m.model_dump(exclude_none=True) for m in self.messages])
 
 
@@ -253,16 +282,24 @@ def _response(title: str, /, **fields) -> Any:
 
 
 _list: Any = functools.partial(GenericAlias, list)  # list[model], of a model that mypy takes for a variable
-Ends = Literal["stop", "length"]
+Ends = Literal["stop", "length", "tool_calls"]
 Usage = _response("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
 WHOLE = {"id": str, "created": int, "model": str, "usage": Usage}
 Context = _response("Context", dropped_messages=int, truncated=bool)  # only where the conversation exceeded the context
 
-ToolCall = _response("ToolCall", index=int, name=str, input=str, output=str)
+Function = _response("Function", name=str, arguments=str)
+ToolCall = _response("ToolCall", id=str, type=Literal["function"], function=Function)
+Calculated = _response("Calculated", index=int, name=str, input=str, output=str)
 ChatLogprob = _response("ChatLogprob", token=str, logprob=float, bytes=list[int])
 ChatTop = _response("ChatTopLogprob", token=str, logprob=float, bytes=list[int], top_logprobs=_list(ChatLogprob))
 ChatLogprobs = _response("ChatLogprobs", content=_list(ChatTop))
-Reply = _response("Reply", role=Literal["assistant"], content=str, tool=(_list(ToolCall), []))
+Reply = _response(
+    "Reply",
+    role=Literal["assistant"],
+    content=str | None,
+    tool=(_list(Calculated), []),
+    tool_calls=(_list(ToolCall), []),
+)
 ChatChoice = _response("ChatChoice", index=int, message=Reply, finish_reason=Ends, logprobs=(ChatLogprobs | None, None))
 ChatCompletion = _response(
     "ChatCompletion",
@@ -280,6 +317,9 @@ OutputText = _response("OutputText", type=Literal["output_text"], text=str, anno
 OutputMessage = _response(
     "OutputMessage", type=Literal["message"], id=str, status=str, role=Literal["assistant"], content=_list(OutputText)
 )
+OutputCall = _response(
+    "OutputCall", type=Literal["function_call"], id=str, status=str, call_id=str, name=str, arguments=str
+)
 Response = _response(
     "Response",
     id=str,
@@ -287,7 +327,7 @@ Response = _response(
     created_at=int,
     status=Literal["completed", "incomplete"],
     model=str,
-    output=_list(OutputMessage),
+    output=_list(OutputMessage | OutputCall),
     usage=dict[str, Any],
 )
 Tokens = _response("Tokens", tokens=list[int], count=int, max_model_len=int)

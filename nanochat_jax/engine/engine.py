@@ -31,7 +31,7 @@ from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
 from nanochat_jax.engine.cache import Slot
 from nanochat_jax.engine.programs import Shapes, abstract, kernels_agree, prepared, program_of
-from nanochat_jax.engine.sampling import Mode, Request, Settings, Shaped, TokenLogprob, mode
+from nanochat_jax.engine.sampling import Allowed, Mode, Request, Settings, Shaped, TokenLogprob, mode
 from nanochat_jax.mesh import sharding
 
 SHORT, LONG = 8, 32  # tokens of a time slice: while requests wait, and at most
@@ -47,7 +47,7 @@ WORTH_SHARING = 16  # tokens of a common prefix that are worth a copy, or to wai
 class Completion:
     ids: list[int] = field(default_factory=list)  # without the stop token
     mask: list[int] = field(default_factory=list)  # 0 where a tool forced the token, as long as ids
-    finish_reason: str = ""  # stop | length | cancelled
+    finish_reason: str = ""  # stop | length | cancelled, or why its grammar could not be kept to
     logprobs: list[TokenLogprob] = field(default_factory=list)  # as long as ids, where asked for
 
 
@@ -58,8 +58,10 @@ class Ticket:
     request: Request
     tool: Any  # its state machine, with push(id) -> ids to force; or None
     prompt: list[int]
+    form: Any = None  # where it stands in the grammar that it keeps to, a `grammar.Form`
     completion: Completion = field(default_factory=Completion)
     forced: deque[int] = field(default_factory=deque)  # tokens that the tool wants next
+    run: float = 4.0  # ids that a slice brings, where a grammar throws away what does not fit
     filled: int = -1  # ids of the prompt that are in the cache; -1: not yet compared with what the cache holds
     leader: "Ticket | None" = None  # its prompt begins the same and is being prefilled: this one waits
 
@@ -153,7 +155,11 @@ class Engine:
             raise ValueError(f"a prompt of {len(request.ids)} tokens does not fit: 1 to {self.max_len - 1}")
         if request.max_new_tokens < 1:
             raise ValueError("max_new_tokens must be at least 1")
-        ticket = Ticket(request, self._tool.start() if self._tool else None, list(request.ids))
+        form = request.grammar.start() if request.grammar else None
+        tool = self._tool.start() if self._tool and not form else None
+        ticket = Ticket(request, tool, list(request.ids), form)
+        if form:
+            ticket.forced.extend(form.forced())
         self._queue.append(ticket)
         if self._running:
             self._traffic = time.perf_counter()
@@ -330,6 +336,7 @@ class Engine:
         slot.ids = [*ticket.prompt, *completion.ids][:end]
         slot.written = max(slot.written, min(end, self.max_len))
         self.counters.generated_tokens += len(completion.ids) - first
+        ticket.run += (len(completion.ids) - first - ticket.run) / 4
         if completion.finish_reason:
             del self._running[ticket]
             self.counters.answers += 1
@@ -342,11 +349,18 @@ class Engine:
 
         likely: `sampling.log_probabilities` of the T tokens.
         """
-        out, request = ticket.completion, ticket.request
+        out, request, form = ticket.completion, ticket.request, ticket.form
         for i, id in enumerate(tokens):
+            left = min(request.max_new_tokens - len(out.ids), self.max_len - ticket.length) - 1  # after this one
             is_forced = bool(ticket.forced)
+            if is_forced and id != ticket.forced[0]:
+                break  # forced when this was decoded already
             if is_forced:
                 ticket.forced.popleft()
+            elif form and not form.take(id, left):
+                out.finish_reason = form.failed
+                ticket.forced.extend(form.forced())
+                break
             elif id in request.stop_ids:
                 out.finish_reason = "stop"
                 break
@@ -355,12 +369,13 @@ class Engine:
             if request.logprobs >= 0:
                 logprob, ids, values = (x[i].tolist() for x in likely)
                 out.logprobs.append(TokenLogprob(logprob, tuple(zip(ids, values))[: request.logprobs]))
-            if len(out.ids) == request.max_new_tokens or ticket.length == self.max_len:
-                out.finish_reason = "length"
+            if not is_forced and (form or ticket.tool):
+                ticket.forced.extend(form.forced() if form else ticket.tool.push(id))
+            if form and form.ended and not ticket.forced:
+                out.finish_reason = "stop"
                 break
-            wanted = ticket.tool.push(id) if ticket.tool and not is_forced else []
-            if wanted:
-                ticket.forced.extend(wanted)
+            if not left:
+                out.finish_reason = "length"
                 break
 
     def _slice_length(self, tickets: Sequence[Ticket], key: tuple) -> int:
@@ -377,7 +392,8 @@ class Engine:
             waits = self._queue or len(tickets) < len(self._running) or any(not t.completion.ids for t in tickets)
             wanted = 0.0 if waits else SLICE_SECONDS / self._pace[key]
         left = max(min(t.request.max_new_tokens - len(t.completion.ids), self.max_len - t.length) for t in tickets)
-        return min(max(int(wanted), SHORT), LONG, left)
+        n = min(max(int(wanted), SHORT), LONG, left)
+        return min(n, round(max(t.run for t in tickets)) + 1) if all(t.form for t in tickets) else n
 
     # ---------------------------------------------------------------------------------- calls of the device
 
@@ -447,12 +463,16 @@ class Engine:
             forced[row, : len(ahead)] = ahead
             settings.fill(row, t.request)
         shaped = Shaped.blank(R, self.cfg.vocab_size) if how.shaped else None
+        allowed = Allowed.blank(R, self.cfg.vocab_size) if how.formed else None
         for t, row in zip(tickets, rows):
             if shaped and t.request.shaping:
                 shaped.fill(row, t.request.shaping, t.prompt, t.completion.ids)
+            if allowed and t.form:
+                allowed.place[row] = len(t.forced)
+                t.form.fill(allowed.bits[row])
         if self._program.fused:  # kernels see for themselves how far they must look: one program serves all
             span = self.max_len
-        args = self.params, self._cache, table, last, position, forced, settings, n, shaped
+        args = self.params, self._cache, table, last, position, forced, settings, n, shaped, allowed
         if compile_only:
             self._program.decode.compile(span, how, *args)
             return []

@@ -168,13 +168,15 @@ class Program:
         model, hidden = self.trunk(params, rows, tokens[None], positions[None], before[None])
         return log_probabilities(model.logits(hidden[0]), targets), rows
 
-    def _decode(self, span, how, params, cache, slots, last, position, forced, settings: Settings, n, shaped=None):
+    def _decode(
+        self, span, how, params, cache, slots, last, position, forced, settings: Settings, n, shaped=None, allowed=None
+    ):
         """The next n tokens of R = D * M rows: out (R, LONG), of which the first n are valid, and the cache with them.
 
         slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
         newest, whose keys are not in the cache yet, negative for an unused row; forced (R, LONG) ids to take in place
-        of a sample, -1 for none; shaped: `Shaped` where `how` says so. out: ids, and where `how` wants them
-        `sampling.log_probabilities`.
+        of a sample, -1 for none; shaped: `Shaped`, and allowed: `Allowed`, where `how` says so. out: ids, and where
+        `how` wants them `sampling.log_probabilities`.
         """
 
         def one(i, carry):
@@ -183,8 +185,14 @@ class Program:
             now = position + i
             rows, here = list(rows), jnp.where((position >= 0) & (now < self.max_len), now, -1)
             logits = self.step(params, rows, places, token, here, before)
-            weighed = shaped.applied(logits, settings.temperature) if how.shaped else logits
-            new = jnp.where(forced[:, i] >= 0, forced[:, i], sample(weighed, settings, now, how))
+
+            def draw(fits, settings):
+                z = logits if fits is None else jnp.where(fits[:, : logits.shape[1]], logits, -jnp.inf)
+                return sample(shaped.applied(z, settings.temperature) if how.shaped else z, settings, now, how)
+
+            new = draw(None, settings)
+            new = allowed.corrected(new, i, settings, draw) if how.formed else new
+            new = jnp.where(forced[:, i] >= 0, forced[:, i], new)
             shaped = shaped.taken(new) if how.shaped else shaped
             made = log_probabilities(logits, new) if how.logprobs else ()
             return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made)), shaped

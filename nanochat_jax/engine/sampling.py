@@ -18,6 +18,7 @@ from nanochat_jax import devices
 CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are sorted; above these: the whole vocabulary
 COLDEST = 1e-6  # a temperature below it is 0
 COMPARISONS = 2**24  # of `_by_rank`, at most
+SECOND = np.uint32(0x9E3779B9)  # changes a seed into that of a second draw
 TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
 
@@ -37,6 +38,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     logprobs: int = -1
     shaping: "Shaping | None" = None  # what is done to its logits before the draw
+    grammar: Any = None  # what its answer keeps to: has start(), which gives a state machine as `grammar.Form`
 
     @property
     def drawn(self) -> bool:
@@ -131,6 +133,7 @@ class Mode(NamedTuple):
     candidates: int  # how many of the likeliest the filtered rows need; 0: there is no filtered row
     logprobs: bool  # a row wants logprobs
     shaped: bool = False  # a row's logits are shaped
+    formed: bool = False  # a row keeps to a grammar
 
 
 def mode(requests: Sequence[Request], vocab: int) -> Mode:
@@ -141,7 +144,10 @@ def mode(requests: Sequence[Request], vocab: int) -> Mode:
     candidates = next((c for c in CANDIDATES if need <= c < vocab), vocab)
     logprobs = any(r.logprobs >= 0 for r in requests)
     shaped = any(r.shaping for r in requests)
-    return Mode(len(drawn) < len(requests), bool(drawn), len(filtered) < len(drawn), candidates, logprobs, shaped)
+    formed = any(r.grammar for r in requests)
+    return Mode(
+        len(drawn) < len(requests), bool(drawn), len(filtered) < len(drawn), candidates, logprobs, shaped, formed
+    )
 
 
 def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode) -> jax.Array:
@@ -158,6 +164,31 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode
     if how.candidates:
         ids = jnp.where(sampled & filtered, _from_the_top(scaled, settings, keys, how.candidates), ids)
     return ids
+
+
+class Allowed(NamedTuple):
+    """Which ids rows may say at one place of a slice. Numpy arrays to be filled in, or jax's."""
+
+    place: Any  # (S,) int32; -1 where all may be said anywhere
+    bits: Any  # (S, ceil(V / 32)) int32, the lowest bit first
+
+    @classmethod
+    def blank(cls, rows: int, vocab: int) -> Self:
+        return cls(np.full(rows, -1, np.int32), np.zeros((rows, -(-vocab // 32)), np.int32))
+
+    def corrected(self, new: jax.Array, i, settings: Settings, draw) -> jax.Array:
+        """New ids (S,) of place i; what may not stand there is drawn again, by draw(fits (S, V), settings).
+
+        The second draw is independent of the first, so that ids come as if drawn among those that may stand there.
+        """
+        bit = jnp.take_along_axis(self.bits, new[:, None] // 32, axis=1)[:, 0] >> (new % 32) & 1
+        wrong = (self.place == i) & (bit == 0)
+
+        def again():
+            fits = (self.bits[..., None] >> jnp.arange(32) & 1).reshape(len(new), -1) == 1
+            return jnp.where(wrong, draw(fits, settings._replace(seed=settings.seed ^ SECOND)), new)
+
+        return jax.lax.cond(wrong.any(), again, lambda: new)
 
 
 def _argmax(x: jax.Array) -> jax.Array:

@@ -1,0 +1,187 @@
+"""Answers that keep to a form: JSON by a schema, or a call of a tool. llguidance says which tokens may follow.
+
+    vocabulary = Vocabulary(tok)
+    request = Request(ids, max_new_tokens=100, grammar=vocabulary.json({"type": "object"}))
+
+A form is soft until it must be hard: tokens are drawn freely, and the first that does not fit is drawn again among
+those that do, which gives what drawing among these at once would give. Where only so many tokens are left as the
+shortest end needs, that end is taken.
+"""
+
+import functools
+import json
+import keyword
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance.numpy import fill_next_token_bitmask
+
+from tokenizer import SPECIAL_TOKENS, Tokenizer
+
+SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+ENDINGS = b")}],", b'"'  # the first of these that may stand leads to an end: outside of a string, and in one
+# when the way to an end is measured again: after so many tokens, where few are left, and near the limit where a token
+# has one of these, without which it leads no further from the end than by the rest of a character or a number
+LOOK_AGAIN, LITTLE, NEAR, OPENING = 16, 6, 128, frozenset(b'{[,"')
+# keywords of a schema for which the arguments of a call can be written one by one
+ONE_BY_ONE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs", "$schema"}
+
+
+class Vocabulary:
+    """A tokenizer's, as grammars see it. Threads may share it."""
+
+    def __init__(self, tok: Tokenizer):
+        special = {getattr(tok, name[2:-2]): name.encode() for name in SPECIAL_TOKENS}
+        self._tok, self.size, self.end = tok, tok.vocab_size, tok.assistant_end
+
+        class Wrapped:
+            eos_token_id, bos_token_id, special_token_ids = tok.assistant_end, tok.bos, list(special)
+            tokens = [special.get(id) or tok.decode_bytes([id]) for id in range(tok.vocab_size)]
+
+            def __call__(self, text: str) -> list[int]:
+                return tok.encode(text)
+
+        self.bytes = Wrapped.tokens
+        self.ll = LLTokenizer(TokenizerWrapper(Wrapped()))
+        single = sorted((raw, id) for id, raw in enumerate(Wrapped.tokens) if len(raw) == 1)  # some bytes have two ids
+        self.single = np.array([id for _, id in single])
+        self.endings = [[id for byte in some for raw, id in single if raw[0] == byte] for some in ENDINGS]
+
+    def text(self, ids: Iterable[int]) -> bytes:
+        return b"".join(self.bytes[id] for id in ids)
+
+    def json(self, schema: Mapping | bool) -> "Grammar":
+        """JSON by a schema. ValueError where that cannot be kept to."""
+        return self._compiled(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACING))
+
+    def call(self, tools: Mapping[str, Mapping]) -> "Grammar":
+        """A call of one of these tools, {name: schema of its arguments}, as Python writes it: `name(key=value)`, where
+        values are JSON; `name(**{...})` where the schema says more than which keys there are. ValueError."""
+        rules = [_call_rules(i, name, schema) for i, (name, schema) in enumerate(tools.items())]
+        start, end = self._tok.python_start, self._tok.python_end
+        head = f"start: <[{start}]> ({' | '.join(f'call_{i}' for i in range(len(tools)))}) <[{end}]>"
+        return self._compiled(LLMatcher.grammar_from_lark("\n".join([head, *rules])))
+
+    @functools.lru_cache(256)  # noqa: B019 - one vocabulary lives as long as its server
+    def _compiled(self, grammar: str) -> "Grammar":
+        return Grammar(self, grammar)
+
+
+def _call_rules(i: int, name: str, schema: Mapping) -> str:
+    """Rules for a call of one tool, of which the first is call_{i}."""
+    properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
+    simple = set(schema) <= ONE_BY_ONE and required <= set(properties) and schema.get("type", "object") == "object"
+    names = all(key.isidentifier() and not keyword.iskeyword(key) for key in properties)
+    defs = {"$defs": schema["$defs"]} if "$defs" in schema else {}
+    if not simple or not names or '"$ref": "#"' in json.dumps(properties) or '"#/properties' in json.dumps(properties):
+        return f"call_{i}: {json.dumps(name + '(**')} {_value(schema)} {json.dumps(')')}"
+    rules = [f"call_{i}: {json.dumps(name + '(')} first_{i}_0 {json.dumps(')')}"]
+    for k, (key, of) in enumerate(properties.items()):
+        value = _value({**of, **defs} if isinstance(of, Mapping) else of)
+        first = [f"{json.dumps(key + '=')} {value} more_{i}_{k + 1}"]
+        more = [f"{json.dumps(', ' + key + '=')} {value} more_{i}_{k + 1}"]
+        if key not in required:
+            first, more = [*first, f"first_{i}_{k + 1}"], [*more, f"more_{i}_{k + 1}"]
+        rules += [f"first_{i}_{k}: {' | '.join(first)}", f"more_{i}_{k}: {' | '.join(more)}"]
+    return "\n".join([*rules, f'first_{i}_{len(properties)}: ""', f'more_{i}_{len(properties)}: ""'])
+
+
+def _value(schema: Any) -> str:
+    of = schema if isinstance(schema, Mapping) else {"not": {}} if schema is False else {}
+    return f"%json {json.dumps({**of, 'x-guidance': SPACING})}"
+
+
+class Grammar:
+    """A grammar, compiled for a vocabulary. ValueError where it is none."""
+
+    def __init__(self, vocabulary: Vocabulary, grammar: str):
+        self.vocabulary, self._matcher = vocabulary, LLMatcher(vocabulary.ll, grammar, log_level=0)
+        if self._matcher.is_error():
+            raise ValueError(self._matcher.get_error().strip().split("\n")[0])
+
+    def start(self) -> "Form":
+        """A state machine for one answer."""
+        return Form(self.vocabulary, self._matcher.deep_copy())
+
+
+class Form:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, vocabulary: Vocabulary, matcher):
+        self._vocabulary, self._matcher = vocabulary, matcher
+        self._text = b""
+        self._out: list[int] = []  # the ids to an end, as they were when last measured
+        self._since = LOOK_AGAIN  # tokens since then
+        self._closing = False  # there is room for this end alone
+
+    @property
+    def ended(self) -> bool:
+        """Nothing may follow, or nothing more has to and there is no room for it."""
+        done = self._matcher.is_stopped() or self._closing and self._matcher.is_accepting()
+        return done and not self.failed
+
+    @property
+    def failed(self) -> str:
+        """Why llguidance can not go on, which has limits for what takes too long; empty where it can."""
+        return self._matcher.get_error()
+
+    def fill(self, bits: np.ndarray) -> None:
+        """Sets the bits (ceil(V / 32),) int32 of the ids that may follow."""
+        fill_next_token_bitmask(self._matcher, bits[None])
+
+    def take(self, id: int, left: int) -> bool:
+        """Whether an id may follow, after which there is room for `left` more; if so, it is taken."""
+        if not self._matcher.try_consume_tokens([id]):
+            return False
+        text, self._since = self._text, self._since + 1
+        self._text += self._vocabulary.bytes[id]
+        far = len(self._out)
+        further = left <= 4 * far + NEAR and not OPENING.isdisjoint(self._vocabulary.bytes[id])
+        if further or self._since >= LOOK_AGAIN or left <= far + LITTLE:
+            self._out, self._since = self._way_out(left), 0
+            self._closing = len(self._out) == left
+            if len(self._out) > left:  # too far from an end
+                self._matcher.rollback(1)
+                after, self._text = self._text, text
+                self._out = self._way_out(left + 1)
+                self._closing = len(self._out) <= left + 1
+                if self._closing:
+                    return False
+                self._text = after  # there was no room from the beginning
+                self._matcher.consume_token(id)
+        return True
+
+    def forced(self) -> list[int]:
+        """The ids that must follow, which are taken: there is no choice, or room for the shortest end alone."""
+        if self.ended or self.failed:
+            return []
+        ids = self._out if self._closing else self._matcher.compute_ff_tokens()
+        self._matcher.consume_tokens(ids)
+        self._text += self._vocabulary.text(ids)
+        return ids
+
+    def _way_out(self, most: int) -> list[int]:
+        """Ids that lead to an end, if it can be found in little more than `most`."""
+        matcher, vocabulary, out = self._matcher.deep_copy(), self._vocabulary, list[int]()
+        text, bits, used = self._text, np.zeros((1, -(-vocabulary.size // 32)), np.int32), Counter[int]()
+        while not matcher.is_stopped() and len(out) <= most:
+            ids = matcher.compute_ff_tokens()
+            if not ids:
+                if matcher.is_accepting():
+                    break
+                fill_next_token_bitmask(matcher, bits)
+                fits = np.unpackbits(bits.view(np.uint8), bitorder="little")
+                quotes = re.sub(rb"\\.", b"", text, flags=re.DOTALL).count(b'"')
+                ending = [id for id in vocabulary.endings[quotes % 2] if fits[id]]
+                # in words of a pattern, what was used least: it has to be left somewhere
+                single = vocabulary.single[fits[vocabulary.single] > 0].tolist()
+                ids = ending[:1] or sorted(single, key=used.__getitem__)[:1]
+                used.update(ids)
+            matcher.consume_tokens(ids)
+            text += vocabulary.text(ids)
+            out += ids
+        return out
