@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nanochat_jax.engine.engine import Engine, Event, Request, Ticket
 from nanochat_jax.errors import UserError
-from server.errors import Busy, Stopped
+from server.errors import ApiError, Busy, Stopped
 
 Update = Event | Exception  # what is new of a request, or why nothing will come any more
 
@@ -73,7 +73,8 @@ class Scheduler:
         return {"active": active, "queued": max(0, len(self._unended) - active)}
 
     def submit(self, requests: Sequence[Request], deliver: Callable[[int, Update], None]) -> list[Job]:
-        """All of them or none: Busy where too many wait, Stopped where the engine is down.
+        """All of them or none: Busy where too many wait, ApiError where they are too many by themselves, Stopped where
+        the engine is down.
 
         deliver(i, update) says what is new of requests[i].
         """
@@ -81,7 +82,10 @@ class Scheduler:
         with self._lock:
             if not self.alive:
                 raise self._stopped()
-            if len(self._unended) + len(jobs) > self.engine.slots + self._max_waiting:
+            room = self.engine.slots + self._max_waiting
+            if len(jobs) > room:
+                raise ApiError(400, f"these are {len(jobs)} answers at once, and {room} are the most at this server")
+            if len(self._unended) + len(jobs) > room:
                 raise Busy(self._retry_after(len(jobs)))
             self._unended.update(jobs)
             for job in jobs:

@@ -4,7 +4,7 @@ model then says to OpenAI's tool calls."""
 import json
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nanochat_jax.engine.grammar import Grammar, Vocabulary
@@ -12,10 +12,10 @@ from nanochat_jax.engine.grammar import Grammar, Vocabulary
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 
-def functions(tools: Sequence[Any] | None) -> dict[str, dict]:
+def functions(tools: Any) -> dict[str, dict]:
     """{name: schema of its arguments} of a request's tools that are functions, in both of OpenAI's forms."""
     found = {}
-    for tool in tools or ():
+    for tool in tools if isinstance(tools, list) else ():
         if isinstance(tool, Mapping) and tool.get("type") == "function":
             function = tool.get("function", tool)
             name = function.get("name") if isinstance(function, Mapping) else None
@@ -28,11 +28,11 @@ def functions(tools: Sequence[Any] | None) -> dict[str, dict]:
     return found
 
 
-def required(choice: Any, tools: Sequence[Any] | None) -> dict[str, dict] | None:
+def required(choice: Any, tools: Any) -> dict[str, dict] | None:
     """The functions of which one has to be called; None where text may be the answer. ValueError."""
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
-        choice = {**choice, **(choice.get("allowed_tools") or {})}
-        choice, tools = choice.get("mode"), choice.get("tools")
+        among = choice.get("allowed_tools") or choice
+        choice, tools = (among.get("mode"), among.get("tools")) if isinstance(among, Mapping) else (among, None)
     if choice in (None, "", "auto", "none"):
         return None
     given = functions(tools)
@@ -40,7 +40,8 @@ def required(choice: Any, tools: Sequence[Any] | None) -> dict[str, dict] | None
         if not given:
             raise ValueError(f"tool_choice is {choice!r}, and tools has no function")
         return given
-    name = (choice.get("function") or choice).get("name") if isinstance(choice, Mapping) else None
+    wanted = choice.get("function") or choice if isinstance(choice, Mapping) else None
+    name = wanted.get("name") if isinstance(wanted, Mapping) else None
     if name not in given:
         raise ValueError(f"tool_choice wants {name or choice!r}, which is none of the functions of tools"[:200])
     return {name: given[name]}
@@ -54,7 +55,8 @@ def schema_of(form: Any) -> Mapping | bool | None:
     if kind == "json_object":
         return {"type": "object"}
     if kind == "json_schema":
-        schema = (form.get("json_schema") or form).get("schema")
+        given = form.get("json_schema") or form
+        schema = given.get("schema") if isinstance(given, Mapping) else None
         if not isinstance(schema, (Mapping, bool)):
             raise ValueError("response_format: json_schema needs a schema")
         return schema

@@ -7,9 +7,10 @@ import threading
 import time
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
-from server_fakes import INFO, TOK, USER, Scripted, scripted_app, wait_for
+from server_fakes import INFO, TOK, USER, Scripted, scripted_app, serving, wait_for
 
 from nanochat_jax.engine.engine import Request
 from server.__main__ import bind, main
@@ -282,12 +283,12 @@ def test_logprobs_of_chat(client):
             "presence_penalty: .*less than or equal to 2",
             "presence_penalty",
         ),
-        ({"messages": USER, "tool_choice": "required"}, "tool_choice is not supported: this model", None),
+        ({"messages": USER, "tool_choice": "required"}, "tool_choice is 'required', and tools has no function", None),
         ({"messages": USER, "seed": 2**63}, "seed", "seed"),
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs needs logprobs", None),
         (
-            {"messages": USER, "response_format": {"type": "json_object"}},
-            "response_format is not supported: the model keeps",
+            {"messages": USER, "response_format": {"type": "xml"}},
+            "response_format: text, json_object and json_schema are known, not 'xml'",
             None,
         ),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages: unknown role 'robot'", "messages"),
@@ -333,10 +334,18 @@ def test_too_many_wait(scripted):
     with saying(None, max_waiting=2, engine=scripted) as client:
         assert client.post(CHAT, json={"messages": USER, "n": 4}).status_code == 200
         seen = len(scripted.seen)
-        got = client.post(CHAT, json={"messages": USER, "n": 5})  # all or none
+        got = client.post(CHAT, json={"messages": USER, "n": 5})  # waiting would not help
+        assert got.status_code == 400 and "5 answers at once, and 4 are the most" in got.json()["error"]["message"]
+        assert len(scripted.seen) == seen and client.get("/health").json()["queued"] == 0
+    app, engine = scripted_app(None, max_waiting=2, engine=Scripted(SCRIPT, slots=2, pace=0.1))
+    with (
+        serving(app) as url,
+        httpx.stream("POST", url + CHAT, json={"messages": USER, "n": 3, "stream": True}) as first,
+    ):
+        next(first.iter_lines())
+        got = httpx.post(url + CHAT, json={"messages": USER, "n": 2})  # all or none
         assert got.status_code == 429 and got.json()["error"]["type"] == "rate_limit_error"
-        assert 1 <= int(got.headers["Retry-After"]) <= 60 and len(scripted.seen) == seen
-        assert client.get("/health").json()["queued"] == 0
+        assert 1 <= int(got.headers["Retry-After"]) <= 60 and len(engine.seen) <= 3
 
 
 def test_key():
@@ -548,7 +557,7 @@ def test_command_line_serves_what_was_asked_for(tmp_path, monkeypatch):
     assert made["slots"] == 3 and made["max_len"] == 192 and made["int8"]
     with TestClient(made["app"], headers={"Authorization": "Bearer sesame"}) as client:
         assert client.get("/v1/models").json()["data"][0]["id"] == "demo/sft"
-        assert client.post(CHAT, json={"messages": USER, "n": 5}).status_code == 429
+        assert client.post(CHAT, json={"messages": USER, "n": 5}).status_code == 400
         assert client.post(CHAT, json={"messages": USER, "n": 4}).status_code == 200
         assert client.get("/v1/models", headers={"Authorization": ""}).status_code == 401
         origin = client.get("/health", headers={"Origin": "https://a.example"}).headers["access-control-allow-origin"]

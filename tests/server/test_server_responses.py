@@ -117,8 +117,8 @@ def test_a_streamed_response(client):
         ({"input": []}, "at least 1"),
         ({"input": [{"type": "image_generation_call"}]}, "an item of type 'image_generation_call'"),
         ({"previous_response_id": "resp_1"}, "nothing is kept; send the whole conversation"),
-        ({"text": {"format": {"type": "json_object"}}}, "the model keeps to no form"),
-        ({"tool_choice": "required"}, "tool_choice is not supported"),
+        ({"text": {"format": {"type": "xml"}}}, "json_object and json_schema are known"),
+        ({"tool_choice": "required"}, "tools has no function"),
         ({"n": 2}, "n is not supported: a response is one answer"),
     ],
 )

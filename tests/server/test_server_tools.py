@@ -1,0 +1,167 @@
+"""Forms that an answer keeps to, and calls of the caller's tools, as clients ask for them. The model's words are
+nonsense; what it says fits all the same."""
+
+import json
+
+import jsonschema_rs
+import openai
+import pytest
+from evals_fakes import tiny_model
+from fastapi.testclient import TestClient
+from server_fakes import USER, scripted_app, serving
+
+from nanochat_jax.engine.engine import Engine
+
+CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
+ANSWER = {
+    "type": "object",
+    "properties": {"answer": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["answer"],
+    "additionalProperties": False,
+}
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 9},
+        "unit": {"enum": ["°C", "°F"]},
+        "days": {"type": "null"},
+    },
+    "required": ["city", "unit"],
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "now", "strict": True}},
+]
+FLAT = [{"type": "function", "name": "weather", "parameters": WEATHER}, {"type": "web_search"}]
+NAMED = {"type": "function", "function": {"name": "weather"}}
+HOT = {"messages": USER, "temperature": 1, "max_tokens": 120}
+
+
+@pytest.fixture(scope="module")
+def client():
+    with TestClient(scripted_app(None, engine=Engine(tiny_model(), slots=4, max_len=192))[0]) as client:
+        yield client
+
+
+def said(client, path=CHAT, **body):
+    got = client.post(path, json=body)
+    assert got.status_code == 200, got.text
+    assert "X-Ignored-Fields" not in got.headers
+    return got.json()
+
+
+def events(client, path=CHAT, **body):
+    text = client.post(path, json={**body, "stream": True}).text
+    found = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
+    return [json.loads(event) for event in found if event != "[DONE]"]
+
+
+@pytest.mark.parametrize(
+    "form, schema",
+    [
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "A", "strict": True, "schema": ANSWER}}, ANSWER),
+    ],
+    ids=["json_object", "json_schema"],
+)
+def test_an_answer_is_json_of_the_form(client, form, schema):
+    for seed in range(5):
+        [choice] = said(client, **HOT, response_format=form, seed=seed)["choices"]
+        assert choice["finish_reason"] == "stop"
+        jsonschema_rs.validate(schema, json.loads(choice["message"]["content"]))
+        parts = events(client, **HOT, response_format=form, seed=seed)
+        assert "".join(p["choices"][0]["delta"].get("content", "") for p in parts) == choice["message"]["content"]
+    [a, b] = said(client, **HOT, response_format=form, n=2, logprobs=True)["choices"]
+    assert all(isinstance(json.loads(c["message"]["content"]), dict) and c["logprobs"]["content"] for c in (a, b))
+    text = said(client, "/v1/completions", prompt="x", max_tokens=120, response_format=form)["choices"][0]["text"]
+    jsonschema_rs.validate(schema, json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        NAMED,
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": TOOLS[:1]}},
+    ],
+    ids=["required", "named", "allowed"],
+)
+def test_a_call_that_is_required_comes_and_is_valid(client, choice):
+    for seed in range(5):
+        body = {**HOT, "tools": TOOLS, "tool_choice": choice, "seed": seed}
+        [whole] = said(client, **body)["choices"]
+        assert whole["finish_reason"] == "tool_calls" and whole["message"]["content"] is None
+        [call] = whole["message"]["tool_calls"]
+        assert call["type"] == "function" and call["id"].startswith("call_")
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        jsonschema_rs.validate(WEATHER if name == "weather" else {"maxProperties": 0}, json.loads(arguments))
+        assert name == "weather" or choice == "required"
+
+        found = [event["choices"][0] for event in events(client, **body)]
+        deltas = [d for c in found for d in c["delta"].get("tool_calls", [])]
+        assert found[-1]["finish_reason"] == "tool_calls" and {d["index"] for d in deltas} == {0}
+        assert deltas[0]["id"] and deltas[0]["function"]["name"] == name and deltas[0]["type"] == "function"
+        assert all(d.keys() == {"index", "function"} for d in deltas[1:])
+        assert "".join(d["function"]["arguments"] for d in deltas) == arguments
+
+
+def test_tools_that_may_be_called_are_named_where_text_is_the_answer(client):
+    for choice in ("auto", None):
+        got = client.post(CHAT, json={**HOT, "tools": TOOLS, "tool_choice": choice})
+        assert got.status_code == 200 and got.headers["X-Ignored-Fields"] == "tools"
+
+
+def test_a_response_is_a_call_or_keeps_to_a_form(client):
+    body = {"input": "hi", "temperature": 1, "max_output_tokens": 120, "seed": 3}
+    [item] = said(client, RESPONSES, **body, tools=FLAT, tool_choice="required")["output"]
+    assert (item["type"], item["name"], item["status"]) == ("function_call", "weather", "completed")
+    jsonschema_rs.validate(WEATHER, json.loads(item["arguments"]))
+    found = events(client, RESPONSES, **body, tools=FLAT, tool_choice={"type": "function", "name": "weather"})
+    assert [e["sequence_number"] for e in found] == list(range(len(found)))
+    order = list(dict.fromkeys(e["type"].removeprefix("response.") for e in found))
+    assert order == [
+        "created", "in_progress", "output_item.added", "function_call_arguments.delta",
+        "function_call_arguments.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    deltas = "".join(e["delta"] for e in found if e["type"].endswith("arguments.delta"))
+    done = found[-1]["response"]["output"][0]
+    assert deltas == done["arguments"] == item["arguments"] and found[2]["item"]["call_id"] == done["call_id"]
+    form = {"format": {"type": "json_schema", "name": "A", "schema": ANSWER}}
+    [item] = said(client, RESPONSES, **body, text=form)["output"]
+    jsonschema_rs.validate(ANSWER, json.loads(item["content"][0]["text"]))
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        ({"tool_choice": "required"}, "tool_choice is 'required', and tools has no function"),
+        ({"tool_choice": NAMED, "tools": TOOLS[1:]}, "tool_choice wants 'weather', which is none of"),
+        ({"tool_choice": 7, "tools": TOOLS}, "tool_choice wants 7"),
+        ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "a b"}}]}, "needs a name"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": 3}}, "tool_choice wants 3"),
+        ({"tool_choice": {"type": "function", "function": 3}, "tools": TOOLS}, "tool_choice wants "),
+        ({"tool_choice": "required", "tools": [{"type": "function", "function": 3}]}, "needs a name"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema needs a schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": 3}}, "json_schema needs a schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format: "),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/x"}}}}, "response_format: "),
+        ({"response_format": "json"}, "text, json_object and json_schema are known"),
+    ],
+)
+def test_what_cannot_be_kept_to_is_refused_in_one_line(client, more, says):
+    got = client.post(CHAT, json={**HOT, **more})
+    message = got.json()["error"]["message"]
+    assert got.status_code == 400 and says in message and "\n" not in message
+
+
+def test_openai_s_client_reads_calls_and_forms():
+    with serving(scripted_app(None, engine=Engine(tiny_model(), slots=2, max_len=192))[0]) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="x")
+        body = {"model": "x", "messages": USER, "temperature": 1, "max_tokens": 120, "seed": 1}
+        with client.chat.completions.stream(**body, tools=TOOLS, tool_choice="required") as stream:
+            call = stream.get_final_completion().choices[0].message.tool_calls[0]
+        whole = client.chat.completions.create(**body, tools=TOOLS, tool_choice="required").choices[0].message
+        assert whole.tool_calls[0].function.arguments == call.function.arguments
+        result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        body["messages"] = [*USER, whole.model_dump(), result]
+        assert client.chat.completions.create(**body).choices[0].message.content is not None
