@@ -11,6 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nanochat_jax import processes
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat_jax.devices import prepare, use_compilation_cache
     from nanochat_jax.engine.calculator import CalculatorTool
     from nanochat_jax.engine.engine import Engine, Request
+    from nanochat_jax.engine.grammar import Vocabulary
     from nanochat_jax.mesh.sharding import make_mesh
     from server.app import create_app
     from server.scheduler import Scheduler
@@ -76,8 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     length, tok = loaded.model.cfg.sequence_len, loaded.tokenizer
     slots = -(-args.slots // jax.device_count()) * jax.device_count()  # each device has as many
     engine = Engine(loaded.model, slots=slots, max_len=length, tool=CalculatorTool(tok), mesh=mesh, int8=args.int8)
-    likely = Request([tok.bos] * 2, 1, top_k=50)
-    engine.generate([likely])  # compiles, so that the first visitor need not wait
+    usual = Request([tok.bos] * 2, 1, top_k=50)
+    engine.generate([usual])  # compiles, so that the first visitor need not wait
+    likely = [usual, replace(usual, temperature=0.0), replace(usual, grammar=Vocabulary(tok).json({}))]
     scheduler = Scheduler(engine, args.max_waiting, likely)
     about = {"run": run.name, "stage": loaded.stage, "suggestions": records.suggestions(run, loaded.stage)}
     key = os.environ.get("NANOCHAT_API_KEY")

@@ -22,7 +22,7 @@ from server.edge import Edge
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.replies import ChatShape, TextShape, echo, reply, scored
-from server.responses import ResponsesRequest, respond
+from server.responses import Kept, ResponsesRequest, respond
 from server.scheduler import Scheduler
 from server.schemas import ChatRequest, CompletionRequest
 
@@ -100,7 +100,7 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     posted = (400, 401, 408, 413, 429, 500)
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     streams = {"text/event-stream": {"schema": event}}
-    vocabulary = functools.cache(lambda: Vocabulary(tok))
+    vocabulary, kept = functools.cache(lambda: Vocabulary(tok)), Kept()
 
     def ignored(body: schemas.Lenient) -> dict[str, str]:
         """The header that names what is left out of a request; it is counted."""
@@ -166,8 +166,9 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     @app.post("/v1/responses", responses=_documented(*posted, model=schemas.Response, content=streams))
     async def responses(body: ResponsesRequest, request: Request):
         headers = ignored(body)
+        body.input = kept.resolved(body.input)
         answer, extra = await begun(body)
-        return await respond(answer, request, body, model, headers, **extra)
+        return await respond(answer, request, body, model, headers, kept, **extra)
 
     @app.post("/tokenize", responses=_documented(*posted, model=schemas.Tokens))
     async def tokenize(body: schemas.Tokenize):

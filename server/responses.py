@@ -1,4 +1,4 @@
-"""OpenAI's responses API: the same answers under other names. Nothing is kept between requests."""
+"""OpenAI's responses API: the same answers under other names. The newest are kept for those who refer to them."""
 
 import time
 import uuid
@@ -23,11 +23,12 @@ class ResponsesRequest(Conversing):
     max_output_tokens: int | None = Field(None, ge=1, le=1_000_000)
     text: dict[str, Any] | None = None  # its format
     previous_response_id: str | None = None
+    store: bool | None = True  # keep what is said, for a while
 
     @model_validator(mode="after")
     def _alone(self):
         if self.previous_response_id:
-            raise ValueError("previous_response_id is not supported: nothing is kept; send the whole conversation")
+            raise ValueError("previous_response_id is not supported: send the whole conversation")
         if self.n != 1:
             raise ValueError("n is not supported: a response is one answer")
         if isinstance(self.input, list) and len(self.input) > MAX_MESSAGES:
@@ -54,7 +55,35 @@ class ResponsesRequest(Conversing):
     def conversation(self) -> list[dict]:
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        return prompt_of([*first, *(message for item in items for message in _message(item))])
+        try:
+            return prompt_of([*first, *(message for item in items for message in _message(item))])
+        except Unusable as e:
+            raise ApiError(400, f"input: {e}", "input") from None
+
+
+class Kept:
+    """The newest items of responses by their ids: some clients send an id where an answer stood."""
+
+    def __init__(self, most: int = 1000):
+        self._items: dict[str, dict] = {}
+        self._most = most
+
+    def add(self, item: dict) -> None:
+        self._items[item["id"]] = item
+        if len(self._items) > self._most:
+            del self._items[next(iter(self._items))]
+
+    def resolved(self, given: str | list[dict]) -> str | list[dict]:
+        """An input with what it refers to. ApiError where that is not known."""
+        return given if isinstance(given, str) else list(map(self._item, given))
+
+    def _item(self, item: dict) -> dict:
+        if item.get("type") != "item_reference":
+            return item
+        if known := self._items.get(str(item.get("id"))):
+            return known
+        message = f"input: there is no item {str(item.get('id')):.80} here any more; send it whole, and store: false"
+        raise ApiError(400, message, "input")
 
 
 def _message(item: dict) -> Iterator[dict]:
@@ -71,17 +100,17 @@ def _message(item: dict) -> Iterator[dict]:
 
 
 async def respond(
-    answer: Answer, request: Request, body: ResponsesRequest, model: str, headers: dict[str, str], **extra
+    answer: Answer, request: Request, body: ResponsesRequest, model: str, headers: dict[str, str], kept: Kept, **extra
 ):
-    """The response to a request, with what is `extra` in it."""
+    """The response to a request, with what is `extra` in it. Its item is kept where the request has nothing against it."""
     head, item = _head(body, model) | extra, Call() if body.calls else Message()
     if body.stream:
-        return Stream(answer, _events(answer, head, item), headers)
+        return Stream(answer, _events(answer, head, item, kept), headers)
     await to_the_end(answer, request)
     choice = answer.choices[0]
     for kind, text in [("text", choice.text), *(("python", call["input"]) for call in choice.calls)]:
         item.push(kind, text)
-    return JSONResponse(_ended(head, answer, item), headers=headers)
+    return JSONResponse(_ended(head, answer, item, kept), headers=headers)
 
 
 def _head(body: ResponsesRequest, model: str) -> dict:
@@ -105,7 +134,7 @@ def _head(body: ResponsesRequest, model: str) -> dict:
         "parallel_tool_calls": False,
         "previous_response_id": None,
         "reasoning": {"effort": None, "summary": None},
-        "store": False,
+        "store": body.store is not False,
         "truncation": "auto",
         "metadata": {},
         "usage": None,
@@ -180,14 +209,17 @@ class Call:
         yield "response.function_call_arguments.done", {**self.at, "name": name, "arguments": self._arguments}
 
 
-def _ended(head: dict, answer: Answer, item: Message | Call) -> dict:
+def _ended(head: dict, answer: Answer, item: Message | Call, kept: Kept) -> dict:
     usage, cut = answer.usage(), answer.choices[0].reason == "length"
     status = "incomplete" if cut else "completed"
+    output = [item.item(status)] if item.named else []
+    if output and head["store"]:
+        kept.add(output[0])
     return {
         **head,
         "status": status,
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": [item.item(status)] if item.named else [],
+        "output": output,
         "usage": {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0},
@@ -198,7 +230,7 @@ def _ended(head: dict, answer: Answer, item: Message | Call) -> dict:
     }
 
 
-async def _events(answer: Answer, head: dict, item: Message | Call) -> AsyncIterator[str]:
+async def _events(answer: Answer, head: dict, item: Message | Call, kept: Kept) -> AsyncIterator[str]:
     numbers = iter(range(1 << 62))
 
     def event(kind: str, **more) -> str:
@@ -226,7 +258,7 @@ async def _events(answer: Answer, head: dict, item: Message | Call) -> AsyncIter
         failed = {**head, "status": "failed", "error": {"code": "server_error", "message": e.detail}}
         yield event("response.failed", response=failed)
         return
-    whole = _ended(head, answer, item)
+    whole = _ended(head, answer, item, kept)
     closing = [event(kind, **more) for kind, more in item.closing()] if begun else []
     closing += [event("response.output_item.done", output_index=0, item=done) for done in whole["output"]]
     yield "".join(closing) + event(f"response.{whole['status']}", response=whole)

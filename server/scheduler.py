@@ -1,6 +1,7 @@
 """One thread owns the engine. Requests come to it through an inbox, and what it makes goes back by callbacks."""
 
 import functools
+import itertools
 import math
 import queue
 import threading
@@ -28,13 +29,13 @@ class Job:
 class Scheduler:
     """Runs requests until `stop`, in a thread of its own. `submit` and `cancel` may be called from any thread.
 
-    likely: a request such as most will be; what such requests can need is compiled in another thread, beside requests.
+    likely: requests such as most will be; what these can need is compiled in another thread, beside requests.
     """
 
-    def __init__(self, engine: Engine, max_waiting: int = 64, likely: Request | None = None):
+    def __init__(self, engine: Engine, max_waiting: int = 64, likely: Sequence[Request] = ()):
         self.engine = engine
         self.failure: Exception | None = None
-        self.compiled = likely is None  # what such requests can need
+        self.compiled = not likely  # what such requests can need
         self._warming = threading.Thread(target=self._warm_up, args=[likely], name="warm-up", daemon=True)
         self._max_waiting = max_waiting
         self._inbox: queue.Queue[Job | None] = queue.Queue()  # None: stop
@@ -101,9 +102,9 @@ class Scheduler:
         took = sum(self._took) / len(self._took) if self._took else 1.0
         return min(60, max(1, math.ceil(took * wanted / self.engine.slots)))
 
-    def _warm_up(self, likely: Request) -> None:
+    def _warm_up(self, likely: Sequence[Request]) -> None:
         """A program at a time, while no request is worked on: on a CPU both want the cores."""
-        programs = self.engine.warm_up(likely)
+        programs = itertools.chain.from_iterable(map(self.engine.warm_up, likely))
         while self.alive and not self.compiled:
             if self.engine.busy:
                 time.sleep(0.01)

@@ -61,7 +61,7 @@ class Ticket:
     form: Any = None  # where it stands in the grammar that it keeps to, a `grammar.Form`
     completion: Completion = field(default_factory=Completion)
     forced: deque[int] = field(default_factory=deque)  # tokens that the tool wants next
-    run: float = 4.0  # ids that a slice brings, where a grammar throws away what does not fit
+    run: float = SHORT  # ids that a slice brings, where a grammar throws away what does not fit
     filled: int = -1  # ids of the prompt that are in the cache; -1: not yet compared with what the cache holds
     leader: "Ticket | None" = None  # its prompt begins the same and is being prefilled: this one waits
 
@@ -332,7 +332,7 @@ class Engine:
         """Takes what was decoded for a ticket; frees its slot where that was the end."""
         slot, completion, end = self._running[ticket], ticket.completion, ticket.length - 1 + len(out[0])
         first = len(completion.ids)
-        self._take(ticket, out[0].tolist(), *out[1:])
+        self._take(ticket, *out)
         slot.ids = [*ticket.prompt, *completion.ids][:end]
         slot.written = max(slot.written, min(end, self.max_len))
         self.counters.generated_tokens += len(completion.ids) - first
@@ -344,20 +344,20 @@ class Engine:
         ended = completion if completion.finish_reason else None
         return Event(ticket, completion.ids[first:], ended, completion.logprobs[first:])
 
-    def _take(self, ticket: Ticket, tokens: Sequence[int], *likely: np.ndarray) -> None:
-        """Appends what was decoded to the completion, up to its end or to where the tool wants other tokens.
+    def _take(self, ticket: Ticket, tokens: np.ndarray, again: np.ndarray, *likely: np.ndarray) -> None:
+        """Appends what was decoded to the completion, up to its end or to where other tokens must follow.
 
-        likely: `sampling.log_probabilities` of the T tokens.
+        again: which of the T tokens are second draws; likely: `sampling.log_probabilities` of them.
         """
         out, request, form = ticket.completion, ticket.request, ticket.form
-        for i, id in enumerate(tokens):
+        for i, id in enumerate(tokens.tolist()):
             left = min(request.max_new_tokens - len(out.ids), self.max_len - ticket.length) - 1  # after this one
             is_forced = bool(ticket.forced)
             if is_forced and id != ticket.forced[0]:
                 break  # forced when this was decoded already
             if is_forced:
                 ticket.forced.popleft()
-            elif form and not form.take(id, left):
+            elif form and not form.take(id, left, again[i]):
                 out.finish_reason = form.failed
                 ticket.forced.extend(form.forced())
                 break
@@ -450,7 +450,8 @@ class Engine:
     def _run_decode(
         self, tickets: Sequence[Ticket], width: int, how: Mode, span: int, n: int, compile_only: bool = False
     ) -> list[list]:
-        """Decodes n tokens of each ticket: their ids and, where `how` wants them, `sampling.log_probabilities`."""
+        """Decodes n tokens of each ticket: ids, which of them are second draws, and, where `how` wants them,
+        `sampling.log_probabilities`."""
         table, rows = self._rows([self._running[t] for t in tickets], width)
         R = table.size
         last, position = np.full((R, 2), -1, np.int32), np.full(R, -1, np.int32)
@@ -477,5 +478,6 @@ class Engine:
             self._program.decode.compile(span, how, *args)
             return []
         out, self._cache = self._program.decode(span, how, *args)
-        arrays = [np.asarray(o) for o in out]
-        return [[a[row, :n] for a in arrays] for row in rows]
+        ids, *more = (np.asarray(o) for o in out)
+        again = more.pop(0) if how.formed else np.zeros(ids.shape, bool)
+        return [[a[row, :n] for a in (ids, again, *more)] for row in rows]

@@ -11,7 +11,6 @@ shortest end needs, that end is taken.
 import functools
 import json
 import keyword
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,7 +25,7 @@ SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separ
 ENDINGS = b")}],", b'"'  # the first of these that may stand leads to an end: outside of a string, and in one
 # when the way to an end is measured again: after so many tokens, where few are left, and near the limit where a token
 # has one of these, without which it leads no further from the end than by the rest of a character or a number
-LOOK_AGAIN, LITTLE, NEAR, OPENING = 16, 6, 128, frozenset(b'{[,"')
+LOOK_AGAIN, LITTLE, NEAR, OPENING = 32, 6, 128, frozenset(b'{[,"')
 # keywords of a schema for which the arguments of a call can be written one by one
 ONE_BY_ONE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs", "$schema"}
 
@@ -71,6 +70,15 @@ class Vocabulary:
         return Grammar(self, grammar)
 
 
+def quoted(state: int, raw: bytes) -> int:
+    """Whether what follows raw bytes of JSON is in a string: 0 no, 1 yes, 2 yes, and behind a backslash."""
+    if not state and b'"' not in raw or state == 1 and b'"' not in raw and b"\\" not in raw:
+        return state
+    for byte in raw:
+        state = int(byte == 34) if not state else {34: 0, 92: 2}.get(byte, 1) if state == 1 else 1
+    return state
+
+
 def _call_rules(i: int, name: str, schema: Mapping) -> str:
     """Rules for a call of one tool, of which the first is call_{i}."""
     properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
@@ -113,7 +121,7 @@ class Form:
 
     def __init__(self, vocabulary: Vocabulary, matcher):
         self._vocabulary, self._matcher = vocabulary, matcher
-        self._text = b""
+        self._quoted, self._bits = 0, np.zeros(0, np.int32)
         self._out: list[int] = []  # the ids to an end, as they were when last measured
         self._since = LOOK_AGAIN  # tokens since then
         self._closing = False  # there is room for this end alone
@@ -132,26 +140,35 @@ class Form:
     def fill(self, bits: np.ndarray) -> None:
         """Sets the bits (ceil(V / 32),) int32 of the ids that may follow."""
         fill_next_token_bitmask(self._matcher, bits[None])
+        self._bits = bits
 
-    def take(self, id: int, left: int) -> bool:
-        """Whether an id may follow, after which there is room for `left` more; if so, it is taken."""
+    def take(self, id: int, left: int, again: bool) -> bool:
+        """Whether an id may follow, after which there is room for `left` more; if so, it is taken.
+
+        again: it was drawn among the ids that `fill` told last, which is right where these may stand here as well.
+        """
+        if again:
+            bits = np.zeros_like(self._bits)
+            fill_next_token_bitmask(self._matcher, bits[None])
+            if (bits != self._bits).any():
+                return False
         if not self._matcher.try_consume_tokens([id]):
             return False
-        text, self._since = self._text, self._since + 1
-        self._text += self._vocabulary.bytes[id]
-        far = len(self._out)
-        further = left <= 4 * far + NEAR and not OPENING.isdisjoint(self._vocabulary.bytes[id])
+        raw, before, far = self._vocabulary.bytes[id], self._quoted, len(self._out)
+        self._since, self._quoted = self._since + 1, quoted(before, raw)
+        opening = not OPENING.isdisjoint(raw) and (not before or b'"' in raw)
+        further = opening and left <= 4 * far + NEAR
         if further or self._since >= LOOK_AGAIN or left <= far + LITTLE:
             self._out, self._since = self._way_out(left), 0
             self._closing = len(self._out) == left
             if len(self._out) > left:  # too far from an end
                 self._matcher.rollback(1)
-                after, self._text = self._text, text
+                after, self._quoted = self._quoted, before
                 self._out = self._way_out(left + 1)
                 self._closing = len(self._out) <= left + 1
                 if self._closing:
                     return False
-                self._text = after  # there was no room from the beginning
+                self._quoted = after  # there was no room from the beginning
                 self._matcher.consume_token(id)
         return True
 
@@ -161,13 +178,13 @@ class Form:
             return []
         ids = self._out if self._closing else self._matcher.compute_ff_tokens()
         self._matcher.consume_tokens(ids)
-        self._text += self._vocabulary.text(ids)
+        self._quoted = quoted(self._quoted, self._vocabulary.text(ids))
         return ids
 
     def _way_out(self, most: int) -> list[int]:
         """Ids that lead to an end, if it can be found in little more than `most`."""
         matcher, vocabulary, out = self._matcher.deep_copy(), self._vocabulary, list[int]()
-        text, bits, used = self._text, np.zeros((1, -(-vocabulary.size // 32)), np.int32), Counter[int]()
+        inside, bits, used = self._quoted, np.zeros((1, -(-vocabulary.size // 32)), np.int32), Counter[int]()
         while not matcher.is_stopped() and len(out) <= most:
             ids = matcher.compute_ff_tokens()
             if not ids:
@@ -175,13 +192,12 @@ class Form:
                     break
                 fill_next_token_bitmask(matcher, bits)
                 fits = np.unpackbits(bits.view(np.uint8), bitorder="little")
-                quotes = re.sub(rb"\\.", b"", text, flags=re.DOTALL).count(b'"')
-                ending = [id for id in vocabulary.endings[quotes % 2] if fits[id]]
+                ending = [id for id in vocabulary.endings[inside > 0] if fits[id]]
                 # in words of a pattern, what was used least: it has to be left somewhere
                 single = vocabulary.single[fits[vocabulary.single] > 0].tolist()
                 ids = ending[:1] or sorted(single, key=used.__getitem__)[:1]
                 used.update(ids)
             matcher.consume_tokens(ids)
-            text += vocabulary.text(ids)
+            inside = quoted(inside, vocabulary.text(ids))
             out += ids
         return out

@@ -175,8 +175,8 @@ class Program:
 
         slots (D, M), None for all; last (R, 2) the two newest ids of each row (-1 for none); position (R,) that of the
         newest, whose keys are not in the cache yet, negative for an unused row; forced (R, LONG) ids to take in place
-        of a sample, -1 for none; shaped: `Shaped`, and allowed: `Allowed`, where `how` says so. out: ids, and where
-        `how` wants them `sampling.log_probabilities`.
+        of a sample, -1 for none; shaped: `Shaped`, and allowed: `Allowed`, where `how` says so. out: ids, where
+        there is `allowed` which of them are second draws, and where `how` wants them `sampling.log_probabilities`.
         """
 
         def one(i, carry):
@@ -191,17 +191,17 @@ class Program:
                 return sample(shaped.applied(z, settings.temperature) if how.shaped else z, settings, now, how)
 
             new = draw(None, settings)
-            new = allowed.corrected(new, i, settings, draw) if how.formed else new
+            new, wrong = allowed.corrected(new, i, settings, draw) if how.formed else (new, None)
             new = jnp.where(forced[:, i] >= 0, forced[:, i], new)
             shaped = shaped.taken(new) if how.shaped else shaped
-            made = log_probabilities(logits, new) if how.logprobs else ()
+            made = (*([wrong] if how.formed else []), *(log_probabilities(logits, new) if how.logprobs else ()))
             return rows, said.at[:, i + 2].set(new), tuple(o.at[:, i].set(x) for o, x in zip(out, made)), shaped
 
         said = jnp.concatenate([last, jnp.zeros_like(forced)], axis=1)
-        out: tuple[jax.Array, ...] = ()
+        out: tuple[jax.Array, ...] = (jnp.zeros(forced.shape, bool),) if how.formed else ()
         if how.logprobs:
             likeliest = (*forced.shape, min(TOP_LOGPROBS, self.cfg.vocab_size))
-            out = (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
+            out += (jnp.zeros(forced.shape), jnp.zeros(likeliest, jnp.int32), jnp.zeros(likeliest))
         if self.fused:  # kernels read and write the slots in place
             n_slots = cache[0][0].shape[1]
             places = jnp.arange(n_slots) if slots is None else jnp.minimum(slots.reshape(-1), n_slots - 1)

@@ -19,6 +19,7 @@ CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are sorted; above 
 COLDEST = 1e-6  # a temperature below it is 0
 COMPARISONS = 2**24  # of `_by_rank`, at most
 SECOND = np.uint32(0x9E3779B9)  # changes a seed into that of a second draw
+NOWHERE = 1 << 20  # beyond every slice
 TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
 
@@ -169,26 +170,27 @@ def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode
 class Allowed(NamedTuple):
     """Which ids rows may say at one place of a slice. Numpy arrays to be filled in, or jax's."""
 
-    place: Any  # (S,) int32; -1 where all may be said anywhere
+    place: Any  # (S,) int32; NOWHERE where all may be said
     bits: Any  # (S, ceil(V / 32)) int32, the lowest bit first
 
     @classmethod
     def blank(cls, rows: int, vocab: int) -> Self:
-        return cls(np.full(rows, -1, np.int32), np.zeros((rows, -(-vocab // 32)), np.int32))
+        return cls(np.full(rows, NOWHERE, np.int32), np.zeros((rows, -(-vocab // 32)), np.int32))
 
-    def corrected(self, new: jax.Array, i, settings: Settings, draw) -> jax.Array:
-        """New ids (S,) of place i; what may not stand there is drawn again, by draw(fits (S, V), settings).
+    def corrected(self, new: jax.Array, i, settings: Settings, draw) -> tuple[jax.Array, jax.Array]:
+        """New ids (S,) of place i, and which of them were drawn again, by draw(fits (S, V), settings), as they may not
+        stand at the row's place. (What may stand behind that is not known here: mostly the same.)
 
         The second draw is independent of the first, so that ids come as if drawn among those that may stand there.
         """
         bit = jnp.take_along_axis(self.bits, new[:, None] // 32, axis=1)[:, 0] >> (new % 32) & 1
-        wrong = (self.place == i) & (bit == 0)
+        wrong = (i >= self.place) & (bit == 0)
 
         def again():
             fits = (self.bits[..., None] >> jnp.arange(32) & 1).reshape(len(new), -1) == 1
             return jnp.where(wrong, draw(fits, settings._replace(seed=settings.seed ^ SECOND)), new)
 
-        return jax.lax.cond(wrong.any(), again, lambda: new)
+        return jax.lax.cond(wrong.any(), again, lambda: new), wrong
 
 
 def _argmax(x: jax.Array) -> jax.Array:

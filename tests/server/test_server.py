@@ -474,7 +474,7 @@ def test_scheduler_bounds_its_queue_and_counts():
 
 def test_scheduler_compiles_beside_requests_and_no_more_than_one_program_while_there_are_any():
     engine, gate = Scripted(SCRIPT), threading.Event()
-    scheduler = Scheduler(engine, likely=REQUEST)
+    scheduler = Scheduler(engine, likely=[REQUEST])
     got, busy = collector(), type(engine).busy.fget
     engine.step = lambda step=engine.step: gate.wait(10) and step()
     scheduler.submit([REQUEST], got[2])

@@ -6,6 +6,8 @@ import pytest
 from fastapi.testclient import TestClient
 from server_fakes import TOK, Scripted, scripted_app, serving
 
+from server.responses import Kept
+
 PATH = "/v1/responses"
 HI = [TOK.user_start, *b"hi", TOK.user_end]
 
@@ -76,7 +78,7 @@ def test_inputs_of_every_form(client, engine, name):
 
 
 def test_a_whole_response(client):
-    got = client.post(PATH, json={"input": "hi", "store": True, "include": ["reasoning.encrypted_content"]})
+    got = client.post(PATH, json={"input": "hi", "store": False, "include": ["reasoning.encrypted_content"]})
     said = got.json()
     assert said["status"] == "completed" and said["object"] == "response" and said["store"] is False
     [item] = said["output"]
@@ -84,9 +86,28 @@ def test_a_whole_response(client):
         {"type": "output_text", "text": "gr\u00fc\u00df dich", "annotations": [], "logprobs": []}
     ]
     assert said["usage"]["input_tokens"] == 6 and said["usage"]["output_tokens"] == 11
-    assert got.headers["X-Ignored-Fields"] == "store, include"
+    assert got.headers["X-Ignored-Fields"] == "include"
     cut = client.post(PATH, json={"input": "hi", "max_output_tokens": 3}).json()
     assert (cut["status"], cut["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+
+
+def test_an_item_may_be_referred_to(client, engine):
+    said = client.post(PATH, json={"input": "hi"}).json()
+    assert said["store"] is True
+    reference = {"type": "item_reference", "id": said["output"][0]["id"]}
+    user = {"role": "user", "content": "hi"}
+    assert client.post(PATH, json={"input": [user, reference, user]}).status_code == 200
+    whole = [*HI, TOK.assistant_start, *"gr\u00fc\u00df dich".encode(), TOK.assistant_end, *HI]
+    assert engine.seen[-1].ids == [TOK.bos, *whole, TOK.assistant_start]
+    text = client.post(PATH, json={"input": "hi", "stream": True, "store": False}).text
+    forgotten = json.loads(text.split("data: ")[-1])["response"]["output"][0]["id"]
+    for id in (forgotten, "msg_1", None):
+        got = client.post(PATH, json={"input": [user, {"type": "item_reference", "id": id}, user]})
+        assert got.status_code == 400 and "send it whole" in got.json()["error"]["message"]
+    kept = Kept(most=2)
+    for id in "abc":
+        kept.add({"id": id})
+    assert [kept._items.get(id) for id in "abc"] == [None, {"id": "b"}, {"id": "c"}]
 
 
 def test_a_conversation_that_had_to_be_cut_is_said(client):
@@ -116,7 +137,7 @@ def test_a_streamed_response(client):
     [
         ({"input": []}, "at least 1"),
         ({"input": [{"type": "image_generation_call"}]}, "an item of type 'image_generation_call'"),
-        ({"previous_response_id": "resp_1"}, "nothing is kept; send the whole conversation"),
+        ({"previous_response_id": "resp_1"}, "send the whole conversation"),
         ({"text": {"format": {"type": "xml"}}}, "json_object and json_schema are known"),
         ({"tool_choice": "required"}, "tools has no function"),
         ({"n": 2}, "n is not supported: a response is one answer"),
