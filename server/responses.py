@@ -102,7 +102,7 @@ def _message(item: dict) -> Iterator[dict]:
 async def respond(
     answer: Answer, request: Request, body: ResponsesRequest, model: str, headers: dict[str, str], kept: Kept, **extra
 ):
-    """The response to a request, with what is `extra` in it. Its item is kept where the request has nothing against it."""
+    """The response to a request, with what is `extra` in it; what it says is kept where the request wants that."""
     head, item = _head(body, model) | extra, Call() if body.calls else Message()
     if body.stream:
         return Stream(answer, _events(answer, head, item, kept), headers)
