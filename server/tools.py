@@ -30,15 +30,18 @@ def functions(tools: Any) -> dict[str, dict]:
 
 def required(choice: Any, tools: Any) -> dict[str, dict] | None:
     """The functions of which one has to be called; None where text may be the answer. ValueError."""
+    allowed = None
     if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
         among = choice.get("allowed_tools") or choice
-        choice, tools = (among.get("mode"), among.get("tools")) if isinstance(among, Mapping) else (among, None)
+        choice, allowed = (among.get("mode"), among.get("tools")) if isinstance(among, Mapping) else (among, None)
     if choice in (None, "", "auto", "none"):
         return None
     given = functions(tools)
+    if allowed is not None:
+        given = {name: given[name] for name in functions(allowed) if name in given}
     if choice in ("required", "any"):
         if not given:
-            raise ValueError(f"tool_choice is {choice!r}, and tools has no function")
+            raise ValueError(f"tool_choice is {choice!r}, and there is no function to call in tools")
         return given
     wanted = choice.get("function") or choice if isinstance(choice, Mapping) else None
     name = wanted.get("name") if isinstance(wanted, Mapping) else None

@@ -283,7 +283,11 @@ def test_logprobs_of_chat(client):
             "presence_penalty: .*less than or equal to 2",
             "presence_penalty",
         ),
-        ({"messages": USER, "tool_choice": "required"}, "tool_choice is 'required', and tools has no function", None),
+        (
+            {"messages": USER, "tool_choice": "required"},
+            "tool_choice is 'required', and there is no function to call in tools",
+            None,
+        ),
         ({"messages": USER, "seed": 2**63}, "seed", "seed"),
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs needs logprobs", None),
         (

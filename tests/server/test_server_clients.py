@@ -100,7 +100,7 @@ def test_models(client):
 def test_errors_are_those_that_the_client_knows(openai, client, url):
     with pytest.raises(openai.BadRequestError, match="temperature"):
         ask(client, temperature=5)
-    with pytest.raises(openai.BadRequestError, match="tools has no function"):
+    with pytest.raises(openai.BadRequestError, match="there is no function to call in tools"):
         ask(client, tool_choice="required")
     with pytest.raises(openai.AuthenticationError, match="API key"):
         ask(openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0))

@@ -139,7 +139,7 @@ def test_a_streamed_response(client):
         ({"input": [{"type": "image_generation_call"}]}, "an item of type 'image_generation_call'"),
         ({"previous_response_id": "resp_1"}, "send the whole conversation"),
         ({"text": {"format": {"type": "xml"}}}, "json_object and json_schema are known"),
-        ({"tool_choice": "required"}, "tools has no function"),
+        ({"tool_choice": "required"}, "there is no function to call in tools"),
         ({"n": 2}, "n is not supported: a response is one answer"),
     ],
 )

@@ -82,7 +82,7 @@ def test_an_answer_is_json_of_the_form(client, form, schema):
     [
         "required",
         NAMED,
-        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": TOOLS[:1]}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}},
     ],
     ids=["required", "named", "allowed"],
 )
@@ -134,7 +134,7 @@ def test_a_response_is_a_call_or_keeps_to_a_form(client):
 @pytest.mark.parametrize(
     "more, says",
     [
-        ({"tool_choice": "required"}, "tool_choice is 'required', and tools has no function"),
+        ({"tool_choice": "required"}, "tool_choice is 'required', and there is no function to call in tools"),
         ({"tool_choice": NAMED, "tools": TOOLS[1:]}, "tool_choice wants 'weather', which is none of"),
         ({"tool_choice": 7, "tools": TOOLS}, "tool_choice wants 7"),
         ({"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "a b"}}]}, "needs a name"),
