@@ -70,8 +70,9 @@ def grammar_of(vocabulary: Vocabulary, tools: Mapping[str, Mapping] | None, sche
     """What keeps an answer to a call of one of the tools, else to JSON by the schema. ValueError."""
     try:
         return vocabulary.call(tools) if tools else vocabulary.json(schema)
-    except ValueError as e:
-        raise ValueError(f"{'tools' if tools else 'response_format'}: {e}") from None
+    except (ValueError, RecursionError) as e:
+        why = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise ValueError(f"{'tools' if tools else 'response_format'}: {why}") from None
 
 
 class CallReader:

@@ -26,8 +26,12 @@ ENDINGS = b")}],", b'"'  # the first of these that may stand leads to an end: ou
 # when the way to an end is measured again: after so many tokens, where few are left, and near the limit where a token
 # has one of these, without which it leads no further from the end than by the rest of a character or a number
 LOOK_AGAIN, LITTLE, NEAR, OPENING = 32, 6, 128, frozenset(b'{[,"')
+FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
+NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # keywords of a schema that hold schemas
+NESTED = {"items", "prefixItems", "additionalItems", "anyOf", "oneOf", "allOf", "additionalProperties"}
 # keywords of a schema for which the arguments of a call can be written one by one
-ONE_BY_ONE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs", "$schema"}
+ONE_BY_ONE = {"type", "properties", "required", "additionalProperties", "title", "description"}
+ONE_BY_ONE |= {"$defs", "definitions", "$schema"}
 
 
 class Vocabulary:
@@ -55,12 +59,14 @@ class Vocabulary:
 
     def json(self, schema: Mapping | bool) -> "Grammar":
         """JSON by a schema. ValueError where that cannot be kept to."""
-        return self._compiled(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=SPACING))
+        return self._compiled(
+            LLMatcher.grammar_from_json_schema(json.dumps(_known(_object(schema))), overrides=SPACING)
+        )
 
     def call(self, tools: Mapping[str, Mapping]) -> "Grammar":
         """A call of one of these tools, {name: schema of its arguments}, as Python writes it: `name(key=value)`, where
         values are JSON; `name(**{...})` where the schema says more than which keys there are. ValueError."""
-        rules = [_call_rules(i, name, schema) for i, (name, schema) in enumerate(tools.items())]
+        rules = [_call_rules(i, name, _known(schema)) for i, (name, schema) in enumerate(tools.items())]
         start, end = self._tok.python_start, self._tok.python_end
         head = f"start: <[{start}]> ({' | '.join(f'call_{i}' for i in range(len(tools)))}) <[{end}]>"
         return self._compiled(LLMatcher.grammar_from_lark("\n".join([head, *rules])))
@@ -81,15 +87,20 @@ def quoted(state: int, raw: bytes) -> int:
 
 def _call_rules(i: int, name: str, schema: Mapping) -> str:
     """Rules for a call of one tool, of which the first is call_{i}."""
-    properties, required = schema.get("properties") or {}, set(schema.get("required") or ())
-    simple = set(schema) <= ONE_BY_ONE and required <= set(properties) and schema.get("type", "object") == "object"
-    names = all(key.isidentifier() and not keyword.iskeyword(key) for key in properties)
-    defs = {"$defs": schema["$defs"]} if "$defs" in schema else {}
-    if not simple or not names or '"$ref": "#"' in json.dumps(properties) or '"#/properties' in json.dumps(properties):
+    defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    simple = set(schema) <= ONE_BY_ONE and schema.get("type", "object") == "object" and isinstance(required, list)
+    simple = (
+        simple
+        and isinstance(properties, Mapping)
+        and all(isinstance(key, str) and key in properties for key in required)
+    )
+    within = json.dumps([properties, defs])  # a reference to the whole cannot be followed from a part
+    if not (simple and all(map(_is_name, properties))) or '"$ref": "#"' in within or '"#/properties' in within:
         return f"call_{i}: {json.dumps(name + '(**')} {_value(schema)} {json.dumps(')')}"
     rules = [f"call_{i}: {json.dumps(name + '(')} first_{i}_0 {json.dumps(')')}"]
     for k, (key, of) in enumerate(properties.items()):
-        value = _value({**of, **defs} if isinstance(of, Mapping) else of)
+        value = _value({**_object(of), **defs})
         first = [f"{json.dumps(key + '=')} {value} more_{i}_{k + 1}"]
         more = [f"{json.dumps(', ' + key + '=')} {value} more_{i}_{k + 1}"]
         if key not in required:
@@ -98,9 +109,32 @@ def _call_rules(i: int, name: str, schema: Mapping) -> str:
     return "\n".join([*rules, f'first_{i}_{len(properties)}: ""', f'more_{i}_{len(properties)}: ""'])
 
 
+def _is_name(key: str) -> bool:
+    return key.isidentifier() and not keyword.iskeyword(key)
+
+
+def _known(schema: Any) -> Any:
+    """A schema without the formats that llguidance does not know, which are notes to readers."""
+    if isinstance(schema, list):
+        return [_known(one) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    out = {}
+    for key, of in schema.items():
+        if key in NAMED and isinstance(of, Mapping):
+            out[key] = {name: _known(one) for name, one in of.items()}
+        elif key != "format" or of in FORMATS:
+            out[key] = _known(of) if key in NESTED else of
+    return out
+
+
 def _value(schema: Any) -> str:
-    of = schema if isinstance(schema, Mapping) else {"not": {}} if schema is False else {}
-    return f"%json {json.dumps({**of, 'x-guidance': SPACING})}"
+    return f"%json {json.dumps({**_object(schema), 'x-guidance': SPACING})}"
+
+
+def _object(schema: Any) -> dict:
+    """A schema that may be true or false."""
+    return dict(schema) if isinstance(schema, Mapping) else {} if schema is True else {"enum": []}
 
 
 class Grammar:
@@ -109,7 +143,7 @@ class Grammar:
     def __init__(self, vocabulary: Vocabulary, grammar: str):
         self.vocabulary, self._matcher = vocabulary, LLMatcher(vocabulary.ll, grammar, log_level=0)
         if self._matcher.is_error():
-            raise ValueError(self._matcher.get_error().strip().split("\n")[0])
+            raise ValueError(" ".join(self._matcher.get_error().split())[:300])
 
     def start(self) -> "Form":
         """A state machine for one answer."""

@@ -168,13 +168,33 @@ def test_log_probabilities_are_the_model_s_own(engine, model, vocabulary):
     np.testing.assert_allclose([t.logprob for t in completion.logprobs], want, atol=2e-4)
 
 
+def test_notes_in_a_schema_change_nothing(engine, vocabulary):
+    noted = {"type": "object", "properties": {"format": {"type": "string", "format": "colour", "maxLength": 5}}}
+    noted |= {"required": ["format"], "$defs": {"a": {"anyOf": [{"format": "iri", "const": {"format": "iri"}}, True]}}}
+    asked = [
+        request(vocabulary.json(noted)),
+        request(vocabulary.json(True), limit=60),
+        request(vocabulary.call({"f": noted})),
+    ]
+    for completion in engine.generate(asked):
+        assert completion.finish_reason == "stop"
+    assert '"format": ' in TOK.decode(engine.generate(asked[:1])[0].ids)
+
+
 def test_what_cannot_be_kept_to_is_said(vocabulary):
-    for schema, word in (({"not": {}}, "not"), ({"type": "strin"}, "strin"), ({"$ref": "#/$defs/no"}, "no")):
+    wrong = {"not": {"not": {}}, "strin": {"type": "strin"}, "no": {"$ref": "#/$defs/no"}, "regex": {"pattern": "("}}
+    for word, schema in (*wrong.items(), ("empty", False)):
         with pytest.raises(ValueError, match=word) as e:
             vocabulary.json(schema)
         assert "\n" not in str(e.value)
-    with pytest.raises(ValueError):
-        vocabulary.call({"f": {"type": "object", "properties": {"x": {"pattern": "["}}}})
+    for arguments in (
+        {"properties": {"x": {"pattern": "["}}},
+        {"properties": [1]},
+        {"required": [{}]},
+        {"required": 3},
+    ):
+        with pytest.raises(ValueError):
+            vocabulary.call({"f": {"type": "object", **arguments}})
 
 
 @pytest.mark.parametrize(
