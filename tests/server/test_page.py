@@ -133,6 +133,13 @@ def delta(**parts):
     return {"choices": [{"index": 0, "delta": parts, "finish_reason": None}]}
 
 
+def call(index, arguments="", *begins):
+    """A piece of a call of a function; of the first one, `begins` are its id and name."""
+    first = dict(zip(("id", "name"), begins, strict=False))
+    function = {"arguments": arguments} | ({"name": first.pop("name")} if begins else {})
+    return delta(tool_calls=[{"index": index, "type": "function", "function": function, **first}])
+
+
 def tool(index, **part):
     return delta(tool=[{"index": index, "name": "calculator", **part}])
 
@@ -1244,6 +1251,105 @@ def test_an_unfinished_formula_is_text_until_its_end(page, api):
     expect(replies(page).last).to_have_text("but *not* this; ( open")
 
 
+def test_calls_of_functions(opens, api):
+    page = opens(permissions=["clipboard-read", "clipboard-write"])
+    more, end = threading.Event(), threading.Event()
+    weather = [call(0, "", "c1", "get_weather"), call(0, '{"city": "Pa'), more]
+    weather += [call(0, 'ris", "days": [1.0, 12345678901234567890]}'), end]
+    api.says("I look.", *weather, call(1, "{}", "c2", "now"), call(2, '{"cut', "c3", "f"))
+    ask(page, "Weather")
+    box = page.locator(".calls pre code")
+    expect(box).to_have_text('{"city": "Pa')
+    expect(page.locator(".calls .code-bar span")).to_have_text("get_weather()")
+    more.set()
+    whole_arguments = '{\n  "city": "Paris",\n  "days": [\n    1.0,\n    12345678901234567890\n  ]\n}'
+    expect(box).to_have_text(whole_arguments)
+    assert box.inner_text() == whole_arguments
+    end.set()
+    whole(page)
+    page.reload()
+    expect(page.locator(".calls .code-bar span")).to_have_text(["get_weather()", "now()", "f()"])
+    expect(box).to_have_text([whole_arguments, "{}", '{"cut'])
+    expect(replies(page)).to_have_text("I look.")
+    button(page, "Copy reply").click()
+    expect(page.locator("#announce")).to_have_text("Copied")
+    text, calls = page.evaluate("navigator.clipboard.readText()").split("\n\n", 1)
+    calls = json.loads(calls)
+    arguments = '{"city": "Paris", "days": [1.0, 12345678901234567890]}'
+    assert text == "I look." and [one["id"] for one in calls] == ["c1", "c2", "c3"]
+    first = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    assert calls[0] == first
+    api.says("Sunny")
+    ask_and_wait(page, "And?")
+    sent = api.bodies[-1]["messages"][1]
+    assert sent == {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": calls[:2],
+    }  # what broke off would be refused
+
+
+def test_a_reply_of_calls_alone_is_sent_back(page, api):
+    api.says(call(0, "", "c1", "a b\n# c"))
+    ask_and_wait(page, "Call")
+    expect(page.locator(".calls .code-bar span")).to_have_text("a_b___c()")
+    ask_and_wait(page, "And?")
+    sent = api.bodies[-1]["messages"][1]
+    assert sent["content"] is None and sent["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+def test_a_reply_that_is_json_is_code(page, api):
+    more, end = threading.Event(), threading.Event()
+    api.says('{"a": [1.0,\n', more, ' {}, "~~~ `x`"], ', end, '"b": 12345678901234567890}\n')
+    ask(page, "JSON")
+    code = replies(page).locator("pre")
+    expect(code).to_have_text('{"a": [1.0,')
+    more.set()
+    expect(code).to_contain_text('"~~~ `x`"],')
+    end.set()
+    whole(page)
+    want = '{\n  "a": [\n    1.0,\n    {},\n    "~~~ `x`"\n  ],\n  "b": 12345678901234567890\n}'
+    assert code.inner_text() == want
+    expect(replies(page).locator(".code-bar span")).to_have_text("json")
+    page.reload()
+    assert code.inner_text() == want
+    ask_and_wait(page, "And?")
+    assert api.asked[1] == ("assistant", '{"a": [1.0,\n {}, "~~~ `x`"], "b": 12345678901234567890}\n')
+
+
+def test_what_only_begins_like_json_is_markdown(page, api):
+    gate = threading.Event()
+    for start, rest, shown in [
+        ("[", "1] foo *x*", "[1] foo x"),
+        ("[a](https://example.org", ") is *x*", "a is x"),
+        ("{name", "} is *x*", "{name} is x"),
+        ('{"', 'a"} is *x*\n\n- one\n\n- two\n\nthree', re.compile(r'{"a"} is x\s*one\s*two\s*three')),
+    ]:
+        gate.clear()
+        api.says(start, gate, rest)
+        ask(page, "Say")
+        if start == '{"':
+            expect(replies(page).last.locator("pre")).to_have_text(start)
+        else:
+            expect(replies(page).last).to_contain_text(start)
+            expect(replies(page).last.locator("pre")).to_have_count(0)
+        gate.set()
+        expect(replies(page).last).to_have_text(shown)
+        whole(page)
+        expect(replies(page).last.locator("em")).to_have_text("x")
+        expect(replies(page).last.locator("pre")).to_have_count(0)
+    api.says('[{"a": 1},', ' "', 'b"]')
+    ask_and_wait(page, "A list")
+    expect(replies(page).last.locator("pre")).to_have_text('[\n  {\n    "a": 1\n  },\n  "b"\n]')
+
+
+def test_deep_json_is_shown(page, api):
+    """With a step to the right for each level it would be gigabytes."""
+    api.says("[" * 100_000 + "1" + "]" * 100_000)
+    ask_and_wait(page, "Deep")
+    assert replies(page).locator("pre code").evaluate("e => e.textContent.length") > 200_000
+
+
 def test_a_message_beyond_the_servers_limit_is_not_sent(page, api):
     box(page).fill("x" * 200_001)
     page.keyboard.press("Enter")
@@ -1291,7 +1397,7 @@ def test_contrast_of_all_text(opens, api, scheme):
     page = opens(color_scheme=scheme, reduced_motion="reduce")
     found = page.evaluate(CONTRASTS)
     formula = "\n$$x = \\begin{pmatrix} 1 \\end{pmatrix}$$\n"
-    api.says(RICH + formula, tool(0, input="1+1"), tool(0, output="2"), BROKEN_OFF)
+    api.says(RICH + formula, tool(0, input="1+1"), tool(0, output="2"), call(0, "{}", "c", "f"), BROKEN_OFF)
     ask_and_wait(page, "Everything")
     ask(page, "/help")
     found += page.evaluate(CONTRASTS)
