@@ -2,7 +2,7 @@
 
 import { ApiError, complete, health } from "./api.js";
 import { $, composing, el, iconButton, say } from "./dom.js";
-import { contentOf, grow, MessageView, sendOnEnter, take, textOf } from "./message.js";
+import { grow, MessageView, messageOf, sendOnEnter, take, wholeOf } from "./message.js";
 import { commandOf, HELP, reloadSettings, sampling, setByCommand, settings, setUpSettings } from "./settings.js";
 import { closeDrawer, drawerOpen, drawList, setUpSidebar } from "./sidebar.js";
 import * as store from "./store.js";
@@ -203,10 +203,10 @@ function titleOf(text) {
 function said(which) {
   const out = [];
   for (const message of which.messages) {
-    const content = contentOf(message);
-    if (message.role === "assistant" && !content.length) continue;
+    const sent = messageOf(message);
+    if (!sent) continue;
     if (message.role === out.at(-1)?.role) out.pop();
-    out.push({ role: message.role, content });
+    out.push(sent);
   }
   while (out.length > 1 && (out.length > MOST_MESSAGES || JSON.stringify(out).length > MOST_CHARS)) out.splice(0, 2);
   const system = settings.system.trim();
@@ -247,7 +247,7 @@ async function answer(which, how = {}) {
   keep(which);
   if (which === chat) draw();
   else drawList(chat.id, listActions);
-  if (reply.status === "done") say(`Reply: ${textOf(reply)}`);
+  if (reply.status === "done") say(`Reply: ${wholeOf(reply)}`);
 }
 
 function failed(reply, error) {

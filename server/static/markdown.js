@@ -1,7 +1,8 @@
 // Markdown as DOM nodes, built with createElement and text nodes only: whatever a model says cannot become HTML.
-// Known: paragraphs, headings, bold, italic, struck, code, fenced code, lists, quotes, tables, rules, links.
+// Known: paragraphs, headings, bold, italic, struck, code, fenced code, lists, quotes, tables, rules, links, formulas.
 
 import { copyButton, el } from "./dom.js";
+import { formula, isProse, LONGEST } from "./formula.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6})(?:[ \t]+|$)/;
@@ -38,6 +39,7 @@ export class Markdown {
     for (const block of parseBlocks(lines)) {
       block.start = starts[block.first];
       block.source = lines.slice(block.first, block.last).join("\n");
+      if (block.last >= lines.length - 1) block.source += "\n";  // a formula in it may not have ended yet
       this.blocks.push(block);
       const before = old.shift();
       if (before?.source === block.source && !block.source.includes("\uFFFC")) block.node = before.node;
@@ -106,7 +108,7 @@ function quote(lines, i) {
   const inner = [];
   let last = i;
   while (last < lines.length && (QUOTE.test(lines[last]) || (lines[last].trim() && !interrupts(lines, last)))) {
-    inner.push(lines[last++].replace(QUOTE, ""));
+    for (const past = pastFormula(lines, last); last < past; last++) inner.push(lines[last].replace(QUOTE, ""));
   }
   return { type: "quote", inner, last };
 }
@@ -124,17 +126,19 @@ function list(lines, i) {
     const open = ITEM.exec(lines[at]);
     if (!open || isNumber(open[2]) !== ordered || RULE.test(lines[at])) break;
     const inner = [lines[at].slice(open[0].length)];
-    last = ++at;
+    const past = pastFormula(lines, at);
+    while (++at < past) inner.push(lines[at].trimStart());
+    last = at;
     while (at < lines.length) {
       if (!lines[at].trim()) {
         at++;
       } else if (indent(lines[at]) >= open[1].length + 2) {  // more of this item, blank lines before it too
         for (; last < at; last++) inner.push("");
-        inner.push(lines[at].slice(Math.min(indent(lines[at]), open[0].length)));
-        last = ++at;
+        for (const past = pastFormula(lines, at); at < past; last = ++at) {
+          inner.push(lines[at].slice(Math.min(indent(lines[at]), open[0].length)));
+        }
       } else if (last === at && !ITEM.test(lines[at]) && !interrupts(lines, at)) {
-        inner.push(lines[at].trimStart());
-        last = ++at;
+        for (const past = pastFormula(lines, at); at < past; last = ++at) inner.push(lines[at].trimStart());
       } else break;
     }
     items.push(inner);
@@ -167,9 +171,26 @@ function interrupts(lines, i) {
   return [FENCE, HEADING, RULE, QUOTE, INTERRUPTING_ITEM].some(start => start.test(line)) || isTable(lines, i);
 }
 
+/** Past the lines of a display formula that begins line i, or that its last mark opens: whatever they look like, they
+ * are one. While its end has not come, all lines are its own. i + 1 where there is none. */
+function pastFormula(lines, i) {
+  const found = OPENING.exec(lines[i]);
+  if (!found) return i + 1;
+  const close = closerOf(found[1] ?? "\\[", found[2]);
+  let from = found.index + found[0].length;
+  if (isProse(lines[i].slice(from))) return i + 1;
+  let at = i;
+  for (let length = 0; at < lines.length && length < LONGEST; from = 0) {
+    if (lines[at].includes(close, from)) return at + 1;
+    if (!lines[at].trim()) return at === lines.length - 1 ? at : i + 1;
+    length += lines[at++].length + 1;
+  }
+  return at === lines.length ? at : i + 1;
+}
+
 function paragraph(lines, i) {
-  let last = i + 1;
-  while (last < lines.length && lines[last].trim() && !interrupts(lines, last)) last++;
+  let last = pastFormula(lines, i);
+  while (last < lines.length && lines[last].trim() && !interrupts(lines, last)) last = pastFormula(lines, last);
   return { type: "paragraph", text: lines.slice(i, last).map(line => line.trim()).join("\n"), last };
 }
 
@@ -236,7 +257,9 @@ function link(href, ...children) {
 const AUTOLINK = /<((?:https?:\/\/|mailto:)[^\s<>\uFFFC]+)>/y;
 const BARE = /https?:\/\/[^\s<>"'`|*\uFFFC]+/y;
 const TARGET = /\(\s*(?:<([^<>\n]*)>|([^\s()]*(?:\([^\s()]*\)[^\s()]*)*))(?:\s+(?:"[^"]*"|'[^']*'))?\s*\)/y;
-const FORMULAS = { "\\(": "\\)", "\\[": "\\]", "$$": "$$" };
+const OPENING = /^\s*(\\\[|\$\$|\\begin\{((?:equation|align|gather|multline)\*?)\})|\\\[\s*$/;
+const FORMULA = /\\[([]|\$\$|\\begin\{((?:equation|align|gather|multline)\*?)\}/y;
+const closerOf = (open, name) => (name ? `\\end{${name}}` : { "\\(": "\\)", "\\[": "\\]", "$$": "$$" }[open]);
 const RIGHT_TO_LEFT = /^[^\p{L}]*[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
 const wordAt = (text, i) => i >= 0 && i < text.length && /[\p{L}\p{N}]/u.test(text[i]);
 const spaceAt = (text, i) => i < 0 || i >= text.length || /\s/.test(text[i]);
@@ -277,8 +300,8 @@ function special(text, i, hopeless) {
       return { node: el("br"), end: i + 1 };
     case "$":
     case "\\": {
-      const end = formulaEnd(text, i, hopeless);
-      if (end) return { plain: text.slice(i, end), end };  // as it was written: its marks are no emphasis
+      const found = formulaAt(text, i, hopeless);
+      if (found) return shownFormula(text, i, found);
       if (text[i] === "$") return null;
       return /[!-/:-@[-`{-~]/.test(text[i + 1] ?? "") ? { plain: text[i + 1], end: i + 2 } : null;
     }
@@ -304,14 +327,27 @@ function special(text, i, hopeless) {
   }
 }
 
-/** Where the formula that begins at i ends; null where none does. */
-function formulaEnd(text, i, hopeless) {
-  const open = text.slice(i, i + 2);
-  const close = FORMULAS[open];
-  if (!close || hopeless.has(open)) return null;
-  const at = text.indexOf(close, i + 2);
+/** The formula that begins at i, as {tex, display, end}; null where none does. $$ and $$$ may be prices as well. */
+function formulaAt(text, i, hopeless) {
+  const [open, name] = matchAt(FORMULA, text, i) ?? [];
+  if (!open || hopeless.has(open)) return null;
+  const close = closerOf(open, name);
+  const at = text.indexOf(close, i + open.length);
   if (at < 0) hopeless.add(open);
-  return at < 0 ? null : at + 2;
+  if (at < 0) return null;
+  const end = at + close.length;
+  const tex = name ? text.slice(i, end) : text.slice(i + open.length, at);
+  const prices = [text[i - 1], text[i + 2], text[end]].includes("$") || tex.includes("**") || isProse(tex);
+  if (open === "$$" && prices) return null;
+  return { tex, display: open !== "\\(", end };
+}
+
+/** A formula as a node; as text where it cannot be set: just as it was written, for its marks are no emphasis. */
+function shownFormula(text, i, { tex, display, end }) {
+  const math = formula(tex, display);
+  if (!math) return { plain: text.slice(i, end), end };
+  const node = el("span", { className: display ? "formula block" : "formula" }, math);
+  return { node, end: display && text[end] === "\n" ? end + 1 : end };
 }
 
 /** On which side a text begins. (With dir="auto" the browser would look again for each node that is put in.) */
@@ -353,8 +389,9 @@ function emphasis(text, i, hopeless) {
   // inside a word these are something else: snake_case, and 2*3*4
   if ((mark === "_" || size === 1) && wordAt(text, i - 1)) return literal;
   for (let at = i + size; at < text.length; ) {
-    if (text[at] === "\\") at += 2;
-    else if (text[at] === "`") at = codeEnd(text, at)?.[1] ?? at + runLength(text, at);
+    if (text[at] === "\\" || text[at] === "$") {
+      at = formulaAt(text, at, hopeless)?.end ?? at + (text[at] === "$" ? 1 : 2);
+    } else if (text[at] === "`") at = codeEnd(text, at)?.[1] ?? at + runLength(text, at);
     else if (text[at] !== mark) at++;
     else {
       const run = runLength(text, at);

@@ -1,19 +1,35 @@
 // One message of a conversation on the page.
 
 import { composing, copyButton, el, icon, iconButton } from "./dom.js";
+import { pretty } from "./json.js";
 import { chipMark, Markdown, plainSource } from "./markdown.js";
 
-/** What was said, without the calculator's part. */
-export function textOf(message) {
+/** What was said, without the calculator's part and without calls. */
+function textOf(message) {
   if (message.role === "user") return message.text;
   return message.parts.filter(part => part.type === "text").map(part => part.text).join("");
 }
 
-/** A message as the API takes it; of a reply with calculator calls exactly what the model said. */
-export function contentOf(message) {
-  if (message.role === "user") return message.text;
-  if (message.parts.every(part => part.type === "text")) return textOf(message);
-  return message.parts.map(({ type, text }) => ({ type, text }));
+const callsOf = message => message.parts?.filter(part => part.type === "call") ?? [];
+const asSent = ({ id, name, text }) => ({ id, type: "function", function: { name, arguments: text || "{}" } });
+
+/** What was said, and the calls as JSON. */
+export function wholeOf(message) {
+  const calls = callsOf(message).map(asSent);
+  return [textOf(message), calls.length ? JSON.stringify(calls, null, 2) : ""].filter(Boolean).join("\n\n");
+}
+
+/** A message as the API takes it, null where it says nothing. Of a reply with calculator calls it has exactly what the
+ * model said; a call that broke off is left out, as the server would refuse it. */
+export function messageOf(message) {
+  if (message.role === "user") return { role: "user", content: message.text };
+  const said = message.parts.filter(part => part.type !== "call");
+  const plain = said.every(part => part.type === "text");
+  const content = plain ? textOf(message) || null : said.map(({ type, text }) => ({ type, text }));
+  const whole = ({ name, text }) => name && (!text || (text.trimStart()[0] === "{" && pretty(text)));
+  const calls = callsOf(message).filter(whole).map(asSent);
+  if (!content && !calls.length) return null;
+  return { role: "assistant", content, ...(calls.length && { tool_calls: calls }) };
 }
 
 /** Adds what a chunk of the stream says to a reply. */
@@ -22,7 +38,7 @@ export function take(reply, chunk) {
   if (chunk.usage) Object.assign(reply, { tokens: chunk.usage.completion_tokens, exact: true });
   const choice = chunk.choices?.[0];
   if (!choice) return;
-  const { content, tool } = choice.delta ?? {};
+  const { content, tool, tool_calls: calls } = choice.delta ?? {};
   const part = (type, index) => {
     const last = reply.parts.at(-1);
     if (last?.type === type && last.index === index) return last;
@@ -35,22 +51,45 @@ export function take(reply, chunk) {
     if (call.input) part("python", call.index).text += call.input;
     if (call.output) part("python_output", call.index).text += call.output;
   }
-  if ((content || tool) && !reply.exact) reply.tokens++;  // nearly: a piece is mostly one token
+  for (const { index = 0, id, function: called } of calls ?? []) {
+    let call = reply.parts.findLast(known => known.type === "call" && known.index === index);
+    if (!call || (id && call.id && id !== call.id)) {
+      call = { type: "call", index, name: "", text: "" };
+      reply.parts.push(call);
+    }
+    call.id ||= id;
+    call.name ||= called?.name ?? "";
+    call.text += called?.arguments ?? "";
+  }
+  if ((content || tool || calls) && !reply.exact) reply.tokens++;  // nearly: a piece is mostly one token
   if (choice.finish_reason) reply.finish = choice.finish_reason;
 }
 
-/** [Markdown source, calls]: the parts of a reply, a mark where each call of the calculator was. */
+const BAR = "~".repeat(32);  // longer than any that JSON has
+const codeOf = (language, text) => `${BAR}${language}\n${plainSource(text)}\n${BAR}`;
+
+/** A reply that is JSON as a whole, or null. While it is being written, one that begins as an object does is taken for
+ * one; "[" may begin a link or anything. */
+function jsonOf(reply, writing) {
+  if (!reply.parts.every(part => part.type === "text")) return null;
+  const text = textOf(reply).trim();
+  if (writing) return /^(?:\[\s*)?\{\s*(?:"|$)/.test(text) ? text : null;
+  return /^[[{]/.test(text) ? pretty(text) : null;
+}
+
+/** [Markdown source, chips]: the parts of a reply, a mark where each call of the calculator was. */
 function sourceOf(reply) {
   let source = "";
-  const calls = [];
+  const chips = [];
   for (const part of reply.parts) {
+    if (part.type === "call") continue;
     if (part.type === "text") source += plainSource(part.text);
-    else if (part.type === "python" || !calls.length || calls.at(-1).output) {
-      source += chipMark(calls.length);
-      calls.push({ input: "", output: "", [part.type === "python" ? "input" : "output"]: part.text });
-    } else calls.at(-1).output = part.text;
+    else if (part.type === "python" || !chips.length || chips.at(-1).output) {
+      source += chipMark(chips.length);
+      chips.push({ input: "", output: "", [part.type === "python" ? "input" : "output"]: part.text });
+    } else chips.at(-1).output = part.text;
   }
-  return [source, calls];
+  return [source, chips];
 }
 
 function chip({ input, output }) {
@@ -89,7 +128,7 @@ export class MessageView {
     const user = message.role === "user";
     this.body = el("div", { className: user ? "bubble" : "prose" });
     this.tools = el("div", { className: "tools" });
-    this.tools.append(copyButton(user ? "Copy message" : "Copy reply", () => textOf(message)));
+    this.tools.append(copyButton(user ? "Copy message" : "Copy reply", () => wholeOf(message)));
     this.node = el("article", { className: `message ${message.role}` },
       el("h2", { className: "visually-hidden" }, user ? "You said" : "Reply"), this.body);
     if (user) {
@@ -97,11 +136,12 @@ export class MessageView {
       this.body.dir = "auto";
       this.again = iconButton("edit", "Edit message", () => this.edit());
     } else {
-      this.markdown = new Markdown(this.body, index => chip(this.calls[index]));
       this.again = iconButton("again", "Regenerate reply", () => actions.regenerate());
       this.notes = el("div", { className: "notes" });
       this.speed = el("span", { className: "speed" });
-      this.node.append(this.notes);
+      this.calls = el("div", { className: "calls" });
+      this.boxes = [];  // of calls, each as Markdown
+      this.node.append(this.calls, this.notes);
     }
     this.tools.append(this.again);
     if (!user) this.tools.append(this.speed);
@@ -116,9 +156,20 @@ export class MessageView {
       return;
     }
     const writing = state === "writing" || state === "elsewhere";
-    const [source, calls] = sourceOf(message);
-    this.calls = calls;
+    const json = jsonOf(message, writing);
+    if (this.isJson !== (json !== null)) {  // another source, not the last one and more
+      this.isJson = json !== null;
+      this.body.replaceChildren();
+      this.markdown = new Markdown(this.body, index => chip(this.chips[index]));
+    }
+    const [source, chips] = this.isJson ? [codeOf("json", json), []] : sourceOf(message);
+    this.chips = chips;
     this.markdown.update(source);
+    callsOf(message).forEach(({ name, text }, i) => {
+      if (!this.boxes[i]) this.calls.append(el("div"));
+      this.boxes[i] ??= new Markdown(this.calls.lastChild);
+      this.boxes[i].update(codeOf(`${name.replace(/[^\w.-]/g, "_")}()`, pretty(text) ?? text));
+    });
     this.node.classList.toggle("writing", state === "writing");
     this.node.classList.toggle("waiting", state === "writing" && !message.parts.length);
     const retry = last && !busy && (state === "failed" || state === "interrupted");

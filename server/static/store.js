@@ -11,7 +11,7 @@ export const STALE = 15_000;
 export const DEFAULTS = { system: "", temperature: 0.6, top_k: 50, top_p: 1, max_tokens: 512 };
 
 /** All conversations by id: {id, title, updated, saved, messages}. A message is {role: "user", text} or
- * {role: "assistant", parts: [{type, text}], status: writing | done | stopped | interrupted | failed, ...}. */
+ * {role: "assistant", parts: [{type, text, ...}], status: writing | done | stopped | interrupted | failed, ...}. */
 export const chats = new Map();
 
 function parsed(text) {

@@ -133,6 +133,13 @@ def delta(**parts):
     return {"choices": [{"index": 0, "delta": parts, "finish_reason": None}]}
 
 
+def call(index, arguments="", *begins):
+    """A piece of a call of a function; of the first one, `begins` are its id and name."""
+    first = dict(zip(("id", "name"), begins, strict=False))
+    function = {"arguments": arguments} | ({"name": first.pop("name")} if begins else {})
+    return delta(tool_calls=[{"index": index, "type": "function", "function": function, **first}])
+
+
 def tool(index, **part):
     return delta(tool=[{"index": index, "name": "calculator", **part}])
 
@@ -534,7 +541,12 @@ def test_markdown(page, api):
 
 
 def test_markdown_piece_by_piece_is_the_same_and_does_not_redo_what_is_settled(page):
-    nasty = RICH + "- a\n\n- b\n\nnot | a table\n\n> q\n```\nopen\n\n``\n`````\n1. x\n2. y\n- z\n***both** one*\n\n"
+    nasty = (
+        RICH
+        + "so\n\\[\n- a\n# b\n\\]\n- i\n  $$\n  x\n$$\n> q\n\\[x\n> y\n\\] z\n\n"
+        + "\\[\n- a\n\n- b\n\\]\n\n$$ 1\n\n- \\[\n- c\n\n"
+        + "- a\n\n- b\n\nnot | a table\n\n> q\n```\nopen\n\n``\n`````\n1. x\n2. y\n- z\n***both** one*\n\n"
+    )
     got = page.evaluate(
         """async source => {
           const { Markdown, chipMark } = await import("/static/markdown.js");
@@ -558,13 +570,24 @@ def test_no_text_makes_markdown_slow(page):
     """A step that is quadratic in the length would take minutes."""
     texts = ["*a " * 30_000, "**a" * 30_000, "[" * 60_000, "`a ``b " * 15_000, "> " * 30_000, "| " * 40_000]
     texts += ["# " + " " * 90_000, "- " * 30_000, "\\" * 60_000, "[a](" * 20_000, "a|b\n" * 20_000, "_a*" * 30_000]
+    texts += [
+        "\\[\n" * 20_000 + "\n",
+        "$$\n" * 30_000,
+        r"*a \(b " * 15_000,
+        r"\(a_1\) " * 2_000,
+        "\\(" + "{" * 90_000 + "\\)",
+    ]
+    texts += ["\\(x" + "'" * 1_900 + "\\)", "- \\[\n" * 15_000, r"\begin{align} " * 8_000, r"\text{" * 15_000 + r"\(\)"]
     texts += [" -" * 40_000 + "x", "1. a\n\n" * 10_000, "> a\n\n" * 10_000, "(http://a" * 10_000, "![](" * 20_000]
     took = page.evaluate(
         """async texts => {
           const { Markdown } = await import("/static/markdown.js");
           return texts.map(text => {
             const began = performance.now();
-            new Markdown(document.createElement("div"), () => "").update(text);
+            const root = document.createElement("div");
+            new Markdown(root, () => "").update(text);
+            if (text.includes("\\\\(")) document.getElementById("log").replaceChildren(root);
+            root.getBoundingClientRect();  // is laid out as well, where it has formulas
             return performance.now() - began;
           });
         }""",
@@ -896,6 +919,7 @@ def test_scrolling_follows_only_at_the_end(page, api):
 WIDE = (
     RICH
     + f"\n{'w' * 300} `{'c' * 200}`\n\n```\n{'x ' * 200}\n```\n\n|{' head |' * 12}\n|{'---|' * 12}\n|{' cell |' * 12}\n"
+    rf"\[ {' + '.join('a' * 90)} \] and in a line \({' + '.join('a' * 90)}\)" + "\n"
 )
 
 
@@ -911,7 +935,7 @@ def test_a_narrow_phone(opens, api):
     api.says(WIDE, tool(0, input="1+" * 80 + "1"), tool(0, output="81"))
     ask_and_wait(page, "W" * 100)
     fits()
-    for wide in ("pre", ".table"):  # scrolls by itself
+    for wide in ("pre", ".table", ".formula.block", ".formula:not(.block)"):  # scrolls by itself
         assert replies(page).locator(wide).last.evaluate("e => e.scrollWidth > e.clientWidth")
     page.get_by_role("button", name="Conversations").click()
     expect(button(page, "New chat")).to_be_focused()
@@ -995,13 +1019,335 @@ def test_enter_breaks_a_line_on_a_touch_screen(opens, api):
     assert api.bodies[-1]["messages"] == [{"role": "user", "content": "one\ntwo"}]
 
 
-def test_formulas_are_shown_as_they_were_written(page, api):
-    text = r"\(a_b + c_d\) and \[ x_1 * y_1 * z \] and $$a_i b_i$$, but \*not\* *this*; \( open"
-    api.says(*(text[i : i + 5] for i in range(0, len(text), 5)))
-    ask_and_wait(page, "A formula")
-    want = r"\(a_b + c_d\) and \[ x_1 * y_1 * z \] and $$a_i b_i$$, but *not* this; ( open"
-    expect(replies(page)).to_have_text(want)
-    expect(replies(page).locator("em")).to_have_text(["this"])
+# A node as its name without the m, and what is in it. Letters and numbers alone are their text; ~ stands at what is
+# upright, / at a sign, ! at a delimiter that grows.
+SERIALISED = """async formulas => {
+  const { formula } = await import("/static/formula.js");
+  const told = node => {
+    const name = node.localName.slice(1), text = node.textContent;
+    if (name === "i") return (node.getAttribute("mathvariant") ? "~" : "") + text;
+    if (name === "n") return text;
+    if (name === "o") {
+      const form = node.getAttribute("form") ? "/" : node.getAttribute("stretchy") === "true" ? "!" : "";
+      return form + text;
+    }
+    if (name === "text") return `'${text.replaceAll("\\u00a0", " ")}'`;
+    if (name === "space") return "_";
+    return `${name}(${[...node.childNodes].map(told).join(" ")})`;
+  };
+  return formulas.map(tex => {
+    const math = formula(tex, true);
+    if (!math) return null;
+    const [shown, annotation] = math.firstChild.childNodes;
+    return [told(shown), annotation.textContent, math.namespaceURI];
+  });
+}"""
+
+FORMULAS = {
+    "x": "x",
+    "3.14": "3.14",
+    "a + b = 1,000": "row(a + b = 1,000)",
+    "-x": "row(/− x)",
+    "x = -1": "row(x = /− 1)",
+    "f(x), g": "row(f ( x ) , g)",
+    "x^2": "sup(x 2)",
+    "x^23": "row(sup(x 2) 3)",
+    "x_i^2": "subsup(x i 2)",
+    "x^2_i": "subsup(x i 2)",
+    "x_{i,j}": "sub(x row(i , j))",
+    "{}^{14}C": "row(sup(row() 14) C)",
+    "f''(x)": "row(row(f ′′) ( x ))",
+    "f'^2": "sup(row(f ′) 2)",
+    r"\frac{a}{b} + \tfrac12": "row(frac(a b) + frac(1 2))",
+    r"\binom{n}{k}": "row(!( frac(n k) !))",
+    r"\sqrt{x} + \sqrt[3]{x}": "row(sqrt(x) + root(x 3))",
+    r"\alpha \Gamma \partial": "row(α ~Γ ∂)",
+    r"\sum_{i=1}^{n} i": "row(underover(∑ row(i = 1) n) i)",
+    r"\int_0^1 x\,dx": "row(subsup(∫ 0 1) x _ d x)",
+    r"\int\limits_0^1": "underover(∫ 0 1)",
+    r"\lim_{x \to \infty} f": "row(under(lim row(x → ∞)) f)",
+    r"\sin^2 x \log(x)": "row(sup(sin 2) x log ( x ))",
+    r"\operatorname*{argmax}_x f": "row(under(argmax x) f)",
+    r"\left( \frac{a}{b} \right]": "row(!( frac(a b) !])",
+    r"\left. x \middle| y \right\}": "row(x !| y !})",
+    r"\bigl\langle x \Big| y": "row(!⟨ x !| y)",
+    r"\lfloor x \rfloor \{a\} |b| \|c\|": "row(⌊ x ⌋ { a } | b | ‖ c ‖)",
+    r"\hat{x} \bar y \vec{v} \dot{q}": "row(over(x ^) over(y ¯) over(v →) over(q ˙))",
+    r"\overline{AB} \underline{x}": "row(row(row(A B)) row(x))",
+    r"\underbrace{a+b}_{n} \overbrace{c}^2": "row(under(under(row(a + b) !⏟) n) over(over(c !⏞) 2))",
+    r"\text{if } x \textbf{ is}": "row('if ' x ' 𝐢𝐬')",
+    r"\mathrm{Var}(X) \mathrm{d}x": "row(Var ( X ) ~d x)",
+    r"\mathbb{R}^n \mathbf{A1} \mathcal L": "row(sup(ℝ n) row(𝐀 𝟏) ℒ)",
+    r"\boldsymbol{\theta} \mathfrak{g} \mathbb{1}": "row(𝜽 𝔤 𝟙)",
+    r"a \le b \ne c \approx d \in \emptyset": "row(a ≤ b ≠ c ≈ d ∈ ∅)",
+    r"\forall x \; \exists y \quad p \implies q": "row(∀ x _ ∃ y _ p ⟹ q)",
+    r"A \not\subset B \not= C \mid D": "row(A ⊄ B ≠ C ∣ D)",
+    r"1, \ldots, n \cdots \pm 50\% \$": "row(1 , … , n ⋯ ± 50 % $)",
+    r"7 \equiv 1 \pmod{3} \bmod 2": "row(7 ≡ 1 row(_ ( mod _ 3 )) mod 2)",
+    r"\boxed{x = 1}": "row(row(x = 1))",
+    r"\overset{!}{=} \xrightarrow{f}": "row(over(= !) over(!→ row(_ f _)))",
+    r"1{,}000": "row(1 , 000)",
+    r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}": "row(!( table(tr(td(1) td(2)) tr(td(3) td(4))) !))",
+    r"\begin{vmatrix} a \end{vmatrix}": "row(!| table(tr(td(a))) !|)",
+    r"\begin{cases} 1 & x > 0 \\[2pt] 0 \end{cases}": "row(!{ table(tr(td(1) td(x > 0)) tr(td(0))))",
+    r"\begin{aligned} a &= b \\ &= c \\ \end{aligned}": "table(tr(td(a) td(= b)) tr(td() td(= c)))",
+    r"\begin{array}{l|c} \hline a & b \end{array}": "table(tr(td(a) td(b)))",
+    r"\begin{equation} a = b \tag{1} \end{equation}": "row(a = b row(_ '(1)'))",
+    r"a \\ b": "table(tr(td(a)) tr(td(b)))",
+    r"\sum_{\substack{i < n \\ j}} x": "row(under(∑ table(tr(td(i < n)) tr(td(j)))) x)",
+    r"{\displaystyle \sum x} \textstyle y": "row(style(∑ x) style(y))",
+    "π ≤ ½ × ∞": "row(π ≤ ½ × ∞)",
+}
+
+
+def test_formulas_are_mathml(page):
+    """Of the common TeX, what each becomes; the TeX is kept in it."""
+    got = page.evaluate(SERIALISED, list(FORMULAS))
+    shown = dict(zip(FORMULAS, (one and one[0] for one in got), strict=True))
+    assert shown == FORMULAS
+    assert all(one[1:] == [tex, "http://www.w3.org/1998/Math/MathML"] for tex, one in zip(FORMULAS, got, strict=True))
+
+
+UNKNOWN = [
+    r"\unknown{x}",
+    r"\ce{H2O}",
+    r"\frac{1}",
+    r"x^1^2",
+    r"\left( x",
+    r"x \right)",
+    "{x",
+    "x}",
+    "a & b",
+    "#",
+    r"\\",
+    "",
+    " ",
+]
+UNKNOWN += [
+    r"\begin{pmatrix} 1 \end{matrix}",
+    r"\begin{constructor} x \end{constructor}",
+    r"\constructor",
+    r"\__proto__",
+]
+UNKNOWN += [
+    r"\text{$x$}",
+    r"\text{a\b}",
+    r"\sqrt[3",
+    "^",
+    "x_",
+    "see below",
+    "x\uffff",
+    r"\href{javascript:alert(1)}{x}",
+]
+UNKNOWN += [
+    "x" * 2001,
+    "{" * 900 + "}" * 900,
+    r"\sqrt" * 300 + "x",
+    r"\left(" * 150 + r"\right)" * 150,
+    r"\displaystyle" * 150,
+]
+UNKNOWN += [r"\begin{matrix}" * 62 + r"\end{matrix}" * 62, r"\hline", r"\limits", "\\", "x_\\"]
+
+
+def test_formulas_that_are_not_known_stay_as_they_were_written(page):
+    assert page.evaluate(SERIALISED, UNKNOWN) == [None] * len(UNKNOWN)
+    texts = [rf"so \({tex}\) it is" for tex in UNKNOWN if tex[-1:] != "\\"]
+    texts += [
+        r"\[ *a* \foo_b_ `c` <img src=x> \]",
+        "$$ and *$$*",
+        "$$$ to $$, $5 to $6",
+        r"\(a \text{<b>} \foo \)",
+        "($$) **($$)**",
+    ]
+    got = page.evaluate(
+        """async texts => {
+          const { Markdown } = await import("/static/markdown.js");
+          return texts.map(text => {
+            const root = document.createElement("div");
+            new Markdown(root, () => "").update(text);
+            return [root.textContent, root.querySelectorAll("math, img, b").length];
+          });
+        }""",
+        texts,
+    )
+    assert got[:-4] == [[text, 0] for text in texts[:-4]]
+    assert got[-4:] == [["$$ and $$", 0], [texts[-3], 0], [texts[-2], 0], ["($$) ($$)", 0]]
+
+
+def test_formulas_in_a_reply(page, api):
+    """In display over lines that look like Markdown, in the text, in lists and tables; not in code."""
+    text = r"""It is **\(a_b * c\)** and \[
+- x_1
++ y_1
+\ne 0
+1. = z
+\] and so `\(x\)` on:
+$$
+= 2
+- 3
+$$
+
+1. Step \(a*b*c\): \[
+- 0
+\] and
+\[
+- 1
+\]
+2. Last:
+
+   \[
+   - 2
+   \]
+
+| a | b |
+|---|---|
+| \(x\) | $$y$$ |
+
+\begin{align*}
+- a &= 1 \\
+> b &= 2
+\end{align*}
+```
+\[ code \]
+```
+"""
+    api.says(*(text[i : i + 7] for i in range(0, len(text), 7)))
+    ask_and_wait(page, "Formulas")
+    reply = replies(page)
+    got = reply.locator("math").evaluate_all(
+        "all => all.map(e => [e.getAttribute('display'), e.querySelector('annotation').textContent])"
+    )
+    block = "block"
+    align = "\\begin{align*}\n- a &= 1 \\\\\n> b &= 2\n\\end{align*}"
+    want = [
+        [None, "a_b * c"],
+        [block, "- x_1\n+ y_1\n\\ne 0\n1. = z"],
+        [block, "= 2\n- 3"],
+        [None, "a*b*c"],
+        [block, "- 0"],
+        [block, "- 1"],
+    ]
+    assert got == [*want, [block, "- 2"], [None, "x"], [block, "y"], [block, align]]
+    expect(reply.locator(":scope > ol > li")).to_have_count(2)
+    expect(reply.locator("ul, h3, blockquote, em")).to_have_count(0)
+    expect(reply.locator("strong > .formula > math")).to_have_count(1)
+    expect(reply.locator("code")).to_have_text([r"\(x\)", r"\[ code \]"])
+    assert reply.locator("annotation").first.is_hidden()
+
+
+def test_an_unfinished_formula_is_text_until_its_end(page, api):
+    more, end = threading.Event(), threading.Event()
+    api.says("So\n\\[\n- x_1\n", more, "- y_1 ", end, "\\]\n- item")
+    ask(page, "A formula")
+    expect(replies(page)).to_have_text(re.compile(r"So\s*\[\s*- x_1"))
+    more.set()
+    expect(replies(page)).to_contain_text("- y_1")
+    expect(replies(page).locator("math, ul")).to_have_count(0)
+    end.set()
+    expect(replies(page).locator("math")).to_have_count(1)
+    expect(replies(page).locator("li")).to_have_text("item")
+    api.says(r"but \*not\* *this*; \( open")
+    ask_and_wait(page, "Never ended")
+    expect(replies(page).last).to_have_text("but *not* this; ( open")
+
+
+def test_calls_of_functions(opens, api):
+    page = opens(permissions=["clipboard-read", "clipboard-write"])
+    more, end = threading.Event(), threading.Event()
+    weather = [call(0, "", "c1", "get_weather"), call(0, '{"city": "Pa'), more]
+    weather += [call(0, 'ris", "days": [1.0, 12345678901234567890]}'), end]
+    api.says("I look.", *weather, call(1, "{}", "c2", "now"), call(2, '{"cut', "c3", "f"))
+    ask(page, "Weather")
+    box = page.locator(".calls pre code")
+    expect(box).to_have_text('{"city": "Pa')
+    expect(page.locator(".calls .code-bar span")).to_have_text("get_weather()")
+    more.set()
+    whole_arguments = '{\n  "city": "Paris",\n  "days": [\n    1.0,\n    12345678901234567890\n  ]\n}'
+    expect(box).to_have_text(whole_arguments)
+    assert box.inner_text() == whole_arguments
+    end.set()
+    whole(page)
+    page.reload()
+    expect(page.locator(".calls .code-bar span")).to_have_text(["get_weather()", "now()", "f()"])
+    expect(box).to_have_text([whole_arguments, "{}", '{"cut'])
+    expect(replies(page)).to_have_text("I look.")
+    button(page, "Copy reply").click()
+    expect(page.locator("#announce")).to_have_text("Copied")
+    text, calls = page.evaluate("navigator.clipboard.readText()").split("\n\n", 1)
+    calls = json.loads(calls)
+    arguments = '{"city": "Paris", "days": [1.0, 12345678901234567890]}'
+    assert text == "I look." and [one["id"] for one in calls] == ["c1", "c2", "c3"]
+    first = {"id": "c1", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    assert calls[0] == first
+    api.says("Sunny")
+    ask_and_wait(page, "And?")
+    sent = api.bodies[-1]["messages"][1]
+    assert sent == {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": calls[:2],
+    }  # what broke off would be refused
+
+
+def test_a_reply_of_calls_alone_is_sent_back(page, api):
+    api.says(call(0, "", "c1", "a b\n# c"))
+    ask_and_wait(page, "Call")
+    expect(page.locator(".calls .code-bar span")).to_have_text("a_b___c()")
+    ask_and_wait(page, "And?")
+    sent = api.bodies[-1]["messages"][1]
+    assert sent["content"] is None and sent["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+def test_a_reply_that_is_json_is_code(page, api):
+    more, end = threading.Event(), threading.Event()
+    api.says('{"a": [1.0,\n', more, ' {}, "~~~ `x`"], ', end, '"b": 12345678901234567890}\n')
+    ask(page, "JSON")
+    code = replies(page).locator("pre")
+    expect(code).to_have_text('{"a": [1.0,')
+    more.set()
+    expect(code).to_contain_text('"~~~ `x`"],')
+    end.set()
+    whole(page)
+    want = '{\n  "a": [\n    1.0,\n    {},\n    "~~~ `x`"\n  ],\n  "b": 12345678901234567890\n}'
+    assert code.inner_text() == want
+    expect(replies(page).locator(".code-bar span")).to_have_text("json")
+    page.reload()
+    assert code.inner_text() == want
+    ask_and_wait(page, "And?")
+    assert api.asked[1] == ("assistant", '{"a": [1.0,\n {}, "~~~ `x`"], "b": 12345678901234567890}\n')
+
+
+def test_what_only_begins_like_json_is_markdown(page, api):
+    gate = threading.Event()
+    for start, rest, shown in [
+        ("[", "1] foo *x*", "[1] foo x"),
+        ("[a](https://example.org", ") is *x*", "a is x"),
+        ("{name", "} is *x*", "{name} is x"),
+        ('{"', 'a"} is *x*\n\n- one\n\n- two\n\nthree', re.compile(r'{"a"} is x\s*one\s*two\s*three')),
+    ]:
+        gate.clear()
+        api.says(start, gate, rest)
+        ask(page, "Say")
+        if start == '{"':
+            expect(replies(page).last.locator("pre")).to_have_text(start)
+        else:
+            expect(replies(page).last).to_contain_text(start)
+            expect(replies(page).last.locator("pre")).to_have_count(0)
+        gate.set()
+        expect(replies(page).last).to_have_text(shown)
+        whole(page)
+        expect(replies(page).last.locator("em")).to_have_text("x")
+        expect(replies(page).last.locator("pre")).to_have_count(0)
+    api.says('[{"a": 1},', ' "', 'b"]')
+    ask_and_wait(page, "A list")
+    expect(replies(page).last.locator("pre")).to_have_text('[\n  {\n    "a": 1\n  },\n  "b"\n]')
+
+
+def test_deep_json_is_shown(page, api):
+    """With a step to the right for each level it would be gigabytes."""
+    api.says("[" * 100_000 + "1" + "]" * 100_000)
+    ask_and_wait(page, "Deep")
+    assert replies(page).locator("pre code").evaluate("e => e.textContent.length") > 200_000
 
 
 def test_a_message_beyond_the_servers_limit_is_not_sent(page, api):
@@ -1050,7 +1396,8 @@ CONTRASTS = """() => {
 def test_contrast_of_all_text(opens, api, scheme):
     page = opens(color_scheme=scheme, reduced_motion="reduce")
     found = page.evaluate(CONTRASTS)
-    api.says(RICH, tool(0, input="1+1"), tool(0, output="2"), BROKEN_OFF)
+    formula = "\n$$x = \\begin{pmatrix} 1 \\end{pmatrix}$$\n"
+    api.says(RICH + formula, tool(0, input="1+1"), tool(0, output="2"), call(0, "{}", "c", "f"), BROKEN_OFF)
     ask_and_wait(page, "Everything")
     ask(page, "/help")
     found += page.evaluate(CONTRASTS)
