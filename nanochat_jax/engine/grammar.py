@@ -22,10 +22,10 @@ from llguidance.numpy import fill_next_token_bitmask
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-ENDINGS = b")}],", b'"'  # the first of these that may stand leads to an end: outside of a string, and in one
+ENDINGS = b')}],"0ntf', b'"'  # the first of these that may stand leads to an end: outside of a string, and in one
 # when the way to an end is measured again: after so many tokens, where few are left, and near the limit where a token
 # has one of these, without which it leads no further from the end than by the rest of a character or a number
-LOOK_AGAIN, LITTLE, NEAR, OPENING = 32, 6, 128, frozenset(b'{[,"')
+LOOK_AGAIN, LITTLE, NEAR, OPENING = 64, 6, 128, frozenset(b'{[,"')
 FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # keywords of a schema that hold schemas
 NESTED = {"items", "prefixItems", "additionalItems", "anyOf", "oneOf", "allOf", "additionalProperties"}
@@ -45,13 +45,15 @@ class Vocabulary:
             eos_token_id, bos_token_id, special_token_ids = tok.assistant_end, tok.bos, list(special)
             tokens = [special.get(id) or tok.decode_bytes([id]) for id in range(tok.vocab_size)]
 
-            def __call__(self, text: str) -> list[int]:
+            @staticmethod
+            @functools.lru_cache(4096)  # keys of schemas, again and again
+            def __call__(text: str) -> list[int]:
                 return tok.encode(text)
 
         self.bytes = Wrapped.tokens
         self.ll = LLTokenizer(TokenizerWrapper(Wrapped()))
         single = sorted((raw, id) for id, raw in enumerate(Wrapped.tokens) if len(raw) == 1)  # some bytes have two ids
-        self.single = np.array([id for _, id in single])
+        self.single = [id for _, id in single]
         self.endings = [[id for byte in some for raw, id in single if raw[0] == byte] for some in ENDINGS]
 
     def text(self, ids: Iterable[int]) -> bytes:
@@ -218,20 +220,23 @@ class Form:
     def _way_out(self, most: int) -> list[int]:
         """Ids that lead to an end, if it can be found in little more than `most`."""
         matcher, vocabulary, out = self._matcher.deep_copy(), self._vocabulary, list[int]()
-        inside, bits, used = self._quoted, np.zeros((1, -(-vocabulary.size // 32)), np.int32), Counter[int]()
+        inside, used = self._quoted, Counter[int]()
         while not matcher.is_stopped() and len(out) <= most:
             ids = matcher.compute_ff_tokens()
-            if not ids:
-                if matcher.is_accepting():
-                    break
-                fill_next_token_bitmask(matcher, bits)
-                fits = np.unpackbits(bits.view(np.uint8), bitorder="little")
-                ending = [id for id in vocabulary.endings[inside > 0] if fits[id]]
-                # in words of a pattern, what was used least: it has to be left somewhere
-                single = vocabulary.single[fits[vocabulary.single] > 0].tolist()
-                ids = ending[:1] or sorted(single, key=used.__getitem__)[:1]
-                used.update(ids)
-            matcher.consume_tokens(ids)
+            if ids:
+                matcher.consume_tokens(ids)
+            elif matcher.is_accepting():
+                break
+            else:
+                ending = (id for id in vocabulary.endings[inside > 0] if matcher.validate_tokens([id]))
+                id = next(ending, -1)
+                if id < 0:  # in words of a pattern, what was used least: it has to be left somewhere
+                    fits = matcher.compute_bitmask()
+                    single = [id for id in vocabulary.single if fits[id >> 3] >> (id & 7) & 1]
+                    id = min(single, key=used.__getitem__)
+                    used[id] += 1
+                ids = [id]
+                matcher.consume_tokens(ids)
             inside = quoted(inside, vocabulary.text(ids))
             out += ids
         return out
