@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import fill_next_token_bitmask
 
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -157,8 +156,8 @@ class Form:
 
     def __init__(self, vocabulary: Vocabulary, matcher):
         self._vocabulary, self._matcher = vocabulary, matcher
-        self._quoted, self._bits = 0, np.zeros(0, np.int32)
-        self._out: list[int] = []  # the ids to an end, as they were when last measured
+        self._quoted, self._fits = 0, b""
+        self._out: list[int] = []  # the ids to an end, or about so many
         self._since = LOOK_AGAIN  # tokens since then
         self._closing = False  # there is room for this end alone
 
@@ -175,26 +174,23 @@ class Form:
 
     def fill(self, bits: np.ndarray) -> None:
         """Sets the bits (ceil(V / 32),) int32 of the ids that may follow."""
-        fill_next_token_bitmask(self._matcher, bits[None])
-        self._bits = bits
+        self._fits = self._matcher.compute_bitmask()
+        size = min(bits.nbytes, len(self._fits))
+        bits.view(np.uint8)[:size] = np.frombuffer(self._fits, np.uint8, size)
 
     def take(self, id: int, left: int, again: bool) -> bool:
         """Whether an id may follow, after which there is room for `left` more; if so, it is taken.
 
         again: it was drawn among the ids that `fill` told last, which is right where these may stand here as well.
         """
-        if again:
-            bits = np.zeros_like(self._bits)
-            fill_next_token_bitmask(self._matcher, bits[None])
-            if (bits != self._bits).any():
-                return False
-        if not self._matcher.try_consume_tokens([id]):
+        if again and self._matcher.compute_bitmask() != self._fits or not self._matcher.try_consume_tokens([id]):
             return False
-        raw, before, far = self._vocabulary.bytes[id], self._quoted, len(self._out)
+        raw, before, nearer = self._vocabulary.bytes[id], self._quoted, self._follow([id])
         self._since, self._quoted = self._since + 1, quoted(before, raw)
-        opening = not OPENING.isdisjoint(raw) and (not before or b'"' in raw)
-        further = opening and left <= 4 * far + NEAR
-        if further or self._since >= LOOK_AGAIN or left <= far + LITTLE:
+        far, outside = len(self._out), raw.partition(b'"')[2] if before else raw
+        further = not (nearer or OPENING.isdisjoint(outside)) and left <= 4 * far + NEAR
+        plain = before == self._quoted == 1 and raw.isascii()  # more of a string
+        if further or self._since >= LOOK_AGAIN or left <= far + (0 if plain else LITTLE):
             self._out, self._since = self._way_out(left), 0
             self._closing = len(self._out) == left
             if len(self._out) > left:  # too far from an end
@@ -208,6 +204,12 @@ class Form:
                 self._matcher.consume_token(id)
         return True
 
+    def _follow(self, ids: list[int]) -> bool:
+        """Whether ids are a part of the way to an end, which is that much shorter then."""
+        nearer = self._out[: len(ids)] == ids
+        self._out = self._out[len(ids) if nearer else 0 :]
+        return nearer
+
     def forced(self) -> list[int]:
         """The ids that must follow, which are taken: there is no choice, or room for the shortest end alone."""
         if self.ended or self.failed:
@@ -215,6 +217,7 @@ class Form:
         ids = self._out if self._closing else self._matcher.compute_ff_tokens()
         self._matcher.consume_tokens(ids)
         self._quoted = quoted(self._quoted, self._vocabulary.text(ids))
+        self._follow(ids)
         return ids
 
     def _way_out(self, most: int) -> list[int]:

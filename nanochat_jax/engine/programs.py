@@ -18,7 +18,7 @@ from flax import nnx
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
-from nanochat_jax.engine.sampling import TOP_LOGPROBS, Settings, log_probabilities, sample
+from nanochat_jax.engine.sampling import TOP_LOGPROBS, Chance, Settings, log_probabilities, sample
 from nanochat_jax.model.gpt import GPT, cast_matrices, merge
 from nanochat_jax.model.quantize import dequantize, quantize
 
@@ -186,12 +186,14 @@ class Program:
             rows, here = list(rows), jnp.where((position >= 0) & (now < self.max_len), now, -1)
             logits = self.step(params, rows, places, token, here, before)
 
-            def draw(fits, settings):
-                z = logits if fits is None else jnp.where(fits[:, : logits.shape[1]], logits, -jnp.inf)
-                return sample(shaped.applied(z, settings.temperature) if how.shaped else z, settings, now, how)
+            chance = Chance.of(settings, now, logits.shape[1], how)
 
-            new = draw(None, settings)
-            new, wrong = allowed.corrected(new, i, settings, draw) if how.formed else (new, None)
+            def draw(fits=None):
+                z = logits if fits is None else jnp.where(fits[:, : logits.shape[1]], logits, -jnp.inf)
+                z = shaped.applied(z, settings.temperature) if how.shaped else z
+                return sample(z, settings, chance if fits is None else chance.again(), how)
+
+            new, wrong = allowed.corrected(draw(), i, draw) if how.formed else (draw(), None)
             new = jnp.where(forced[:, i] >= 0, forced[:, i], new)
             shaped = shaped.taken(new) if how.shaped else shaped
             made = (*([wrong] if how.formed else []), *(log_probabilities(logits, new) if how.logprobs else ()))

@@ -18,7 +18,6 @@ from nanochat_jax import devices
 CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are sorted; above these: the whole vocabulary
 COLDEST = 1e-6  # a temperature below it is 0
 COMPARISONS = 2**24  # of `_by_rank`, at most
-SECOND = np.uint32(0x9E3779B9)  # changes a seed into that of a second draw
 NOWHERE = 1 << 20  # beyond every slice
 TOP_LOGPROBS = 20  # as many as OpenAI's API gives
 
@@ -151,19 +150,38 @@ def mode(requests: Sequence[Request], vocab: int) -> Mode:
     )
 
 
-def sample(logits: jax.Array, settings: Settings, position: jax.Array, how: Mode) -> jax.Array:
-    """logits (S, V) float32, position (S,) int32 -> ids (S,) int32. `how` is `mode` of these rows."""
+class Chance(NamedTuple):
+    """What rows draw with at one position."""
+
+    keys: Any  # (S,), None where no row samples
+    gumbel: Any  # (S, V) float32, None where no row samples from the whole distribution
+
+    @classmethod
+    def of(cls, settings: Settings, position: jax.Array, vocab: int, how: Mode) -> Self:
+        if not how.drawn:
+            return cls(None, None)
+        keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(settings.seed, position)
+        return cls(keys, jax.vmap(lambda k: jax.random.gumbel(k, (vocab,), jnp.float32))(keys) if how.plain else None)
+
+    def again(self) -> Self:
+        """For a second draw, where the first may not be: ids then come as if drawn among those that may be. With the
+        same noise the likeliest of these is that very draw; filtered rows need other keys."""
+        return (
+            self if self.keys is None else self._replace(keys=jax.vmap(lambda k: jax.random.fold_in(k, 2))(self.keys))
+        )
+
+
+def sample(logits: jax.Array, settings: Settings, chance: Chance, how: Mode) -> jax.Array:
+    """logits (S, V) float32 -> ids (S,) int32. `how` is `mode` of these rows."""
     ids = _argmax(logits) if how.greedy else jnp.zeros(logits.shape[:1], jnp.int32)
     if not how.drawn:
         return ids
-    keys = jax.vmap(lambda s, p: jax.random.fold_in(jax.random.key(s), p))(settings.seed, position)
     scaled = logits / jnp.maximum(settings.temperature, COLDEST)[:, None]
     sampled, filtered = settings.temperature > 0, (settings.top_k > 0) | (settings.top_p < 1)
     if how.plain:
-        noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[1:], jnp.float32))(keys)
-        ids = jnp.where(sampled & ~filtered, _argmax(scaled + noise), ids)
+        ids = jnp.where(sampled & ~filtered, _argmax(scaled + chance.gumbel), ids)
     if how.candidates:
-        ids = jnp.where(sampled & filtered, _from_the_top(scaled, settings, keys, how.candidates), ids)
+        ids = jnp.where(sampled & filtered, _from_the_top(scaled, settings, chance.keys, how.candidates), ids)
     return ids
 
 
@@ -177,18 +195,15 @@ class Allowed(NamedTuple):
     def blank(cls, rows: int, vocab: int) -> Self:
         return cls(np.full(rows, NOWHERE, np.int32), np.zeros((rows, -(-vocab // 32)), np.int32))
 
-    def corrected(self, new: jax.Array, i, settings: Settings, draw) -> tuple[jax.Array, jax.Array]:
-        """New ids (S,) of place i, and which of them were drawn again, by draw(fits (S, V), settings), as they may not
-        stand at the row's place. (What may stand behind that is not known here: mostly the same.)
-
-        The second draw is independent of the first, so that ids come as if drawn among those that may stand there.
-        """
+    def corrected(self, new: jax.Array, i, draw) -> tuple[jax.Array, jax.Array]:
+        """New ids (S,) of place i, and which of them were drawn again, by draw(fits (S, V)), as they may not stand at
+        the row's place. (What may stand behind that is not known here: mostly the same.)"""
         bit = jnp.take_along_axis(self.bits, new[:, None] // 32, axis=1)[:, 0] >> (new % 32) & 1
         wrong = (i >= self.place) & (bit == 0)
 
         def again():
             fits = (self.bits[..., None] >> jnp.arange(32) & 1).reshape(len(new), -1) == 1
-            return jnp.where(wrong, draw(fits, settings._replace(seed=settings.seed ^ SECOND)), new)
+            return jnp.where(wrong, draw(fits), new)
 
         return jax.lax.cond(wrong.any(), again, lambda: new), wrong
 

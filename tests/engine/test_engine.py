@@ -12,7 +12,7 @@ from nanochat_jax import devices
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import LONG, SHORT, Engine, Request
-from nanochat_jax.engine.sampling import Settings, Shaping, _top_k, mode, sample
+from nanochat_jax.engine.sampling import Chance, Settings, Shaping, _top_k, mode, sample
 from nanochat_jax.mesh import sharding
 
 SLOTS, MAX_LEN = 4, 192  # shared by all tests, so that each program is compiled once
@@ -389,7 +389,12 @@ def draw(logits, n=4000, **settings):
     for i in range(n):
         rows.fill(i, replace(r, seed=i))
     z = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, len(logits)))
-    return np.asarray(jax.jit(sample, static_argnums=3)(z, rows, jnp.zeros(n, jnp.int32), mode([r], len(logits))))
+    how = mode([r], len(logits))
+
+    def drawn(z, rows):
+        return sample(z, rows, Chance.of(rows, jnp.zeros(n, jnp.int32), len(logits), how), how)
+
+    return np.asarray(jax.jit(drawn)(z, rows))
 
 
 LOGITS = np.log(np.array([0.4, 0.05, 0.3, 0.05, 0.2]))

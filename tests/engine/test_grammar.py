@@ -112,13 +112,14 @@ def test_neither_slices_nor_neighbours_change_an_answer(model, vocabulary, monke
     assert all(ids == found[0] for ids in found[1:])
 
 
-def test_what_is_drawn_is_drawn_as_among_what_fits(engine, model, vocabulary):
+@pytest.mark.parametrize("top_k", [0, ByteTokenizer.vocab_size], ids=["plain", "filtered"])
+def test_what_is_drawn_is_drawn_as_among_what_fits(engine, model, vocabulary, top_k):
     fits = sorted(b'"-0123456789')
     grammar = vocabulary.json({"anyOf": [{"type": "integer"}, {"type": "string"}]})
     logits = FullLogits(model)([TOK.bos, *b"hi"])[-1].astype(np.float64)
     p = np.exp(logits[fits] - logits[fits].max())
     p /= p.sum()
-    drawn = engine.generate([request(grammar, seed, limit=1) for seed in range(2000)])
+    drawn = engine.generate([request(grammar, seed, limit=1, top_k=top_k) for seed in range(2000)])
     counts = np.array([sum(c.ids[0] == id for c in drawn) for id in fits])
     assert counts.sum() == 2000
     spread = np.sqrt(2000 * p * (1 - p))
