@@ -28,9 +28,9 @@ LOOK_AGAIN, LITTLE, NEAR, OPENING = 64, 6, 128, frozenset(b'{[,"')
 FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # keywords of a schema that hold schemas
 NESTED = {"items", "prefixItems", "additionalItems", "anyOf", "oneOf", "allOf", "additionalProperties"}
+DEFINED = ("$defs", "definitions")
 # keywords of a schema for which the arguments of a call can be written one by one
-ONE_BY_ONE = {"type", "properties", "required", "additionalProperties", "title", "description"}
-ONE_BY_ONE |= {"$defs", "definitions", "$schema"}
+ONE_BY_ONE = {"type", "properties", "required", "additionalProperties", "title", "description", "$schema", *DEFINED}
 
 
 class Vocabulary:
@@ -38,7 +38,7 @@ class Vocabulary:
 
     def __init__(self, tok: Tokenizer):
         special = {getattr(tok, name[2:-2]): name.encode() for name in SPECIAL_TOKENS}
-        self._tok, self.size, self.end = tok, tok.vocab_size, tok.assistant_end
+        self._tok = tok
 
         class Wrapped:
             eos_token_id, bos_token_id, special_token_ids = tok.assistant_end, tok.bos, list(special)
@@ -60,9 +60,8 @@ class Vocabulary:
 
     def json(self, schema: Mapping | bool) -> "Grammar":
         """JSON by a schema. ValueError where that cannot be kept to."""
-        return self._compiled(
-            LLMatcher.grammar_from_json_schema(json.dumps(_known(_object(schema))), overrides=SPACING)
-        )
+        known = json.dumps(_known(_object(schema)))
+        return self._compiled(LLMatcher.grammar_from_json_schema(known, overrides=SPACING))
 
     def call(self, tools: Mapping[str, Mapping]) -> "Grammar":
         """A call of one of these tools, {name: schema of its arguments}, as Python writes it: `name(key=value)`, where
@@ -88,17 +87,10 @@ def quoted(state: int, raw: bytes) -> int:
 
 def _call_rules(i: int, name: str, schema: Mapping) -> str:
     """Rules for a call of one tool, of which the first is call_{i}."""
-    defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    properties, required = schema.get("properties") or {}, schema.get("required") or []
-    simple = set(schema) <= ONE_BY_ONE and schema.get("type", "object") == "object" and isinstance(required, list)
-    simple = (
-        simple
-        and isinstance(properties, Mapping)
-        and all(isinstance(key, str) and key in properties for key in required)
-    )
-    within = json.dumps([properties, defs])  # a reference to the whole cannot be followed from a part
-    if not (simple and all(map(_is_name, properties))) or '"$ref": "#"' in within or '"#/properties' in within:
+    if not _one_by_one(schema):
         return f"call_{i}: {json.dumps(name + '(**')} {_value(schema)} {json.dumps(')')}"
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    defs = {key: schema[key] for key in DEFINED if key in schema}
     rules = [f"call_{i}: {json.dumps(name + '(')} first_{i}_0 {json.dumps(')')}"]
     for k, (key, of) in enumerate(properties.items()):
         value = _value({**_object(of), **defs})
@@ -110,8 +102,17 @@ def _call_rules(i: int, name: str, schema: Mapping) -> str:
     return "\n".join([*rules, f'first_{i}_{len(properties)}: ""', f'more_{i}_{len(properties)}: ""'])
 
 
-def _is_name(key: str) -> bool:
-    return key.isidentifier() and not keyword.iskeyword(key)
+def _one_by_one(schema: Mapping) -> bool:
+    """Whether the arguments of a call can be written one by one: the schema says no more than which keys there are."""
+    properties, required = schema.get("properties") or {}, schema.get("required") or []
+    if not set(schema) <= ONE_BY_ONE or not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    within = json.dumps([properties, *(schema.get(key) for key in DEFINED)])
+    whole = '"$ref": "#"' in within or '"#/properties' in within  # which cannot be referred to from a part
+    named = all(key.isidentifier() and not keyword.iskeyword(key) for key in properties)
+    return (
+        named and not whole and schema.get("type", "object") == "object" and all(map(list(properties).count, required))
+    )
 
 
 def _known(schema: Any) -> Any:
@@ -236,6 +237,8 @@ class Form:
                 if id < 0:  # in words of a pattern, what was used least: it has to be left somewhere
                     fits = matcher.compute_bitmask()
                     single = [id for id in vocabulary.single if fits[id >> 3] >> (id & 7) & 1]
+                    if not single:  # it is too much for llguidance
+                        break
                     id = min(single, key=used.__getitem__)
                     used[id] += 1
                 ids = [id]

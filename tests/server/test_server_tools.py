@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from server_fakes import USER, scripted_app, serving
 
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.grammar import Form
 
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 ANSWER = {
@@ -152,6 +153,18 @@ def test_what_cannot_be_kept_to_is_refused_in_one_line(client, more, says):
     got = client.post(CHAT, json={**HOT, **more})
     message = got.json()["error"]["message"]
     assert got.status_code == 400 and says in message and "\n" not in message
+
+
+def test_a_form_that_is_too_much_ends_its_own_answer_alone(client, monkeypatch):
+    body = {**HOT, "response_format": {"type": "json_schema", "json_schema": {"schema": ANSWER}}}
+    with monkeypatch.context() as broken:
+        broken.setattr(Form, "take", lambda *_: False)
+        broken.setattr(Form, "failed", "it takes too long")
+        got = client.post(CHAT, json=body)
+        assert got.status_code == 400 and "the form that was asked for: it takes too long" in got.text
+        assert "it takes too long" in events(client, **body)[-1]["error"]["message"]
+        assert events(client, RESPONSES, input="hi", text={"format": {"type": "json_object"}})[-1]["response"]["error"]
+    assert said(client, **body)["choices"][0]["finish_reason"] == "stop"
 
 
 def test_openai_s_client_reads_calls_and_forms():
