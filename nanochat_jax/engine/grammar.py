@@ -11,8 +11,9 @@ shortest end needs, that end is taken.
 import functools
 import json
 import keyword
+import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ ENDINGS = b')}],"0ntf', b'"'  # the first of these that may stand leads to an en
 # when the way to an end is measured again: after so many tokens, where few are left, and near the limit where a token
 # has one of these, without which it leads no further from the end than by the rest of a character or a number
 LOOK_AGAIN, LITTLE, NEAR, OPENING = 64, 6, 128, frozenset(b'{[,"')
+ATTEMPTS = 8  # to find an end that is near enough
 FORMATS = {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 NAMED = {"properties", "patternProperties", "$defs", "definitions"}  # keywords of a schema that hold schemas
 NESTED = {"items", "prefixItems", "additionalItems", "anyOf", "oneOf", "allOf", "additionalProperties"}
@@ -52,7 +54,8 @@ class Vocabulary:
         self.bytes = Wrapped.tokens
         self.ll = LLTokenizer(TokenizerWrapper(Wrapped()))
         single = sorted((raw, id) for id, raw in enumerate(Wrapped.tokens) if len(raw) == 1)  # some bytes have two ids
-        self.single = [id for _, id in single]
+        ids = [id for _, id in single]
+        self.orders = [ids, ids[::-1], *(random.Random(i).sample(ids, len(ids)) for i in range(ATTEMPTS - 2))]
         self.endings = [[id for byte in some for raw, id in single if raw[0] == byte] for some in ENDINGS]
 
     def text(self, ids: Iterable[int]) -> bytes:
@@ -157,10 +160,12 @@ class Form:
 
     def __init__(self, vocabulary: Vocabulary, matcher):
         self._vocabulary, self._matcher = vocabulary, matcher
-        self._quoted, self._fits = 0, b""
-        self._out: list[int] = []  # the ids to an end, or about so many
+        self._quoted, self._fits, self._next = 0, b"", matcher.compute_ff_tokens()
+        self._out: list[int] = []  # the ids to an end
+        self._on_it = False  # they are; else they were, and are about so many
         self._since = LOOK_AGAIN  # tokens since then
         self._closing = False  # there is room for this end alone
+        self._hopeless = False  # there is no room for any
 
     @property
     def ended(self) -> bool:
@@ -187,62 +192,71 @@ class Form:
         if again and self._matcher.compute_bitmask() != self._fits or not self._matcher.try_consume_tokens([id]):
             return False
         raw, before, nearer = self._vocabulary.bytes[id], self._quoted, self._follow([id])
-        self._since, self._quoted = self._since + 1, quoted(before, raw)
+        self._since, self._quoted, self._next = self._since + 1, quoted(before, raw), self._matcher.compute_ff_tokens()
         far, outside = len(self._out), raw.partition(b'"')[2] if before else raw
-        further = not (nearer or OPENING.isdisjoint(outside)) and left <= 4 * far + NEAR
+        turned = self._next or not OPENING.isdisjoint(outside)  # this way and no other
+        further = turned and not nearer and left <= 4 * far + NEAR
         plain = before == self._quoted == 1 and raw.isascii()  # more of a string
-        if further or self._since >= LOOK_AGAIN or left <= far + (0 if plain else LITTLE):
-            self._out, self._since = self._way_out(left), 0
+        near = left <= far + (0 if plain else LITTLE)
+        if not self._hopeless and (further or near or self._since >= LOOK_AGAIN):
+            self._out, self._on_it, self._since = self._way_out(left), True, 0
             self._closing = len(self._out) == left
             if len(self._out) > left:  # too far from an end
                 self._matcher.rollback(1)
                 after, self._quoted = self._quoted, before
-                self._out = self._way_out(left + 1)
+                self._next, self._out = [], self._way_out(left + 1)
                 self._closing = len(self._out) <= left + 1
                 if self._closing:
                     return False
-                self._quoted = after  # there was no room from the beginning
+                self._quoted, self._hopeless = after, True
                 self._matcher.consume_token(id)
+                self._next = self._matcher.compute_ff_tokens()
         return True
 
     def _follow(self, ids: list[int]) -> bool:
         """Whether ids are a part of the way to an end, which is that much shorter then."""
-        nearer = self._out[: len(ids)] == ids
-        self._out = self._out[len(ids) if nearer else 0 :]
-        return nearer
+        self._on_it = self._on_it and self._out[: len(ids)] == ids
+        self._out = self._out[len(ids) if self._on_it else 0 :]
+        return self._on_it
 
     def forced(self) -> list[int]:
         """The ids that must follow, which are taken: there is no choice, or room for the shortest end alone."""
         if self.ended or self.failed:
             return []
-        ids = self._out if self._closing else self._matcher.compute_ff_tokens()
+        ids, self._next = self._out if self._closing else self._next, []
         self._matcher.consume_tokens(ids)
         self._quoted = quoted(self._quoted, self._vocabulary.text(ids))
         self._follow(ids)
         return ids
 
     def _way_out(self, most: int) -> list[int]:
-        """Ids that lead to an end, if it can be found in little more than `most`."""
+        """Ids that lead to an end, if one is found in `most`; longer ones, which need not, else."""
+        out: list[int] = []
+        for order in self._vocabulary.orders:
+            out = self._attempt(most, order)
+            if len(out) <= most:
+                break
+        return out
+
+    def _attempt(self, most: int, order: Sequence[int]) -> list[int]:
+        """`_way_out` where, of ids that are a byte, the first in this order is taken."""
         matcher, vocabulary, out = self._matcher.deep_copy(), self._vocabulary, list[int]()
         inside, used = self._quoted, Counter[int]()
         while not matcher.is_stopped() and len(out) <= most:
             ids = matcher.compute_ff_tokens()
-            if ids:
-                matcher.consume_tokens(ids)
-            elif matcher.is_accepting():
+            if not ids and matcher.is_accepting():
                 break
-            else:
+            if not ids:
                 ending = (id for id in vocabulary.endings[inside > 0] if matcher.validate_tokens([id]))
-                id = next(ending, -1)
-                if id < 0:  # in words of a pattern, what was used least: it has to be left somewhere
-                    fits = matcher.compute_bitmask()
-                    single = [id for id in vocabulary.single if fits[id >> 3] >> (id & 7) & 1]
-                    if not single:  # it is too much for llguidance
-                        break
-                    id = min(single, key=used.__getitem__)
-                    used[id] += 1
-                ids = [id]
-                matcher.consume_tokens(ids)
+                ids = [id] if (id := next(ending, -1)) >= 0 else []
+            if not ids:  # in words of a pattern, what was used least: it has to be left somewhere
+                fits = matcher.compute_bitmask()
+                single = [id for id in order if fits[id >> 3] >> (id & 7) & 1]
+                if not single:  # it is too much for llguidance
+                    break
+                ids = [min(single, key=used.__getitem__)]
+                used.update(ids)
+            matcher.consume_tokens(ids)
             inside = quoted(inside, vocabulary.text(ids))
             out += ids
         return out
