@@ -3,7 +3,9 @@
 import functools
 import itertools
 import math
+import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -103,7 +105,9 @@ class Scheduler:
         return min(60, max(1, math.ceil(took * wanted / self.engine.slots)))
 
     def _warm_up(self, likely: Sequence[Request]) -> None:
-        """A program at a time, while no request is worked on: on a CPU both want the cores."""
+        """A program at a time, while no request is worked on, and behind all else: on a CPU both want the cores."""
+        if sys.platform == "linux":  # where threads have priorities of their own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         programs = itertools.chain.from_iterable(map(self.engine.warm_up, likely))
         while self.alive and not self.compiled:
             if self.engine.busy:
