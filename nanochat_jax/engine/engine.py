@@ -358,8 +358,8 @@ class Engine:
             if is_forced:
                 ticket.forced.popleft()
             elif form and not form.take(id, left, again[i]):
-                out.finish_reason = form.failed
                 ticket.forced.extend(form.forced())
+                out.finish_reason = form.failed or ("stop" if form.ended and not ticket.forced else "")
                 break
             elif id in request.stop_ids:
                 out.finish_reason = "stop"

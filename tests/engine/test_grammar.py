@@ -137,6 +137,14 @@ def test_an_answer_ends_whole_within_its_limit(engine, vocabulary, schema):
     assert cut.finish_reason == "length" and len(cut.ids) == 4
 
 
+@pytest.mark.parametrize("limit", [1, 2, 3, 5])
+def test_what_is_whole_ends_where_more_would_need_more_room(engine, vocabulary, limit):
+    grammar = vocabulary.json({"type": "number"})
+    for completion in engine.generate([request(grammar, seed, limit=limit) for seed in range(60)]):
+        assert completion.finish_reason == "stop" or completion.ids == [*b"-"][:limit]
+        assert completion.finish_reason == "length" or json.loads(TOK.decode(completion.ids)) is not None
+
+
 def test_a_call_is_python_and_its_arguments_fit(engine, vocabulary):
     whole = {**PERSON, "minProperties": 2}  # says more than which keys there are
     tools = {"greet": PERSON, "my-tool": whole, "now": {}, "tree": {**TREE, "$ref": "#/$defs/pair"}}
