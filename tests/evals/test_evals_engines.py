@@ -58,7 +58,7 @@ def test_slices_grow_with_the_answers_where_nobody_watches(model):
     seen = []
 
     def watch(*args):
-        seen.append(args[-2])
+        seen.append(args[-3])
         return compiled.decode(*args)
 
     compiled = engine._program
