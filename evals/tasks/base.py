@@ -2,9 +2,13 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from nanochat_jax.data.split import HELD_OUT, held_out
 from nanochat_jax.errors import UserError
@@ -75,7 +79,9 @@ class FromRows(ScoredTask):
     source: str = ""
 
     def __init__(self, rows: Sequence[dict]):
-        check_columns(self.name, [self.unpacked(rows[0])] if len(rows) else [], self.columns)
+        first = self.unpacked(rows[0]) if len(rows) else self.columns
+        if missing := [c for c in self.columns if c not in first]:
+            raise UserError(f"the rows of task {self.name} lack {', '.join(missing)}; they have {', '.join(first)}")
         self._rows = rows
 
     def __len__(self) -> int:
@@ -110,6 +116,7 @@ class Generated(ScoredTask):
     """
 
     sizes = {"train": 20_000, "test": 1_000}
+    split_by_text = True  # False: what it makes is of its split already
 
     def __init__(self, split: str, size: int | None = None):
         self.split, self._size = split, self.sizes[split] if size is None else size
@@ -124,15 +131,20 @@ class Generated(ScoredTask):
 
     def draw(self, rng: random.Random) -> dict:
         """A conversation of the split."""
-        while not self.is_in_split(conversation := self.make(rng)):
-            pass
-        return conversation
-
-    def is_in_split(self, conversation: dict) -> bool:
-        return held_out(conversation["messages"][0]["content"], HELD_OUT) == (self.split == "test")
+        while True:
+            conversation = self.make(rng)
+            question = conversation["messages"][0]["content"]
+            if not self.split_by_text or held_out(question, HELD_OUT) == (self.split == "test"):
+                return conversation
 
     @abstractmethod
     def make(self, rng: random.Random) -> dict: ...
+
+
+@cache
+def read_yaml(name: str) -> Any:
+    """The wordings in a file of this folder. Not to be written to."""
+    return yaml.load((Path(__file__).parent / name).read_text(encoding="utf-8"), yaml.CSafeLoader)
 
 
 def dialogue(*contents: str | list[dict]) -> dict:
@@ -169,10 +181,3 @@ def read_rows(path: str | Path) -> Sequence[dict]:
         raise UserError(f"there is no file {path}") from None
     except (pyarrow.ArrowException, OSError) as e:
         raise unreadable(path, e, " as parquet") from None
-
-
-def check_columns(task: str, rows: Sequence[dict], columns: Iterable[str]) -> None:
-    """UserError where the first row, and so the table, lacks a column that the task reads."""
-    missing = [c for c in columns if len(rows) and c not in rows[0]]
-    if missing:
-        raise UserError(f"the rows of task {task} lack {', '.join(missing)}; they have {', '.join(rows[0])}")

@@ -14,7 +14,7 @@ from flax import nnx
 
 from evals.tasks import load_task, made_by
 from evals.tasks.base import Task
-from evals.tasks.mixtures import mid_mixture, sft_mixture
+from evals.tasks.mixtures import mixture
 from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.config import FinetuneConfig
@@ -34,8 +34,8 @@ from nanochat_jax.training import optim
 def load_tasks(run: Run, name: str) -> list[tuple[Task, int]]:
     """The tasks that mid or sft trains on, and how many times, or -n for n conversations of it."""
     data, cache = run.config.data, run.cache_dir
-    mixture = (mid_mixture if name == "mid" else sft_mixture)(data, getattr(run.config, name).mixture)
-    tasks = [(load_task(task, split=split, data=data, cache_dir=cache), times) for task, split, times in mixture]
+    chosen = mixture(name, data, getattr(run.config, name).mixture)
+    tasks = [(load_task(task, split=split, data=data, cache_dir=cache), times) for task, split, times in chosen]
     for note in (note for task, _ in tasks for note in task.notes):
         run.log.say(note)
     return tasks
