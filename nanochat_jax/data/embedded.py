@@ -128,14 +128,12 @@ def _said_again(rng: random.Random) -> str:
     for _ in range(rng.randint(2, 5)):
         if rng.random() < 0.5:
             said = " ".join(_word(rng) if rng.random() < 0.6 else str(_number(rng)) for _ in range(rng.randint(2, 6)))
-            lines.append(
-                rng.choice(("Say {}. {}.", "{}: {}", "I said {} and you said {}.", "'{}' '{}'")).format(said, said)
-            )
+            wordings = ("Say {}. {}.", "{}: {}", "I said {} and you said {}.", "'{}' '{}'")
+            lines.append(rng.choice(wordings).format(said, said))
         else:
             a, b, sign = _number(rng), _number(rng), rng.choice("+-*/")
-            lines.append(
-                rng.choice((f"{a} and {b}: {a}{sign}{b}", f"{a} {sign} {b} is {a}{sign}{b}", f"{b}, {a}: {a}{sign}{b}"))
-            )
+            sums = ("{a} and {b}: {a}{sign}{b}", "{a} {sign} {b} is {a}{sign}{b}", "{b}, {a}: {a}{sign}{b}")
+            lines.append(rng.choice(sums).format(a=a, b=b, sign=sign))
     return "\n".join(lines)
 
 
