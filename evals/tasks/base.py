@@ -30,9 +30,10 @@ class Task(ABC):
     files: Sequence[Path] = ()
     key: list = []
     notes: tuple[str, ...] = ()
+    _rows: Sequence = ()  # what the conversations are made of, one each
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._rows)
 
     @abstractmethod
     def __getitem__(self, i: int) -> dict: ...
@@ -84,9 +85,6 @@ class FromRows(ScoredTask):
             raise UserError(f"the rows of task {self.name} lack {', '.join(missing)}; they have {', '.join(first)}")
         self._rows = rows
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def __getitem__(self, i: int) -> dict:
         row = self.unpacked(self._rows[i])
         try:
@@ -119,15 +117,10 @@ class Generated(ScoredTask):
     split_by_text = True  # False: what it makes is of its split already
 
     def __init__(self, split: str, size: int | None = None):
-        self.split, self._size = split, self.sizes[split] if size is None else size
-
-    def __len__(self) -> int:
-        return self._size
+        self.split, self._rows = split, range(self.sizes[split] if size is None else size)
 
     def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < self._size:
-            raise IndexError(i)
-        return self.draw(random.Random(f"{self.name} {self.split} {i}"))
+        return self.draw(random.Random(f"{self.name} {self.split} {self._rows[i]}"))
 
     def draw(self, rng: random.Random) -> dict:
         """A conversation of the split."""

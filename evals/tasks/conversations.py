@@ -52,16 +52,13 @@ class Texts(Task):
     most = 20_000
 
     def __init__(self, documents: Documents):
-        self._texts, digest = list(islice(documents.train(), self.most)), hashlib.sha256()
-        for text in self._texts:
+        self._rows, digest = list(islice(documents.train(), self.most)), hashlib.sha256()
+        for text in self._rows:
             digest.update(text.encode("utf-8", "replace") + b"\0")
         self.key = [digest.hexdigest()]
 
-    def __len__(self) -> int:
-        return len(self._texts)
-
     def __getitem__(self, i: int) -> dict:
-        return {"text": self._texts[i]}
+        return {"text": self._rows[i]}
 
 
 def _text(messages: list[dict]) -> str:

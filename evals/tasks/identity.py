@@ -11,14 +11,10 @@ class Identity(Task):
     """Pairs of identity.yaml with small changes of case and punctuation, some of two turns."""
 
     name, kind = "identity", "conversation"
-
-    def __len__(self) -> int:
-        return SIZE
+    _rows = range(SIZE)
 
     def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < SIZE:
-            raise IndexError(i)
-        rng = random.Random(f"identity {i}")
+        rng = random.Random(f"identity {self._rows[i]}")
         turns: list[str] = []
         for _ in range(1 if rng.random() < 0.8 else 2):
             questions, answers = rng.choice(read_yaml("identity.yaml")).values()

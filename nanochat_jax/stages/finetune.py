@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from evals.tasks import load_task, made_by
 from evals.tasks.base import Task
@@ -64,7 +63,7 @@ def _lora_arguments(run: Run, name: str, before: str, rank: int, step: Step, eva
     """The arguments of `train_stage` that differ where adapters of stage `before` are trained."""
     saved = checkpoint.adapters_of(run.dir / name)
     loaded = checkpoint.load_changed(run.dir, name, saved) if saved else checkpoint.load_model(run.dir, before)
-    params = common.from_host(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
+    params = common.from_host(loaded.params)
     split = sharding.tree_shardings(params, run.mesh)
     frozen = jax.jit(lambda params: cast_matrices(params, run.training_dtype), out_shardings=split)(params)
 
