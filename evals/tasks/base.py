@@ -12,7 +12,7 @@ import yaml
 
 from nanochat_jax.data.split import HELD_OUT, held_out
 from nanochat_jax.errors import UserError
-from nanochat_jax.formats import unreadable
+from nanochat_jax.formats import opened_parquet
 
 
 class Task(ABC):
@@ -165,12 +165,6 @@ def brief(value) -> str:
 def read_rows(path: str | Path) -> Sequence[dict]:
     """The rows of a parquet file, made into dicts when asked for. UserError where it is missing or cannot be read."""
     import datasets
-    import pyarrow
-    import pyarrow.parquet
 
-    try:
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (pyarrow.ArrowException, OSError) as e:
-        raise unreadable(path, e, " as parquet") from None
+    with opened_parquet(Path(path)) as file:
+        return datasets.Dataset(file.read())

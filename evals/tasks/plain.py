@@ -178,9 +178,8 @@ def _fill_problem(rng: random.Random, wording: str, numbers: dict[str, str]) -> 
     slots |= {f"verb_{tense}": rng.choice(verbs) for tense, verbs in known["verbs"].items()}
     slots |= {"n": name, "m": other, "place": rng.choice(lists["place"])}
     slots["box_"] = slots["box"].replace("box", "boxe").replace("shelf", "shelve")
-    slots |= dict(zip(("does", "do", "unit"), rng.choice(known["doing"]).split("/"))) | {
-        "period": rng.choice(known["periods"])
-    }
+    slots["does"], slots["do"], slots["unit"] = rng.choice(known["doing"]).split("/")
+    slots["period"] = rng.choice(known["periods"])
     slots["day"], slots["day2"] = rng.sample(lists["day"], 2)
     slots["thing"], slots["thing2"] = rng.sample(stories.words()["things"], 2)
     slots |= {"thing_": slots["thing"], "person": slots["people"]}
@@ -330,9 +329,8 @@ class Story(Plain):
         return request, told.text, {"story": {s: given[s] for s in given if s in slots}}
 
 
-KINDS: dict[str, Callable[[str], _Kind]] = {
-    task.name: task for task in (Sums, Arithmetic, Letters, Spell, Reading, Self, Story)
-}
+_MADE = Sums, Arithmetic, Letters, Spell, Reading, Self, Story
+KINDS: dict[str, Callable[[str], _Kind]] = {task.name: task for task in _MADE}
 # of the exchanges in a conversation
 SHARES = {"sums": 14, "arithmetic": 28, "letters": 14, "spell": 12, "reading": 20, "self": 19, "story": 1}
 

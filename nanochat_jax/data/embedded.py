@@ -158,7 +158,7 @@ def _documentation() -> Iterator[tuple[str, list[str]]]:
     """(name, docstrings) of every file of the packages."""
     for package in PACKAGES:
         for path in _modules(package):
-            yield f"{package}/{path.relative_to(_root(package)).as_posix()}", docstrings(_read(path))
+            yield f"{package}/{path.relative_to(_root(package)).as_posix()}", docstrings(path.read_bytes())
 
 
 def _modules(package: str) -> list[Path]:
@@ -170,14 +170,7 @@ def _root(package: str) -> Path:
     return Path(importlib.util.find_spec(package).origin).parent  # type: ignore[union-attr, arg-type]  # it is required
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        return ""
-
-
-def docstrings(source: str) -> list[str]:
+def docstrings(source: str | bytes) -> list[str]:
     """The docstrings of a module, its classes and functions, dedented; none where the source does not parse."""
     try:
         tree = ast.parse(source)

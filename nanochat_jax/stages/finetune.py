@@ -42,9 +42,8 @@ def load_tasks(run: Run, name: str) -> list[tuple[Task, int]]:
 
 def _dataset(run: Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
     tasks = load_tasks(run, name)
-    run.log.say(
-        f"{name}: " + ", ".join(f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
-    )
+    parts = (f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
+    run.log.say(f"{name}: {', '.join(parts)}")
     memory = run.cache_dir / "hashes.json"
     return pack_conversations(
         Mixture(tasks, seed=run.config.seed),
