@@ -37,7 +37,6 @@ class EmbeddedDocuments(Documents):
     """Made when first asked for, in a few seconds, and kept as JSON lines in the cache: some megabytes."""
 
     cache_dir: Path
-    notes = ()
 
     @cached_property
     def key(self) -> list:
