@@ -98,11 +98,9 @@ def evaluate_chat_task(
             out |= {"samples": draws.samples, "temperature": draws.temperature}
             out["pass_at_k"] = pass_estimates(right[:, 1:])
     if path is not None:
-        found = zip(asked, conversations, answers)
-        lines = (
-            {"index": i, **records.asked(c), **greedy} | ({"samples": more} if more else {})
-            for i, c, (greedy, *more) in found
-        )
+        lines = []
+        for i, c, (greedy, *more) in zip(asked, conversations, answers):
+            lines.append({"index": i, **records.asked(c), **greedy} | ({"samples": more} if more else {}))
         records.write(path, lines)
     return out
 

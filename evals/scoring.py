@@ -71,7 +71,7 @@ def branch_bucket(size: int, steps: int) -> int:
     return power_of_four(size) if steps == 1 or size <= SHORTEST else 1 << (size - 1).bit_length()
 
 
-def stack(lists: list[Sequence[int]], shape: tuple[int, int], fill: int) -> np.ndarray:
+def stack(lists: Sequence[Sequence[int]], shape: tuple[int, int], fill: int) -> np.ndarray:
     """int32 of a shape, each list at the left of its row."""
     out = np.full(shape, fill, np.int32)
     for row, values in zip(out, lists):
@@ -191,17 +191,15 @@ class Scorer:
         padding = ((0, -n % each), (0, 0))  # so that all batches have one shape
         tokens, targets = (np.pad(np.asarray(a, np.int32), padding) for a in (tokens, targets))
         batches = [(tokens[at : at + each], targets[at : at + each]) for at in range(0, n, each)]
-        return np.concatenate([_to_host(x) for x in [self._run(_row_losses, *self._put(b)) for b in batches]])[:n]
+        losses = [self._run(_row_losses, *self._put(b)) for b in batches]
+        return np.concatenate([sharding.to_host(x) for x in losses])[:n]
 
     def _run(self, program: Callable, *arrays):
         return program(self._graph, self._mesh, self._params, *arrays)
 
     def _put(self, arrays):
         """Host arrays (R, ...) on the devices, rows split over them."""
-        if self._mesh is None:
-            return arrays
-        split = sharding.rows(self._mesh)
-        return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, split, lambda at: a[at]), arrays)
+        return arrays if self._mesh is None else sharding.split_rows(arrays, self._mesh)
 
     def _score_targets(self, trees: list[Tree]) -> Iterator[Scored]:
         for batch, kept, rows in self._batches(trees):
@@ -254,14 +252,5 @@ class Scorer:
 def _fetched(batches: Iterable[Scored]) -> Iterator[tuple[int, list[np.ndarray]]]:
     """(index of a tree, its part of each result); a batch is waited for once the next one is on the device."""
     for (batch, places, results), _ in pairwise(chain(batches, [([], (), ())])):
-        arrays = [_to_host(a) for a in results]
+        arrays = [sharding.to_host(a) for a in results]
         yield from ((i, [a[place] for a in arrays]) for i, place in zip(batch, places, strict=True))
-
-
-def _to_host(x: jax.Array) -> np.ndarray:
-    """The whole array, of which other hosts may have a part."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.process_allgather(x, tiled=True)

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import jax
-from flax import nnx
 
 from nanochat_jax.cli import command
 from nanochat_jax.files import whole_folder
@@ -41,9 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     from nanochat_jax.weights.folder import write_folder
 
     loaded = load_model(args.run_dir, args.stage)
-    params = nnx.to_pure_dict(nnx.split(loaded.model)[1])
     with whole_folder(args.to) as folder:
-        write_folder(folder, params, loaded.model.cfg, loaded.tokenizer, notes(loaded), args.dtype)
+        write_folder(folder, loaded.params, loaded.model.cfg, loaded.tokenizer, notes(loaded), args.dtype)
     made = {"to": str(args.to), "arch": loaded.config.model.arch, "stage": loaded.stage, "step": loaded.step}
     print(json.dumps(made | {"bytes": sum(path.stat().st_size for path in args.to.iterdir())}))
 

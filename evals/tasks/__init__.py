@@ -105,9 +105,8 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
 
 def made_by() -> str:
     """Names the rules by which tasks say what they say: their code, and the files of phrases and words."""
-    rules = (
-        p for folder in _MADE_OF for p in sorted(folder.iterdir()) if p.suffix in (".py", ".yaml", ".jsonl", ".txt")
-    )
+    files = (path for folder in _MADE_OF for path in sorted(folder.iterdir()))
+    rules = (path for path in files if path.suffix in (".py", ".yaml", ".jsonl", ".txt"))
     return digest_of([*rules, Path(chats.__file__)])
 
 

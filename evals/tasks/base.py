@@ -2,13 +2,17 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import cycle
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from nanochat_jax.data.split import HELD_OUT, held_out
 from nanochat_jax.errors import UserError
-from nanochat_jax.formats import unreadable
+from nanochat_jax.formats import opened_parquet
 
 
 class Task(ABC):
@@ -26,9 +30,10 @@ class Task(ABC):
     files: Sequence[Path] = ()
     key: list = []
     notes: tuple[str, ...] = ()
+    _rows: Sequence = ()  # what the conversations are made of, one each
 
-    @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        return len(self._rows)
 
     @abstractmethod
     def __getitem__(self, i: int) -> dict: ...
@@ -75,11 +80,10 @@ class FromRows(ScoredTask):
     source: str = ""
 
     def __init__(self, rows: Sequence[dict]):
-        check_columns(self.name, [self.unpacked(rows[0])] if len(rows) else [], self.columns)
+        first = self.unpacked(rows[0]) if len(rows) else self.columns
+        if missing := [c for c in self.columns if c not in first]:
+            raise UserError(f"the rows of task {self.name} lack {', '.join(missing)}; they have {', '.join(first)}")
         self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def __getitem__(self, i: int) -> dict:
         row = self.unpacked(self._rows[i])
@@ -110,29 +114,30 @@ class Generated(ScoredTask):
     """
 
     sizes = {"train": 20_000, "test": 1_000}
+    split_by_text = True  # False: what it makes is of its split already
 
     def __init__(self, split: str, size: int | None = None):
-        self.split, self._size = split, self.sizes[split] if size is None else size
-
-    def __len__(self) -> int:
-        return self._size
+        self.split, self._rows = split, range(self.sizes[split] if size is None else size)
 
     def __getitem__(self, i: int) -> dict:
-        if not 0 <= i < self._size:
-            raise IndexError(i)
-        return self.draw(random.Random(f"{self.name} {self.split} {i}"))
+        return self.draw(random.Random(f"{self.name} {self.split} {self._rows[i]}"))
 
     def draw(self, rng: random.Random) -> dict:
         """A conversation of the split."""
-        while not self.is_in_split(conversation := self.make(rng)):
-            pass
-        return conversation
-
-    def is_in_split(self, conversation: dict) -> bool:
-        return held_out(conversation["messages"][0]["content"], HELD_OUT) == (self.split == "test")
+        while True:
+            conversation = self.make(rng)
+            question = conversation["messages"][0]["content"]
+            if not self.split_by_text or held_out(question, HELD_OUT) == (self.split == "test"):
+                return conversation
 
     @abstractmethod
     def make(self, rng: random.Random) -> dict: ...
+
+
+@cache
+def read_yaml(name: str) -> Any:
+    """The wordings in a file of this folder. Not to be written to."""
+    return yaml.load((Path(__file__).parent / name).read_text(encoding="utf-8"), yaml.CSafeLoader)
 
 
 def dialogue(*contents: str | list[dict]) -> dict:
@@ -160,19 +165,6 @@ def brief(value) -> str:
 def read_rows(path: str | Path) -> Sequence[dict]:
     """The rows of a parquet file, made into dicts when asked for. UserError where it is missing or cannot be read."""
     import datasets
-    import pyarrow
-    import pyarrow.parquet
 
-    try:
-        return datasets.Dataset(pyarrow.parquet.read_table(path))
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}") from None
-    except (pyarrow.ArrowException, OSError) as e:
-        raise unreadable(path, e, " as parquet") from None
-
-
-def check_columns(task: str, rows: Sequence[dict], columns: Iterable[str]) -> None:
-    """UserError where the first row, and so the table, lacks a column that the task reads."""
-    missing = [c for c in columns if len(rows) and c not in rows[0]]
-    if missing:
-        raise UserError(f"the rows of task {task} lack {', '.join(missing)}; they have {', '.join(rows[0])}")
+    with opened_parquet(Path(path)) as file:
+        return datasets.Dataset(file.read())

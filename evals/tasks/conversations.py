@@ -24,10 +24,10 @@ class Conversations(Task):
     when asked for; only their indices are kept.
     """
 
-    kind = "conversation"
+    name, kind = "chat", "conversation"
 
-    def __init__(self, rows: Sequence[dict], split: str, name: str = "chat", tally: Tally | None = None):
-        self.name, self._rows, self._indices = name, rows, array("q")
+    def __init__(self, rows: Sequence[dict], split: str, tally: Tally | None = None):
+        self._rows, self._indices = rows, array("q")
         counted = Tally()
         for i, row in enumerate(rows):
             messages = counted.take("", f"row {i + 1}", row)
@@ -35,8 +35,8 @@ class Conversations(Task):
                 self._indices.append(i)
         tally = tally or counted
         if not tally.taken:
-            raise UserError(f"task {name} has no conversation that can be used: {tally.lost()}")
-        self.notes = tuple(f"{name}: {line}" for line in tally.lines())
+            raise UserError(f"task chat has no conversation that can be used: {tally.lost()}")
+        self.notes = tuple(f"chat: {line}" for line in tally.lines())
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -52,16 +52,13 @@ class Texts(Task):
     most = 20_000
 
     def __init__(self, documents: Documents):
-        self._texts, digest = list(islice(documents.train(), self.most)), hashlib.sha256()
-        for text in self._texts:
+        self._rows, digest = list(islice(documents.train(), self.most)), hashlib.sha256()
+        for text in self._rows:
             digest.update(text.encode("utf-8", "replace") + b"\0")
         self.key = [digest.hexdigest()]
 
-    def __len__(self) -> int:
-        return len(self._texts)
-
     def __getitem__(self, i: int) -> dict:
-        return {"text": self._texts[i]}
+        return {"text": self._rows[i]}
 
 
 def _text(messages: list[dict]) -> str:

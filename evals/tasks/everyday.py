@@ -20,9 +20,6 @@ class Everyday(Checked):
         lines = (Path(__file__).parent / "everyday.jsonl").read_text(encoding="utf-8").splitlines()
         self._rows = [row for row in map(json.loads, lines) if half in (None, row["half"])]
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def __getitem__(self, i: int) -> dict:
         row = self._rows[i]
         first, *then = row["turns"]

@@ -8,30 +8,25 @@ from nanochat_jax.config import DataConfig
 from nanochat_jax.data.sources import source_of
 from nanochat_jax.errors import UserError
 
-Recipe = list[tuple[str, str, int]]
-
+USUAL = {
+    "mid": dict(chat=1, mmlu=1, gsm8k=1, identity=-1_000, spellingbee=-20_000, spelling=-20_000),
+    "sft": dict(arc_easy=1, arc_challenge=1, gsm8k=1, chat=-10_000, identity=-1_000, spellingbee=-300, spelling=-300),
+}
 # Without a network, both learn from conversations of all kinds, other ones each, and keep a part of the text of base.
-EMBEDDED_MID = dict(talk=-40_000, text=-2_000, story=-3_000, reading=-5_000)
-EMBEDDED_SFT = dict(talk=-40_000, text=-3_300, story=-2_500)
-MID = dict(chat=1, mmlu=1, gsm8k=1, identity=-1_000, spellingbee=-20_000, spelling=-20_000)
-SFT = dict(arc_easy=1, arc_challenge=1, gsm8k=1, chat=-10_000, identity=-1_000, spellingbee=-300, spelling=-300)
+EMBEDDED = {
+    "mid": dict(talk=-40_000, text=-2_000, story=-3_000, reading=-5_000),
+    "sft": dict(talk=-40_000, text=-3_300, story=-2_500),
+}
 
 
-def mid_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Recipe:
-    return _recipe(data, EMBEDDED_MID if source_of(data) == "embedded" else MID, override)
-
-
-def sft_mixture(data: DataConfig, override: dict[str, int] | None = None) -> Recipe:
-    return _recipe(data, EMBEDDED_SFT if source_of(data) == "embedded" else SFT, override)
-
-
-def _recipe(data: DataConfig, default: dict[str, int], override: dict[str, int] | None) -> Recipe:
-    """UserError where an override names a task that has no training rows in this source."""
+def mixture(stage: str, data: DataConfig, override: dict[str, int] | None = None) -> list[tuple[str, str, int]]:
+    """Of mid or sft. UserError where an override names a task that has no training rows in this source."""
     at_hand = trainable(data)
     for name, times in (override or {}).items():
         if name not in at_hand:
             raise UserError(f"mixture names {name}, which has no training rows here; at hand: {', '.join(at_hand)}")
         if times == 0:
             raise UserError(f"mixture.{name}=0 means nothing: leave it out, or give repeats (1) or rows (-100)")
-    chosen = default if override is None else override
+    usual = (EMBEDDED if source_of(data) == "embedded" else USUAL)[stage]
+    chosen = usual if override is None else override
     return [(name, "train", times) for name, times in chosen.items() if name in at_hand]

@@ -10,11 +10,8 @@ import re
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 
-import yaml
-
-from evals.tasks.base import Generated, dialogue
+from evals.tasks.base import Generated, dialogue, read_yaml
 from evals.tasks.checks import NUMBERS, Checked
 from evals.tasks.gsm8k import parse_parts
 from nanochat_jax.data import stories
@@ -30,16 +27,14 @@ SLOTS = {"t": "things", "box": "boxes", "people": "people", "animals": "animals"
 _LEADING = re.compile("^(?:(?:in|to|on|at|for|because|a|an|the|some) )*")  # words of an answer
 
 
-@cache
 def phrases() -> dict:
-    return yaml.load((Path(__file__).parent / "phrases.yaml").read_text(encoding="utf-8"), yaml.CSafeLoader)
+    return read_yaml("phrases.yaml")
 
 
 @cache
 def about() -> tuple[tuple[tuple[str, ...], str, dict], ...]:
     """(what people say, the answer, its check) of self.yaml."""
-    text = (Path(__file__).parent / "self.yaml").read_text(encoding="utf-8")
-    return tuple((tuple(e["say"].split(", ")), e["answer"], e["check"]) for e in yaml.load(text, yaml.CSafeLoader))
+    return tuple((tuple(e["say"].split(", ")), e["answer"], e["check"]) for e in read_yaml("self.yaml"))
 
 
 def common(rng: random.Random, wordings: Sequence):
@@ -183,9 +178,8 @@ def _fill_problem(rng: random.Random, wording: str, numbers: dict[str, str]) -> 
     slots |= {f"verb_{tense}": rng.choice(verbs) for tense, verbs in known["verbs"].items()}
     slots |= {"n": name, "m": other, "place": rng.choice(lists["place"])}
     slots["box_"] = slots["box"].replace("box", "boxe").replace("shelf", "shelve")
-    slots |= dict(zip(("does", "do", "unit"), rng.choice(known["doing"]).split("/"))) | {
-        "period": rng.choice(known["periods"])
-    }
+    slots["does"], slots["do"], slots["unit"] = rng.choice(known["doing"]).split("/")
+    slots["period"] = rng.choice(known["periods"])
     slots["day"], slots["day2"] = rng.sample(lists["day"], 2)
     slots["thing"], slots["thing2"] = rng.sample(stories.words()["things"], 2)
     slots |= {"thing_": slots["thing"], "person": slots["people"]}
@@ -195,8 +189,7 @@ def _fill_problem(rng: random.Random, wording: str, numbers: dict[str, str]) -> 
 class _OnWords(Plain):
     """Questions about a word: in tests a common one that training does not ask about."""
 
-    def is_in_split(self, conversation: dict) -> bool:
-        return True  # as its word is
+    split_by_text = False  # but by the word
 
     def _word(self, rng: random.Random) -> tuple[str, str]:
         """(the word as it is to be answered, and as it stands in the question)."""
@@ -296,6 +289,8 @@ class Self(Plain):
     """Itself, greetings, and what it cannot know."""
 
     name = "self"
+    split_by_text = False  # there are too few wordings to keep some for testing
+    words = {"animal": "animals", "person": "people", "thing": "things"}  # slot -> subject of the words for it
 
     def ask(self, rng: random.Random) -> Exchange:
         weights = [len(say) ** 0.5 for say, *_ in about()]
@@ -303,24 +298,14 @@ class Self(Plain):
         known, lists = stories.words(), stories.script()["lists"]
         wording = common(rng, say)
         nouns = known["nature"] + known["others"] + known["foods"] + known["animals"] + known["things"]
-        slots = {
-            slot: rng.choice(known[of])
-            for slot, of in (("animal", "animals"), ("person", "people"), ("thing", "things"))
-        }
-        slots |= {
-            "noun": rng.choice(nouns),
-            "adjective": rng.choice(known["describing"]),
-            "name": stories.person(rng)[0],
-        }
+        slots = {slot: rng.choice(known[of]) for slot, of in self.words.items()} | {"noun": rng.choice(nouns)}
+        slots |= {"adjective": rng.choice(known["describing"]), "name": stories.person(rng)[0]}
         slots |= {slot: rng.choice(lists[slot]) for slot in ("place", "food")}
         slots |= {slot: stories.invented(rng).capitalize() for slot in ("town", "country")}
         if rng.random() < 0.7:
             slots |= {"town": rng.choice(lists["town"]), "country": rng.choice(lists["country"])}
         text = wording.format(**slots)
         return typed(rng, stories.with_articles(text)), answer, check
-
-    def is_in_split(self, conversation: dict) -> bool:
-        return True  # there are too few wordings to keep some for testing
 
 
 class Story(Plain):
@@ -344,9 +329,8 @@ class Story(Plain):
         return request, told.text, {"story": {s: given[s] for s in given if s in slots}}
 
 
-KINDS: dict[str, Callable[[str], _Kind]] = {
-    task.name: task for task in (Sums, Arithmetic, Letters, Spell, Reading, Self, Story)
-}
+_MADE = Sums, Arithmetic, Letters, Spell, Reading, Self, Story
+KINDS: dict[str, Callable[[str], _Kind]] = {task.name: task for task in _MADE}
 # of the exchanges in a conversation
 SHARES = {"sums": 14, "arithmetic": 28, "letters": 14, "spell": 12, "reading": 20, "self": 19, "story": 1}
 
@@ -356,15 +340,13 @@ class Talk(Checked, Generated):
 
     name, kind = "talk", "generative"
     sizes = {"train": 400_000, "test": 400}
+    split_by_text = False  # but every exchange by its own
 
-    def __init__(self, split: str, size: int | None = None):
-        super().__init__(split, size)
+    def __init__(self, split: str):
+        super().__init__(split)
         self._kinds = {name: kind(split) for name, kind in KINDS.items()}
 
     def make(self, rng: random.Random) -> dict:
         names = rng.choices(list(SHARES), list(SHARES.values()), k=rng.choice((1, 1, 1, 2, 2, 3, 3, 4)))
         drawn = [self._kinds[name].draw(rng) for name in names]
         return {"messages": [m for c in drawn for m in c["messages"]], "check": drawn[-1]["check"]}
-
-    def is_in_split(self, conversation: dict) -> bool:
-        return True  # as every exchange is

@@ -71,9 +71,8 @@ def step_bytes(engine: Engine, batch: int, length: int) -> int:
 
 def read_bandwidth() -> float:
     """Bytes/s of this device's memory: of a copy on a GPU, else of reading 256 MB for the maxima of their rows."""
-    if (
-        jax.default_backend() == "gpu"
-    ):  # of 256 MB an H100's caches hold a fifth, and a reduction reaches half a copy's rate
+    if jax.default_backend() == "gpu":
+        # of 256 MB an H100's caches hold a fifth, and a reduction reaches half a copy's rate
         return copy_rate(4 << 30)
     matrix, reduce = jnp.ones((16384, 4096)), jax.jit(lambda m: m.max(axis=1))
     return matrix.nbytes / fastest(lambda: reduce(matrix))

@@ -140,9 +140,8 @@ def run(args: argparse.Namespace) -> None:
             started, taken = [], 0.0
             for entry in wave:
                 if (left := end - time.monotonic() - taken) < entry.seconds:
-                    print(
-                        f"{entry.name}: left out, {left:.0f} s are left and it may take {entry.seconds:.0f}", flush=True
-                    )
+                    why = f"{left:.0f} s are left and it may take {entry.seconds:.0f}"
+                    print(f"{entry.name}: left out, {why}", flush=True)
                     continue
                 started.append(Started(entry, args, Path(turns, entry.name) if gpu else None))
                 taken += entry.seconds

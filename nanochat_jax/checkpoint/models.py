@@ -40,6 +40,13 @@ class Loaded:
     step: int
     identity: str = ""  # hex digits that tell its parameters from others
 
+    @property
+    def params(self) -> dict:
+        """The model's parameters as a nested dict."""
+        from flax import nnx
+
+        return nnx.to_pure_dict(nnx.split(self.model)[1])
+
 
 def adapters_of(stage_dir: str | Path) -> dict | None:
     """{"rank", "from", "identity"} of a stage that trains adapters: their rank, the stage whose model they change and
@@ -71,8 +78,6 @@ def load_model(run_dir: str | Path, stage: str | None = None, mesh: jax.sharding
     rules of sharding.py; None: they are put on the default device, uncommitted. UserError where the run or the stage is
     missing, or was trained with another tokenizer.
     """
-    from flax import nnx
-
     from nanochat_jax import devices
     from nanochat_jax.mesh import sharding
     from nanochat_jax.model import lora, scaling
@@ -103,7 +108,7 @@ def load_model(run_dir: str | Path, stage: str | None = None, mesh: jax.sharding
         identity = ""
     if adapters:
         below = load_changed(run_dir, stage, adapters, mesh)
-        frozen = nnx.to_pure_dict(nnx.split(below.model)[1])
+        frozen = below.params
         split = None if mesh is None else sharding.tree_shardings(frozen, mesh)
         params = jax.jit(lora.merged, out_shardings=split)(frozen, params)
         identity = fingerprint([below.identity, identity])

@@ -23,7 +23,7 @@ from nanochat_jax.formats import kind_of, some, texts_of
 class Documents(Protocol):
     """Documents of two splits, train and val. The process that packs gets a pickled copy."""
 
-    notes: tuple[str, ...]  # lines on what is not read
+    notes: tuple[str, ...] = ()  # lines on what is not read
 
     @property
     def key(self) -> list:

@@ -69,10 +69,8 @@ def contents(cache_dir: Path) -> list[str]:
         listed = [entry for path in folder.rglob(LISTING) for entry in read_json(path, list) or ()]
         files = [p for p in folder.rglob("*") if p.is_file()]
         if listed:
-            notes = [p for p in files if p.suffix == ".json" and p.with_suffix("").is_file()]
-            whole = [
-                p.with_suffix("") for p in notes if (read_json(p) or {}).get("size") == _bytes([p.with_suffix("")])
-            ]
+            noted = [p.with_suffix("") for p in files if p.suffix == ".json" and p.with_suffix("").is_file()]
+            whole = [p for p in noted if (read_json(f"{p}.json") or {}).get("size") == p.stat().st_size]
             parts = [p for p in files if p.suffix == ".part" and p.stat().st_size]
             half = f", {len(parts)} half here ({_gigabytes(parts)})" if parts else ""
             name = folder.name.replace("--", "/", 1)

@@ -37,7 +37,6 @@ class EmbeddedDocuments(Documents):
     """Made when first asked for, in a few seconds, and kept as JSON lines in the cache: some megabytes."""
 
     cache_dir: Path
-    notes = ()
 
     @cached_property
     def key(self) -> list:
@@ -128,14 +127,12 @@ def _said_again(rng: random.Random) -> str:
     for _ in range(rng.randint(2, 5)):
         if rng.random() < 0.5:
             said = " ".join(_word(rng) if rng.random() < 0.6 else str(_number(rng)) for _ in range(rng.randint(2, 6)))
-            lines.append(
-                rng.choice(("Say {}. {}.", "{}: {}", "I said {} and you said {}.", "'{}' '{}'")).format(said, said)
-            )
+            wordings = ("Say {}. {}.", "{}: {}", "I said {} and you said {}.", "'{}' '{}'")
+            lines.append(rng.choice(wordings).format(said, said))
         else:
             a, b, sign = _number(rng), _number(rng), rng.choice("+-*/")
-            lines.append(
-                rng.choice((f"{a} and {b}: {a}{sign}{b}", f"{a} {sign} {b} is {a}{sign}{b}", f"{b}, {a}: {a}{sign}{b}"))
-            )
+            sums = ("{a} and {b}: {a}{sign}{b}", "{a} {sign} {b} is {a}{sign}{b}", "{b}, {a}: {a}{sign}{b}")
+            lines.append(rng.choice(sums).format(a=a, b=b, sign=sign))
     return "\n".join(lines)
 
 
@@ -160,7 +157,7 @@ def _documentation() -> Iterator[tuple[str, list[str]]]:
     """(name, docstrings) of every file of the packages."""
     for package in PACKAGES:
         for path in _modules(package):
-            yield f"{package}/{path.relative_to(_root(package)).as_posix()}", docstrings(_read(path))
+            yield f"{package}/{path.relative_to(_root(package)).as_posix()}", docstrings(path.read_bytes())
 
 
 def _modules(package: str) -> list[Path]:
@@ -172,14 +169,7 @@ def _root(package: str) -> Path:
     return Path(importlib.util.find_spec(package).origin).parent  # type: ignore[union-attr, arg-type]  # it is required
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (UnicodeDecodeError, OSError):
-        return ""
-
-
-def docstrings(source: str) -> list[str]:
+def docstrings(source: str | bytes) -> list[str]:
     """The docstrings of a module, its classes and functions, dedented; none where the source does not parse."""
     try:
         tree = ast.parse(source)

@@ -46,7 +46,6 @@ class HubDocuments(Documents):
     val_file: HubFile
     folder: Path  # where they are kept
     column: str
-    notes = ()
 
     @property
     def key(self) -> list:

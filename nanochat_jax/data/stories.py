@@ -161,9 +161,8 @@ def _clause_slots(rng: random.Random) -> dict[str, str]:
         out |= {f"noun{i}": noun, f"color{i}": color, f"adj{i}": adjective, f"things{i}": f"{_noun(rng)}s"}
         described = f"{rng.choice((color, adjective))} {noun}" if rng.random() < 0.3 else noun
         out[f"o{i}"] = f"{rng.choice(DETERMINERS)} {described}"
-        out[f"p{i}"] = (
-            f"{rng.choice(lists['before_place'])} the {rng.choice((_noun(rng), rng.choice(known['places'])))}"
-        )
+        before = rng.choice(lists["before_place"])
+        out[f"p{i}"] = f"{before} the {rng.choice((_noun(rng), rng.choice(known['places'])))}"
         out[f"t{i}"] = rng.choice(lists["when2"])
         out[f"thirds{i}"], out[f"third{i}"] = rng.choice(lists["habit"]).split("/")
     out["past"], out["base"] = rng.choice(lists["verb"]).split("/")
@@ -191,21 +190,7 @@ def pronouns(gender: str, whose: str = "") -> dict[str, str]:
 
 def gender_of(kind: str) -> str | None:
     """she or he where a kind of person says it."""
-    female = {"girl", "woman", "lady", "queen", "princess", "witch", "mother", "grandmother", "sister", "aunt", "fairy"}
-    male = {
-        "boy",
-        "man",
-        "king",
-        "prince",
-        "wizard",
-        "father",
-        "grandfather",
-        "brother",
-        "uncle",
-        "policeman",
-        "fireman",
-    }
-    return "she" if kind in female else "he" if kind in male else None
+    return next((gender for gender, kinds in script()["genders"].items() if kind in kinds.split()), None)
 
 
 def story(rng: random.Random, given: dict[str, str] | None = None) -> Told:
@@ -269,9 +254,8 @@ def problems(text: str, given: dict[str, str]) -> list[str]:
     for and does not occur, and a hero or friend who changes."""
     out, rest, sentences = [], text.strip(), 0
     while rest:
-        found = max(
-            (m.end() for p in _patterns() if (m := p.match(rest)) and rest[m.end() : m.end() + 1] in " "), default=0
-        )
+        ends = (m.end() for p in _patterns() if (m := p.match(rest)))
+        found = max((end for end in ends if rest[end : end + 1] in " "), default=0)
         if not found:
             out.append(f"no sentence of ours: {rest.split('. ')[0]}")
             break

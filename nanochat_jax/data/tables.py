@@ -1,6 +1,5 @@
 """Which dataset of the hub, or which local file, has the rows of each task."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -14,8 +13,9 @@ class Rows:
     hub_splits: dict[str, str]
 
 
-def _rows(config: str, repo: str, stem: str, splits: Sequence[str] = ("train", "test")) -> Rows:
-    return Rows({s: f"{stem}_{s}.parquet" for s in splits}, repo, config, {s: s for s in splits})
+def _rows(config: str, repo: str, stem: str) -> Rows:
+    files = {"train": f"{stem}_train.parquet", "test": f"{stem}_test.parquet"}
+    return Rows(files, repo, config, {"train": "train", "test": "test"})
 
 
 ROWS = {

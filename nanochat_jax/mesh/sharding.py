@@ -63,6 +63,21 @@ def rows(mesh: Mesh, leading: int = 0) -> NamedSharding:
     return NamedSharding(mesh, P(*([None] * leading), BATCH))
 
 
+def split_rows(arrays, mesh: Mesh):
+    """Host arrays (R, ...), the same on every host, on the devices."""
+    split = rows(mesh)
+    return jax.tree.map(lambda a: jax.make_array_from_callback(a.shape, split, lambda at: a[at]), arrays)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, of which other hosts may have a part."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

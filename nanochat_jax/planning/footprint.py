@@ -71,14 +71,9 @@ class Job:
     def __init__(self, config: RunConfig, on: Machine):
         self.config, self.on = config, on
         self.cfg, self.base = base_plan(config)
-        self.mesh = data, fsdp, _ = tuple(sharding.make_mesh(config.mesh, np.arange(on.count)).shape.values())
-        rows = self.base.batch_tokens // self.cfg.sequence_len
-        if rows < 1 or rows % (data * fsdp):
-            raise UserError(
-                f"base: a batch of {rows} rows cannot be shared by {data * fsdp} devices; set base.batch_tokens to a "
-                f"multiple of {data * fsdp * self.cfg.sequence_len}"
-            )
-        self.per_device = rows // (data * fsdp)
+        mesh = sharding.make_mesh(config.mesh, np.arange(on.count))
+        self.mesh = tuple(mesh.shape.values())
+        self.per_device = memory.rows_per_device("base", self.base.batch_tokens, self.cfg.sequence_len, mesh)
         self.sizes = memory.micro_batches(self.per_device, config.base.micro_batch)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from evals.tasks import available, load_task
-from evals.tasks.mixtures import mid_mixture, sft_mixture
+from evals.tasks.mixtures import mixture
 from nanochat_jax import devices
 from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, read_run_config
 from nanochat_jax.data.sources import source_of
@@ -165,7 +165,7 @@ class Plan(Job):
         """mid or sft: as many rows as its conversations fill, estimated by their usual lengths."""
         cfg: FinetuneConfig = getattr(self.config, name)
         length = self.cfg.sequence_len
-        recipe = (mid_mixture if name == "mid" else sft_mixture)(self.config.data, override=cfg.mixture)
+        recipe = mixture(name, self.config.data, cfg.mixture)
         tokens = sum(self._conversations(*row) * CONVERSATION.get(row[0], OTHERS) for row in recipe)
         rows = min(math.ceil(tokens / length), cfg.max_rows or math.inf)
         batch = cfg.batch_tokens or self.base.batch_tokens

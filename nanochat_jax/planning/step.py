@@ -49,12 +49,10 @@ class TrainStep:
         self.config, self.mesh, self._gpu, rates = config, mesh, gpu, config.base.optim
         self.cfg, self.plan = base_plan(config)
         self.dtype = devices.training_dtype("bfloat16" if gpu and config.dtype == "auto" else config.dtype)
-        self.schedules = optim.make_schedules(
-            rates, steps or self.plan.steps, self.plan.weight_decay, config.model.arch
-        )
-        self._optimizer = optim.make_optimizer(
-            self.cfg, rates, self.schedules, self.plan.batch_tokens, self.dtype, mesh
-        )
+        steps = steps or self.plan.steps
+        self.schedules = optim.make_schedules(rates, steps, self.plan.weight_decay, config.model.arch)
+        batch = self.plan.batch_tokens
+        self._optimizer = optim.make_optimizer(self.cfg, rates, self.schedules, batch, self.dtype, mesh)
         graph = graph_of(self.cfg, self.dtype, config.base.fp8)
         self.jitted: Any = loop.make_step(graph, self._optimizer, self.dtype, mesh)
 

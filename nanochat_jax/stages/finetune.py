@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from flax import nnx
 
 from evals.tasks import load_task, made_by
 from evals.tasks.base import Task
-from evals.tasks.mixtures import mid_mixture, sft_mixture
+from evals.tasks.mixtures import mixture
 from nanochat_jax import checkpoint
 from nanochat_jax.checkpoint import read_done
 from nanochat_jax.config import FinetuneConfig
@@ -34,8 +33,8 @@ from nanochat_jax.training import optim
 def load_tasks(run: Run, name: str) -> list[tuple[Task, int]]:
     """The tasks that mid or sft trains on, and how many times, or -n for n conversations of it."""
     data, cache = run.config.data, run.cache_dir
-    mixture = (mid_mixture if name == "mid" else sft_mixture)(data, getattr(run.config, name).mixture)
-    tasks = [(load_task(task, split=split, data=data, cache_dir=cache), times) for task, split, times in mixture]
+    chosen = mixture(name, data, getattr(run.config, name).mixture)
+    tasks = [(load_task(task, split=split, data=data, cache_dir=cache), times) for task, split, times in chosen]
     for note in (note for task, _ in tasks for note in task.notes):
         run.log.say(note)
     return tasks
@@ -43,9 +42,8 @@ def load_tasks(run: Run, name: str) -> list[tuple[Task, int]]:
 
 def _dataset(run: Run, name: str, cfg: FinetuneConfig) -> PackedDataset:
     tasks = load_tasks(run, name)
-    run.log.say(
-        f"{name}: " + ", ".join(f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
-    )
+    parts = (f"{t.name} {len(t):,} x {n}" if n > 0 else f"{t.name} {-n:,}" for t, n in tasks)
+    run.log.say(f"{name}: {', '.join(parts)}")
     memory = run.cache_dir / "hashes.json"
     return pack_conversations(
         Mixture(tasks, seed=run.config.seed),
@@ -64,7 +62,7 @@ def _lora_arguments(run: Run, name: str, before: str, rank: int, step: Step, eva
     """The arguments of `train_stage` that differ where adapters of stage `before` are trained."""
     saved = checkpoint.adapters_of(run.dir / name)
     loaded = checkpoint.load_changed(run.dir, name, saved) if saved else checkpoint.load_model(run.dir, before)
-    params = common.from_host(nnx.to_pure_dict(nnx.split(loaded.model)[1]))
+    params = common.from_host(loaded.params)
     split = sharding.tree_shardings(params, run.mesh)
     frozen = jax.jit(lambda params: cast_matrices(params, run.training_dtype), out_shardings=split)(params)
 

@@ -9,8 +9,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
+from evals.scoring import stack
 from evals.stage import BASE_PROMPTS, BASE_SAMPLE_TOKENS
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import graph_of, merge
@@ -43,12 +43,8 @@ def preview(run: Run, params: dict) -> dict:
     texts = [[tok.bos, *tok.encode(p)] for p in prompts]
     rows = -(-len(texts) // sharding.data_parallel(run.mesh)) * sharding.data_parallel(run.mesh)
     width = -(-(max(map(len, texts)) + BASE_SAMPLE_TOKENS) // _WIDTH) * _WIDTH
-    tokens, lengths = np.full((rows, width), tok.bos, np.int32), np.ones(rows, np.int32)
-    for i, ids in enumerate(texts):
-        tokens[i, : len(ids)], lengths[i] = ids, len(ids)
-    split = sharding.rows(run.mesh)
-    placed = [jax.make_array_from_callback(a.shape, split, a.__getitem__) for a in (tokens, lengths)]
-    found = _continue(graph_of(run.gpt_config, run.dtype), run.mesh, params, *placed)
-    found = multihost_utils.process_allgather(found, tiled=True)
+    lengths = np.array([len(ids) for ids in texts] + [1] * (rows - len(texts)), np.int32)
+    placed = sharding.split_rows((stack(texts, (rows, width), tok.bos), lengths), run.mesh)
+    found = sharding.to_host(_continue(graph_of(run.gpt_config, run.dtype), run.mesh, params, *placed))
     made = [found[i, 1 : len(ids) + BASE_SAMPLE_TOKENS].tolist() for i, ids in enumerate(texts)]
     return {"sample": "\n".join(" ".join(tok.decode(ids).split()) for ids in made)}

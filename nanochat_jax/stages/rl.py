@@ -52,9 +52,8 @@ def main(run: Run) -> dict:
     steps = cfg.steps or max(1, len(questions) // cfg.questions)
     rollouts_per_step = cfg.questions * cfg.samples
     updates = steps * cfg.epochs * cfg.minibatches
-    optimizer = common.make_optimizer(
-        run, cfg.optim, updates, run.config.base.batch_tokens or 2**19, cfg.optim.weight_decay or 0.0
-    )
+    batch_tokens, decay = run.config.base.batch_tokens or 2**19, cfg.optim.weight_decay or 0.0
+    optimizer = common.make_optimizer(run, cfg.optim, updates, batch_tokens, decay)
     reference = None
     if cfg.kl is not None or cfg.objective == "dpo":
         start = run.params_of(before)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from evals.scoring import stack
 from evals.significance import pass_estimates
 from evals.tasks.base import ScoredTask, prompt_messages
 from nanochat_jax.engine.calculator import CalculatorTool
@@ -153,11 +154,8 @@ def training_batch(rollouts: Rollouts, end_id: int, pad_id: int, max_len: int, z
             masks.append(([0] * len(prompt) + c.mask + [1] * len(end))[: max_len + 1])
     longest = max(map(len, rows)) - 1
     width = min(-(-longest // _BUCKET) * _BUCKET, max_len) + 1
-    tokens = np.full((len(rows), width), pad_id, np.int32)
-    sampled = np.zeros((len(rows), width), bool)
-    for i, (row, mask) in enumerate(zip(rows, masks)):
-        tokens[i, : len(row)], sampled[i, : len(mask)] = row, mask
-    sampled = sampled[:, 1:]
+    tokens = stack(rows, (len(rows), width), pad_id)
+    sampled = stack(masks, (len(rows), width), 0)[:, 1:].astype(bool)
     (questions, samples), asked = rollouts.rewards.shape, max(int(rollouts.asked.sum()), 1)
     count = np.maximum(sampled.reshape(questions, samples, -1).sum(axis=(1, 2)), 1)[:, None] * asked
     weight = (advantages(rollouts.rewards, zscore) / count).reshape(-1, 1)

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from flax import nnx
-
 from nanochat_jax import checkpoint, devices
 from nanochat_jax.config import GPTConfig, RunConfig
 from nanochat_jax.data.packed import PackedDataset
@@ -68,5 +66,4 @@ class Run:
 
     def params_of(self, stage: str) -> dict:
         """The parameters that `stage` ended with, as a nested dict."""
-        loaded = checkpoint.load_model(self.dir, stage)
-        return nnx.to_pure_dict(nnx.split(loaded.model)[1])
+        return checkpoint.load_model(self.dir, stage).params

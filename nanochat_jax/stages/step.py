@@ -6,23 +6,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import attention, lora
 from nanochat_jax.model.gpt import cast_matrices, graph_of, init_params
 from nanochat_jax.stages.run import Run
 from nanochat_jax.training import loop, memory
-
-
-def rows_per_device(name: str, batch_tokens: int, sequence_len: int, mesh) -> int:
-    """Rows of a batch on each data-parallel device. UserError where they cannot be shared evenly."""
-    rows, shares = batch_tokens // sequence_len, sharding.data_parallel(mesh)
-    if rows < 1 or rows % shares:
-        raise UserError(
-            f"{name}: a batch of {batch_tokens} tokens is {rows} rows of {sequence_len}, which {shares} "
-            f"data-parallel devices cannot share; set {name}.batch_tokens to a multiple of {shares * sequence_len}"
-        )
-    return rows // shares
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ def compile_step(
     eight_bits: with its products in 8-bit floats. lora_rank: of adapters; it then takes the frozen parameters as well.
     """
     length = run.config.model.sequence_len
-    per_device = rows_per_device(name, batch_tokens, length, run.mesh)
+    per_device = memory.rows_per_device(name, batch_tokens, length, run.mesh)
     graph = graph_of(run.gpt_config, run.training_dtype, eight_bits)
     join: Callable | None = None
     frozen: tuple = ()

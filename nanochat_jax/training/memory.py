@@ -10,6 +10,7 @@ import jax
 import psutil
 
 from nanochat_jax.errors import UserError
+from nanochat_jax.mesh import sharding
 
 MARGIN = 0.95  # of a device's memory may be planned; the rest is for evaluations, libraries and fragments
 
@@ -36,6 +37,17 @@ def held_bytes(tree) -> int:
     """Bytes that the arrays of a pytree take on the first device of this process."""
     first = jax.local_devices()[0]
     return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
+
+
+def rows_per_device(name: str, batch_tokens: int, sequence_len: int, mesh: jax.sharding.Mesh) -> int:
+    """Rows of a batch on each data-parallel device. UserError where they cannot be shared evenly."""
+    rows, shares = batch_tokens // sequence_len, sharding.data_parallel(mesh)
+    if rows < 1 or rows % shares:
+        raise UserError(
+            f"{name}: a batch of {batch_tokens} tokens is {rows} rows of {sequence_len}, which cannot be shared by "
+            f"{shares} data-parallel devices; set {name}.batch_tokens to a multiple of {shares * sequence_len}"
+        )
+    return rows // shares
 
 
 def micro_batches(rows: int, at_most: int) -> list[int]:

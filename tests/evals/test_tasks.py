@@ -21,7 +21,7 @@ from evals.tasks.everyday import Everyday
 from evals.tasks.gsm8k import GSM8K, extract_answer, parse_parts
 from evals.tasks.humaneval import HumanEval, extract_program, find_program, import_lines
 from evals.tasks.identity import Identity
-from evals.tasks.mixtures import mid_mixture, sft_mixture
+from evals.tasks.mixtures import mixture
 from evals.tasks.multiple_choice import ARC, MMLU, Facts, render_multiple_choice
 from evals.tasks.plain import KINDS, Story, Talk, _said
 from evals.tasks.spelling import Spelling, SpellingBee, read_words
@@ -482,7 +482,7 @@ def test_local_folder_offers_what_it_holds(tmp_path):
     assert len(load_task("gsm8k", split="train", data=data, cache_dir=tmp_path)) == 1
     with pytest.raises(UserError, match="gsm8k_main_test.parquet"):
         load_task("gsm8k", split="test", data=data, cache_dir=tmp_path)
-    assert ("gsm8k", "train", 1) in mid_mixture(data) and all(n in TASKS for n, _, _ in sft_mixture(data))
+    assert ("gsm8k", "train", 1) in mixture("mid", data) and all(n in TASKS for n, _, _ in mixture("sft", data))
 
 
 @pytest.fixture(scope="module")
@@ -513,8 +513,8 @@ def test_published_answers_are_right(published, tmp_path, name, size):
 
 def test_mixture_overrides():
     data = DataConfig()
-    assert sft_mixture(data, {"facts": -10}) == [("facts", "train", -10)]
+    assert mixture("sft", data, {"facts": -10}) == [("facts", "train", -10)]
     with pytest.raises(UserError, match="gsm8k, which has no training rows here"):
-        sft_mixture(data, {"gsm8k": 1})
+        mixture("sft", data, {"gsm8k": 1})
     with pytest.raises(UserError, match="means nothing"):
-        sft_mixture(data, {"facts": 0})
+        mixture("sft", data, {"facts": 0})

@@ -14,8 +14,8 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import graph_of, init_params
 from nanochat_jax.stages.common import permutation
-from nanochat_jax.stages.step import place, rows_per_device
-from nanochat_jax.training import loop, optim
+from nanochat_jax.stages.step import place
+from nanochat_jax.training import loop, memory, optim
 
 CFG = GPTConfig(vocab_size=250, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, sequence_len=32)
 STEPS = 3
@@ -146,7 +146,7 @@ def test_large_gradients_are_reduce_scattered_over_rows(mesh):
 def test_rows_and_meshes_that_do_not_fit_say_what_does():
     mesh = sharding.make_mesh(MeshConfig(8, 1, 1), jax.devices())
     with pytest.raises(UserError, match="set base.batch_tokens to a multiple of 256"):
-        rows_per_device("base", 12 * 32, 32, mesh)
+        memory.rows_per_device("base", 12 * 32, 32, mesh)
     with pytest.raises(UserError, match="does not fit 8 devices"):
         sharding.make_mesh(MeshConfig(3, 1, 1), jax.devices())
     with pytest.raises(UserError, match="at most one of them -1"):
