@@ -1,5 +1,6 @@
 """One thread owns the engine. Requests come to it through an inbox, and what it makes goes back by callbacks."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -107,7 +108,8 @@ class Scheduler:
     def _warm_up(self, likely: Sequence[Request]) -> None:
         """A program at a time, while no request is worked on, and behind all else: on a CPU both want the cores."""
         if sys.platform == "linux":  # where threads have priorities of their own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            with contextlib.suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         programs = itertools.chain.from_iterable(map(self.engine.warm_up, likely))
         while self.alive and not self.compiled:
             if self.engine.busy:
