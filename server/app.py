@@ -4,7 +4,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -26,8 +26,10 @@ from server.responses import Kept, ResponsesRequest, respond
 from server.scheduler import Scheduler
 from server.schemas import ChatRequest, CompletionRequest
 
+POSTED = (400, 401, 408, 413, 429, 500)  # what a request that posts a body may be answered with, beside 200
 EXPOSED = ["Retry-After", "X-Ignored-Fields"]  # to pages of other origins
 SHORT_TEXT = 4000  # characters that are tokenized in about a millisecond
+Ignored = Callable[[schemas.Lenient], dict[str, str]]  # the headers that name what is left out of a request
 STATIC = Path(__file__).with_name("static")
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",  # asked for again each time, and answered by 304 where the ETag is the same
@@ -65,7 +67,9 @@ def create_app(
             CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
         )
     _add_watching(app, scheduler, metrics, info)
-    _add_api(app, scheduler, metrics, tok, f"{info['run']}/{info['stage']}", strict)
+    ignored = functools.partial(_ignored, metrics, strict)
+    _add_api(app, scheduler, metrics, tok, f"{info['run']}/{info['stage']}", ignored)
+    _add_tokens(app, scheduler, tok, ignored)
     _add_page(app)
     return app
 
@@ -95,21 +99,21 @@ def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: di
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: str, strict: bool) -> None:
+def _ignored(metrics: Metrics, strict: bool, body: schemas.Lenient) -> dict[str, str]:
+    """The header that names what is left out of a request; it is counted. strict: ApiError."""
+    if names := body.unknown():
+        if strict:
+            raise ApiError(400, f"unknown field {names[0]}", names[0])
+        metrics.ignored.inc(len(names))
+    said = re.sub("[^ -~]", "?", ", ".join(names))
+    return {"X-Ignored-Fields": said[:1000]} if names else {}
+
+
+def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: str, ignored: Ignored) -> None:
     entry = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "nanochat_jax"}
-    posted = (400, 401, 408, 413, 429, 500)
     event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
     streams = {"text/event-stream": {"schema": event}}
     vocabulary, kept = functools.cache(lambda: Vocabulary(tok)), Kept()
-
-    def ignored(body: schemas.Lenient) -> dict[str, str]:
-        """The header that names what is left out of a request; it is counted."""
-        if names := body.unknown():
-            if strict:
-                raise ApiError(400, f"unknown field {names[0]}", names[0])
-            metrics.ignored.inc(len(names))
-        said = re.sub("[^ -~]", "?", ", ".join(names))
-        return {"X-Ignored-Fields": said[:1000]} if names else {}
 
     async def grammar_of(body: schemas.Sampling) -> Grammar | None:
         """What the answer keeps to, where it is not text."""
@@ -138,14 +142,14 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
             raise ApiError(404, f"there is no model {id!r}, only {model!r}", "id", "model_not_found")
         return JSONResponse(entry)
 
-    @app.post("/v1/chat/completions", responses=_documented(*posted, model=schemas.ChatCompletion, content=streams))
+    @app.post("/v1/chat/completions", responses=_documented(*POSTED, model=schemas.ChatCompletion, content=streams))
     async def chat(body: ChatRequest, request: Request):
         headers = ignored(body)
         answer, extra = await begun(body)
         shape = ChatShape(tok, bool(body.logprobs), bool(body.calls))
         return await reply(answer, shape, request, body, model, headers, **extra)
 
-    @app.post("/v1/completions", responses=_documented(*posted, model=schemas.TextCompletion, content=streams))
+    @app.post("/v1/completions", responses=_documented(*POSTED, model=schemas.TextCompletion, content=streams))
     async def completions(body: CompletionRequest, request: Request):
         headers = ignored(body)
         try:
@@ -163,20 +167,24 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
         answer = Answer(scheduler, tok, prompts, body, metrics, await grammar_of(body))
         return await reply(answer, shape, request, body, model, headers)
 
-    @app.post("/v1/responses", responses=_documented(*posted, model=schemas.Response, content=streams))
+    @app.post("/v1/responses", responses=_documented(*POSTED, model=schemas.Response, content=streams))
     async def responses(body: ResponsesRequest, request: Request):
         headers = ignored(body)
         body.input = kept.resolved(body.input)
         answer, extra = await begun(body)
         return await respond(answer, request, body, model, headers, kept, **extra)
 
-    @app.post("/tokenize", responses=_documented(*posted, model=schemas.Tokens))
+
+def _add_tokens(app: FastAPI, scheduler: Scheduler, tok, ignored: Ignored) -> None:
+    """What vLLM has beside OpenAI's API, by which evaluations learn about the tokenizer."""
+
+    @app.post("/tokenize", responses=_documented(*POSTED, model=schemas.Tokens))
     async def tokenize(body: schemas.Tokenize):
         headers, ids = ignored(body), await run_in_threadpool(body.ids, tok)
         told = {"tokens": ids, "count": len(ids), "max_model_len": scheduler.engine.max_len}
         return JSONResponse(told, headers=headers)
 
-    @app.post("/detokenize", responses=_documented(*posted, model=schemas.Detokenized))
+    @app.post("/detokenize", responses=_documented(*POSTED, model=schemas.Detokenized))
     async def detokenize(body: schemas.Detokenize):
         headers, text = ignored(body), await run_in_threadpool(tok.decode, body.tokens)
         return JSONResponse({"prompt": text}, headers=headers)

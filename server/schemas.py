@@ -224,7 +224,8 @@ class CompletionRequest(Sampling):
     @property
     def is_scored(self) -> bool:
         """Nothing is to be generated, but for one token after an echo, which scoring tells as well."""
-        return self.limit == 0 or bool(self.echo and self.limit == 1 and self.temperature == 0)
+        one = self.limit == 1 and self.temperature == 0 and self.schema_wanted is None
+        return self.limit == 0 or bool(self.echo and one)
 
     @property
     def given(self) -> list:

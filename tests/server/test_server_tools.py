@@ -76,6 +76,8 @@ def test_an_answer_is_json_of_the_form(client, form, schema):
     assert all(isinstance(json.loads(c["message"]["content"]), dict) and c["logprobs"]["content"] for c in (a, b))
     text = said(client, "/v1/completions", prompt="x", max_tokens=120, response_format=form)["choices"][0]["text"]
     jsonschema_rs.validate(schema, json.loads(text))
+    echoed = said(client, "/v1/completions", prompt="x", max_tokens=1, temperature=0, echo=True, response_format=form)
+    assert echoed["choices"][0]["text"] == "x{"
 
 
 @pytest.mark.parametrize(
