@@ -144,10 +144,8 @@ def mode(requests: Sequence[Request], vocab: int) -> Mode:
     candidates = next((c for c in CANDIDATES if need <= c < vocab), vocab)
     logprobs = any(r.logprobs >= 0 for r in requests)
     shaped = any(r.shaping for r in requests)
-    formed = any(r.grammar for r in requests)
-    return Mode(
-        len(drawn) < len(requests), bool(drawn), len(filtered) < len(drawn), candidates, logprobs, shaped, formed
-    )
+    extras = logprobs, shaped, any(r.grammar for r in requests)
+    return Mode(len(drawn) < len(requests), bool(drawn), len(filtered) < len(drawn), candidates, *extras)
 
 
 class Chance(NamedTuple):
@@ -166,9 +164,9 @@ class Chance(NamedTuple):
     def again(self) -> Self:
         """For a second draw, where the first may not be: ids then come as if drawn among those that may be. With the
         same noise the likeliest of these is that very draw; filtered rows need other keys."""
-        return (
-            self if self.keys is None else self._replace(keys=jax.vmap(lambda k: jax.random.fold_in(k, 2))(self.keys))
-        )
+        if self.keys is None:
+            return self
+        return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, 2))(self.keys))
 
 
 def sample(logits: jax.Array, settings: Settings, chance: Chance, how: Mode) -> jax.Array:
