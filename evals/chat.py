@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from evals import records
 from evals.scoring import Scorer
 from evals.significance import mean_of, pass_estimates, standard_error
 from evals.tasks.base import ScoredTask, Task, prompt_messages
+from nanochat_jax.engine.dialogue import Caller, converse
 from nanochat_jax.engine.engine import Request
 from nanochat_jax.errors import UserError
 from nanochat_jax.words import listed
@@ -62,7 +64,7 @@ def evaluate_chat_task(
     of a task with a lenient score: accuracy_lenient, stderr_lenient, lenient (what it admits);
     with subjects: subjects ({name: {accuracy, stderr, n}}), macro (the mean of their accuracies, with its stderr);
     for generative tasks, which need an engine: unfinished, the share of answers that met the token limit;
-    with draws: samples, temperature and pass_at_k.
+    of a task with aspects: aspects ({name: {accuracy, stderr, n}}); with draws: samples, temperature and pass_at_k.
     """
     if not isinstance(task, ScoredTask):
         raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")
@@ -77,7 +79,8 @@ def evaluate_chat_task(
         letters = answer_categorical(scorer, tokenizer, prompts, [c["letters"] for c in conversations])
         answers = [[{"completion": letter}] for letter in letters]
     else:
-        generate = partial(answer_generative, engine, tokenizer, prompts, max_new_tokens)
+        callers = [task.caller(c) for c in conversations]
+        generate = partial(answer_generative, engine, tokenizer, prompts, max_new_tokens, callers=callers)
         answers = generate()
         if draws is not None:
             seeds = [[draws.seed_of(task.name, i, s) for s in range(draws.samples)] for i in asked]
@@ -89,6 +92,8 @@ def evaluate_chat_task(
     centered = (score["accuracy"] - chance) / (1 - chance)
     out = score | {"of": len(task), "baseline": chance, "centered": centered, "kind": task.kind}
     out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
+    if aspects := _by_aspect([dict(greedy.get("aspects") or {}) for greedy, *_ in answers]):
+        out["aspects"] = aspects
     if task.lenient:
         loose = _accuracy(np.array([greedy["correct_lenient"] for greedy, *_ in answers]))
         out |= {"accuracy_lenient": loose["accuracy"], "stderr_lenient": loose["stderr"], "lenient": task.lenient}
@@ -130,24 +135,33 @@ def answer_categorical(scorer: Scorer, tokenizer, prompts: IntRows, letters: Seq
 
 
 def answer_generative(
-    engine, tokenizer, prompts: IntRows, max_new_tokens: int, temperature: float = 0.0, seeds: IntRows | None = None
+    engine,
+    tokenizer,
+    prompts: IntRows,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seeds: IntRows | None = None,
+    callers: Sequence[Caller | None] | None = None,
 ) -> list[list[dict]]:
     """{"completion", "finish_reason", "tokens"} and, with tool calls, "parts", for each seed of each prompt (ids).
 
     Without seeds there is one answer to each prompt. A prompt that leaves no room for an answer gets an empty one.
+    callers: of each prompt, who runs its tools.
     """
     stop = (tokenizer.assistant_end, tokenizer.bos)
     asked = list(zip(prompts, seeds or [(0,)] * len(prompts), strict=True))
-    fit = [(ids, seed) for ids, mine in asked for seed in mine if len(ids) < engine.max_len]
-    done = iter(engine.generate([Request(p, max_new_tokens, temperature, seed=s, stop_ids=stop) for p, s in fit]))
+    of_each = callers or [None] * len(prompts)
+    fit = [(p, seed, who) for (p, mine), who in zip(asked, of_each) for seed in mine if len(p) < engine.max_len]
+    requests = [Request(p, max_new_tokens, temperature, seed=s, stop_ids=stop) for p, s, _ in fit]
+    done = iter(converse(engine, tokenizer, requests, [who for *_, who in fit]))
 
-    def answer(ids: Sequence[int]) -> dict:
+    def answer(ids: Sequence[int]) -> dict[str, Any]:
         if len(ids) >= engine.max_len:
             return {"completion": "", "finish_reason": "prompt too long", "tokens": 0}
         completion = next(done)
         text, parts = parse_completion(tokenizer, completion.ids)
-        tools = {"parts": parts} if any(part["type"] != "text" for part in parts) else {}
-        return {"completion": text, "finish_reason": completion.finish_reason, "tokens": len(completion.ids), **tools}
+        more = {"parts": parts} if any(part["type"] != "text" for part in parts) else {}
+        return {"completion": text, "finish_reason": completion.finish_reason, "tokens": len(completion.ids), **more}
 
     return [[answer(ids) for _ in mine] for ids, mine in asked]
 
@@ -169,7 +183,12 @@ def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[li
     every answer."""
 
     def judge(conversation: dict, answer: dict) -> None:
-        correct, reason = task.judge(conversation, answer["completion"])
+        said = answer.get("parts") or [{"type": "text", "text": answer["completion"]}]
+        if aspects := task.aspects(conversation, said):
+            answer["aspects"], correct = aspects, all(aspects.values())
+            reason = ", ".join(f"{name}: wrong" for name, right in aspects.items() if not right)
+        else:
+            correct, reason = task.judge(conversation, answer["completion"])
         answer |= {"correct": bool(correct)} | ({"reason": reason} if reason else {})
         if task.lenient:
             answer["correct_lenient"] = bool(correct or task.admits(conversation, answer["completion"]))
@@ -177,6 +196,11 @@ def _judge(task: ScoredTask, conversations: Sequence[dict], answers: Sequence[li
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # HumanEval's verdicts wait for processes
         list(pool.map(judge, *zip(*((c, a) for c, group in zip(conversations, answers) for a in group))))
     return np.array([[a["correct"] for a in group] for group in answers])
+
+
+def _by_aspect(verdicts: Sequence[dict[str, bool]]) -> dict[str, dict]:
+    names = dict.fromkeys(name for one in verdicts for name in one)
+    return {name: _accuracy(np.array([one[name] for one in verdicts if name in one])) for name in names}
 
 
 def _accuracy(right: np.ndarray) -> dict:

@@ -24,7 +24,7 @@ from nanochat_jax.config import MeshConfig, RunConfig, check
 from nanochat_jax.data.bundle import find_bundle
 from nanochat_jax.data.packing import pack_split
 from nanochat_jax.data.sources import open_documents
-from nanochat_jax.engine.calculator import CalculatorTool
+from nanochat_jax.engine.tools import Tools
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, check_writable, read_json
 from nanochat_jax.mesh import sharding
@@ -117,7 +117,7 @@ class _Evaluation:
     @cached_property
     def engine(self) -> Engines:
         slots, max_len = self.config.evals.batch, self.model.cfg.sequence_len
-        return Engines(self.model, slots=slots, max_len=max_len, tool=CalculatorTool(self.tok), mesh=self.mesh)
+        return Engines(self.model, slots=slots, max_len=max_len, tool=Tools(self.tok), mesh=self.mesh)
 
     def load(self, name: str) -> Task:
         return load_task(name, split="test", data=self.config.data, cache_dir=self.cache_dir)

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from nanochat_jax import processes
 from nanochat_jax.cli import command
-from nanochat_jax.engine.calculator import CalculatorTool
+from nanochat_jax.engine.tools import Tools
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -182,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_model(args.run_dir, args.stage)
     use_compilation_cache(Path(args.run_dir).absolute().parent / "cache" / "compiled")
     model, tok = loaded.model, loaded.tokenizer
-    chat = Chat(Engine(model, slots=1, max_len=model.cfg.sequence_len, tool=CalculatorTool(tok)), tok, args)
+    chat = Chat(Engine(model, slots=1, max_len=model.cfg.sequence_len, tool=Tools(tok)), tok, args)
     if args.prompt is not None:
         chat.ask(args.prompt, out)
         return

@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from nanochat_jax.checkpoint import load_model
     from nanochat_jax.config import MeshConfig
     from nanochat_jax.devices import prepare, use_compilation_cache
-    from nanochat_jax.engine.calculator import CalculatorTool
     from nanochat_jax.engine.engine import Engine, Request
     from nanochat_jax.engine.grammar import Vocabulary
+    from nanochat_jax.engine.tools import Tools
     from nanochat_jax.mesh.sharding import make_mesh
     from server.app import create_app
     from server.scheduler import Scheduler
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     use_compilation_cache(run.parent / "cache" / "compiled")
     length, tok = loaded.model.cfg.sequence_len, loaded.tokenizer
     slots = -(-args.slots // jax.device_count()) * jax.device_count()  # each device has as many
-    engine = Engine(loaded.model, slots=slots, max_len=length, tool=CalculatorTool(tok), mesh=mesh, int8=args.int8)
+    engine = Engine(loaded.model, slots=slots, max_len=length, tool=Tools(tok), mesh=mesh, int8=args.int8)
     usual = Request([tok.bos] * 2, 1, top_k=50)
     engine.generate([usual])  # compiles, so that the first visitor need not wait
     likely = [usual, replace(usual, temperature=0.0), replace(usual, grammar=Vocabulary(tok).json({}))]

@@ -51,14 +51,19 @@ class Choice:
             if self.reason is not None:
                 break
             self.n_ids += 1
-            self._take(out, self._reader.push(id), id, logprobs[i] if logprobs else None)
+            pieces = self._reader.push(id)
+            for piece in pieces:
+                if self.reason is None:
+                    last = piece is pieces[-1]
+                    self._take(out, piece, id, logprobs[i] if logprobs and last else None)
         return out
 
     def finish(self, reason: str) -> list[Shown]:
         """The rest, when the engine has ended it, for `reason`."""
         out: list[Shown] = []
-        if self.reason is None:
-            self._take(out, self._reader.flush())
+        for piece in self._reader.flush():
+            if self.reason is None:
+                self._take(out, piece)
         if self.reason is None:
             self._show(out, len(self._held))
             self.reason = reason

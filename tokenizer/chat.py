@@ -4,6 +4,9 @@
 
 What the assistant says is a target (mask 1): its text, its tool calls with both their delimiters, and assistant_end.
 What others say is not (mask 0): users, tool output with its delimiters, bos, and assistant_start.
+
+Thoughts are text as well, between marks that are no special tokens: "<think> 3*4 is 12. </think> There are 12." The
+marks stand apart by spaces, where no token goes across.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +15,9 @@ from itertools import chain
 from nanochat_jax.errors import UserError
 from tokenizer.tokenizer import Tokenizer
 
-PART_TYPES = ("text", "python", "python_output")
+PART_TYPES = ("text", "think", "python", "python_output")
+CALLS = PART_TYPES[2:]
+THOUGHTS = "<think>", "</think>"
 Turn = tuple[str, list[dict]]  # (role, parts); a user's has one part
 
 
@@ -55,10 +60,28 @@ def _parts(i: int, role: str, content) -> list[dict]:
         if not isinstance(part, dict) or part.get("type") not in PART_TYPES or not isinstance(part.get("text"), str):
             raise UserError(f"message {i}: a part needs a type ({', '.join(PART_TYPES)}) and a text, not {part!r:.80}")
     if role != "user":
-        return list(content)
+        return _with_marks(content)
     if any(part["type"] != "text" for part in content):
         raise UserError(f"message {i}: a user message may hold text only")
     return [{"type": "text", "text": "".join(part["text"] for part in content)}]
+
+
+def _with_marks(parts: Sequence[dict]) -> list[dict]:
+    """Parts with thoughts as text between their marks; texts that follow each other are one."""
+    out: list[dict] = []
+    before = ""
+    for part in parts:
+        kind, text = part["type"], part["text"]
+        if kind == "think":
+            text = " ".join((THOUGHTS[0], text, THOUGHTS[1]))
+        elif kind == "text" and before == "think":
+            text = f" {text}"
+        if kind not in CALLS and before not in ("", *CALLS):
+            out[-1] = {"type": "text", "text": out[-1]["text"] + text}
+        else:
+            out.append({"type": kind if kind in CALLS else "text", "text": text})
+        before = kind
+    return out
 
 
 def render(tok: Tokenizer, conversation: dict) -> tuple[list[int], list[int]]:
@@ -118,6 +141,50 @@ def render_prompt(tok: Tokenizer, messages: Sequence[dict]) -> list[int]:
     return [*ids, tok.assistant_start] if turns[-1][0] == "user" else ids[:-1]
 
 
+class Thinking:
+    """Tells thoughts from what is said, as text comes. Thoughts are at the beginning, or behind a call."""
+
+    def __init__(self) -> None:
+        self.kind = self._held = ""  # text or think, which is not known before the first characters
+        self._space = False  # one may come that belongs to a mark
+
+    def push(self, text: str, last: bool = False) -> list[tuple[str, str]]:
+        """What a piece of text brings, as (kind, text); what may begin a mark waits. last: nothing follows it."""
+        opening, closing = THOUGHTS
+        self._held, out = self._held + text, []
+        if not self.kind and self._held.startswith(opening):
+            self.kind, self._held, self._space = "think", self._held[len(opening) :], True
+        elif not self.kind and (last or not opening.startswith(self._held)):
+            self.kind = "text"
+        if self._space and self._held:
+            self._held, self._space = self._held.removeprefix(" "), False
+        if self.kind == "think":
+            thought, closed, rest = self._held.partition(closing)
+            if closed:
+                out.append(("think", thought.removesuffix(" ")))
+                self.kind, self._held, self._space = "text", rest.removeprefix(" "), not rest
+            else:
+                end = len(thought) if last else self._certain()
+                out.append(("think", thought[:end]))
+                self._held = thought[end:]
+        if self.kind == "text":
+            out.append(("text", self._held))
+            self._held = ""
+        return [(kind, said) for kind, said in out if said]
+
+    def end(self) -> list[tuple[str, str]]:
+        """What is left before a call, or at the end; behind it all begins anew."""
+        out = self.push("", last=True)
+        self.kind, self._space = "", False
+        return out
+
+    def _certain(self) -> int:
+        """Characters of what is held that begin no mark."""
+        mark, held = f" {THOUGHTS[1]}", self._held
+        begun = (n for which in (mark, mark[1:]) for n in range(1, len(which)) if held.endswith(which[:n]))
+        return len(held) - max(begun, default=0)
+
+
 def parse_completion(tok: Tokenizer, ids: Iterable[int]) -> tuple[str, list[dict]]:
     """What an assistant said as (visible text, parts). Never fails: a model may open and close tool calls at will.
 
@@ -125,13 +192,17 @@ def parse_completion(tok: Tokenizer, ids: Iterable[int]) -> tuple[str, list[dict
     """
     kinds = {tok.python_start: "python", tok.output_start: "python_output"}
     kinds |= {tok.python_end: "text", tok.output_end: "text"}
-    parts: list[tuple[str, list[int]]] = [("text", [])]
+    held: list[tuple[str, list[int]]] = [("text", [])]
     for id in ids:
         if id in (tok.assistant_end, tok.bos):
             break
         if id in kinds:
-            parts.append((kinds[id], []))
+            held.append((kinds[id], []))
         else:
-            parts[-1][1].append(id)
-    out = [{"type": kind, "text": tok.decode(held)} for kind, held in parts if held or kind != "text"]
-    return "".join(part["text"] for part in out if part["type"] == "text"), out
+            held[-1][1].append(id)
+    parts, thinking = list[dict](), Thinking()
+    for kind, mine in held:
+        said = thinking.push(tok.decode(mine)) if kind == "text" else [*thinking.end(), (kind, tok.decode(mine))]
+        parts += ({"type": k, "text": text} for k, text in said)
+    parts += ({"type": k, "text": text} for k, text in thinking.end())
+    return "".join(part["text"] for part in parts if part["type"] == "text"), parts

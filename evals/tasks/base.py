@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from nanochat_jax.data.split import HELD_OUT, held_out
+from nanochat_jax.engine.dialogue import Caller
 from nanochat_jax.errors import UserError
 from nanochat_jax.formats import opened_parquet
 
@@ -60,12 +61,24 @@ class ScoredTask(Task):
         """The verdict and a reason for it, which may be empty: why a program failed, for example."""
         return self.evaluate(conversation, completion), ""
 
+    def caller(self, conversation: dict) -> Caller | None:
+        """Who runs the tools that a conversation gives to the model; None where it gives none."""
+        return None
+
+    def aspects(self, conversation: dict, said: Sequence[dict]) -> dict[str, bool]:
+        """Verdicts by name on what was said, as parts with calls and what came of them; all of them make it right.
+        A name may be missing where there is nothing to judge by it."""
+        return {}
+
     def admits(self, conversation: dict, completion: str) -> bool:
         """Whether the lenient score takes an answer for right that the strict one, `evaluate`, takes for wrong."""
         return False
 
-    def reward(self, conversation: dict, completion: str) -> float:
-        """What RL maximises: the lenient verdict."""
+    def reward(self, conversation: dict, said: Sequence[dict]) -> float:
+        """What RL maximises, of all that was said, as parts: the lenient verdict."""
+        if aspects := self.aspects(conversation, said):
+            return float(all(aspects.values()))
+        completion = visible(said)
         return float(self.evaluate(conversation, completion) or self.admits(conversation, completion))
 
 

@@ -20,8 +20,8 @@ from nanochat_jax.bench import frame
 from nanochat_jax.bench.decode import random_params
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import positive
-from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import Request
+from nanochat_jax.engine.tools import Tools
 from nanochat_jax.model.gpt import graph_of, merge
 from tokenizer.chat import render_prompt
 
@@ -65,7 +65,7 @@ def measure(answer, requests: list[Request]) -> tuple[float, int]:
 
 def run(args: argparse.Namespace) -> dict:
     model, tok, requests = prepare(args)
-    engines = partial(Engines, model, max_len=model.cfg.sequence_len, tool=CalculatorTool(tok))
+    engines = partial(Engines, model, max_len=model.cfg.sequence_len, tool=Tools(tok))
     one, few = engines(slots=1), requests[: args.few]
     sides = {"1": partial(measure, lambda asked: [c for r in asked for c in one.generate([r])], few)}
     for slots in args.slots:

@@ -1,8 +1,7 @@
 """The calculator that a model may call: arithmetic, and counting letters. A parser over the AST, never `eval`.
 
 `use_calculator` takes what stands between <|python_start|> and <|python_end|> and gives the text for between
-<|output_start|> and <|output_end|>, or None where there is nothing to say. `CalculatorTool` is the state machine that
-an engine feeds with tokens: when a call closes, it answers with the tokens that the engine must force.
+<|output_start|> and <|output_end|>, or None where there is nothing to say.
 """
 
 import ast
@@ -73,28 +72,3 @@ def _count(call: ast.Call) -> int:
         case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(part))], []):
             return text.count(part)
     raise _Refused
-
-
-class CalculatorTool:
-    """Where a sequence stands: outside of a call, or inside of one, whose tokens are collected."""
-
-    def __init__(self, tok) -> None:
-        self._tok = tok
-        self._call: list[int] | None = None
-
-    def start(self) -> "CalculatorTool":
-        """A state machine for another sequence."""
-        return CalculatorTool(self._tok)
-
-    def push(self, id: int) -> list[int]:
-        """Takes the next token; returns the tokens that must follow it, mostly none."""
-        tok = self._tok
-        if id == tok.python_start:
-            self._call = []
-        elif id == tok.python_end and self._call is not None:
-            result, self._call = use_calculator(tok.decode(self._call)), None
-            if result is not None:
-                return [tok.output_start, *tok.encode(result), tok.output_end]
-        elif self._call is not None:
-            self._call.append(id)
-        return []

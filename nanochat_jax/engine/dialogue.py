@@ -1,12 +1,17 @@
 """Between text and the engine: conversations cut to fit the context, and ids turned into text as they are made."""
 
 import itertools
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
-from nanochat_jax.engine.engine import Engine, Request
+from nanochat_jax.engine.engine import Completion, Engine, Request
+from nanochat_jax.engine.tools import Tools, name_of
 from tokenizer import StreamDecoder, Tokenizer
-from tokenizer.chat import render, render_prompt
+from tokenizer.chat import Thinking, render, render_prompt
+
+AT_ONCE = 16  # calls of tools that are run at a time
 
 
 class Fitted(NamedTuple):
@@ -75,7 +80,7 @@ def _text(message: dict) -> str:
 class Piece(NamedTuple):
     """What one token adds: often no text yet, because a character's last byte is still to come."""
 
-    kind: str  # text, python or python_output
+    kind: str  # text, think, python or python_output
     text: str
     call: int  # of the tool, counted from 0; that of a text means nothing
 
@@ -87,20 +92,28 @@ class Reader:
         self._kinds = {tok.python_start: "python", tok.output_start: "python_output"}
         self._kinds |= {tok.python_end: "text", tok.output_end: "text"}
         self._kind, self._call, self._answered, self._decoder = "text", -1, True, StreamDecoder(tok)
+        self._thinking = Thinking()
 
-    def push(self, id: int) -> Piece:
-        """The piece that an id completes. One that begins or ends a call ends what was before it."""
+    def push(self, id: int) -> list[Piece]:
+        """The pieces that an id completes. One that begins or ends a call ends what was before it."""
         if id not in self._kinds:
-            return Piece(self._kind, self._decoder.push(id), self._call)
-        piece, self._kind = self.flush(), self._kinds[id]
+            return self._pieces(self._decoder.push(id))
+        pieces, self._kind = self.flush(), self._kinds[id]
         if self._kind == "python" or self._kind == "python_output" and self._answered:
             self._call += 1
         self._answered = self._kind == "python_output" or self._answered and self._kind == "text"
-        return piece
+        return pieces
 
-    def flush(self) -> Piece:
+    def flush(self) -> list[Piece]:
         """What is left at the end."""
-        return Piece(self._kind, self._decoder.flush(), self._call)
+        pieces = self._pieces(self._decoder.flush())
+        return pieces + [Piece(*said, self._call) for said in self._thinking.end()]
+
+    def _pieces(self, text: str) -> list[Piece]:
+        if self._kind != "text":
+            return [Piece(self._kind, text, self._call)]
+        said = self._thinking.push(text) or [(self._thinking.kind or "text", "")]
+        return [Piece(kind, piece, self._call) for kind, piece in said]
 
 
 def joined(pieces: Iterable[tuple]) -> list[tuple[str, str]]:
@@ -116,9 +129,9 @@ def answer(engine: Engine, tok: Tokenizer, request: Request) -> Generator[tuple[
         while not ended:
             for event in engine.step():
                 if event.ticket is ticket:
-                    yield from joined(map(reader.push, event.ids))
+                    yield from joined(piece for id in event.ids for piece in reader.push(id))
                     ended = event.completion is not None
-        yield from joined([reader.flush()])
+        yield from joined(reader.flush())
     finally:
         if not ended:
             engine.cancel(ticket)
@@ -128,3 +141,50 @@ def answer(engine: Engine, tok: Tokenizer, request: Request) -> Generator[tuple[
 def prompt_limit(engine: Engine, max_new_tokens: int) -> int:
     """How long a prompt may be so that an answer still has room: at least half of the context is the prompt's."""
     return engine.max_len - min(max_new_tokens, engine.max_len // 2)
+
+
+class Caller(NamedTuple):
+    """Who runs the calls of an answer: the names of functions, and what comes of a call's text."""
+
+    names: frozenset[str]
+    act: Callable[[str], str]
+
+
+def converse(engine, tok: Tokenizer, requests: Sequence[Request], callers: Sequence[Caller | None]) -> list[Completion]:
+    """Completions of requests, all in batches. An answer that ends with a call of its caller's goes on behind what that
+    gave, which is not of the model's making (mask 0); its slot still holds what was before.
+
+    engine: anything with max_len and generate(requests). No log-probabilities.
+    """
+    whole, going = [Completion() for _ in requests], list(range(len(requests)))
+    while going:
+        done = engine.generate([_further(tok, requests[i], whole[i].ids, callers[i]) for i in going])
+        for i, part in zip(going, done):
+            whole[i] = Completion(whole[i].ids + part.ids, whole[i].mask + part.mask, part.finish_reason)
+        calls = {i: call for i in going if (call := _call_of(tok, whole[i], callers[i]))}
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # they may wait, for processes or for others
+            results = list(pool.map(lambda i: callers[i].act(calls[i]), calls))  # type: ignore[union-attr]
+        going = []
+        for i, result in zip(calls, results):
+            said = [tok.output_start, *tok.encode(result), tok.output_end]
+            if len(said) < min(requests[i].max_new_tokens, engine.max_len - len(requests[i].ids)) - len(whole[i].ids):
+                whole[i] = Completion(whole[i].ids + said, whole[i].mask + [0] * len(said), "stop")
+                going.append(i)
+            else:
+                whole[i].finish_reason = "length"
+    return whole
+
+
+def _further(tok: Tokenizer, request: Request, said: list[int], caller: Caller | None) -> Request:
+    """A request to go on with what was said."""
+    left, tool = request.max_new_tokens - len(said), Tools(tok, caller.names) if caller else request.tool
+    return replace(request, ids=[*request.ids, *said], max_new_tokens=left, tool=tool)
+
+
+def _call_of(tok: Tokenizer, said: Completion, caller: Caller | None) -> str:
+    """The call with which an answer stopped; empty where it did not."""
+    if not caller or said.finish_reason != "stop" or said.ids[-1:] != [tok.python_end]:
+        return ""
+    begun = len(said.ids) - said.ids[::-1].index(tok.python_start) if tok.python_start in said.ids else 0
+    call = tok.decode(said.ids[begun:-1])
+    return call if name_of(call) in caller.names else ""

@@ -156,7 +156,8 @@ class Engine:
         if request.max_new_tokens < 1:
             raise ValueError("max_new_tokens must be at least 1")
         form = request.grammar.start() if request.grammar else None
-        tool = self._tool.start() if self._tool and not form else None
+        tool = request.tool or self._tool
+        tool = tool.start() if tool and not form else None
         ticket = Ticket(request, tool, list(request.ids), form)
         if form:
             ticket.forced.extend(form.forced())
@@ -361,7 +362,7 @@ class Engine:
                 ticket.forced.extend(form.forced())
                 out.finish_reason = form.failed or ("stop" if form.ended and not ticket.forced else "")
                 break
-            elif id in request.stop_ids:
+            if id in request.stop_ids:
                 out.finish_reason = "stop"
                 break
             out.ids.append(id)

@@ -38,6 +38,7 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     logprobs: int = -1
     shaping: "Shaping | None" = None  # what is done to its logits before the draw
+    tool: Any = None  # in place of the engine's: has start(), which gives a state machine as `tools.Tools`
     grammar: Any = None  # what its answer keeps to: has start(), which gives a state machine as `grammar.Form`
 
     @property

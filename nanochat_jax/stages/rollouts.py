@@ -8,8 +8,9 @@ import numpy as np
 from evals.scoring import stack
 from evals.significance import pass_estimates
 from evals.tasks.base import ScoredTask, prompt_messages
-from nanochat_jax.engine.calculator import CalculatorTool
+from nanochat_jax.engine.dialogue import converse
 from nanochat_jax.engine.engine import Completion, Engine, Request
+from nanochat_jax.engine.tools import Tools
 from nanochat_jax.stages import common
 from nanochat_jax.stages.run import Run
 from tokenizer.chat import parse_completion, render_prompt
@@ -89,7 +90,7 @@ class Sampler:
 
     def __init__(self, run: Run, model, slots: int):
         self.cfg, self.tok, self.log, self._warned = run.config.rl, run.tokenizer, run.log, False
-        length, tool = run.config.model.sequence_len, CalculatorTool(run.tokenizer)
+        length, tool = run.config.model.sequence_len, Tools(run.tokenizer)
         self.engine = Engine(model, slots=slots, max_len=length, tool=tool, mesh=run.mesh)
 
     def __call__(
@@ -111,11 +112,12 @@ class Sampler:
         )
         asked = [(q, p) for q, p, fit in zip(questions, prompts, fits) if fit]
         requests = [replace(like, ids=p, seed=seed_of(q.id, s)) for q, p in asked for s in range(samples)]
-        done = iter(self.engine.generate(requests))
+        callers = [q.task.caller(c) for q, c, fit in zip(questions, conversations, fits) if fit for _ in range(samples)]
+        done = iter(converse(self.engine, self.tok, requests, callers))
         skipped = [Completion(finish_reason=TOO_LONG)] * samples
         completions = [[next(done) for _ in range(samples)] if fit else skipped for fit in fits]
         rewards = [
-            [q.task.reward(c, parse_completion(self.tok, x.ids)[0]) if fit else 0.0 for x in group]
+            [q.task.reward(c, parse_completion(self.tok, x.ids)[1]) if fit else 0.0 for x in group]
             for q, c, group, fit in zip(questions, conversations, completions, fits)
         ]
         return Rollouts(prompts, completions, np.asarray(rewards, np.float32))

@@ -7,7 +7,8 @@ import pytest
 from evals_fakes import ByteTokenizer
 
 from conftest import golden_files
-from nanochat_jax.engine.calculator import CalculatorTool, use_calculator
+from nanochat_jax.engine.calculator import use_calculator
+from nanochat_jax.engine.tools import Tools
 
 
 def golden_expressions():
@@ -59,7 +60,7 @@ def test_counts_with_commas_in_the_text():
 
 def test_tool_forces_the_result_and_forgets_the_call():
     tok = ByteTokenizer()
-    state = CalculatorTool(tok).start()
+    state = Tools(tok).start()
     call = [*b"2*3", tok.python_start, *b"4*5"]
     assert all(state.push(i) == [] for i in call)
     assert state.push(tok.python_end) == [tok.output_start, *b"20", tok.output_end]

@@ -10,9 +10,9 @@ from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
 from nanochat_jax import devices
 from nanochat_jax.config import MeshConfig
-from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import LONG, SHORT, Engine, Request
 from nanochat_jax.engine.sampling import Chance, Settings, Shaping, _top_k, mode, sample
+from nanochat_jax.engine.tools import Tools
 from nanochat_jax.mesh import sharding
 
 SLOTS, MAX_LEN = 4, 192  # shared by all tests, so that each program is compiled once
@@ -133,7 +133,7 @@ def test_forced_tokens_are_masked_and_the_model_goes_on_from_them(model, full, n
 
 def test_calculator_runs_in_the_middle_of_a_completion(model):
     tok = ByteTokenizer()
-    engine = Engine(model, slots=SLOTS, max_len=MAX_LEN, tool=CalculatorTool(tok))
+    engine = Engine(model, slots=SLOTS, max_len=MAX_LEN, tool=Tools(tok))
     ticket = engine.submit(Request(prompts(5)[0], 60, temperature=0.0))
     script = [tok.python_start, *b"12*3", tok.python_end]
     ticket.forced.extend(script)  # stands for a model that makes the call; forced tokens are not shown to the tool

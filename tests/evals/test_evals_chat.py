@@ -14,8 +14,8 @@ from evals.tasks.humaneval import HumanEval
 from evals.tasks.identity import Identity
 from evals.tasks.multiple_choice import ARC, MMLU, multiple_choice
 from evals.tasks.spelling import SpellingBee
-from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import Completion, Engine
+from nanochat_jax.engine.tools import Tools
 from nanochat_jax.errors import UserError
 from tokenizer.chat import render_prompt
 
@@ -109,7 +109,7 @@ def test_subjects_have_scores_of_their_own(model, tmp_path):
 
 
 def test_generative_answers_are_greedy_and_too_long_prompts_are_wrong(model):
-    engine = Engine(model, slots=4, max_len=192, tool=CalculatorTool(TOK))
+    engine = Engine(model, slots=4, max_len=192, tool=Tools(TOK))
     conversations = [*(Echo(["?"] * 5)[i] for i in range(5)), {"messages": [{"role": "user", "content": "y" * 500}]}]
     answers = [one for [one] in chat.answer_generative(engine, TOK, prompts_of(conversations), 12)]
     assert [a["finish_reason"] for a in answers[:5]] == ["length"] * 5 and answers[0]["tokens"] == 12
@@ -130,7 +130,7 @@ class AnyText(Echo):
 
 
 def test_samples_beside_greedy_answers_give_pass_at_k(model, tmp_path):
-    engine = Engine(model, slots=4, max_len=192, tool=CalculatorTool(TOK))
+    engine = Engine(model, slots=4, max_len=192, tool=Tools(TOK))
     task, draws = AnyText(["-"] * 3), chat.Draws(4, 1.0, seed=7)
     how = {"max_new_tokens": 6, "draws": draws}
     got = chat.evaluate_chat_task(task, TOK, Scorer(model, 4), engine, **how, path=tmp_path / "r")
@@ -159,7 +159,7 @@ def test_a_lenient_score_stands_beside_the_strict_one(model, tmp_path):
         def admits(self, conversation, completion):
             return True
 
-    engine = Engine(model, slots=4, max_len=192, tool=CalculatorTool(TOK))
+    engine = Engine(model, slots=4, max_len=192, tool=Tools(TOK))
     how = {"max_new_tokens": 6, "draws": chat.Draws(2, 1.0)}
     strict, both = (
         chat.evaluate_chat_task(task(["-"] * 3), TOK, Scorer(model, 4), engine, **how, path=tmp_path / "r")

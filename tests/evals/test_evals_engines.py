@@ -8,8 +8,8 @@ from evals_fakes import ByteTokenizer, tiny_model
 
 from evals.engines import Engines
 from nanochat_jax.engine import engine as engine_module
-from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import LONG, SHORT, Completion, Engine, Request
+from nanochat_jax.engine.tools import Tools
 
 MAX_LEN = 192
 
@@ -28,7 +28,7 @@ def requests(n=8, new=20):
 
 def test_answers_are_those_of_one_engine_and_come_in_order(model):
     asked = requests()
-    tool = CalculatorTool(ByteTokenizer())
+    tool = Tools(ByteTokenizer())
     one = Engine(model, slots=1, max_len=MAX_LEN, tool=tool)
     alone = [one.generate([r])[0].ids for r in asked]
     many = Engines(model, slots=4, max_len=MAX_LEN, tool=tool, count=2)

@@ -11,8 +11,8 @@ import pytest
 from evals_fakes import tiny_model
 from server_fakes import INFO, TOK, USER, Scripted, scripted_app, serving, wait_for
 
-from nanochat_jax.engine.calculator import CalculatorTool
 from nanochat_jax.engine.engine import Engine
+from nanochat_jax.engine.tools import Tools
 from server import edge
 from server.app import create_app
 from server.scheduler import Scheduler
@@ -22,7 +22,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def engine():
-    return Engine(tiny_model(), slots=4, max_len=192, tool=CalculatorTool(TOK))
+    return Engine(tiny_model(), slots=4, max_len=192, tool=Tools(TOK))
 
 
 @pytest.fixture(scope="module")

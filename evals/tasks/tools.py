@@ -1,0 +1,288 @@
+"""Tools that a caller gives: which one to call and how, what to say of what it gives, and when to call none.
+
+`tools.yaml` says what tools there are. Those of the test split are other ones, by name and by kind, than those that the
+model learns from: there it mostly meets tools about any word at all, so that it has to read their signatures.
+
+A conversation has the signatures in its system message, `functions`, `calls` (those that are wanted, with what comes of
+each) and a check of the answer. Calls are compared by value, strings without regard to case.
+"""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evals.tasks.base import Generated, dialogue, read_yaml, visible
+from evals.tasks.checks import NUMBERS, Checked, holds
+from evals.tasks.plain import KINDS, typed
+from nanochat_jax.data import stories
+from nanochat_jax.engine.dialogue import Caller
+from nanochat_jax.engine.tools import name_of
+from nanochat_jax.signatures import call_text, described, read_call
+
+WANTED = {"one call": 50, "two calls": 12, "failing": 8, "none": 15, "another tool": 15}  # shares of the questions
+ORDINARY = ("sums", "arithmetic", "letters", "spell", "self")  # kinds of questions that no tool is needed for
+TYPES = {"count": "integer", "hour": "integer", "size": "number", "state": "boolean"}  # of slots; of others, strings
+SCHEMAS: dict[str, dict] = {slot: {"type": type} for slot, type in TYPES.items()}
+SCHEMAS |= dict.fromkeys(("people", "things"), {"type": "array", "items": {"type": "string"}})
+_PERSON = {"name": {"type": "string"}, "city": {"type": "string"}}
+SCHEMAS["somebody"] = {"type": "object", "properties": _PERSON, "required": ["name", "city"]}
+COMPOSED = 0.75  # share of training tools about any word
+DESCRIBED, PARAMETERS_DESCRIBED, OPTIONAL = 0.8, 0.15, 0.15  # shares of tools with a docstring, and so on
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function of a kind (an entry of tools.yaml), made of words."""
+
+    kind: Mapping
+    words: dict[str, str]
+    function: dict
+    keys: dict[str, str]  # slot -> parameter
+
+    @property
+    def name(self) -> str:
+        return self.function["name"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A question that a tool answers."""
+
+    tool: Tool
+    question: str
+    arguments: dict
+    result: str
+    value: str  # of the result, which has to be in the answer
+    answer: str
+    noun: str  # what was asked for, as a part of another question; "" where it cannot be
+
+    @property
+    def call(self) -> dict:
+        return {"name": self.tool.name, "arguments": self.arguments, "result": self.result}
+
+
+class Tools(Checked, Generated):
+    name, kind = "tools", "generative"
+    sizes = {"train": 200_000, "test": 400}
+    split_by_text = False  # but by the tools
+
+    def make(self, rng: random.Random) -> dict:
+        tools = {t.name: t for t in (self._tool(rng) for _ in range(rng.choice((1, 1, 2, 2, 3))))}
+        tool, *others = tools.values()
+        wanted = rng.choices(list(WANTED), list(WANTED.values()))[0]
+        calls: list[dict] = []
+        if wanted == "none":
+            drawn = KINDS[rng.choice(ORDINARY)](self.split).draw(rng)
+            question, answer = (m["content"] for m in drawn["messages"])
+            check = drawn["check"]
+        elif wanted == "another tool":
+            others = [t for t in others or [self._tool(rng)] if not _words_of(t) & _words_of(tool)]
+            if not others:
+                return self.make(rng)
+            tools = {t.name: t for t in others}
+            question, answer, check = (
+                use_of(rng, tool).question,
+                read_yaml("tools.yaml")["no_tool"],
+                {"any": ["no tool"]},
+            )
+        else:
+            question, calls, answer, check = self._called(rng, wanted, tool, tools)
+        functions = [t.function for t in tools.values()]
+        rng.shuffle(functions)
+        said = answer if isinstance(answer, list) else [{"type": "text", "text": answer}]
+        messages = dialogue(question, [*_parts(calls), *said])["messages"]
+        system = {"role": "system", "content": described(functions)}
+        return {"messages": [system, *messages], "functions": functions, "calls": calls, "check": check}
+
+    def _tool(self, rng: random.Random, slots: Sequence[str] = ()) -> Tool:
+        """A tool of the split, with these slots where there are any."""
+        known = read_yaml("tools.yaml")
+        kinds = known["held_out"]
+        if self.split == "train":
+            kinds = known["frames" if rng.random() < COMPOSED else "kinds"]
+        fit = [kind for kind in kinds if not slots or tuple(kind["params"]) == tuple(slots)]
+        return draw_tool(rng, rng.choice(fit)) if fit else self._tool(rng, slots)
+
+    def _called(self, rng: random.Random, wanted: str, tool: Tool, tools: dict[str, Tool]) -> tuple:
+        """(question, calls, answer, check); what is called joins the tools."""
+        known, use = read_yaml("tools.yaml"), use_of(rng, tool)
+        if wanted == "failing":
+            why = rng.choice(known["failures"])
+            result = rng.choice(("error: {}", "Error: {}", '{{"error": "{}"}}')).format(why)
+            return use.question, [use.call | {"result": result}], known["failed"].format(why=why), {"all": [why]}
+        sender = self._tool(rng, ("person", "text"))
+        if wanted != "two calls" or not use.noun:
+            return use.question, [use.call], use.answer, {"all": [use.value]}
+        if sender.name in tools or rng.random() < 0.5:
+            other = use_of(rng, tool)
+            question = typed(rng, rng.choice(known["both"]).format(use.noun, other.noun))
+            check = {"all": [use.value, other.value]}
+            return question, [use.call, other.call], f"{use.answer} {other.answer}", check
+        tools[sender.name] = sender
+        sent, (person, text) = use_of(rng, sender), sender.keys.values()
+        arguments = {person: sent.arguments[person], text: use.value}
+        question = rng.choice(known["passed_on"]).format(person=arguments[person], n=sender.words["n"], noun=use.noun)
+        return question, [use.call, sent.call | {"arguments": arguments}], sent.answer, {"all": [sent.value]}
+
+    def caller(self, conversation: dict) -> Caller:
+        """Gives what is prepared for a call that is wanted, else an error."""
+
+        def act(call: str) -> str:
+            return next((c["result"] for c in conversation["calls"] if _is_call(call, c)), "error: not found")
+
+        return Caller(frozenset(f["name"] for f in conversation["functions"]), act)
+
+    def aspects(self, conversation: dict, parts: Sequence[dict]) -> dict[str, bool]:
+        """calls: whether all that are wanted were made, in their order, and no other; no call: whether none was made
+        where none is wanted; answer: whether the answer is right."""
+        made = [p["text"] for p in parts if p["type"] == "python" and _is_meant(conversation, p["text"])]
+        answer = {"answer": holds(conversation["check"], visible(parts))}
+        if not (calls := conversation["calls"]):
+            return {"no call": not made} | answer
+        return {"calls": len(made) == len(calls) and all(map(_is_call, made, calls))} | answer
+
+
+def _words_of(tool: Tool) -> set[str]:
+    """The words that a tool's name is made of, in any of its kind's names."""
+    names = (name.format(**tool.words) for name in (*tool.kind["names"], "{n}" if "n" in tool.words else ""))
+    return {word for name in names for word in re.findall("[a-z]+", name.lower())} - {
+        "get",
+        "find",
+        "set",
+        "do",
+        "show",
+    }
+
+
+def _parts(calls: Sequence[Mapping]) -> list[dict]:
+    """Calls, and what came of them, as parts of an answer."""
+    texts = [(call_text(c["name"], c["arguments"]), c["result"]) for c in calls]
+    return [{"type": t, "text": text} for pair in texts for t, text in zip(("python", "python_output"), pair)]
+
+
+def _is_meant(conversation: dict, call: str) -> bool:
+    """Whether what is called is one of the tools."""
+    return name_of(call) in {f["name"] for f in conversation["functions"]}
+
+
+def _is_call(text: str, wanted: Mapping) -> bool:
+    try:
+        return same(read_call(text), (wanted["name"], wanted["arguments"]))
+    except ValueError:
+        return False
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether values are equal, strings without regard to case."""
+    if isinstance(a, str) and isinstance(b, str):
+        return a.casefold() == b.casefold()
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return set(a) == set(b) and all(same(a[key], b[key]) for key in a)
+    return isinstance(a, bool) == isinstance(b, bool) and a == b
+
+
+# ------------------------------------------------------------------------------------------------ tools and questions
+
+
+def draw_tool(rng: random.Random, kind: Mapping) -> Tool:
+    known = read_yaml("tools.yaml")
+    noun = stories.any_word(rng) if rng.random() < 0.5 else rng.choice(_nouns())
+    verb = rng.choice(known["verbs"]) if rng.random() < 0.7 else stories.any_word(rng)
+    words = {"n": noun, "N": noun.capitalize(), "v": verb}
+    name = rng.choice(kind["names"]).format(**words)
+    if "{n}" not in kind["names"][0] and "{v}" not in kind["names"][0]:
+        words |= {"n": name.replace("_", " ")}
+    keys, properties = dict[str, str](), dict[str, dict]()
+    for slot, own in kind["params"].items():
+        keys[slot] = rng.choice([key for key in own or known["usual"][slot] if key not in properties])
+        properties[keys[slot]] = {**SCHEMAS.get(slot, {"type": "string"})}
+    if rng.random() < PARAMETERS_DESCRIBED:
+        for slot, key in keys.items():
+            properties[key]["description"] = rng.choice(known["said"][slot])
+    required = list(properties)
+    if rng.random() < OPTIONAL:
+        key, schema = rng.choice(known["optional"])
+        properties.setdefault(key, schema)
+    schema = {"type": "object", "properties": properties} | ({"required": required} if required else {})
+    about = {"description": rng.choice(kind["about"])} if rng.random() < DESCRIBED else {}
+    return Tool(kind, words, {"name": name, **about, "parameters": schema}, keys)
+
+
+def _nouns() -> Sequence[str]:
+    known = stories.words()
+    return known["nature"] + known["others"] + known["foods"] + known["animals"] + known["things"]
+
+
+def use_of(rng: random.Random, tool: Tool) -> Use:
+    said, values = _slots(rng)
+    said |= tool.words
+    wording = rng.choice(tool.kind["ask"])
+    is_text = wording.endswith("{text}")
+    question = wording.format(**said)
+    question = question[0].upper() + question[1:] if is_text and rng.random() < 0.5 else question
+    question = question if is_text else typed(rng, stories.with_articles(question))
+    arguments = {key: _as_written(values[slot], question) for slot, key in tool.keys.items()}
+    value, result = _result(rng, tool)
+    answer = rng.choice(tool.kind["says"]).format(**said, result=value)
+    return Use(tool, question, arguments, result, value, answer, tool.kind.get("noun", "").format(**said))
+
+
+def _as_written(value: Any, question: str) -> Any:
+    """A value with its strings as they stand in a question, which may be in small letters."""
+    if isinstance(value, str):
+        at = question.lower().find(value.lower())
+        return question[at : at + len(value)] if at > 0 else value
+    if isinstance(value, list):
+        return [_as_written(one, question) for one in value]
+    if isinstance(value, dict):
+        return {key: _as_written(one, question) for key, one in value.items()}
+    return value
+
+
+def _slots(rng: random.Random) -> tuple[dict[str, str], dict[str, Any]]:
+    """(as they are said, as values) of all slots."""
+    known, lists, words = read_yaml("tools.yaml"), stories.script()["lists"], stories.words()
+    town, town2 = (
+        stories.invented(rng).capitalize() if rng.random() < 0.4 else rng.choice(lists["town"]) for _ in "12"
+    )
+    people = [stories.person(rng)[0] for _ in range(4)]
+    things = [rng.choice(words["things"]) if rng.random() < 0.6 else stories.any_word(rng) for _ in range(4)]
+    size = rng.randint(1, 999) if rng.random() < 0.6 else round(rng.uniform(0, 100), 1)
+    values = {
+        "town": town, "town2": town2, "person": people[0], "thing": things[0], "food": rng.choice(words["foods"]),
+        "animal": rng.choice(words["animals"]), "word": stories.any_word(rng), "count": rng.choice((*range(1, 13), rng.randint(1, 99))),
+        "size": size, "state": rng.random() < 0.5, "day": rng.choice(lists["day"]), "color": rng.choice(lists["color"]),
+        "people": people[1 : rng.choice((3, 4))], "things": things[1 : rng.choice((3, 4))], "place": rng.choice(lists["place"]),
+        "text": rng.choice(known["texts"]), "hour": rng.randint(1, 12), "somebody": {"name": people[0], "city": town},
+    }  # fmt: skip
+    said = {slot: str(value) for slot, value in values.items()}
+    said |= {"state": "on" if values["state"] else "off"}
+    said |= {slot: f"{', '.join(values[slot][:-1])} and {values[slot][-1]}" for slot in ("people", "things")}
+    if values["count"] < len(NUMBERS) and rng.random() < 0.25:
+        said["count"] = NUMBERS[values["count"]]
+    return said, values
+
+
+def _result(rng: random.Random, tool: Tool) -> tuple[str, str]:
+    """(the value, the text that a tool gives)."""
+    known, lists = read_yaml("tools.yaml"), stories.script()["lists"]
+    kind = tool.kind["gives"]
+    kind = rng.choice(known["gives"].get(kind, [kind]))
+    if kind == "done":
+        return "done", rng.choice(("ok", "done", "true", '{"ok": true}', "success"))
+    number = str(rng.randint(1, 10 ** rng.choice((1, 2, 3, 4))))
+    value = {
+        "number": number,
+        "unit": f"{number} {rng.choice(known['units'])}",
+        "word": stories.any_word(rng),
+        "hour": f"{rng.randint(1, 12)}:{rng.randint(0, 59):02}",
+        "weather": rng.choice(lists["weather"]),
+    }[kind]
+    if rng.random() < 0.3:
+        shown = value if kind == "number" else f'"{value}"'
+        return value, f'{{"{rng.choice(("result", "value", "answer", tool.name))}": {shown}}}'
+    return value, value
