@@ -77,7 +77,7 @@ def evaluate_chat_task(
 
     if task.kind == "categorical":
         letters = answer_categorical(scorer, tokenizer, prompts, [c["letters"] for c in conversations])
-        answers = [[{"completion": letter}] for letter in letters]
+        answers: list[list[dict[str, Any]]] = [[{"completion": letter}] for letter in letters]
     else:
         callers = [task.caller(c) for c in conversations]
         generate = partial(answer_generative, engine, tokenizer, prompts, max_new_tokens, callers=callers)
@@ -92,7 +92,7 @@ def evaluate_chat_task(
     centered = (score["accuracy"] - chance) / (1 - chance)
     out = score | {"of": len(task), "baseline": chance, "centered": centered, "kind": task.kind}
     out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
-    if aspects := _by_aspect([dict(greedy.get("aspects") or {}) for greedy, *_ in answers]):
+    if aspects := _by_aspect([greedy.get("aspects", {}) for greedy, *_ in answers]):
         out["aspects"] = aspects
     if task.lenient:
         loose = _accuracy(np.array([greedy["correct_lenient"] for greedy, *_ in answers]))
@@ -142,7 +142,7 @@ def answer_generative(
     temperature: float = 0.0,
     seeds: IntRows | None = None,
     callers: Sequence[Caller | None] | None = None,
-) -> list[list[dict]]:
+) -> list[list[dict[str, Any]]]:
     """{"completion", "finish_reason", "tokens"} and, with tool calls, "parts", for each seed of each prompt (ids).
 
     Without seeds there is one answer to each prompt. A prompt that leaves no room for an answer gets an empty one.

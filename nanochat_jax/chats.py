@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.formats import kind_of, opened, opened_parquet, some, whole_text
+from nanochat_jax.signatures import TYPES, Unsayable, call_text, functions_of, prompted
 
 KINDS = ".json, .jsonl or .ndjson, also .gz or .zst, and .parquet"
 LINE = 1 << 20  # characters of a first line that tell an array from rows
@@ -33,7 +34,8 @@ PAIRS = {  # form -> the fields of the question, of what belongs to it, and of t
     "query and response": ("query", "", "response"),
 }
 SYSTEM = ("system", "system_prompt")
-FIELDS = {*LISTS, *SYSTEM, "tools", "functions", "history", *itertools.chain(*PAIRS.values())}
+TOOLS = ("tools", "functions")
+FIELDS = {*LISTS, *SYSTEM, *TOOLS, "history", "answers", "chat", *itertools.chain(*PAIRS.values())}
 ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -41,11 +43,20 @@ ROLES = {
     **dict.fromkeys(("tool", "function", "observation", "function_response", "ipython"), "tool"),
     "function_call": "call",
 }
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # fields of a message
+THINK, THINK_WITHIN = "Think first.", "Think first, in at most {} tokens."
 HALVES = "half characters replaced"
 TEXTS = ("text", "input_text", "output_text")  # types of parts that hold a text
+OWN = ("think", "python", "python_output")  # types of ours that others have not
 _DECODE = json.JSONDecoder().raw_decode
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
 _BETWEEN_ENTRIES = re.compile(r"[\s,\]]*")
+_LISTED = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)  # in a system message
+_ANSWERED = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
+_CALLED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>|<functioncall>\s*(.*?)\s*(?:<\|endoftext\|>|$)", re.DOTALL)
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_NAMED = {python: type for type, python in TYPES.items()} | {type: type for type in TYPES} | {"tuple": "array"}
+_SPEAKERS = re.compile(r"(?:^|\n)(USER|ASSISTANT|FUNCTION RESPONSE): ")
 
 
 class Unusable(Exception):
@@ -59,8 +70,7 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
     """(messages in our form, what the row was taken for, what was repaired). Unusable."""
     form, said = _form_of(row)
     repairs: set[str] = set()
-    if isinstance(row, Mapping) and any(row.get(name) not in (None, "", "[]", []) for name in ("tools", "functions")):
-        repairs.add("the list of tools left out")
+    functions = _functions(next((row[n] for n in TOOLS if row.get(n)), None)) if isinstance(row, Mapping) else []
     turns: list[tuple[str, list[dict]]] = []
     for message in said:
         if isinstance(message, Mapping) and message.get("role") == "assistant" and message.get("weight") == 0:
@@ -78,14 +88,41 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
     if system and _is_empty(system[1]):
         repairs.add("an empty system message dropped")
         system = None
-    return [{"role": r, "content": _content(parts)} for r, parts in ([system] if system else []) + turns], form, repairs
+    prose = _content(system[1]) if system else ""
+    if listed := _LISTED.search(prose):
+        functions, prose = functions or _functions(listed[1]), prose[: listed.start()] + prose[listed.end() :]
+    notes: set[str] = set()
+    is_thought = any(part["type"] == "think" for _, parts in turns for part in parts)
+    text = system_text(functions, is_thought and not prose.startswith(THINK[:-1]), prose, notes)
+    if notes:
+        repairs.add(f"{', '.join(sorted(notes))} of tools left out")
+    head = [{"role": "system", "content": text}] if text else []
+    return [*head, *({"role": r, "content": _content(parts)} for r, parts in turns)], form, repairs
 
 
-def prompt_of(said: Sequence[Any]) -> list[dict]:
+def system_text(
+    functions: Sequence[Mapping], thinking: bool | int, prose: str = "", notes: set[str] | None = None
+) -> str:
+    """A system message: whether to think, in how many tokens; signatures of the tools; and what else it says.
+
+    What signatures do not say of the tools is named in `notes`. Unusable where one has none."""
+    line = THINK if thinking is True else THINK_WITHIN.format(thinking) if thinking else ""
+    try:
+        tools = "\n".join(prompted(function, notes) for function in functions)
+    except Unsayable as e:
+        raise Unusable(f"tools: {e}") from None
+    head = "\n".join(filter(None, (line, tools)))
+    return "\n\n".join(text for text in (head, prose) if text.strip())
+
+
+def prompt_of(
+    said: Sequence[Any], functions: Sequence[Mapping] = (), thinking: bool | int = False, notes: set[str] | None = None
+) -> list[dict]:
     """Messages that wait for an answer, in our form: whatever their order, the first is a system's or a user's, and
     users and the assistant take turns. Where the assistant speaks last it is gone on with. Unusable.
 
     A system message behind others is read as a part of the user's turn there, for that is where our renderer puts any.
+    What the assistant thought in earlier turns is left out. functions, thinking, notes: as `system_text` has them.
     """
     turns: list[tuple[str, list[dict]]] = []
     repairs: set[str] = set()
@@ -98,10 +135,49 @@ def prompt_of(said: Sequence[Any]) -> list[dict]:
         _add(turns, message, repairs)
     if HALVES in repairs:
         raise Unusable("not valid Unicode: a lone surrogate")
-    first = turns[1:] if turns and turns[0][0] == "system" else turns
-    if not first or first[0][0] == "assistant":
-        turns.insert(len(turns) - len(first), ("user", []))
-    return [{"role": role, "content": _content(parts)} for role, parts in turns]
+    system = turns.pop(0) if turns and turns[0][0] == "system" else None
+    text = system_text(functions, thinking, _content(system[1]) if system else "", notes)
+    if not turns or turns[0][0] == "assistant":
+        turns.insert(0, ("user", []))
+    head = [{"role": "system", "content": text}] if text or system else []
+    last = turns[-1][1]
+    kept = ((r, [p for p in parts if p["type"] != "think" or parts is last]) for r, parts in turns)
+    return [*head, *({"role": role, "content": _content(parts)} for role, parts in kept)]
+
+
+def _functions(given: Any) -> list[dict]:
+    """The functions of a list of tools, or of its text: JSON, also an object a line. Unusable."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given) if given.strip() else []
+        except (ValueError, RecursionError):
+            given = [row for _, row in _line("", given.replace("\n", " "))]
+        if any(isinstance(one, Unusable) for one in given):
+            raise Unusable("tools that are not JSON")
+    given = [given] if isinstance(given, Mapping) else given
+    if given and not isinstance(given, list):
+        raise Unusable("tools that are no list")
+    try:
+        return [{**f, "parameters": _typed(f["parameters"])} for f in functions_of(given)]
+    except ValueError as e:
+        raise Unusable(str(e)) from None
+
+
+def _typed(parameters: Mapping) -> Mapping:
+    """A schema; where parameters stand alone, with types as Python names them ("str, optional"), one is made."""
+    if "type" in parameters and isinstance(parameters["type"], str | list) or "properties" in parameters:
+        return parameters
+    if not parameters or not all(isinstance(of, Mapping) for of in parameters.values()) or "anyOf" in parameters:
+        return parameters
+    properties, required = {}, []
+    for name, of in parameters.items():
+        said = str(of.get("type", ""))
+        type = re.split(r"[,\[]", said)[0].strip().lower()
+        properties[name] = {k: v for k, v in of.items() if k in ("description", "default", "enum", "items")}
+        properties[name] |= {"type": _NAMED[type]} if type in _NAMED else {}
+        if "optional" not in said and "default" not in of:
+            required.append(name)
+    return {"type": "object", "properties": properties} | ({"required": required} if required else {})
 
 
 def _form_of(row: Any) -> tuple[str, list]:
@@ -116,6 +192,19 @@ def _form_of(row: Any) -> tuple[str, list]:
             calls = any(m.get("tool_calls") or m.get("function_call") for m in mappings)
             form = "ShareGPT" if any(m.get("from") for m in mappings) else "messages"
             return (f"{form} with tool calls" if calls else form), _with_system(row, said)
+    if isinstance(row.get("query"), str) and "answers" in row:
+        calls = row["answers"]
+        try:
+            calls = json.loads(calls) if isinstance(calls, str) else calls
+        except (ValueError, RecursionError):
+            raise Unusable("answers that are not JSON") from None
+        said = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": None, "tool_calls": calls}]
+        return "query and calls", _with_system(row, said)
+    if isinstance(row.get("chat"), str):
+        _, *spoken = _SPEAKERS.split(row["chat"])
+        roles = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
+        said = [{"role": roles[who], "content": text.strip()} for who, text in zip(spoken[::2], spoken[1::2])]
+        return "speakers in one text", _with_system(row, said)
     for form, (question, more, answer) in PAIRS.items():
         if question in row and answer in row:
             return form, _with_system(row, _pair(row, row[question], row.get(more), row[answer]))
@@ -159,11 +248,13 @@ def _add(turns: list[tuple[str, list[dict]]], message: Any, repairs: set[str]) -
         role, content, calls = "assistant", None, [content]
     if calls and role != "assistant":
         raise Unusable(f"tool calls of role {role}")
-    parts = _parts(content, role, repairs) + [{"type": "python", "text": _call(call, repairs)} for call in calls]
     if role == "tool":
-        if not turns or all(part["type"] == "text" for part in turns[-1][1]):
-            raise Unusable("a tool turn that follows no call")
-        role, parts = "assistant", [{"type": "python_output", "text": _content(parts)}]
+        return _add_result(turns, message, _content(_parts(content, role, repairs)))
+    parts = [p for p in _parts(content, role, repairs) if p["text"] or not calls]
+    parts += [_call(call, repairs) for call in calls]
+    thought = next((message[n] for n in THOUGHTS if isinstance(message.get(n), str) and message[n].strip()), "")
+    if thought and role == "assistant" and not any(part["type"] == "think" for part in parts):
+        parts.insert(0, {"type": "think", "text": _whole(thought.strip(), repairs)})
     if not turns or turns[-1][0] != role:
         turns.append((role, parts))
         return
@@ -174,28 +265,67 @@ def _add(turns: list[tuple[str, list[dict]]], message: Any, repairs: set[str]) -
     held.extend(parts)
 
 
+def _add_result(turns: list[tuple[str, list[dict]]], message: Mapping, result: str) -> None:
+    """What a tool gave, right behind its call: that of the same id, else the first without a result."""
+    parts = turns[-1][1] if turns else []
+    kinds = [part["type"] for part in parts]
+    open = [i for i, kind in enumerate(kinds) if kind == "python" and kinds[i + 1 : i + 2] != ["python_output"]]
+    if not open and all(part["type"] in ("text", "think") for part in parts):
+        raise Unusable("a tool turn that follows no call")
+    id = message.get("tool_call_id")
+    own = [i for i in open if id is not None and parts[i].get("id") == id]
+    at = (own or open or [len(parts) - 1])[0] + 1
+    if answered := _ANSWERED.fullmatch(result):
+        result = answered[1]
+    parts.insert(at, {"type": "python_output", "text": result})
+
+
+def _spoken(text: str, repairs: set[str]) -> list[dict]:
+    """What an assistant said, as parts: thoughts, and calls that stand in its text, as other models write them."""
+    parts = []
+    if thought := _THOUGHT.match(text):
+        parts, text = (
+            [{"type": "think", "text": thought[1].strip()}] if thought[1].strip() else [],
+            text[thought.end() :],
+        )
+    at = 0
+    for call in _CALLED.finditer(text):
+        if said := text[at : call.start()].strip():
+            parts.append({"type": "text", "text": said})
+        try:
+            given = json.loads(call[1] or re.sub(r"'(\{.*\})'", r"\1", call[2], flags=re.DOTALL))
+        except (ValueError, RecursionError):
+            raise Unusable("a tool call that is not JSON") from None
+        parts += [_call(one, repairs) for one in (given if isinstance(given, list) else [given])]
+        at = call.end()
+    rest = text[at:].strip() if at else text
+    rest = rest.removesuffix("<|endoftext|>").rstrip() if rest.endswith("<|endoftext|>") else rest
+    return [*parts, {"type": "text", "text": rest}] if rest or not parts else parts
+
+
 def _parts(content: Any, role: str, repairs: set[str]) -> list[dict]:
     """The parts of a content; none where it is null."""
     if isinstance(content, str):
-        return [{"type": "text", "text": _whole(content, repairs)}]
+        text = _whole(content, repairs)
+        return _spoken(text, repairs) if role == "assistant" else [{"type": "text", "text": text}]
     if content is None:
         return []
     if not isinstance(content, list):
         raise Unusable(f"a content of type {type(content).__name__}")
-    ours = role == "assistant" and any(isinstance(p, Mapping) and str(p.get("type"))[:6] == "python" for p in content)
+    ours = role == "assistant" and any(isinstance(p, Mapping) and p.get("type") in OWN for p in content)
     if not ours:
         repairs.add("content in parts")
     parts = []
     for part in content:
-        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else ("text", part)
-        if not isinstance(text, str) or kind not in (TEXTS + ("python", "python_output") if ours else TEXTS):
+        kind, said = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else ("text", part)
+        if not isinstance(said, str) or kind not in (TEXTS + OWN if ours else TEXTS):
             raise Unusable(f"a part of type {kind!r:.30}")
-        parts.append({"type": "text" if kind in TEXTS else kind, "text": _whole(text, repairs)})
+        parts.append({"type": "text" if kind in TEXTS else kind, "text": _whole(said, repairs)})
     return parts
 
 
-def _call(call: Any, repairs: set[str]) -> str:
-    """A call as Python has it: name(key=value)."""
+def _call(call: Any, repairs: set[str]) -> dict:
+    """A call as a part, with its id."""
     if isinstance(call, str):  # as ShareGPT has it
         try:
             call = json.loads(call)
@@ -211,7 +341,11 @@ def _call(call: Any, repairs: set[str]) -> str:
         raise Unusable("a tool call whose arguments are not JSON") from None
     if not isinstance(given, Mapping):
         raise Unusable("a tool call whose arguments are no object")
-    return _whole(f"{function['name']}({', '.join(f'{k}={v!r}' for k, v in given.items())})", repairs)
+    try:
+        text = _whole(call_text(function["name"], given), repairs)
+    except Unsayable as e:
+        raise Unusable(f"a tool call whose arguments are {e}") from None
+    return {"type": "python", "text": text, "id": call.get("id") if isinstance(call, Mapping) else None}
 
 
 def _whole(text: str, repairs: set[str]) -> str:
@@ -245,8 +379,11 @@ def _is_empty(parts: list[dict]) -> bool:
     return not any(part["text"].strip() for part in parts)
 
 
-def _content(parts: list[dict]) -> str | list[dict]:
-    return "".join(p["text"] for p in parts) if all(p["type"] == "text" for p in parts) else parts
+def _content(parts: list[dict]) -> Any:
+    """Parts as a content: a text where there is nothing else."""
+    if all(part["type"] == "text" for part in parts):
+        return "".join(part["text"] for part in parts)
+    return [{"type": part["type"], "text": part["text"]} for part in parts]
 
 
 # ------------------------------------------------------------------------------------------------- files

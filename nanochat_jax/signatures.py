@@ -14,7 +14,7 @@ import ast
 import json
 import keyword
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
@@ -400,8 +400,3 @@ def prompted(function: Mapping, notes: set[str] | None = None) -> str:
     if known.get("type", "object") == "object":
         known = {"type": "object", "properties": {}, **{k: v for k, v in known.items() if k != "description"}}
     return signature({**function, "parameters": known})
-
-
-def described(functions: Iterable[Mapping], say: Callable[[Mapping], str] = prompted) -> str:
-    """What a system message says of tools."""
-    return "\n".join(map(say, functions))

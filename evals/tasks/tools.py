@@ -16,10 +16,11 @@ from typing import Any
 from evals.tasks.base import Generated, dialogue, read_yaml, visible
 from evals.tasks.checks import NUMBERS, Checked, holds
 from evals.tasks.plain import KINDS, typed
+from nanochat_jax.chats import system_text
 from nanochat_jax.data import stories
 from nanochat_jax.engine.dialogue import Caller
 from nanochat_jax.engine.tools import name_of
-from nanochat_jax.signatures import call_text, described, read_call
+from nanochat_jax.signatures import call_text, read_call
 
 WANTED = {"one call": 50, "two calls": 12, "failing": 8, "none": 15, "another tool": 15}  # shares of the questions
 ORDINARY = ("sums", "arithmetic", "letters", "spell", "self")  # kinds of questions that no tool is needed for
@@ -93,7 +94,7 @@ class Tools(Checked, Generated):
         rng.shuffle(functions)
         said = answer if isinstance(answer, list) else [{"type": "text", "text": answer}]
         messages = dialogue(question, [*_parts(calls), *said])["messages"]
-        system = {"role": "system", "content": described(functions)}
+        system = {"role": "system", "content": system_text(functions, False)}
         return {"messages": [system, *messages], "functions": functions, "calls": calls, "check": check}
 
     def _tool(self, rng: random.Random, slots: Sequence[str] = ()) -> Tool:

@@ -20,7 +20,7 @@ HI = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}
 ROW = {"messages": HI}
 SYSTEM = {"role": "system", "content": "Be kind."}
 CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo", "days": 2}'}}
-CALLED = {"type": "python", "text": "weather(city='Oslo', days=2)"}
+CALLED = {"type": "python", "text": 'weather(city="Oslo", days=2)'}
 
 
 def messages(*texts, roles=("user", "assistant")):
@@ -31,7 +31,94 @@ def text(kind="text", said="hi"):
     return {"type": kind, "text": said}
 
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}, "days": {"type": "integer", "default": 1}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+SAID = 'def weather(city: str, days: int = 1): "Of a city."'
+LOOSE = {"name": "weather", "description": "Of a city.", "parameters": {"city": {"type": "str"}}}
+LOOSE["parameters"]["days"] = {"type": "int, optional", "default": 1}
+ARGUMENTS = '{"city": "Oslo", "days": 2}'
+ANSWERED = [CALLED, {"type": "python_output", "text": "rain"}, {"type": "text", "text": "Rain."}]
+TWO = ({"id": "a", "function": {"name": "f", "arguments": "{}"}}, {"id": "b", "function": {"name": "g"}})
+
 FORMS = {
+    "query and calls": (
+        {"query": "hi", "answers": f'[{{"name": "weather", "arguments": {ARGUMENTS}}}]', "tools": json.dumps([LOOSE])},
+        [{"role": "system", "content": SAID}, HI[0], {"role": "assistant", "content": [CALLED]}],
+    ),
+    "speakers in one text": (
+        {
+            "system": "",
+            "chat": f'USER: hi\n\n\nASSISTANT: <functioncall> {{"name": "weather", "arguments": \'{ARGUMENTS}\'}} '
+            "<|endoftext|>\n\n\nFUNCTION RESPONSE: rain\n\n\nASSISTANT: Rain. <|endoftext|>\n\n\n",
+        },
+        [HI[0], {"role": "assistant", "content": ANSWERED}],
+    ),
+    "ShareGPT with calls in its text": (
+        {
+            "conversations": [
+                {"from": "system", "value": f"Be kind. <tools> {json.dumps(WEATHER)} </tools>"},
+                {"from": "human", "value": "hi"},
+                {
+                    "from": "gpt",
+                    "value": f'<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>',
+                },
+                {"from": "tool", "value": "<tool_response>\nrain\n</tool_response>"},
+                {"from": "gpt", "value": "Rain."},
+            ]
+        },
+        [{"role": "system", "content": f"{SAID}\n\nBe kind. "}, HI[0], {"role": "assistant", "content": ANSWERED}],
+    ),
+    "messages with tool calls, whose results come in another order": (
+        {
+            "messages": [
+                HI[0],
+                {"role": "assistant", "content": "", "tool_calls": list(TWO)},
+                {"role": "tool", "tool_call_id": "b", "content": "2"},
+                {"role": "tool", "tool_call_id": "a", "content": "1"},
+                {"role": "assistant", "content": "yes"},
+            ]
+        },
+        [
+            HI[0],
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "python", "text": "f()"},
+                    {"type": "python_output", "text": "1"},
+                    {"type": "python", "text": "g()"},
+                    {"type": "python_output", "text": "2"},
+                    {"type": "text", "text": "yes"},
+                ],
+            },
+        ],
+    ),
+    "messages with thoughts": (
+        {"messages": [HI[0], {"role": "assistant", "content": "yes", "reasoning_content": "He says hi."}]},
+        [
+            {"role": "system", "content": "Think first."},
+            HI[0],
+            {"role": "assistant", "content": [text("think", "He says hi."), text("text", "yes")]},
+        ],
+    ),
+    "messages with thoughts in their text": (
+        {"messages": [HI[0], {"role": "assistant", "content": "<think>\nHe says hi.\n</think>\n\nyes"}]},
+        [
+            {"role": "system", "content": "Think first."},
+            HI[0],
+            {"role": "assistant", "content": [text("think", "He says hi."), text("text", "yes")]},
+        ],
+    ),
     "messages": (ROW, HI),
     "lists of messages": (HI, HI),
     "ShareGPT": (
@@ -56,9 +143,10 @@ FORMS = {
                 {"role": "tool", "tool_call_id": "1", "content": "rain"},
                 {"role": "assistant", "content": "Rain."},
             ],
-            "tools": [{"type": "function"}],
+            "tools": [WEATHER],
         },
         [
+            {"role": "system", "content": SAID},
             HI[0],
             {"role": "assistant", "content": [CALLED, text("python_output", "rain"), text("text", "Rain.")]},
         ],
