@@ -17,11 +17,11 @@ NO_MASS = 1e-9  # what top_p=0 stands for: the likeliest alone
 SILENCE = 5.0  # seconds, after which a stream says that it lives
 
 
-def engine_requests(tok, prompts: list[list[int]], body: Sampling, grammar) -> list[engine.Request]:
+def engine_requests(tok, prompts: list[list[int]], body: Sampling, grammar, machine) -> list[engine.Request]:
     """n requests for each prompt, with seeds that count up from the one that was given."""
     seed = random.randrange(2**31) if body.seed is None else body.seed
     how: dict = {"temperature": body.temperature, "top_k": body.top_k, "logprobs": body.wanted_logprobs}
-    how |= {"top_p": body.top_p or NO_MASS, "shaping": body.shaping, "grammar": grammar}
+    how |= {"top_p": body.top_p or NO_MASS, "shaping": body.shaping, "grammar": grammar, "tool": machine}
     if body.shaping and (unknown := [id for id, _ in body.shaping.bias if id >= tok.vocab_size]):
         raise ApiError(400, f"logit_bias: ids go up to {tok.vocab_size - 1}, and {unknown[0]} is beyond", "logit_bias")
     stops = (tok.assistant_end, tok.bos)
@@ -31,15 +31,23 @@ def engine_requests(tok, prompts: list[list[int]], body: Sampling, grammar) -> l
 
 class Answer:
     """Submits the requests for some prompts, all or none: Busy where there is no room for them, Stopped where the
-    engine is down. grammar: what the answers keep to, or None.
+    engine is down. grammar: what the answers keep to, machine: what answers their calls, in place of the engine's; or
+    None.
 
     The caller must `close` it, which frees the slots of what has not ended.
     """
 
     def __init__(
-        self, scheduler: Scheduler, tok, prompts: list[list[int]], body: Sampling, metrics: Metrics, grammar=None
+        self,
+        scheduler: Scheduler,
+        tok,
+        prompts: list[list[int]],
+        body: Sampling,
+        metrics: Metrics,
+        grammar=None,
+        machine=None,
     ):
-        requests, stops = engine_requests(tok, prompts, body, grammar), body.stops
+        requests, stops = engine_requests(tok, prompts, body, grammar, machine), body.stops
         self.choices = [Choice(tok, stops) for _ in requests]
         self._scheduler, self._metrics, self._began = scheduler, metrics, time.perf_counter()
         self._n_prompt, self._first = sum(map(len, prompts)), True
@@ -94,5 +102,6 @@ class Answer:
                 self._scheduler.cancel(job)
 
     def usage(self) -> dict:
-        made = sum(c.n_ids for c in self.choices)
-        return {"prompt_tokens": self._n_prompt, "completion_tokens": made, "total_tokens": self._n_prompt + made}
+        made, thoughts = (sum(getattr(c, n) for c in self.choices) for n in ("n_ids", "n_thoughts"))
+        told = {"prompt_tokens": self._n_prompt, "completion_tokens": made, "total_tokens": self._n_prompt + made}
+        return told | ({"completion_tokens_details": {"reasoning_tokens": thoughts}} if thoughts else {})

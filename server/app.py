@@ -4,7 +4,7 @@ import contextlib
 import functools
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -14,8 +14,10 @@ from fastapi.responses import JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import generate_latest
 
+from nanochat_jax.chats import system_text
 from nanochat_jax.engine import dialogue
-from nanochat_jax.engine.grammar import Grammar, Vocabulary
+from nanochat_jax.engine.grammar import Vocabulary
+from nanochat_jax.engine.tools import Tools
 from server import errors, schemas, tools
 from server.answer import Answer
 from server.edge import Edge
@@ -29,7 +31,7 @@ from server.schemas import ChatRequest, CompletionRequest
 POSTED = (400, 401, 408, 413, 429, 500)  # what a request that posts a body may be answered with, beside 200
 EXPOSED = ["Retry-After", "X-Ignored-Fields"]  # to pages of other origins
 SHORT_TEXT = 4000  # characters that are tokenized in about a millisecond
-Ignored = Callable[[schemas.Lenient], dict[str, str]]  # the headers that name what is left out of a request
+Ignored = Callable[..., dict[str, str]]  # the headers that name what is left out of a request
 STATIC = Path(__file__).with_name("static")
 PAGE_HEADERS = {
     "Cache-Control": "no-cache",  # asked for again each time, and answered by 304 where the ETag is the same
@@ -99,9 +101,9 @@ def _add_watching(app: FastAPI, scheduler: Scheduler, metrics: Metrics, info: di
         return Response(generate_latest(metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _ignored(metrics: Metrics, strict: bool, body: schemas.Lenient) -> dict[str, str]:
-    """The header that names what is left out of a request; it is counted. strict: ApiError."""
-    if names := body.unknown():
+def _ignored(metrics: Metrics, strict: bool, body: schemas.Lenient, more: Sequence[str] = ()) -> dict[str, str]:
+    """The header that names what is left out of a request, and `more`; it is counted. strict: ApiError."""
+    if names := [*body.unknown(), *more]:
         if strict:
             raise ApiError(400, f"unknown field {names[0]}", names[0])
         metrics.ignored.inc(len(names))
@@ -115,22 +117,40 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     streams = {"text/event-stream": {"schema": event}}
     vocabulary, kept = functools.cache(lambda: Vocabulary(tok)), Kept()
 
-    async def grammar_of(body: schemas.Sampling) -> Grammar | None:
-        """What the answer keeps to, where it is not text."""
-        if body.calls is None and body.schema_wanted is None:
+    async def grammar_of(body: schemas.Sampling, functions: Sequence[Mapping] = (), machine: Tools | None = None):
+        """What the answer keeps to, where it is not just text."""
+        calls = body.calls or {f["name"]: f["parameters"] for f in functions}
+        if not calls and body.schema_wanted is None:
             return None
+        machine = machine if body.calls is None and body.schema_wanted is None else None
         try:
-            return await run_in_threadpool(tools.grammar_of, vocabulary(), body.calls, body.schema_wanted)
+            wanted = body.calls if machine is None else calls
+            return await run_in_threadpool(tools.grammar_of, vocabulary(), wanted, body.schema_wanted, machine)
         except ValueError as e:
             raise ApiError(400, str(e), str(e).partition(":")[0]) from None
 
-    async def begun(body: schemas.Conversing) -> tuple[Answer, dict]:
-        """The answer to a conversation, and what the reply says beside it where that had to be cut."""
+    async def begun(body: schemas.Conversing) -> tuple[Answer, dict, dict[str, str], list[str]]:
+        """The answer to a conversation, what the reply says beside it where that had to be cut, the headers that name
+        what is left out, and the functions that may be called."""
+        context = scheduler.engine.max_len
         limit = dialogue.prompt_limit(scheduler.engine, body.limit)
-        fitted = await _aside(body, dialogue.fit, tok, body.conversation(), limit)
-        context = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
-        extra = {"context": context} if any(context.values()) else {}
-        return Answer(scheduler, tok, [fitted.ids], body, metrics, await grammar_of(body)), extra
+        thinking, notes = body.thinking(context) if body.is_free else False, set[str]()
+
+        def fits(functions: Sequence[Mapping]) -> bool:
+            return len(tok.encode(system_text(functions, thinking))) <= limit // 2
+
+        def prompt() -> tuple[dialogue.Fitted, list[Mapping], list[str]]:
+            told, left_out = tools.fitting(body.functions, fits)
+            fitted = dialogue.fit(tok, body.conversation(told, thinking, notes), limit)
+            return fitted, told, left_out + [f"tools.{name}" for name in sorted(notes)]
+
+        fitted, told, left_out = await _aside(body, prompt)
+        headers, names = ignored(body, left_out), [f["name"] for f in told] if body.calls is None else list(body.calls)
+        machine = Tools(tok, names, thinking if thinking is not True else None) if names or thinking else None
+        grammar = await grammar_of(body, told, machine)
+        cut = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
+        answer = Answer(scheduler, tok, [fitted.ids], body, metrics, grammar, machine)
+        return answer, {"context": cut} if any(cut.values()) else {}, headers, names
 
     @app.get("/v1/models", responses=_documented(401, model=schemas.ModelList))
     async def models():
@@ -144,9 +164,8 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
 
     @app.post("/v1/chat/completions", responses=_documented(*POSTED, model=schemas.ChatCompletion, content=streams))
     async def chat(body: ChatRequest, request: Request):
-        headers = ignored(body)
-        answer, extra = await begun(body)
-        shape = ChatShape(tok, bool(body.logprobs), bool(body.calls))
+        answer, extra, headers, names = await begun(body)
+        shape = ChatShape(tok, bool(body.logprobs), names)
         return await reply(answer, shape, request, body, model, headers, **extra)
 
     @app.post("/v1/completions", responses=_documented(*POSTED, model=schemas.TextCompletion, content=streams))
@@ -169,10 +188,9 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
 
     @app.post("/v1/responses", responses=_documented(*POSTED, model=schemas.Response, content=streams))
     async def responses(body: ResponsesRequest, request: Request):
-        headers = ignored(body)
         body.input = kept.resolved(body.input)
-        answer, extra = await begun(body)
-        return await respond(answer, request, body, model, headers, kept, **extra)
+        answer, extra, headers, names = await begun(body)
+        return await respond(answer, request, body, model, headers, kept, names, **extra)
 
 
 def _add_tokens(app: FastAPI, scheduler: Scheduler, tok, ignored: Ignored) -> None:

@@ -21,14 +21,14 @@ class Token(NamedTuple):
 class Shown:
     """Text of one kind that may be shown now, and its tokens where log-probabilities were asked for."""
 
-    kind: str  # text, python or python_output
+    kind: str  # text, think, python or python_output
     text: str
     call: int
     tokens: list[Token]
 
 
 class Choice:
-    """Takes ids, gives what may be shown. `reason` is set when it has ended; `text` and `calls` are what was shown.
+    """Takes ids, gives what may be shown: `text`, `thoughts` and `calls`. `reason` is set when it has ended.
 
     A stop string is looked for in the visible text alone, and is not shown. What waits, waits with all that follows
     it, so that the calls of a tool stay at their places.
@@ -36,10 +36,10 @@ class Choice:
 
     def __init__(self, tok, stops: Sequence[str] = ()):
         self.reason: str | None = None
-        self.text = ""
+        self.text = self.thoughts = ""
         self.calls: list[dict] = []
         self.tokens: list[Token] = []
-        self.n_ids = 0  # how many were taken
+        self.n_ids = self.n_thoughts = 0  # how many were taken, and how many of them were thoughts
         self._tok, self._reader, self._stops = tok, Reader(tok), stops
         self._waiting: deque[Shown] = deque()
         self._held = ""  # the visible text of what waits
@@ -52,6 +52,7 @@ class Choice:
                 break
             self.n_ids += 1
             pieces = self._reader.push(id)
+            self.n_thoughts += any(piece.kind == "think" for piece in pieces)
             for piece in pieces:
                 if self.reason is None:
                     last = piece is pieces[-1]
@@ -101,6 +102,8 @@ class Choice:
                 self.text += part.text
                 self._held = self._held[len(part.text) :]
                 self.tokens += part.tokens
+            elif part.kind == "think":
+                self.thoughts += part.text
             else:
                 while len(self.calls) <= part.call:
                     self.calls.append({"index": len(self.calls), "name": "calculator", "input": "", "output": ""})

@@ -4,12 +4,13 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from nanochat_jax.engine.sampling import TokenLogprob
+from nanochat_jax.engine.tools import name_of
 from server.answer import Answer
 from server.choice import Choice, Shown, Token
 from server.errors import ApiError
@@ -21,17 +22,16 @@ WAITING = ": waiting\n\n"  # a comment of an event stream
 
 
 class ChatShape:
-    """Chat completions. The calculator's calls are in `tool`, which OpenAI has not; `content` is what is visible.
-
-    calls: the answer is a call of one of the caller's tools.
+    """Chat completions. Calls of the caller's functions are in `tool_calls`; the calculator's in `tool`, which OpenAI
+    has not; thoughts in `reasoning_content`, as vLLM and others have it. `content` is what is visible.
     """
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, tok, logprobs: bool, calls: bool = False):
-        self._tok, self._logprobs, self._calls = tok, logprobs, calls
-        self._readers: dict[int, CallReader] = {}  # of choices whose call a stream has begun
-        self._begun: set[tuple[int, int]] = set()  # choices and calls that a stream has named
+    def __init__(self, tok, logprobs: bool, functions: Collection[str] = ()):
+        self._tok, self._logprobs, self._functions = tok, logprobs, functions
+        self._readers: dict[tuple[int, int], CallReader] = {}  # by choice and call, of a stream
+        self._begun: set[tuple[int, int]] = set()  # calls of the calculator that a stream has named
 
     def opening(self, index: int) -> dict:
         """What a stream says of a choice before its first token."""
@@ -40,36 +40,49 @@ class ChatShape:
     def part(self, index: int, part: Shown) -> dict | None:
         if part.kind == "text":
             return self._chunk(index, {"content": part.text}, part.tokens)
-        if self._calls:
-            return self._called(index, part.text)
-        says = "input" if part.kind == "python" else "output"
-        began = {} if (index, part.call) in self._begun else {"name": "calculator"}  # clients put deltas together
-        self._begun.add((index, part.call))
-        return self._chunk(index, {"tool": [{"index": part.call, **began, says: part.text}]})
+        if part.kind == "think":
+            return self._chunk(index, {"reasoning_content": part.text})
+        if part.kind == "python" and self._may_be_own(index, part):
+            reader = self._readers[index, part.call]
+            begun, said = reader.begun, reader.push(part.text)
+            call = {"function": {"arguments": said}} if begun else reader.call(said)
+            return self._chunk(index, {"tool_calls": [{"index": 0, **call}]}) if said else None
+        return self._calculated(index, part)
 
-    def _called(self, index: int, text: str) -> dict | None:
-        """More of the one call that the answer is."""
-        reader = self._readers.setdefault(index, CallReader())
-        begun, said = reader.begun, reader.push(text)
-        if not said:
-            return None
-        call = {"function": {"arguments": said}} if begun else reader.call(said)
-        return self._chunk(index, {"tool_calls": [{"index": 0, **call}]})
+    def _may_be_own(self, index: int, part: Shown) -> bool:
+        """Whether a call may be of one of the caller's functions, as far as its text goes."""
+        reader = self._readers.setdefault((index, part.call), CallReader())
+        head, bracket, _ = (reader.name + ("(" if reader.opened else "") + part.text).partition("(")
+        return any(name == head if bracket else name.startswith(head) for name in self._functions)
+
+    def _calculated(self, index: int, part: Shown) -> dict:
+        """More of a call of the calculator."""
+        says, held = "input" if part.kind == "python" else "output", self._readers[index, part.call].name
+        began = {} if (index, part.call) in self._begun else {"name": "calculator"}  # clients put deltas together
+        text = part.text if began == {} else held + part.text
+        self._begun.add((index, part.call))
+        return self._chunk(index, {"tool": [{"index": part.call, **began, says: text}]})
 
     def closing(self, index: int, reason: str) -> dict:
-        return {**self._chunk(index, {}), "finish_reason": self._reason(reason)}
+        own = (reader for (at, _), reader in self._readers.items() if at == index and reader.opened)
+        called = any(reader.name in self._functions for reader in own)
+        return {**self._chunk(index, {}), "finish_reason": self._reason(reason, called)}
 
     def whole(self, index: int, choice: Choice) -> dict:
-        tool: dict = {"tool": choice.calls} if choice.calls else {}
-        if self._calls:
+        message: dict = {"role": "assistant", "content": choice.text}
+        if choice.thoughts:
+            message["reasoning_content"] = choice.thoughts
+        own = [call for call in choice.calls if name_of(call["input"]) in self._functions]
+        if others := [call for call in choice.calls if call not in own]:
+            message["tool"] = others
+        if own:
             reader = CallReader()
-            tool = {"tool_calls": [reader.call(reader.push(choice.calls[0]["input"]))]} if choice.calls else {}
-        message = {"role": "assistant", "content": None if self._calls else choice.text, **tool}
-        reason = self._reason(choice.reason)
+            message |= {"content": choice.text or None, "tool_calls": [reader.call(reader.push(own[0]["input"]))]}
+        reason = self._reason(choice.reason, bool(own))
         return {"index": index, "message": message, "finish_reason": reason, **self._told(choice.tokens)}
 
-    def _reason(self, reason: str | None) -> str | None:
-        return "tool_calls" if self._calls and reason == "stop" else reason
+    def _reason(self, reason: str | None, called: bool) -> str | None:
+        return "tool_calls" if called and reason == "stop" else reason
 
     def _chunk(self, index: int, delta: dict, tokens: Sequence[Token] = ()) -> dict:
         return {"index": index, "delta": delta, "finish_reason": None, **(self._told(tokens) if tokens else {})}

@@ -1,15 +1,18 @@
 """OpenAI's responses API: the same answers under other names. The newest are kept for those who refer to them."""
 
+import itertools
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from abc import abstractmethod
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
 from pydantic import Field, model_validator
 
-from nanochat_jax.chats import Unusable, prompt_of
+from nanochat_jax.chats import Unusable
+from nanochat_jax.engine.tools import name_of
 from server import tools
 from server.answer import Answer
 from server.errors import ApiError
@@ -52,11 +55,14 @@ class ResponsesRequest(Conversing):
     def wanted_logprobs(self) -> int:
         return -1
 
-    def conversation(self) -> list[dict]:
+    def said(self) -> list[dict]:
         items = [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
         first = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        return [*first, *(message for item in items for message in _message(item))]
+
+    def conversation(self, functions: Sequence[Mapping], thinking: bool | int, notes: set[str]) -> list[dict]:
         try:
-            return prompt_of([*first, *(message for item in items for message in _message(item))])
+            return super().conversation(functions, thinking, notes)
         except Unusable as e:
             raise ApiError(400, f"input: {e}", "input") from None
 
@@ -90,9 +96,9 @@ def _message(item: dict) -> Iterator[dict]:
     """An item of the input as a message; what the model thought by itself is none."""
     kind = item.get("type", "message")
     if kind == "function_call":
-        yield {"role": "assistant", "content": None, "tool_calls": [{"function": item}]}
+        yield {"role": "assistant", "content": None, "tool_calls": [{"id": item.get("call_id"), "function": item}]}
     elif kind == "function_call_output":
-        yield {"role": "tool", "content": item.get("output")}
+        yield {"role": "tool", "tool_call_id": item.get("call_id"), "content": item.get("output")}
     elif kind == "message":
         yield item
     elif kind != "reasoning":
@@ -100,17 +106,28 @@ def _message(item: dict) -> Iterator[dict]:
 
 
 async def respond(
-    answer: Answer, request: Request, body: ResponsesRequest, model: str, headers: dict[str, str], kept: Kept, **extra
+    answer: Answer,
+    request: Request,
+    body: ResponsesRequest,
+    model: str,
+    headers: dict[str, str],
+    kept: Kept,
+    functions: Collection[str],
+    **extra,
 ):
-    """The response to a request, with what is `extra` in it; what it says is kept where the request wants that."""
-    head, item = _head(body, model) | extra, Call() if body.calls else Message()
+    """The response to a request, with what is `extra` in it; what it says is kept where the request wants that.
+    functions: names of those that may be called."""
+    head, output = _head(body, model) | extra, Output(functions)
     if body.stream:
-        return Stream(answer, _events(answer, head, item, kept), headers)
+        return Stream(answer, _events(answer, head, output, kept), headers)
     await to_the_end(answer, request)
     choice = answer.choices[0]
-    for kind, text in [("text", choice.text), *(("python", call["input"]) for call in choice.calls)]:
-        item.push(kind, text)
-    return JSONResponse(_ended(head, answer, item, kept), headers=headers)
+    output.push("think", choice.thoughts)
+    output.push("text", choice.text)
+    for call in choice.calls:
+        output.push("python", call["input"])
+    _ = output.end()
+    return JSONResponse(_ended(head, answer, output, kept), headers=headers)
 
 
 def _head(body: ResponsesRequest, model: str) -> dict:
@@ -141,124 +158,178 @@ def _head(body: ResponsesRequest, model: str) -> dict:
     }
 
 
-class Message:
-    """Text as an item of the output, and its events."""
+class Output:
+    """The items that an answer becomes, in their order, and the events by which a stream tells of them."""
 
-    delta = "response.output_text.delta"
+    def __init__(self, functions: Collection[str]):
+        self._functions = functions
+        self.items: list[Message | Thoughts | Call] = []
+        self._kind, self._waiting = "", ""  # of the last part; of a call whose name is not whole yet
 
-    def __init__(self) -> None:
-        self._id, self.text = f"msg_{uuid.uuid4().hex}", ""
-        self.at = {"item_id": self._id, "output_index": 0, "content_index": 0}
+    def push(self, kind: str, text: str) -> list[tuple[str, dict]]:
+        """More of the answer."""
+        events: list[tuple[str, dict]] = []
+        if kind != self._kind:
+            events, self._kind, self._waiting = self.end(), kind, ""
+        if kind == "python" and not self._is_open:
+            self._waiting += text
+            text, name = self._waiting, name_of(self._waiting)
+            kind = kind if name in self._functions else ""
+        if kind not in ITEMS or not text:
+            return events
+        if not self._is_open:
+            self.items.append(ITEMS[kind](len(self.items)))
+            events += self._opening()
+        if said := self.items[-1].push(text):
+            events.append((self.items[-1].delta, {**self.items[-1].at, "delta": said, **self.items[-1].beside}))
+        return events
+
+    def end(self) -> list[tuple[str, dict]]:
+        """What is open ends."""
+        if not self._is_open:
+            return []
+        item = self.items[-1]
+        item.status = "completed"
+        done = {"output_index": item.at["output_index"], "item": item.item()}
+        return [*item.closing(), ("response.output_item.done", done)]
 
     @property
-    def named(self) -> bool:
-        """It is known well enough to begin it."""
-        return True
+    def _is_open(self) -> bool:
+        return bool(self.items) and self.items[-1].status == "in_progress"
 
-    def push(self, kind: str, text: str) -> dict | None:
-        """What an event says of more of the answer; None where that is not to be seen."""
-        if kind != "text":
-            return None
+    def _opening(self) -> list[tuple[str, dict]]:
+        item = self.items[-1]
+        added = {"output_index": item.at["output_index"], "item": item.item(begun=True)}
+        return [("response.output_item.added", added), *item.opening()]
+
+
+class _Item:
+    """An item of the output. prefix: of its id. at, beside: what its events say beside their texts."""
+
+    prefix, delta = "", ""
+    beside: dict[str, Any] = {}
+
+    def __init__(self, index: int) -> None:
+        self._id, self.text, self.status = f"{self.prefix}_{uuid.uuid4().hex}", "", "in_progress"
+        self.at = {"item_id": self._id, "output_index": index}
+
+    def push(self, text: str) -> str:
+        """What more of it says."""
         self.text += text
-        return {"delta": text, "logprobs": []}
+        return text
 
-    def item(self, status: str, begun: bool = False) -> dict:
-        content = [] if begun else [self._part()]
-        return {"type": "message", "id": self._id, "status": status, "role": "assistant", "content": content}
-
-    def opening(self) -> Iterator[tuple[str, dict]]:
+    def opening(self) -> list[tuple[str, dict]]:
         """Events behind that of the item itself."""
-        yield "response.content_part.added", {**self.at, "part": {**self._part(), "text": ""}}
+        return [("response.content_part.added", {**self.at, "part": {**self._part(), "text": ""}})]
 
-    def closing(self) -> Iterator[tuple[str, dict]]:
-        yield "response.output_text.done", {**self.at, "text": self.text, "logprobs": []}
-        yield "response.content_part.done", {**self.at, "part": self._part()}
+    def closing(self) -> list[tuple[str, dict]]:
+        said = (self.delta.replace(".delta", ".done"), {**self.at, "text": self.text, **self.beside})
+        return [said, ("response.content_part.done", {**self.at, "part": self._part()})]
+
+    def item(self, begun: bool = False) -> dict:
+        content = [] if begun else [self._part()]
+        return {"id": self._id, "status": self.status, **self.said(), "content": content}
+
+    @abstractmethod
+    def said(self) -> dict: ...
+
+    @abstractmethod
+    def _part(self) -> dict: ...
+
+
+class Message(_Item):
+    """Text."""
+
+    prefix, delta, beside = "msg", "response.output_text.delta", {"logprobs": []}
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.at["content_index"] = 0
+
+    def said(self) -> dict:
+        return {"type": "message", "role": "assistant"}
 
     def _part(self) -> dict:
         return {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
 
 
-class Call:
-    """A call of one of the caller's tools as an item of the output, and its events."""
+class Thoughts(Message):
+    prefix, delta, beside = "rs", "response.reasoning_text.delta", {}
 
-    delta = "response.function_call_arguments.delta"
+    def said(self) -> dict:
+        return {"type": "reasoning", "summary": []}
 
-    def __init__(self) -> None:
-        self._id, self._reader, self._arguments = f"fc_{uuid.uuid4().hex}", tools.CallReader(), ""
-        self.at = {"item_id": self._id, "output_index": 0}
-
-    @property
-    def named(self) -> bool:
-        return self._reader.begun
-
-    def push(self, kind: str, text: str) -> dict | None:
-        said = self._reader.push(text) if kind == "python" else ""
-        self._arguments += said
-        return {"delta": said} if said else None
-
-    def item(self, status: str, begun: bool = False) -> dict:
-        called = self._reader.call("" if begun else self._arguments)
-        known = {"type": "function_call", "id": self._id, "call_id": called["id"], "status": status}
-        return {**known, **called["function"]}
-
-    def opening(self) -> Iterator[tuple[str, dict]]:
-        yield from ()
-
-    def closing(self) -> Iterator[tuple[str, dict]]:
-        name = self._reader.name
-        yield "response.function_call_arguments.done", {**self.at, "name": name, "arguments": self._arguments}
+    def _part(self) -> dict:
+        return {"type": "reasoning_text", "text": self.text}
 
 
-def _ended(head: dict, answer: Answer, item: Message | Call, kept: Kept) -> dict:
+class Call(_Item):
+    """A call of one of the caller's functions."""
+
+    prefix, delta = "fc", "response.function_call_arguments.delta"
+
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self._reader = tools.CallReader()
+
+    def push(self, text: str) -> str:
+        return super().push(self._reader.push(text))
+
+    def item(self, begun: bool = False) -> dict:
+        known = {"type": "function_call", "id": self._id, "call_id": self._reader.id, "status": self.status}
+        return {**known, "name": self._reader.name, "arguments": "" if begun else self.text}
+
+    def opening(self) -> list[tuple[str, dict]]:
+        return []
+
+    def closing(self) -> list[tuple[str, dict]]:
+        done = {**self.at, "name": self._reader.name, "arguments": self.text}
+        return [("response.function_call_arguments.done", done)]
+
+
+ITEMS: dict[str, Callable[[int], Any]] = {"text": Message, "think": Thoughts, "python": Call}
+
+
+def _ended(head: dict, answer: Answer, output: Output, kept: Kept) -> dict:
     usage, cut = answer.usage(), answer.choices[0].reason == "length"
-    status = "incomplete" if cut else "completed"
-    output = [item.item(status)] if item.named else []
-    if output and head["store"]:
-        kept.add(output[0])
+    items = [item.item() for item in output.items] or [Message(0).item() | {"status": "completed"}]
+    if cut:
+        items[-1]["status"] = "incomplete"
+    for item in items if head["store"] else ():
+        kept.add(item)
     return {
         **head,
-        "status": status,
+        "status": "incomplete" if cut else "completed",
         "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": output,
+        "output": items,
         "usage": {
             "input_tokens": usage["prompt_tokens"],
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": answer.choices[0].n_thoughts},
             "total_tokens": usage["total_tokens"],
         },
     }
 
 
-async def _events(answer: Answer, head: dict, item: Message | Call, kept: Kept) -> AsyncIterator[str]:
-    numbers = iter(range(1 << 62))
+async def _events(answer: Answer, head: dict, output: Output, kept: Kept) -> AsyncIterator[str]:
+    numbers = itertools.count()
 
     def event(kind: str, **more) -> str:
         return f"event: {kind}\n" + data({"type": kind, "sequence_number": next(numbers), **more})
 
-    def opening() -> str:
-        added = event("response.output_item.added", output_index=0, item=item.item("in_progress", begun=True))
-        return added + "".join(event(kind, **more) for kind, more in item.opening())
-
     yield event("response.created", response=head) + event("response.in_progress", response=head)
-    begun = item.named
-    if begun:
-        yield opening()
     try:
         async for _, parts in answer.shown():
-            said = [more for part in parts if (more := item.push(part.kind, part.text))]
-            if said and not begun:
-                begun = True
-                yield opening()
+            said = [told for part in parts for told in output.push(part.kind, part.text)]
             if said:
-                yield "".join(event(item.delta, **item.at, **more) for more in said)
+                yield "".join(event(kind, **more) for kind, more in said)
             elif not parts and not answer.ended:
                 yield WAITING
     except ApiError as e:
         failed = {**head, "status": "failed", "error": {"code": "server_error", "message": e.detail}}
         yield event("response.failed", response=failed)
         return
-    whole = _ended(head, answer, item, kept)
-    closing = [event(kind, **more) for kind, more in item.closing()] if begun else []
-    closing += [event("response.output_item.done", output_index=0, item=done) for done in whole["output"]]
-    yield "".join(closing) + event(f"response.{whole['status']}", response=whole)
+    closing = "".join(event(kind, **more) for kind, more in output.end())
+    whole = _ended(head, answer, output, kept)
+    yield closing + event(f"response.{whole['status']}", response=whole)

@@ -6,6 +6,7 @@ the reply's header. What would change the meaning of the answer and cannot be do
 
 import functools
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from types import GenericAlias
 from typing import Annotated, Any, Literal
 
@@ -81,6 +82,7 @@ class Message(Lenient):
     tool_calls: Any = None
     function_call: Any = None
     tool_call_id: Any = None
+    reasoning_content: Any = None
     name: Any = None
     tool: Any = None  # the calculator's calls, which come back from an answer and are not read
 
@@ -160,22 +162,56 @@ class Sampling(Lenient):
 
 
 class Conversing(Sampling):
-    """What chat completions and responses share: a conversation, and functions that may be called."""
+    """What chat completions and responses share: a conversation, functions that may be called, and whether to think."""
 
     tools: list[Any] | None = None
     tool_choice: Any = None
+    reasoning_effort: Any = None
+    reasoning: Any = None  # {"effort"}, as responses have it
+    enable_thinking: bool | None = None  # Qwen's
+    thinking_budget: int | None = Field(None, ge=0)  # tokens; Qwen's
+    chat_template_kwargs: dict[str, Any] | None = None  # vLLM's, of which enable_thinking and thinking_budget are read
+
+    @model_validator(mode="after")
+    def _known_effort(self):
+        _ = self.functions, self.thinking(0)
+        return self
+
+    @property
+    def functions(self) -> list[dict]:
+        """The functions that may be called."""
+        return tools.offered(self.tool_choice, self.tools)
 
     @property
     def calls(self) -> dict[str, dict] | None:
         return tools.required(self.tool_choice, self.tools)
 
+    def thinking(self, context: int) -> bool | int:
+        """Whether to think first, where text may be the answer; a number: in so many tokens. ValueError."""
+        more = self.chat_template_kwargs or {}
+        effort = self.reasoning_effort or (self.reasoning.get("effort") if isinstance(self.reasoning, dict) else None)
+        on = self.enable_thinking if self.enable_thinking is not None else more.get("enable_thinking")
+        budget = self.thinking_budget if self.thinking_budget is not None else more.get("thinking_budget")
+        return tools.thinking(effort, on, budget, context)
+
+    @property
+    def is_free(self) -> bool:
+        """Text may be the answer."""
+        return self.calls is None and self.schema_wanted is None
+
     def unknown(self) -> list[str]:
-        """Where text may be the answer it is text: tools are left out."""
-        return (["tools"] if self.tools and not self.calls else []) + super().unknown()
+        """Also tools that are no functions, those that tool_choice leaves out, and thoughts for which no place is."""
+        others = [f"tools.{name}" for name in tools.not_offered(self.tool_choice, self.tools)]
+        return others + (["reasoning_effort"] if self.thinking(0) and not self.is_free else []) + super().unknown()
 
     @abstractmethod
-    def conversation(self) -> list[dict]:
-        """The messages as the renderer takes them. Unusable."""
+    def said(self) -> list[dict]:
+        """The messages of the request. Unusable."""
+
+    def conversation(self, functions: Sequence[Mapping], thinking: bool | int, notes: set[str]) -> list[dict]:
+        """The messages as the renderer takes them, with a system message that tells of tools and thinking; `notes`
+        names what it cannot tell. Unusable."""
+        return prompt_of(self.said(), functions, thinking, notes)
 
 
 class ChatRequest(Conversing):
@@ -201,8 +237,8 @@ class ChatRequest(Conversing):
     def wanted_logprobs(self) -> int:
         return (self.top_logprobs or 0) if self.logprobs else -1
 
-    def conversation(self) -> list[dict]:
-        return prompt_of([m.model_dump(exclude_none=True) for m in self.messages])
+    def said(self) -> list[dict]:
+        return [m.model_dump(exclude_none=True) for m in self.messages]
 
 
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -284,7 +320,14 @@ def _response(title: str, /, **fields) -> Any:
 
 _list: Any = functools.partial(GenericAlias, list)  # list[model], of a model that mypy takes for a variable
 Ends = Literal["stop", "length", "tool_calls"]
-Usage = _response("Usage", prompt_tokens=int, completion_tokens=int, total_tokens=int)
+Details = _response("UsageDetails", reasoning_tokens=int)
+Usage = _response(
+    "Usage",
+    prompt_tokens=int,
+    completion_tokens=int,
+    total_tokens=int,
+    completion_tokens_details=(Details | None, None),
+)
 WHOLE = {"id": str, "created": int, "model": str, "usage": Usage}
 Context = _response("Context", dropped_messages=int, truncated=bool)  # only where the conversation exceeded the context
 
@@ -298,6 +341,7 @@ Reply = _response(
     "Reply",
     role=Literal["assistant"],
     content=str | None,
+    reasoning_content=(str | None, None),
     tool=(_list(Calculated), []),
     tool_calls=(_list(ToolCall), []),
 )
@@ -318,6 +362,10 @@ OutputText = _response("OutputText", type=Literal["output_text"], text=str, anno
 OutputMessage = _response(
     "OutputMessage", type=Literal["message"], id=str, status=str, role=Literal["assistant"], content=_list(OutputText)
 )
+Thought = _response("ReasoningText", type=Literal["reasoning_text"], text=str)
+OutputReasoning = _response(
+    "OutputReasoning", type=Literal["reasoning"], id=str, status=str, summary=list, content=_list(Thought)
+)
 OutputCall = _response(
     "OutputCall", type=Literal["function_call"], id=str, status=str, call_id=str, name=str, arguments=str
 )
@@ -328,7 +376,7 @@ Response = _response(
     created_at=int,
     status=Literal["completed", "incomplete"],
     model=str,
-    output=_list(OutputMessage | OutputCall),
+    output=_list(OutputReasoning | OutputMessage | OutputCall),
     usage=dict[str, Any],
 )
 Tokens = _response("Tokens", tokens=list[int], count=int, max_model_len=int)

@@ -2,52 +2,97 @@
 model then says to OpenAI's tool calls."""
 
 import json
-import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nanochat_jax.engine.grammar import Grammar, Vocabulary
+from nanochat_jax.engine.grammar import Vocabulary
+from nanochat_jax.signatures import functions_of
 
-NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
+EFFORTS = {"none": 0.0, "minimal": 1 / 16, "low": 1 / 8, "medium": 1 / 4, "high": 1.0, "xhigh": 1.0}  # of the context
 
 
-def functions(tools: Any) -> dict[str, dict]:
-    """{name: schema of its arguments} of a request's tools that are functions, in both of OpenAI's forms."""
-    found = {}
-    for tool in tools if isinstance(tools, list) else ():
-        if isinstance(tool, Mapping) and tool.get("type") == "function":
-            function = tool.get("function", tool)
-            name = function.get("name") if isinstance(function, Mapping) else None
-            if not isinstance(name, str) or not NAME.fullmatch(name):
-                raise ValueError("tools: a function needs a name of at most 64 letters, digits, _ and -")
-            schema = function.get("parameters") or {}
-            if not isinstance(schema, Mapping):
-                raise ValueError(f"tools: the parameters of {name} must be a JSON schema")
-            found[name] = dict(schema)
-    return found
+def _allowed(choice: Any) -> tuple[Any, list[str] | None]:
+    """(the choice, the names that it is among, None for all) of a tool_choice."""
+    if not isinstance(choice, Mapping) or choice.get("type") != "allowed_tools":
+        return choice, None
+    among = choice.get("allowed_tools") or choice
+    if not isinstance(among, Mapping):
+        return among, None
+    return among.get("mode"), [f["name"] for f in functions_of(among.get("tools"))]
+
+
+def offered(choice: Any, tools: Any) -> list[dict]:
+    """The functions of a request's tools that its tool_choice lets the model call. ValueError."""
+    choice, allowed = _allowed(choice)
+    found = [] if choice == "none" else functions_of(tools)
+    named = required(choice, tools) if isinstance(choice, Mapping) else None
+    return [f for f in found if (allowed is None or f["name"] in allowed) and (named is None or f["name"] in named)]
+
+
+def not_offered(choice: Any, tools: Any) -> list[str]:
+    """What of a request's tools is left out: kinds that are no functions, where any might be called."""
+    if choice == "none" or not isinstance(tools, list):
+        return []
+    kinds = (str(t.get("type", "function")) if isinstance(t, Mapping) else type(t).__name__ for t in tools)
+    return sorted({kind for kind in kinds if kind != "function"})
 
 
 def required(choice: Any, tools: Any) -> dict[str, dict] | None:
-    """The functions of which one has to be called; None where text may be the answer. ValueError."""
-    allowed = None
-    if isinstance(choice, Mapping) and choice.get("type") == "allowed_tools":
-        among = choice.get("allowed_tools") or choice
-        choice, allowed = (among.get("mode"), among.get("tools")) if isinstance(among, Mapping) else (among, None)
+    """The functions of which one has to be called, {name: schema of its arguments}; None where text may be the answer.
+    ValueError."""
+    choice, allowed = _allowed(choice)
     if choice in (None, "", "auto", "none"):
         return None
-    given = functions(tools)
-    if allowed is not None:
-        given = {name: given[name] for name in functions(allowed) if name in given}
+    given = {f["name"]: f["parameters"] for f in functions_of(tools) if allowed is None or f["name"] in allowed}
     if choice in ("required", "any"):
         if not given:
             raise ValueError(f"tool_choice is {choice!r}, and there is no function to call in tools")
         return given
     wanted = choice.get("function") or choice if isinstance(choice, Mapping) else None
-    name = wanted.get("name") if isinstance(wanted, Mapping) else None
+    name = str(wanted.get("name")) if isinstance(wanted, Mapping) else ""
     if name not in given:
         raise ValueError(f"tool_choice wants {name or choice!r}, which is none of the functions of tools"[:200])
     return {name: given[name]}
+
+
+def thinking(effort: Any, on: Any, budget: Any, context: int) -> bool | int:
+    """Whether to think first; a number: in so many tokens. A budget says more than on, and that more than an effort,
+    which is a share of the context. ValueError."""
+    if effort is not None and effort not in EFFORTS:
+        raise ValueError(f"reasoning_effort: {', '.join(EFFORTS)} are known, not {effort!r:.40}")
+    if on is False or budget == 0:
+        return False
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        return budget
+    share = EFFORTS[effort] if effort is not None else 0.0
+    return True if on or share == 1.0 else int(share * context) if context else share > 0
+
+
+def fitting(functions: Sequence[Mapping], fits: Callable[[Sequence[Mapping]], bool]) -> tuple[list[Mapping], list[str]]:
+    """(those functions of which a prompt can tell, what is left out of them): where not all fits descriptions go, those
+    of parameters first, then whole functions, the last ones first."""
+    left_out: list[str] = []
+    now = list(functions)
+    for what, shorter in (("parameters.description", _without_parameters_said), ("description", _without_description)):
+        if not fits(now):
+            now, left_out = [shorter(f) for f in now], [f"tools.{what}"]
+    while now and not fits(now):
+        left_out.append(f"tools.{now.pop()['name']}")
+    return now, left_out
+
+
+def _without_description(function: Mapping) -> dict:
+    return {key: value for key, value in function.items() if key != "description"}
+
+
+def _without_parameters_said(function: Mapping) -> dict:
+    schema = function["parameters"]
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping):
+        return dict(function)
+    bare = {k: _without_description(of) if isinstance(of, Mapping) else of for k, of in properties.items()}
+    return {**function, "parameters": {**schema, "properties": bare}}
 
 
 def schema_of(form: Any) -> Mapping | bool | None:
@@ -66,10 +111,13 @@ def schema_of(form: Any) -> Mapping | bool | None:
     raise ValueError(f"response_format: text, json_object and json_schema are known, not {kind!r:.40}")
 
 
-def grammar_of(vocabulary: Vocabulary, tools: Mapping[str, Mapping] | None, schema: Any) -> Grammar:
-    """What keeps an answer to a call of one of the tools, else to JSON by the schema. ValueError."""
+def grammar_of(vocabulary: Vocabulary, tools: Mapping[str, Mapping] | None, schema: Any, machine=None) -> Any:
+    """What keeps an answer to a call of one of the tools, or to text with such calls where there is a machine that
+    answers calls; else to JSON by the schema. ValueError."""
     try:
-        return vocabulary.call(tools) if tools else vocabulary.json(schema)
+        if tools:
+            return vocabulary.text(tools, machine) if machine else vocabulary.call(tools)
+        return vocabulary.json(schema)
     except (ValueError, RecursionError) as e:
         why = "nested too deeply" if isinstance(e, RecursionError) else e
         raise ValueError(f"{'tools' if tools else 'response_format'}: {why}") from None
@@ -87,6 +135,11 @@ class CallReader:
     def begun(self) -> bool:
         """Something of the object has been said."""
         return self._keys > 0 or self._state != "name" and self._key == "**"
+
+    @property
+    def opened(self) -> bool:
+        """The name is whole."""
+        return self._state != "name"
 
     def call(self, arguments: str) -> dict:
         """A tool call as OpenAI has it, with arguments so far."""

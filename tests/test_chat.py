@@ -92,7 +92,7 @@ def test_answer_with_the_engine_equals_generate():
     ids = engine.generate([request])[0].ids
     text = "".join(t for kind, t in dialogue.answer(engine, TOK, request))
     reader = dialogue.Reader(TOK)
-    assert text == "".join(p.text for p in [*map(reader.push, ids), reader.flush()])
+    assert text == "".join(p.text for p in [*(p for id in ids for p in reader.push(id)), *reader.flush()])
 
 
 def test_errors_are_one_line(tmp_path, capsys):

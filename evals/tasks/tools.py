@@ -20,17 +20,18 @@ from nanochat_jax.chats import system_text
 from nanochat_jax.data import stories
 from nanochat_jax.engine.dialogue import Caller
 from nanochat_jax.engine.tools import name_of
-from nanochat_jax.signatures import call_text, read_call
+from nanochat_jax.signatures import call_text, is_plain_name, read_call
 
-WANTED = {"one call": 50, "two calls": 12, "failing": 8, "none": 15, "another tool": 15}  # shares of the questions
+WANTED = {"one call": 46, "two calls": 14, "failing": 6, "none": 18, "another tool": 16}  # shares of the questions
+SENDER, SENDING = ("person", "text"), 0.15  # slots of a tool that sends a text to somebody; share of prompts with one
 ORDINARY = ("sums", "arithmetic", "letters", "spell", "self")  # kinds of questions that no tool is needed for
 TYPES = {"count": "integer", "hour": "integer", "size": "number", "state": "boolean"}  # of slots; of others, strings
 SCHEMAS: dict[str, dict] = {slot: {"type": type} for slot, type in TYPES.items()}
 SCHEMAS |= dict.fromkeys(("people", "things"), {"type": "array", "items": {"type": "string"}})
 _PERSON = {"name": {"type": "string"}, "city": {"type": "string"}}
 SCHEMAS["somebody"] = {"type": "object", "properties": _PERSON, "required": ["name", "city"]}
-COMPOSED = 0.75  # share of training tools about any word
-DESCRIBED, PARAMETERS_DESCRIBED, OPTIONAL = 0.8, 0.15, 0.15  # shares of tools with a docstring, and so on
+COMPOSED, ODD_KEYS = 0.75, 0.3  # shares of training tools about any word, and of parameters that are named so
+DESCRIBED, PARAMETERS_DESCRIBED, OPTIONAL = 0.5, 0.1, 0.15  # shares of tools with a docstring, and so on
 
 
 @dataclass(frozen=True)
@@ -70,32 +71,29 @@ class Tools(Checked, Generated):
     split_by_text = False  # but by the tools
 
     def make(self, rng: random.Random) -> dict:
-        tools = {t.name: t for t in (self._tool(rng) for _ in range(rng.choice((1, 1, 2, 2, 3))))}
-        tool, *others = tools.values()
-        wanted = rng.choices(list(WANTED), list(WANTED.values()))[0]
-        calls: list[dict] = []
-        if wanted == "none":
-            drawn = KINDS[rng.choice(ORDINARY)](self.split).draw(rng)
-            question, answer = (m["content"] for m in drawn["messages"])
-            check = drawn["check"]
-        elif wanted == "another tool":
-            others = [t for t in others or [self._tool(rng)] if not _words_of(t) & _words_of(tool)]
-            if not others:
-                return self.make(rng)
-            tools = {t.name: t for t in others}
-            question, answer, check = (
-                use_of(rng, tool).question,
-                read_yaml("tools.yaml")["no_tool"],
-                {"any": ["no tool"]},
-            )
-        else:
-            question, calls, answer, check = self._called(rng, wanted, tool, tools)
-        functions = [t.function for t in tools.values()]
+        """In training also several questions on the same tools, in turn; calls and check are those of the last one."""
+        tools: dict[str, Tool] = {}
+        for _ in range(rng.choice((1, 1, 2, 2, 3))):
+            self._add(tools, self._tool(rng))
+        if rng.random() < SENDING:
+            self._add(tools, self._tool(rng, SENDER))
+        said: list[Any] = []
+        for _ in range(rng.choice((1, 1, 2, 2, 3)) if self.split == "train" else 1):
+            question, calls, answer, check = self._exchange(rng, tools)
+            parts = answer if isinstance(answer, list) else [{"type": "text", "text": answer}]
+            said += question, [*_parts(calls), *parts]
+        functions = [tool.function for tool in tools.values()]
         rng.shuffle(functions)
-        said = answer if isinstance(answer, list) else [{"type": "text", "text": answer}]
-        messages = dialogue(question, [*_parts(calls), *said])["messages"]
         system = {"role": "system", "content": system_text(functions, False)}
-        return {"messages": [system, *messages], "functions": functions, "calls": calls, "check": check}
+        messages = [system, *dialogue(*said)["messages"]]
+        return {"messages": messages, "functions": functions, "calls": calls, "check": check}
+
+    def _add(self, tools: dict[str, Tool], tool: Tool) -> bool:
+        """Whether a tool joins others: it does unless its name has a word in common with theirs."""
+        alike = any(_words_of(tool) & _words_of(other) for other in tools.values())
+        if not alike:
+            tools[tool.name] = tool
+        return not alike
 
     def _tool(self, rng: random.Random, slots: Sequence[str] = ()) -> Tool:
         """A tool of the split, with these slots where there are any."""
@@ -104,25 +102,35 @@ class Tools(Checked, Generated):
         if self.split == "train":
             kinds = known["frames" if rng.random() < COMPOSED else "kinds"]
         fit = [kind for kind in kinds if not slots or tuple(kind["params"]) == tuple(slots)]
-        return draw_tool(rng, rng.choice(fit)) if fit else self._tool(rng, slots)
+        return draw_tool(rng, rng.choice(fit), self.split) if fit else self._tool(rng, slots)
 
-    def _called(self, rng: random.Random, wanted: str, tool: Tool, tools: dict[str, Tool]) -> tuple:
-        """(question, calls, answer, check); what is called joins the tools."""
-        known, use = read_yaml("tools.yaml"), use_of(rng, tool)
+    def _exchange(self, rng: random.Random, tools: dict[str, Tool]) -> tuple[str, list[dict], Any, dict]:
+        """(question, calls, answer, check)"""
+        known, wanted = read_yaml("tools.yaml"), rng.choices(list(WANTED), list(WANTED.values()))[0]
+        if wanted == "none":
+            drawn = KINDS[rng.choice(ORDINARY)](self.split).draw(rng)
+            question, answer = (m["content"] for m in drawn["messages"])
+            return question, [], answer, drawn["check"]
+        if wanted == "another tool":
+            missing = self._tool(rng)
+            while not self._add(dict(tools), missing):
+                missing = self._tool(rng)
+            return use_of(rng, missing, self.split).question, [], known["no_tool"], {"any": ["no tool"]}
+        fit = [t for t in tools.values() if wanted != "two calls" or "noun" in t.kind] or list(tools.values())
+        use = use_of(rng, rng.choice(fit), self.split)
         if wanted == "failing":
             why = rng.choice(known["failures"])
             result = rng.choice(("error: {}", "Error: {}", '{{"error": "{}"}}')).format(why)
             return use.question, [use.call | {"result": result}], known["failed"].format(why=why), {"all": [why]}
-        sender = self._tool(rng, ("person", "text"))
-        if wanted != "two calls" or not use.noun:
+        if wanted == "one call" or not use.noun:
             return use.question, [use.call], use.answer, {"all": [use.value]}
-        if sender.name in tools or rng.random() < 0.5:
-            other = use_of(rng, tool)
+        sender = next((tool for tool in tools.values() if tuple(tool.keys) == SENDER), None)
+        if sender is None or rng.random() < 0.3:
+            other = use_of(rng, use.tool, self.split)
             question = typed(rng, rng.choice(known["both"]).format(use.noun, other.noun))
             check = {"all": [use.value, other.value]}
             return question, [use.call, other.call], f"{use.answer} {other.answer}", check
-        tools[sender.name] = sender
-        sent, (person, text) = use_of(rng, sender), sender.keys.values()
+        sent, (person, text) = use_of(rng, sender, self.split), sender.keys.values()
         arguments = {person: sent.arguments[person], text: use.value}
         question = rng.choice(known["passed_on"]).format(person=arguments[person], n=sender.words["n"], noun=use.noun)
         return question, [use.call, sent.call | {"arguments": arguments}], sent.answer, {"all": [sent.value]}
@@ -189,7 +197,7 @@ def same(a: Any, b: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ tools and questions
 
 
-def draw_tool(rng: random.Random, kind: Mapping) -> Tool:
+def draw_tool(rng: random.Random, kind: Mapping, split: str) -> Tool:
     known = read_yaml("tools.yaml")
     noun = stories.any_word(rng) if rng.random() < 0.5 else rng.choice(_nouns())
     verb = rng.choice(known["verbs"]) if rng.random() < 0.7 else stories.any_word(rng)
@@ -199,7 +207,9 @@ def draw_tool(rng: random.Random, kind: Mapping) -> Tool:
         words |= {"n": name.replace("_", " ")}
     keys, properties = dict[str, str](), dict[str, dict]()
     for slot, own in kind["params"].items():
-        keys[slot] = rng.choice([key for key in own or known["usual"][slot] if key not in properties])
+        usual = [key for key in own or known["usual"][slot] if key not in properties]
+        odd = stories.any_word(rng) if split == "train" and rng.random() < ODD_KEYS else ""
+        keys[slot] = odd if is_plain_name(odd) and odd not in properties else rng.choice(usual)
         properties[keys[slot]] = {**SCHEMAS.get(slot, {"type": "string"})}
     if rng.random() < PARAMETERS_DESCRIBED:
         for slot, key in keys.items():
@@ -218,8 +228,8 @@ def _nouns() -> Sequence[str]:
     return known["nature"] + known["others"] + known["foods"] + known["animals"] + known["things"]
 
 
-def use_of(rng: random.Random, tool: Tool) -> Use:
-    said, values = _slots(rng)
+def use_of(rng: random.Random, tool: Tool, split: str) -> Use:
+    said, values = _slots(rng, split)
     said |= tool.words
     wording = rng.choice(tool.kind["ask"])
     is_text = wording.endswith("{text}")
@@ -244,27 +254,43 @@ def _as_written(value: Any, question: str) -> Any:
     return value
 
 
-def _slots(rng: random.Random) -> tuple[dict[str, str], dict[str, Any]]:
-    """(as they are said, as values) of all slots."""
+def _slots(rng: random.Random, split: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """(as they are said, as values) of all slots; in training many that nobody has heard of, so that they are read."""
     known, lists, words = read_yaml("tools.yaml"), stories.script()["lists"], stories.words()
-    town, town2 = (
-        stories.invented(rng).capitalize() if rng.random() < 0.4 else rng.choice(lists["town"]) for _ in "12"
+    odd = split == "train"
+
+    def word(usual: Sequence[str]) -> str:
+        return stories.any_word(rng) if odd and rng.random() < 0.4 else rng.choice(usual)
+
+    def town() -> str:
+        return stories.invented(rng).capitalize() if odd and rng.random() < 0.4 else rng.choice(lists["town"])
+
+    people, things = (
+        rng.sample(stories.names("she") + stories.names("he"), 4),
+        [word(words["things"]) for _ in range(4)],
     )
-    people = [stories.person(rng)[0] for _ in range(4)]
-    things = [rng.choice(words["things"]) if rng.random() < 0.6 else stories.any_word(rng) for _ in range(4)]
-    size = rng.randint(1, 999) if rng.random() < 0.6 else round(rng.uniform(0, 100), 1)
-    values = {
-        "town": town, "town2": town2, "person": people[0], "thing": things[0], "food": rng.choice(words["foods"]),
-        "animal": rng.choice(words["animals"]), "word": stories.any_word(rng), "count": rng.choice((*range(1, 13), rng.randint(1, 99))),
-        "size": size, "state": rng.random() < 0.5, "day": rng.choice(lists["day"]), "color": rng.choice(lists["color"]),
-        "people": people[1 : rng.choice((3, 4))], "things": things[1 : rng.choice((3, 4))], "place": rng.choice(lists["place"]),
-        "text": rng.choice(known["texts"]), "hour": rng.randint(1, 12), "somebody": {"name": people[0], "city": town},
-    }  # fmt: skip
-    said = {slot: str(value) for slot, value in values.items()}
-    said |= {"state": "on" if values["state"] else "off"}
+    people[0] = stories.person(rng)[0] if odd else people[0]
+    number = rng.randint(1, 999) if rng.random() < 0.6 else round(rng.uniform(0, 100), 1)
+    count, hour, on, where = (
+        rng.choice((*range(1, 13), rng.randint(1, 99))),
+        rng.randint(1, 12),
+        rng.random() < 0.5,
+        town(),
+    )
+    values: dict[str, Any] = {"town": where, "town2": town(), "person": people[0], "thing": things[0], "count": count}
+    values |= {"people": people[1 : rng.choice((3, 4))], "things": things[1 : rng.choice((3, 4))], "state": on}
+    values |= {
+        "food": rng.choice(words["foods"]),
+        "word": word(stories.common_words(not odd)),
+        "size": number,
+        "hour": hour,
+    }
+    values |= {slot: rng.choice(lists[slot]) for slot in ("day", "color", "place")}
+    values |= {"text": rng.choice(known["texts"]), "somebody": {"name": people[0], "city": where}}
+    said = {slot: str(value) for slot, value in values.items()} | {"state": "on" if on else "off"}
     said |= {slot: f"{', '.join(values[slot][:-1])} and {values[slot][-1]}" for slot in ("people", "things")}
-    if values["count"] < len(NUMBERS) and rng.random() < 0.25:
-        said["count"] = NUMBERS[values["count"]]
+    if count < len(NUMBERS) and rng.random() < 0.25:
+        said["count"] = NUMBERS[count]
     return said, values
 
 

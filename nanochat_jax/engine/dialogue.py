@@ -162,8 +162,9 @@ def converse(engine, tok: Tokenizer, requests: Sequence[Request], callers: Seque
         for i, part in zip(going, done):
             whole[i] = Completion(whole[i].ids + part.ids, whole[i].mask + part.mask, part.finish_reason)
         calls = {i: call for i in going if (call := _call_of(tok, whole[i], callers[i]))}
+        acts = [caller.act for i in calls if (caller := callers[i])]
         with ThreadPoolExecutor(AT_ONCE) as pool:  # they may wait, for processes or for others
-            results = list(pool.map(lambda i: callers[i].act(calls[i]), calls))  # type: ignore[union-attr]
+            results = list(pool.map(lambda act, call: act(call), acts, calls.values()))
         going = []
         for i, result in zip(calls, results):
             said = [tok.output_start, *tok.encode(result), tok.output_end]

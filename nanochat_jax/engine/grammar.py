@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from nanochat_jax.engine.tools import Tools
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -33,6 +34,12 @@ NESTED = {"items", "prefixItems", "additionalItems", "anyOf", "oneOf", "allOf", 
 DEFINED = ("$defs", "definitions")
 # keywords of a schema for which the arguments of a call can be written one by one
 ONE_BY_ONE = {"type", "properties", "required", "additionalProperties", "title", "description", "$schema", *DEFINED}
+
+CALCULATED = {  # what the calculator works out, as rules
+    "SUM": r"SUM: /[0-9(.\-][0-9+\-*\/()., ]{0,80}/",
+    "COUNT": r"COUNT: /'[^'\n]{1,60}'\.count\('[^'\n]{1,20}'\)/",
+    "LENGTH": r"LENGTH: /len\('[^'\n]{0,60}'\)/",
+}
 
 
 class Vocabulary:
@@ -58,7 +65,7 @@ class Vocabulary:
         self.orders = [ids, ids[::-1], *(random.Random(i).sample(ids, len(ids)) for i in range(ATTEMPTS - 2))]
         self.endings = [[id for byte in some for raw, id in single if raw[0] == byte] for some in ENDINGS]
 
-    def text(self, ids: Iterable[int]) -> bytes:
+    def said(self, ids: Iterable[int]) -> bytes:
         return b"".join(self.bytes[id] for id in ids)
 
     def json(self, schema: Mapping | bool) -> "Grammar":
@@ -69,10 +76,17 @@ class Vocabulary:
     def call(self, tools: Mapping[str, Mapping]) -> "Grammar":
         """A call of one of these tools, {name: schema of its arguments}, as Python writes it: `name(key=value)`, where
         values are JSON; `name(**{...})` where the schema says more than which keys there are. ValueError."""
+        return self._call_or(tools, {})
+
+    def text(self, tools: Mapping[str, Mapping], machine: Tools) -> "Mixed":
+        """Text, in which each call is of one of these tools or the calculator. machine: answers calls. ValueError."""
+        return Mixed(self._call_or(tools, CALCULATED), self._tok, machine)
+
+    def _call_or(self, tools: Mapping[str, Mapping], others: Mapping[str, str]) -> "Grammar":
         rules = [_call_rules(i, name, _known(schema)) for i, (name, schema) in enumerate(tools.items())]
-        start, end = self._tok.python_start, self._tok.python_end
-        head = f"start: <[{start}]> ({' | '.join(f'call_{i}' for i in range(len(tools)))}) <[{end}]>"
-        return self._compiled(LLMatcher.grammar_from_lark("\n".join([head, *rules])))
+        start, end, calls = self._tok.python_start, self._tok.python_end, [f"call_{i}" for i in range(len(tools))]
+        head = f"start: <[{start}]> ({' | '.join([*calls, *others])}) <[{end}]>"
+        return self._compiled(LLMatcher.grammar_from_lark("\n".join([head, *rules, *others.values()])))
 
     @functools.lru_cache(256)  # noqa: B019 - one vocabulary lives as long as its server
     def _compiled(self, grammar: str) -> "Grammar":
@@ -225,7 +239,7 @@ class Form:
             return []
         ids, self._next = self._out if self._closing else self._next, []
         self._matcher.consume_tokens(ids)
-        self._quoted = quoted(self._quoted, self._vocabulary.text(ids))
+        self._quoted = quoted(self._quoted, self._vocabulary.said(ids))
         self._follow(ids)
         return ids
 
@@ -257,6 +271,60 @@ class Form:
                 ids = [min(single, key=used.__getitem__)]
                 used.update(ids)
             matcher.consume_tokens(ids)
-            inside = quoted(inside, vocabulary.text(ids))
+            inside = quoted(inside, vocabulary.said(ids))
             out += ids
         return out
+
+
+class Mixed:
+    """Text with calls in it, each of which keeps to a grammar. What answers the calls sees every token."""
+
+    def __init__(self, call: Grammar, tok: Tokenizer, machine: Tools):
+        self._call, self._tok, self._machine = call, tok, machine
+
+    def start(self) -> "MixedForm":
+        return MixedForm(self._call, self._tok, self._machine.start())
+
+
+class MixedForm:
+    """Where one answer stands: in text, where anything may follow, or in a call."""
+
+    ended, failed = False, ""  # a stop token ends it
+
+    def __init__(self, call: Grammar, tok: Tokenizer, machine: Tools):
+        self._grammar, self._tok, self._machine = call, tok, machine
+        self._call: Form | None = None
+        self._next: list[int] = []
+
+    def fill(self, bits: np.ndarray) -> None:
+        """As `Form.fill`."""
+        if self._call:
+            self._call.fill(bits)
+        else:
+            bits[:] = -1
+
+    def take(self, id: int, left: int, again: bool) -> bool:
+        """As `Form.take`."""
+        if not self._call and id == self._tok.python_start:
+            self._call, again = self._grammar.start(), False
+        if self._call and not self._call.take(id, left, again):
+            if not self._call.failed:
+                return False
+            self._call = None  # it is too much for llguidance: the rest is free
+        self._pushed([id])
+        return True
+
+    def forced(self) -> list[int]:
+        """As `Form.forced`; also what follows a call."""
+        if self._call:
+            ids = self._call.forced()
+            self._next += ids
+            self._pushed(ids)
+        ids, self._next = self._next, []
+        return ids
+
+    def _pushed(self, ids: Iterable[int]) -> None:
+        for id in ids:
+            self._next += self._machine.push(id)
+        if self._call and self._call.ended:
+            self._call = None

@@ -72,14 +72,14 @@ def test_pieces_join_what_is_of_one_kind_and_wait_for_whole_characters():
     reader = dialogue.Reader(TOK)
 
     def said(ids):
-        return dialogue.joined(map(reader.push, ids))
+        return dialogue.joined(piece for id in ids for piece in reader.push(id))
 
     snow = "雪".encode()
     assert said([*b"a", snow[0]]) == [("text", "a")]
     assert said([*snow[1:], TOK.python_start, *b"1+1"]) == [("text", "雪"), ("python", "1+1")]
     last = [TOK.python_end, TOK.output_start, *b"2", TOK.output_end, *b"!", snow[0]]
     assert said(last) == [("python_output", "2"), ("text", "!")]
-    assert dialogue.joined([reader.flush()]) == [("text", "\ufffd")]
+    assert dialogue.joined(reader.flush()) == [("text", "\ufffd")]
 
 
 def test_reader_counts_calls_also_where_a_model_opens_and_closes_at_will():
@@ -87,7 +87,7 @@ def test_reader_counts_calls_also_where_a_model_opens_and_closes_at_will():
 
     def calls(ids):
         reader = dialogue.Reader(TOK)
-        return [(p.text, p.call) for p in map(reader.push, ids) if p.kind != "text" and p.text]
+        return [(p.text, p.call) for id in ids for p in reader.push(id) if p.kind != "text" and p.text]
 
     assert calls(python + [*b"x"] + output + python + output) == [("i", 0), ("o", 0), ("i", 1), ("o", 1)]
     assert calls(python + python + output) == [("i", 0), ("i", 1), ("o", 1)]

@@ -50,9 +50,7 @@ NOTHING = {
     "stop": [],
 }
 HARMLESS = {
-    "tools": [TOOL],
     "parallel_tool_calls": True,
-    "reasoning_effort": "low",
     "verbosity": "low",
     "service_tier": "auto",
     "prediction": {"type": "content", "content": "x"},

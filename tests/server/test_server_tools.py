@@ -6,13 +6,14 @@ import json
 import jsonschema_rs
 import openai
 import pytest
-from evals_fakes import tiny_model
+from evals_fakes import ByteTokenizer, tiny_model
 from fastapi.testclient import TestClient
-from server_fakes import USER, scripted_app, serving
+from server_fakes import USER, Scripted, scripted_app, serving
 
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.grammar import Form
 
+TOK = ByteTokenizer()
 CHAT, RESPONSES = "/v1/chat/completions", "/v1/responses"
 ANSWER = {
     "type": "object",
@@ -40,8 +41,22 @@ HOT = {"messages": USER, "temperature": 1, "max_tokens": 120}
 
 @pytest.fixture(scope="module")
 def client():
-    with TestClient(scripted_app(None, engine=Engine(tiny_model(), slots=4, max_len=192))[0]) as client:
+    with TestClient(scripted_app(None, engine=Engine(tiny_model(sequence_len=768), slots=4, max_len=768))[0]) as client:
         yield client
+
+
+@pytest.fixture(scope="module")
+def thinking():
+    app, engine = scripted_app(b"<think> It is a question. </think> Yes.")
+    with TestClient(app) as client:
+        yield client, engine.seen
+
+
+@pytest.fixture(scope="module")
+def app_seen():
+    app, engine = scripted_app(b"", engine=Scripted(b"Yes.", max_len=768))
+    with TestClient(app) as client:
+        yield client, engine.seen
 
 
 def said(client, path=CHAT, **body):
@@ -108,15 +123,102 @@ def test_a_call_that_is_required_comes_and_is_valid(client, choice):
         assert "".join(d["function"]["arguments"] for d in deltas) == arguments
 
 
-def test_tools_that_may_be_called_are_named_where_text_is_the_answer(client):
-    for choice in ("auto", None):
-        got = client.post(CHAT, json={**HOT, "tools": TOOLS, "tool_choice": choice})
-        assert got.status_code == 200 and got.headers["X-Ignored-Fields"] == "tools"
+CALLING = {"logit_bias": {str(TOK.python_start): 100}}  # whatever it says, it calls something
+
+
+def test_where_text_may_be_the_answer_a_call_is_valid_as_well(client):
+    called = 0
+    for seed in range(12):
+        body = {**HOT, **CALLING, "tools": TOOLS, "seed": seed}
+        [whole] = said(client, **body)["choices"]
+        found = [event["choices"][0] for event in events(client, **body)]
+        if whole["finish_reason"] != "tool_calls":  # the calculator was called instead, and knew no answer
+            told = "".join(t.get("input", "") for c in found for t in c["delta"].get("tool", []))
+            assert told in "".join(call["input"] for call in whole["message"]["tool"])
+            continue
+        called += 1
+        [call] = whole["message"]["tool_calls"]
+        name, arguments = call["function"]["name"], call["function"]["arguments"]
+        jsonschema_rs.validate(WEATHER if name == "weather" else {"maxProperties": 0}, json.loads(arguments))
+        deltas = [d for c in found for d in c["delta"].get("tool_calls", [])]
+        assert found[-1]["finish_reason"] == "tool_calls" and deltas[0]["function"]["name"] == name
+        assert "".join(d["function"]["arguments"] for d in deltas) == arguments
+    assert called > 3
+    [text] = said(client, **HOT, tools=TOOLS, logit_bias={str(TOK.python_start): -100}, seed=1)["choices"]
+    assert "tool_calls" not in text["message"] and text["message"]["content"]
+
+
+def test_the_prompt_tells_of_tools_and_results(app_seen):
+    client, seen = app_seen
+    history = [
+        {"role": "system", "content": "Be kind."},
+        USER[0],
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "1", **NAMED, "function": {"name": "now"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "noon"},
+    ]
+    client.post(CHAT, json={"messages": history, "tools": TOOLS, "reasoning_effort": "high"})
+    said = "".join(chr(i) if i < 256 else f"<{i}>" for i in seen[-1].ids)
+    first = 'Think first.\ndef weather(city: Annotated[str, {"maxLength": 9}], unit: '
+    assert said.startswith(f"<{TOK.bos}><{TOK.user_start}>{first}") and "def now(): ...\n\nBe kind.\n\n" in said
+    called = f"now()<{TOK.python_end}><{TOK.output_start}>noon<{TOK.output_end}>"
+    assert said.endswith(f"<{TOK.assistant_start}><{TOK.python_start}>{called}")
+    client.post(CHAT, json={"messages": USER, "tools": TOOLS, "tool_choice": "none"})
+    assert "def" not in "".join(map(chr, (i for i in seen[-1].ids if i < 256)))
+
+
+def test_thoughts_are_told_apart(thinking):
+    client, seen = thinking
+    got = client.post(CHAT, json={"messages": USER, "reasoning_effort": "high"}).json()
+    [choice] = got["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Yes.", "reasoning_content": "It is a question."}
+    assert got["usage"]["completion_tokens_details"] == {"reasoning_tokens": 27}  # bytes, with the mark at their end
+    found = [e["choices"][0]["delta"] for e in events(client, messages=USER, enable_thinking=True)]
+    assert "".join(d.get("reasoning_content", "") for d in found) == "It is a question."
+    assert "".join(d.get("content", "") for d in found) == "Yes."
+    output = said(client, RESPONSES, input="hi", reasoning={"effort": "high"})["output"]
+    assert [(item["type"], item["content"][0]["text"]) for item in output] == [
+        ("reasoning", "It is a question."),
+        ("message", "Yes."),
+    ]
+    found = events(client, RESPONSES, input="hi", reasoning={"effort": "high"})
+    kinds = list(dict.fromkeys(e["type"].removeprefix("response.") for e in found))
+    assert kinds[2:] == [
+        "output_item.added", "content_part.added", "reasoning_text.delta", "reasoning_text.done",
+        "content_part.done", "output_item.done", "output_text.delta", "output_text.done", "completed",
+    ]  # fmt: skip
+    assert [e["output_index"] for e in found if e["type"].endswith("item.done")] == [0, 1]
+    client.post(CHAT, json={"messages": [*USER, choice["message"], *USER]})
+    assert b"question" not in bytes(i for i in seen[-1].ids if i < 256)
+
+
+@pytest.mark.parametrize(
+    "asked, line, budget",
+    [
+        ({}, None, None),
+        ({"reasoning_effort": "none"}, None, None),
+        ({"reasoning_effort": "low"}, "Think first, in at most 24 tokens.", 24),
+        ({"reasoning_effort": "high", "enable_thinking": False}, None, None),
+        ({"enable_thinking": True, "thinking_budget": 7}, "Think first, in at most 7 tokens.", 7),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "Think first.", None),
+        ({"thinking_budget": 0, "reasoning_effort": "high"}, None, None),
+    ],
+)
+def test_who_asks_for_thoughts_gets_them(thinking, asked, line, budget):
+    client, seen = thinking
+    got = client.post(CHAT, json={"messages": USER, **asked})
+    assert got.status_code == 200 and "X-Ignored-Fields" not in got.headers
+    text = bytes(i for i in seen[-1].ids if i < 256).decode()
+    assert text == (f"{line}\n\n" if line else "") + USER[0]["content"]
+    assert getattr(seen[-1].tool, "_budget", None) == budget
+    got = client.post(CHAT, json={"messages": USER, "reasoning_effort": "much"})
+    assert got.status_code == 400 and "reasoning_effort: none, minimal, low" in got.json()["error"]["message"]
 
 
 def test_a_response_is_a_call_or_keeps_to_a_form(client):
     body = {"input": "hi", "temperature": 1, "max_output_tokens": 120, "seed": 3}
-    [item] = said(client, RESPONSES, **body, tools=FLAT, tool_choice="required")["output"]
+    got = client.post(RESPONSES, json={**body, "tools": FLAT, "tool_choice": "required"})
+    assert got.headers["X-Ignored-Fields"] == "tools.web_search"
+    [item] = got.json()["output"]
     assert (item["type"], item["name"], item["status"]) == ("function_call", "weather", "completed")
     jsonschema_rs.validate(WEATHER, json.loads(item["arguments"]))
     found = events(client, RESPONSES, **body, tools=FLAT, tool_choice={"type": "function", "name": "weather"})
