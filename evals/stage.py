@@ -89,7 +89,7 @@ def evaluate_stage(
     out: dict[str, Any] = {"stage": stage, "bpb": None, "core": None, "chat": {}, "chatcore": None, "samples": []}
     if tasks is not None:
         out |= read_json(run_dir / "evals" / f"{name}.json") or {}
-    if "humaneval" in chosen:
+    if {"humaneval", "tools"} & set(chosen):  # which run programs
         sandbox.prepare(config.evals.sandbox, log)
     for task in chosen:
         if task in MEASURES:

@@ -19,6 +19,7 @@ from evals.tasks.identity import Identity
 from evals.tasks.multiple_choice import ARC, MMLU, Facts
 from evals.tasks.plain import KINDS, Talk
 from evals.tasks.spelling import Spelling, SpellingBee, read_words
+from evals.tasks.thinking import Thinking
 from evals.tasks.tools import Tools
 from nanochat_jax import chats
 from nanochat_jax.chats import chat_files
@@ -41,6 +42,7 @@ _GENERATED: dict[str, Callable[[str], Task]] = {
     **KINDS,
     "talk": Talk,
     "tools": Tools,
+    "thinking": Thinking,
     "facts": Facts,
     "identity": lambda split: Identity(),
 }
@@ -64,7 +66,7 @@ def available(data: DataConfig, split: str) -> list[str]:
     """The names of the tasks with a score that the data source has rows of, for a split."""
     source = source_of(data)
     if source == "embedded":
-        return [*KINDS, "tools", "everyday"]
+        return [*KINDS, "tools", "thinking", "everyday"]
     if source == "hub":
         return [name for name, rows in ROWS.items() if split in rows.hub_splits] + ["spellingbee"]
     return [name for name, rows in ROWS.items() if _local_files(data, "tasks", rows.files.get(split))] + ["spellingbee"]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evals.sandbox import run_program
 from evals.tasks.base import Generated, dialogue, read_yaml, visible
 from evals.tasks.checks import NUMBERS, Checked, holds
 from evals.tasks.plain import KINDS, typed
@@ -22,7 +23,10 @@ from nanochat_jax.engine.dialogue import Caller
 from nanochat_jax.engine.tools import name_of
 from nanochat_jax.signatures import call_text, is_plain_name, read_call
 
-WANTED = {"one call": 46, "two calls": 14, "failing": 6, "none": 18, "another tool": 16}  # shares of the questions
+WANTED = {  # shares of the questions
+    "train": {"one call": 42, "two calls": 14, "failing": 5, "none": 15, "another tool": 24},
+    "test": {"one call": 48, "two calls": 14, "failing": 6, "none": 20, "another tool": 12},
+}
 SENDER, SENDING = ("person", "text"), 0.15  # slots of a tool that sends a text to somebody; share of prompts with one
 ORDINARY = ("sums", "arithmetic", "letters", "spell", "self")  # kinds of questions that no tool is needed for
 TYPES = {"count": "integer", "hour": "integer", "size": "number", "state": "boolean"}  # of slots; of others, strings
@@ -31,6 +35,7 @@ SCHEMAS |= dict.fromkeys(("people", "things"), {"type": "array", "items": {"type
 _PERSON = {"name": {"type": "string"}, "city": {"type": "string"}}
 SCHEMAS["somebody"] = {"type": "object", "properties": _PERSON, "required": ["name", "city"]}
 COMPOSED, ODD_KEYS = 0.75, 0.3  # shares of training tools about any word, and of parameters that are named so
+SECONDS = 5.0  # that a program may take
 DESCRIBED, PARAMETERS_DESCRIBED, OPTIONAL = 0.5, 0.1, 0.15  # shares of tools with a docstring, and so on
 
 
@@ -42,10 +47,18 @@ class Tool:
     words: dict[str, str]
     function: dict
     keys: dict[str, str]  # slot -> parameter
+    factor: float  # by which a number is multiplied, of a tool that is a program
 
     @property
     def name(self) -> str:
         return self.function["name"]
+
+    @property
+    def program(self) -> str:
+        """The source of its function; empty where what it gives is made up."""
+        if tuple(self.keys) != ("size",):
+            return ""
+        return f"def {self.name}({self.keys['size']}):\n    return round({self.keys['size']} * {self.factor}, 2)"
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,8 @@ class Tools(Checked, Generated):
         rng.shuffle(functions)
         system = {"role": "system", "content": system_text(functions, False)}
         messages = [system, *dialogue(*said)["messages"]]
-        return {"messages": messages, "functions": functions, "calls": calls, "check": check}
+        programs = {tool.name: tool.program for tool in tools.values() if tool.program}
+        return {"messages": messages, "functions": functions, "calls": calls, "check": check, "programs": programs}
 
     def _add(self, tools: dict[str, Tool], tool: Tool) -> bool:
         """Whether a tool joins others: it does unless its name has a word in common with theirs."""
@@ -106,7 +120,8 @@ class Tools(Checked, Generated):
 
     def _exchange(self, rng: random.Random, tools: dict[str, Tool]) -> tuple[str, list[dict], Any, dict]:
         """(question, calls, answer, check)"""
-        known, wanted = read_yaml("tools.yaml"), rng.choices(list(WANTED), list(WANTED.values()))[0]
+        known, shares = read_yaml("tools.yaml"), WANTED[self.split]
+        wanted = rng.choices(list(shares), list(shares.values()))[0]
         if wanted == "none":
             drawn = KINDS[rng.choice(ORDINARY)](self.split).draw(rng)
             question, answer = (m["content"] for m in drawn["messages"])
@@ -118,7 +133,7 @@ class Tools(Checked, Generated):
             return use_of(rng, missing, self.split).question, [], known["no_tool"], {"any": ["no tool"]}
         fit = [t for t in tools.values() if wanted != "two calls" or "noun" in t.kind] or list(tools.values())
         use = use_of(rng, rng.choice(fit), self.split)
-        if wanted == "failing":
+        if wanted == "failing" and not use.tool.program:
             why = rng.choice(known["failures"])
             result = rng.choice(("error: {}", "Error: {}", '{{"error": "{}"}}')).format(why)
             return use.question, [use.call | {"result": result}], known["failed"].format(why=why), {"all": [why]}
@@ -136,9 +151,12 @@ class Tools(Checked, Generated):
         return question, [use.call, sent.call | {"arguments": arguments}], sent.answer, {"all": [sent.value]}
 
     def caller(self, conversation: dict) -> Caller:
-        """Gives what is prepared for a call that is wanted, else an error."""
+        """Runs a tool that is a program in the sandbox; others give what is prepared for a call that is wanted, else an
+        error."""
 
         def act(call: str) -> str:
+            if program := conversation["programs"].get(name_of(call)):
+                return run_call(program, call)
             return next((c["result"] for c in conversation["calls"] if _is_call(call, c)), "error: not found")
 
         return Caller(frozenset(f["name"] for f in conversation["functions"]), act)
@@ -151,6 +169,16 @@ class Tools(Checked, Generated):
         if not (calls := conversation["calls"]):
             return {"no call": not made} | answer
         return {"calls": len(made) == len(calls) and all(map(_is_call, made, calls))} | answer
+
+
+def run_call(program: str, call: str) -> str:
+    """What a function of a program gives for a call, in the sandbox."""
+    try:
+        name, arguments = read_call(call)
+    except ValueError as e:
+        return f"error: {e}"
+    result = run_program(f"{program}\nprint({name}(**{arguments!r}))", timeout=SECONDS)
+    return result.stdout.strip() if result.ok else f"error: {result}"
 
 
 def _words_of(tool: Tool) -> set[str]:
@@ -220,7 +248,8 @@ def draw_tool(rng: random.Random, kind: Mapping, split: str) -> Tool:
         properties.setdefault(key, schema)
     schema = {"type": "object", "properties": properties} | ({"required": required} if required else {})
     about = {"description": rng.choice(kind["about"])} if rng.random() < DESCRIBED else {}
-    return Tool(kind, words, {"name": name, **about, "parameters": schema}, keys)
+    function = {"name": name, **about, "parameters": schema}
+    return Tool(kind, words, function, keys, rng.choice((0.5, 2, 10, 100, 0.1, 3, 0.25, 1.6, 2.2, 0.62)))
 
 
 def _nouns() -> Sequence[str]:
@@ -237,7 +266,7 @@ def use_of(rng: random.Random, tool: Tool, split: str) -> Use:
     question = question[0].upper() + question[1:] if is_text and rng.random() < 0.5 else question
     question = question if is_text else typed(rng, stories.with_articles(question))
     arguments = {key: _as_written(values[slot], question) for slot, key in tool.keys.items()}
-    value, result = _result(rng, tool)
+    value, result = _result(rng, tool, values["size"])
     answer = rng.choice(tool.kind["says"]).format(**said, result=value)
     return Use(tool, question, arguments, result, value, answer, tool.kind.get("noun", "").format(**said))
 
@@ -294,8 +323,11 @@ def _slots(rng: random.Random, split: str) -> tuple[dict[str, str], dict[str, An
     return said, values
 
 
-def _result(rng: random.Random, tool: Tool) -> tuple[str, str]:
+def _result(rng: random.Random, tool: Tool, size: float) -> tuple[str, str]:
     """(the value, the text that a tool gives)."""
+    if tool.program:
+        value = str(round(size * tool.factor, 2))
+        return value, value
     known, lists = read_yaml("tools.yaml"), stories.script()["lists"]
     kind = tool.kind["gives"]
     kind = rng.choice(known["gives"].get(kind, [kind]))

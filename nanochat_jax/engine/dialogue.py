@@ -144,10 +144,12 @@ def prompt_limit(engine: Engine, max_new_tokens: int) -> int:
 
 
 class Caller(NamedTuple):
-    """Who runs the calls of an answer: the names of functions, and what comes of a call's text."""
+    """Who runs the calls of an answer: the names of functions, and what comes of a call's text. budget: tokens of its
+    thoughts at most."""
 
-    names: frozenset[str]
-    act: Callable[[str], str]
+    names: frozenset[str] = frozenset()
+    act: Callable[[str], str] = str
+    budget: int | None = None
 
 
 def converse(engine, tok: Tokenizer, requests: Sequence[Request], callers: Sequence[Caller | None]) -> list[Completion]:
@@ -178,7 +180,7 @@ def converse(engine, tok: Tokenizer, requests: Sequence[Request], callers: Seque
 
 def _further(tok: Tokenizer, request: Request, said: list[int], caller: Caller | None) -> Request:
     """A request to go on with what was said."""
-    left, tool = request.max_new_tokens - len(said), Tools(tok, caller.names) if caller else request.tool
+    left, tool = request.max_new_tokens - len(said), Tools(tok, caller.names, caller.budget) if caller else request.tool
     return replace(request, ids=[*request.ids, *said], max_new_tokens=left, tool=tool)
 
 

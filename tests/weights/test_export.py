@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import jax
 import jinja2
+import jinja2.sandbox
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -27,12 +28,14 @@ from hypothesis import strategies as st
 import run_speedrun
 from conftest import GOLDEN, ROOT, Golden, golden_files, relative_error
 from nanochat_jax import export
+from nanochat_jax.chats import conversation_of, prompt_of
 from nanochat_jax.checkpoint import Checkpointer, load_model, read_done, write_done
 from nanochat_jax.config import TokenizerConfig, dump_yaml, load_config
 from nanochat_jax.engine.engine import Engine, Request
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import scaling
 from nanochat_jax.model.gpt import init_params
+from nanochat_jax.signatures import functions_of
 from nanochat_jax.weights import configs, pickles
 from nanochat_jax.weights.folder import read_folder
 from nanochat_jax.weights.tensors import read_tensors, write_tensors
@@ -260,11 +263,13 @@ def rendered(tok):
         raise UserError(message)
 
     source = re.sub(r"\{%-? (end)?generation -?%\}", "", TEMPLATE.read_text())  # transformers' own, for the mask
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    template = environment.from_string(source)
     theirs = tokenizers.Tokenizer.from_str(tokenizer_json(tok))
 
-    def make(messages: list[dict], prompt: bool = False) -> list[int]:
-        text = template.render(messages=messages, raise_exception=fail, add_generation_prompt=prompt)
+    def make(messages: list[dict], prompt: bool = False, **more) -> list[int]:
+        text = template.render(messages=messages, raise_exception=fail, add_generation_prompt=prompt, **more)
         return theirs.encode(text, add_special_tokens=False).ids
 
     return make
@@ -276,7 +281,7 @@ def conversations(draw) -> list[dict]:
     for i in range(draw(st.integers(1, 4))):
         content = draw(TEXT)
         if i % 2 and draw(st.booleans()):
-            kinds = draw(st.permutations(["text", "python", "python_output"]))
+            kinds = draw(st.permutations(["think", "text", "python", "python_output"]))
             content = [{"type": kind, "text": draw(TEXT)} for kind in kinds]
         messages.append({"role": "assistant" if i % 2 else "user", "content": content})
     return messages
@@ -288,6 +293,78 @@ def test_chat_template(tok, rendered, messages):
     assert rendered(messages) == render(tok, {"messages": messages})[0]
     if messages[-1]["role"] == "user":
         assert rendered(messages, prompt=True) == render_prompt(tok, messages)
+
+
+@st.composite
+def objects(draw, inner):
+    names = st.sampled_from(["city", "days", "user-id", "from", "unit", "x"])
+    properties = draw(st.dictionaries(names, inner, max_size=4))
+    schema = {"type": "object", "properties": properties, "additionalProperties": False}
+    return schema | {"required": [name for name in properties if draw(st.booleans())]}
+
+
+SCHEMAS = st.recursive(
+    st.sampled_from(
+        [
+            *({"type": t} for t in ("string", "integer", "number", "boolean", "null", "array", "object")),
+            {"type": "string", "enum": ["a|b", "é"], "description": "one <of> 'two'"},
+            {"type": "integer", "enum": [1, 2], "default": 2, "description": "two\nlines"},
+            {"enum": [1, "a", None]},
+            {"type": ["string", "null"], "title": "X"},
+            {},
+            True,
+            {"type": "integer", "minimum": 1, "maximum": 9, "default": 3},
+            {"type": "boolean", "default": False},
+        ]
+    ),
+    lambda inner: st.one_of(
+        inner.map(lambda s: {"type": "array", "items": s}),
+        inner.map(lambda s: {"type": "object", "additionalProperties": s}),
+        st.tuples(inner, inner).map(lambda pair: {"anyOf": list(pair)}),
+        objects(inner),
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    schema=objects(SCHEMAS), description=TEXT.filter(lambda text: "\n" not in text), thinking=st.sampled_from([0, 1, 9])
+)
+def test_chat_template_tells_of_tools_and_thoughts(tok, rendered, schema, description, thinking):
+    tools = [{"type": "function", "function": {"name": "get-it", "description": description, "parameters": schema}}]
+    tools.append({"name": "now"})
+    arguments = {"city": "Oslo|", "on": True, "n": None, "d": {"a": [1.5]}}
+    calls = [
+        {"id": "a", "type": "function", "function": {"name": "get-it", "arguments": arguments}},
+        {"id": "b", "type": "function", "function": {"name": "now", "arguments": {"user-id": 3}}},
+    ]
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "c"},
+        {"role": "user", "content": "d"},
+        {"role": "assistant", "content": "Wait.", "reasoning_content": "e", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "b", "content": "noon"},
+        {"role": "tool", "tool_call_id": "a", "content": "rain|"},
+    ]
+    functions, budget = functions_of(tools), True if thinking == 1 else thinking
+    asked = {"thinking_budget": thinking} if thinking > 1 else {"enable_thinking": bool(thinking)}
+    wanted = render_prompt(tok, prompt_of(messages, functions, budget))
+    got = rendered(messages, prompt=True, tools=tools, **asked)
+    assert tok.decode(got) == tok.decode(wanted)
+    assert got == wanted
+    row = {"messages": [*messages, {"role": "assistant", "content": "It is noon."}], "tools": tools}
+    assert (
+        rendered(row["messages"], tools=tools, enable_thinking=True)
+        == render(tok, {"messages": conversation_of(row)[0]})[0]
+    )
+
+
+def test_chat_template_refuses_what_no_signature_says(rendered):
+    tools = [{"name": "f", "parameters": {"type": "object", "properties": {"x": {"allOf": [{}]}}}}]
+    with pytest.raises(UserError, match="tools: allOf is not of the subset"):
+        rendered([{"role": "user", "content": "x"}], tools=tools)
 
 
 @pytest.mark.parametrize("roles", [["assistant"], ["user", "user"], ["system"], ["user", "system"]])
