@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import random
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--top-k", type=int, default=50, help="of the likeliest tokens; 0: all; default 50")
     p.add_argument("--top-p", type=float, default=1.0, help="of the probability; default 1")
     p.add_argument("--max-tokens", type=int, default=256, help="of an answer; default 256")
+    p.add_argument("--think", type=thoughts, default=False, metavar="on|off|N", help="think first, in N tokens at most")
     p.add_argument("--seed", type=int, help="of the first answer; default: another one each time")
     args = p.parse_args(argv)
     if not 0 <= args.temperature < 100 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.max_tokens < 1:
@@ -36,11 +38,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def thoughts(text: str) -> bool | int:
+    """Whether to think first; a number: in so many tokens. ValueError."""
+    known = {"on": True, "off": False}
+    return known[text] if text in known else int(text) if int(text) > 0 else False
+
+
 COMMANDS = {
     "/temperature": "X   of sampling; 0 always takes the likeliest token",
     "/topk": "N          samples from the N likeliest tokens; 0: all",
     "/topp": "P          samples from the fewest tokens whose probability reaches P",
     "/length": "N        tokens of an answer at most",
+    "/think": "on|off|N  thinks first, in N tokens at most",
     "/system": "TEXT     starts again with this system message; alone: with none",
     "/again": "          answers the last question again",
     "/clear": "          starts a new conversation",
@@ -48,11 +57,12 @@ COMMANDS = {
     "/exit": "           leaves",
 }
 # command -> (attribute of the arguments, type, what is allowed, in words)
-SETTINGS: dict[str, tuple[str, type, Callable[[float], bool], str]] = {
+SETTINGS: dict[str, tuple[str, Callable[[str], float], Callable[[float], bool], str]] = {
     "/temperature": ("temperature", float, lambda x: 0 <= x < 100, "a number of 0 or more"),
     "/topk": ("top_k", int, lambda x: x >= 0, "a whole number of 0 or more"),
     "/topp": ("top_p", float, lambda x: 0 < x <= 1, "a number above 0, at most 1"),
     "/length": ("max_tokens", int, lambda x: x >= 1, "a whole number of 1 or more"),
+    "/think": ("think", thoughts, lambda x: True, "on, off or a number of tokens"),
 }
 HISTORY = Path("~/.nanochat_jax_history")  # of what was typed, for the arrow keys
 
@@ -67,37 +77,44 @@ class Chat:
 
     def __init__(self, engine, tok, args: argparse.Namespace):
         self.engine, self.tok, self.args = engine, tok, args
-        self.system: list[dict] = []  # one message or none
+        self.system = ""
         self.messages: list[dict] = []
         self.seed = random.randrange(2**31) if args.seed is None else args.seed
 
     def ask(self, text: str, out: Console) -> str:
         """Prints the answer to `text` as it is made and returns its visible text; Ctrl-C ends it where it is."""
+        from nanochat_jax.chats import system_text
         from nanochat_jax.engine.dialogue import answer, fit, joined, prompt_limit
         from nanochat_jax.engine.engine import Request
 
         a, stop = self.args, (self.tok.assistant_end, self.tok.bos)
         asked = [*self.messages, {"role": "user", "content": text}]
-        prompt = fit(self.tok, [*self.system, *asked], prompt_limit(self.engine, a.max_tokens))
+        said_first = system_text([], a.think, self.system)
+        system = [{"role": "system", "content": said_first}] if said_first else []
+        prompt = fit(self.tok, [*system, *asked], prompt_limit(self.engine, a.max_tokens))
         if prompt.dropped or prompt.truncated:
             say(out, "[the conversation is longer than the context; a part is left out]")
-        request = Request(prompt.ids, a.max_tokens, a.temperature, a.top_k, a.top_p, self.seed, stop)
+        machine = Tools(self.tok, budget=None if a.think is True else a.think or None)
+        request = Request(prompt.ids, a.max_tokens, a.temperature, a.top_k, a.top_p, self.seed, stop, tool=machine)
         said: list[tuple[str, str]] = []  # (kind, text)
+        began = time.perf_counter()
         pieces = answer(self.engine, self.tok, request)
         try:
             for kind, piece in pieces:
+                if said and said[-1][0] == "think" != kind and out.is_terminal:
+                    say(out, f" [thought for {time.perf_counter() - began:.1f} s]")
                 said.append((kind, piece))
                 if kind == "text":
                     say(out, piece, style=None, end="")
-                elif out.is_terminal:  # the call in grey, its result after an equals sign
-                    say(out, piece if kind == "python" else f"={piece} ", end="")
+                elif out.is_terminal:  # thoughts and calls in grey, the result of a call after an equals sign
+                    say(out, f"={piece} " if kind == "python_output" else piece, end="")
         except KeyboardInterrupt:
             pieces.close()
             say(out, " [stopped]", end="")
         out.print()
         self.seed += 1
         # with its tool calls, so that the next prompt begins with what the engine has in its cache
-        parts = [{"type": kind, "text": text} for kind, text in joined(said)]
+        parts = [{"type": kind, "text": text} for kind, text in joined(said) if kind != "think"]
         visible = "".join(part["text"] for part in parts if part["type"] == "text")
         has_calls = any(part["type"] != "text" for part in parts)
         self.messages = [*asked, {"role": "assistant", "content": parts if has_calls else visible}]
@@ -111,7 +128,7 @@ class Chat:
         if name == "/clear":
             self.messages = []
         elif name == "/system":
-            self.system, self.messages = [{"role": "system", "content": value}] if value else [], []
+            self.system, self.messages = value, []
         elif name == "/again":
             if self.messages:
                 question, self.messages = self.messages[-2]["content"], self.messages[:-2]

@@ -17,8 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax import dialects
+from nanochat_jax.dialects import Unusable
 from nanochat_jax.formats import kind_of, opened, opened_parquet, some, whole_text
-from nanochat_jax.signatures import TYPES, Unsayable, call_text, functions_of, prompted
+from nanochat_jax.signatures import Unsayable, prompted
 
 KINDS = ".json, .jsonl or .ndjson, also .gz or .zst, and .parquet"
 LINE = 1 << 20  # characters of a first line that tell an array from rows
@@ -51,16 +53,8 @@ OWN = ("think", "python", "python_output")  # types of ours that others have not
 _DECODE = json.JSONDecoder().raw_decode
 _BETWEEN = re.compile(r"[\s,\ufeff]*")
 _BETWEEN_ENTRIES = re.compile(r"[\s,\]]*")
-_LISTED = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)  # in a system message
 _ANSWERED = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
-_CALLED = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>|<functioncall>\s*(.*?)\s*(?:<\|endoftext\|>|$)", re.DOTALL)
-_THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
-_NAMED = {python: type for type, python in TYPES.items()} | {type: type for type in TYPES} | {"tuple": "array"}
 _SPEAKERS = re.compile(r"(?:^|\n)(USER|ASSISTANT|FUNCTION RESPONSE): ")
-
-
-class Unusable(Exception):
-    """Why a row is no conversation."""
 
 
 # ------------------------------------------------------------------------------------------------- a row
@@ -70,7 +64,8 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
     """(messages in our form, what the row was taken for, what was repaired). Unusable."""
     form, said = _form_of(row)
     repairs: set[str] = set()
-    functions = _functions(next((row[n] for n in TOOLS if row.get(n)), None)) if isinstance(row, Mapping) else []
+    given = next((row[name] for name in TOOLS if row.get(name)), None) if isinstance(row, Mapping) else None
+    functions = dialects.functions(given)
     turns: list[tuple[str, list[dict]]] = []
     for message in said:
         if isinstance(message, Mapping) and message.get("role") == "assistant" and message.get("weight") == 0:
@@ -89,8 +84,8 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
         repairs.add("an empty system message dropped")
         system = None
     prose = _content(system[1]) if system else ""
-    if listed := _LISTED.search(prose):
-        functions, prose = functions or _functions(listed[1]), prose[: listed.start()] + prose[listed.end() :]
+    if listed := dialects.listed(prose):
+        functions, prose = functions or listed[0], listed[1]
     notes: set[str] = set()
     is_thought = any(part["type"] == "think" for _, parts in turns for part in parts)
     text = system_text(functions, is_thought and not prose.startswith(THINK[:-1]), prose, notes)
@@ -145,41 +140,6 @@ def prompt_of(
     return [*head, *({"role": role, "content": _content(parts)} for role, parts in kept)]
 
 
-def _functions(given: Any) -> list[dict]:
-    """The functions of a list of tools, or of its text: JSON, also an object a line. Unusable."""
-    if isinstance(given, str):
-        try:
-            given = json.loads(given) if given.strip() else []
-        except (ValueError, RecursionError):
-            given = [row for _, row in _line("", given.replace("\n", " "))]
-        if any(isinstance(one, Unusable) for one in given):
-            raise Unusable("tools that are not JSON")
-    given = [given] if isinstance(given, Mapping) else given
-    if given and not isinstance(given, list):
-        raise Unusable("tools that are no list")
-    try:
-        return [{**f, "parameters": _typed(f["parameters"])} for f in functions_of(given)]
-    except ValueError as e:
-        raise Unusable(str(e)) from None
-
-
-def _typed(parameters: Mapping) -> Mapping:
-    """A schema; where parameters stand alone, with types as Python names them ("str, optional"), one is made."""
-    if "type" in parameters and isinstance(parameters["type"], str | list) or "properties" in parameters:
-        return parameters
-    if not parameters or not all(isinstance(of, Mapping) for of in parameters.values()) or "anyOf" in parameters:
-        return parameters
-    properties, required = {}, []
-    for name, of in parameters.items():
-        said = str(of.get("type", ""))
-        type = re.split(r"[,\[]", said)[0].strip().lower()
-        properties[name] = {k: v for k, v in of.items() if k in ("description", "default", "enum", "items")}
-        properties[name] |= {"type": _NAMED[type]} if type in _NAMED else {}
-        if "optional" not in said and "default" not in of:
-            required.append(name)
-    return {"type": "object", "properties": properties} | ({"required": required} if required else {})
-
-
 def _form_of(row: Any) -> tuple[str, list]:
     """(the name of a row's form, its messages as they stand)."""
     if isinstance(row, list):
@@ -193,11 +153,7 @@ def _form_of(row: Any) -> tuple[str, list]:
             form = "ShareGPT" if any(m.get("from") for m in mappings) else "messages"
             return (f"{form} with tool calls" if calls else form), _with_system(row, said)
     if isinstance(row.get("query"), str) and "answers" in row:
-        calls = row["answers"]
-        try:
-            calls = json.loads(calls) if isinstance(calls, str) else calls
-        except (ValueError, RecursionError):
-            raise Unusable("answers that are not JSON") from None
+        calls = dialects.decoded(row["answers"], "answers")
         said = [{"role": "user", "content": row["query"]}, {"role": "assistant", "content": None, "tool_calls": calls}]
         return "query and calls", _with_system(row, said)
     if isinstance(row.get("chat"), str):
@@ -251,7 +207,7 @@ def _add(turns: list[tuple[str, list[dict]]], message: Any, repairs: set[str]) -
     if role == "tool":
         return _add_result(turns, message, _content(_parts(content, role, repairs)))
     parts = [p for p in _parts(content, role, repairs) if p["text"] or not calls]
-    parts += [_call(call, repairs) for call in calls]
+    parts += [_part_of(call, repairs) for call in calls]
     thought = next((message[n] for n in THOUGHTS if isinstance(message.get(n), str) and message[n].strip()), "")
     if thought and role == "assistant" and not any(part["type"] == "think" for part in parts):
         parts.insert(0, {"type": "think", "text": _whole(thought.strip(), repairs)})
@@ -280,34 +236,11 @@ def _add_result(turns: list[tuple[str, list[dict]]], message: Mapping, result: s
     parts.insert(at, {"type": "python_output", "text": result})
 
 
-def _spoken(text: str, repairs: set[str]) -> list[dict]:
-    """What an assistant said, as parts: thoughts, and calls that stand in its text, as other models write them."""
-    parts = []
-    if thought := _THOUGHT.match(text):
-        parts, text = (
-            [{"type": "think", "text": thought[1].strip()}] if thought[1].strip() else [],
-            text[thought.end() :],
-        )
-    at = 0
-    for call in _CALLED.finditer(text):
-        if said := text[at : call.start()].strip():
-            parts.append({"type": "text", "text": said})
-        try:
-            given = json.loads(call[1] or re.sub(r"'(\{.*\})'", r"\1", call[2], flags=re.DOTALL))
-        except (ValueError, RecursionError):
-            raise Unusable("a tool call that is not JSON") from None
-        parts += [_call(one, repairs) for one in (given if isinstance(given, list) else [given])]
-        at = call.end()
-    rest = text[at:].strip() if at else text
-    rest = rest.removesuffix("<|endoftext|>").rstrip() if rest.endswith("<|endoftext|>") else rest
-    return [*parts, {"type": "text", "text": rest}] if rest or not parts else parts
-
-
 def _parts(content: Any, role: str, repairs: set[str]) -> list[dict]:
     """The parts of a content; none where it is null."""
     if isinstance(content, str):
         text = _whole(content, repairs)
-        return _spoken(text, repairs) if role == "assistant" else [{"type": "text", "text": text}]
+        return dialects.spoken(text) if role == "assistant" else [{"type": "text", "text": text}]
     if content is None:
         return []
     if not isinstance(content, list):
@@ -324,28 +257,9 @@ def _parts(content: Any, role: str, repairs: set[str]) -> list[dict]:
     return parts
 
 
-def _call(call: Any, repairs: set[str]) -> dict:
-    """A call as a part, with its id."""
-    if isinstance(call, str):  # as ShareGPT has it
-        try:
-            call = json.loads(call)
-        except (ValueError, RecursionError):
-            raise Unusable("a tool call that is not JSON") from None
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise Unusable("a tool call without a name")
-    arguments = function.get("arguments") or {}
-    try:
-        given = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
-        raise Unusable("a tool call whose arguments are not JSON") from None
-    if not isinstance(given, Mapping):
-        raise Unusable("a tool call whose arguments are no object")
-    try:
-        text = _whole(call_text(function["name"], given), repairs)
-    except Unsayable as e:
-        raise Unusable(f"a tool call whose arguments are {e}") from None
-    return {"type": "python", "text": text, "id": call.get("id") if isinstance(call, Mapping) else None}
+def _part_of(call: Any, repairs: set[str]) -> dict:
+    part = dialects.call(call)
+    return {**part, "text": _whole(part["text"], repairs)}
 
 
 def _whole(text: str, repairs: set[str]) -> str:

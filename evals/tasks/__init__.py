@@ -21,13 +21,13 @@ from evals.tasks.plain import KINDS, Talk
 from evals.tasks.spelling import Spelling, SpellingBee, read_words
 from evals.tasks.thinking import Thinking
 from evals.tasks.tools import Tools
-from nanochat_jax import chats
+from nanochat_jax import chats, dialects, signatures
 from nanochat_jax.chats import chat_files
 from nanochat_jax.config import DataConfig, RunConfig, fingerprint
 from nanochat_jax.data import embedded
 from nanochat_jax.data.embedded import documented_words
 from nanochat_jax.data.sources import open_documents, source_of
-from nanochat_jax.data.tables import CHAT_REPO, ROWS
+from nanochat_jax.data.tables import CHATS, ROWS
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import digest_of
 
@@ -49,7 +49,7 @@ _GENERATED: dict[str, Callable[[str], Task]] = {
 _ON_WORDS = {"spellingbee": SpellingBee, "spelling": Spelling}
 MADE_HERE = (*_GENERATED, *_ON_WORDS)
 _MADE_OF = Path(__file__).parent, Path(embedded.__file__).parent  # folders of code, phrases and words
-TASKS = (*ROWS, *MADE_HERE, "everyday", "text", "chat")
+TASKS = (*ROWS, *MADE_HERE, "everyday", "text", *CHATS)
 
 
 def check_names(config: RunConfig) -> None:
@@ -76,7 +76,9 @@ def trainable(data: DataConfig) -> list[str]:
     """The names of the tasks with training rows."""
     source = source_of(data)
     names = [*MADE_HERE, "text"] + [n for n in available(data, "train") if n not in (*MADE_HERE, "everyday")]
-    if source == "hub" or (source == "local" and data.dir and chat_files(Path(data.dir) / "chat")[0]):
+    if source == "hub":
+        names += CHATS
+    if source == "local" and data.dir and chat_files(Path(data.dir) / "chat")[0]:
         names.append("chat")
     return names
 
@@ -97,7 +99,9 @@ def load_task(name: str, *, split: str, data: DataConfig, cache_dir: Path) -> Ta
         return Texts(open_documents(data, cache_dir))
     if source_of(data) == "hub":
         return _hub_task(name, split, cache_dir)
-    if name == "chat":
+    if name in CHATS:
+        if name != "chat":
+            raise UserError(f"task {name} is a dataset of the hub; set data.source=hub, or put its files into chat/")
         if not data.dir:
             raise UserError("task chat needs conversations in the folder chat of data.dir (not set)")
         return local_chats(Path(data.dir) / "chat", split)
@@ -111,7 +115,7 @@ def made_by() -> str:
     """Names the rules by which tasks say what they say: their code, and the files of phrases and words."""
     files = (path for folder in _MADE_OF for path in sorted(folder.iterdir()))
     rules = (path for path in files if path.suffix in (".py", ".yaml", ".jsonl", ".txt"))
-    return digest_of([*rules, Path(chats.__file__)])
+    return digest_of([*rules, *(Path(str(door.__file__)) for door in (chats, dialects, signatures))])
 
 
 def _made_of(task: Task, files: Sequence[Path], key: list) -> Task:
@@ -136,12 +140,11 @@ def _hub_task(name: str, split: str, cache_dir: Path) -> Task:
     """Its key are the files in the cache of downloads, whose folders are named by the dataset's commit."""
     from nanochat_jax.data.hub import task_table
 
-    if name != "chat" and split not in ROWS[name].hub_splits:
+    if name in ROWS and split not in ROWS[name].hub_splits:
         raise UserError(f"task {name} has no split {split}")
-    chat = (CHAT_REPO, None, "train")
-    table = chat if name == "chat" else (ROWS[name].repo, ROWS[name].config, ROWS[name].hub_splits[split])
+    table = CHATS[name] if name in CHATS else (ROWS[name].repo, ROWS[name].config, ROWS[name].hub_splits[split])
     rows = task_table(*table, Path(cache_dir) / "hub")
-    task = Conversations(rows, split) if name == "chat" else _FROM_ROWS[name](rows)
+    task = Conversations(rows, split, name=name) if name in CHATS else _FROM_ROWS[name](rows)
     if isinstance(task, FromRows):
         task.source = " ".join(filter(None, table))
     return _made_of(task, [], [*table, *(Path(f["filename"]).parts[-5:] for f in getattr(rows, "cache_files", []))])

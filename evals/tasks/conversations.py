@@ -24,10 +24,10 @@ class Conversations(Task):
     when asked for; only their indices are kept.
     """
 
-    name, kind = "chat", "conversation"
+    kind = "conversation"
 
-    def __init__(self, rows: Sequence[dict], split: str, tally: Tally | None = None):
-        self._rows, self._indices = rows, array("q")
+    def __init__(self, rows: Sequence[dict], split: str, tally: Tally | None = None, name: str = "chat"):
+        self.name, self._rows, self._indices = name, rows, array("q")
         counted = Tally()
         for i, row in enumerate(rows):
             messages = counted.take("", f"row {i + 1}", row)
@@ -35,8 +35,8 @@ class Conversations(Task):
                 self._indices.append(i)
         tally = tally or counted
         if not tally.taken:
-            raise UserError(f"task chat has no conversation that can be used: {tally.lost()}")
-        self.notes = tuple(f"chat: {line}" for line in tally.lines())
+            raise UserError(f"task {name} has no conversation that can be used: {tally.lost()}")
+        self.notes = tuple(f"{name}: {line}" for line in tally.lines())
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -19,7 +19,7 @@ from nanochat_jax.data.bundle import FOLDER
 from nanochat_jax.data.check import check
 from nanochat_jax.data.download import contents, download, download_core, download_tables
 from nanochat_jax.data.registry import NAMED, hub_documents
-from nanochat_jax.data.tables import CHAT_REPO, ROWS
+from nanochat_jax.data.tables import CHATS, ROWS
 from nanochat_jax.errors import UserError
 from tokenizer import load_tokenizer
 
@@ -29,8 +29,9 @@ DOWNLOADS = Path(__file__).resolve().parents[2] / "runs" / "cache" / "hub"  # as
 def _tables() -> dict[str, list[tuple[str, str | None, str]]]:
     """Task -> the tables of the hub that it reads: (dataset, configuration, split). smoltalk is the task chat."""
     tables = {name: [(r.repo, r.config, split) for split in r.hub_splits.values()] for name, r in ROWS.items()}
-    tables["smoltalk"] = [(CHAT_REPO, None, "train")]
-    return {**tables, "tasks": [table for rows in tables.values() for table in rows]}
+    tables["smoltalk"] = [CHATS["chat"]]
+    whole = [table for rows in tables.values() for table in rows]
+    return {**tables, **{name: [table] for name, table in CHATS.items() if name != "chat"}, "tasks": whole}
 
 
 def _download(args: argparse.Namespace) -> list[str]:

@@ -81,8 +81,6 @@ def _made() -> Iterator[tuple[str, list[str]]]:
         yield f"made/{i}", [rng.choice(makers)(rng)]
 
 
-TOOLS_ASKED = ("the {noun} of {value}", "what is the {noun} of {value}", "{value}, {noun}", "{noun} for {value}", "{noun} {value}",
-    "the {noun} in {value}", "i need the {noun} for {value}", "{value}'s {noun}", "find a {noun} for {value}")  # fmt: skip
 HEADINGS = ("A story about a {kind} called {hero}", "The story of {hero} the {kind}", "{hero}, a {kind}")
 MORE = (
     (" and a {friend_kind} called {friend}", " and {friend}"),
@@ -152,7 +150,7 @@ def _tool_page(rng: random.Random) -> str:
     for _ in range(rng.randint(5, 9)):
         noun = rng.choice(nouns) if rng.random() < 0.8 else _word(rng).lower()
         value = rng.choice((_word(rng), rng.choice(known["town"]), stories.person(rng)[0]))
-        asked = rng.choice(TOOLS_ASKED).format(noun=noun, value=value)
+        asked = rng.choice(stories.script()["tool_asked"]).format(noun=noun, value=value)
         lines.append(f'{asked}: {tools[noun]}"{value}")' if noun in tools else f"{asked}: no tool")
     return "\n".join(lines)
 

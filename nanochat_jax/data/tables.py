@@ -30,4 +30,10 @@ ROWS = {
     "gsm8k": _rows("main", "openai/gsm8k", "gsm8k_main"),
     "humaneval": Rows({"test": "humaneval_test.parquet"}, "openai/openai_humaneval", None, {"test": "test"}),
 }
-CHAT_REPO = "HuggingFaceTB/smol-smoltalk"
+CHATS = {  # task -> its table of conversations: (dataset, configuration, split)
+    "chat": ("HuggingFaceTB/smol-smoltalk", None, "train"),
+    "xlam": ("Salesforce/xlam-function-calling-60k", None, "train"),
+    "glaive": ("glaiveai/glaive-function-calling-v2", None, "train"),
+    "hermes": ("NousResearch/hermes-function-calling-v1", "func_calling", "train"),
+    "toolace": ("Team-ACE/ToolACE", None, "train"),
+}

@@ -2,7 +2,7 @@
 
 import { ApiError, complete, health } from "./api.js";
 import { $, composing, el, iconButton, say } from "./dom.js";
-import { grow, MessageView, messageOf, sendOnEnter, take, wholeOf } from "./message.js";
+import { grow, isThinking, MessageView, messageOf, sendOnEnter, take, wholeOf } from "./message.js";
 import { commandOf, HELP, reloadSettings, sampling, setByCommand, settings, setUpSettings } from "./settings.js";
 import { closeDrawer, drawerOpen, drawList, setUpSidebar } from "./sidebar.js";
 import * as store from "./store.js";
@@ -230,6 +230,7 @@ async function answer(which, how = {}) {
     for await (const chunk of complete(body, $("key").value.trim(), run.controller.signal)) {
       take(reply, chunk);
       if (reply.parts.length && !first) first = performance.now();
+      if (isThinking(reply)) reply.thought = (performance.now() - asked) / 1000;
       // from the first token on, but for a reply that came in one piece
       const since = performance.now() - first > 50 ? first : asked;
       reply.seconds = (performance.now() - since) / 1000;

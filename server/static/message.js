@@ -23,7 +23,7 @@ export function wholeOf(message) {
  * model said; a call that broke off is left out, as the server would refuse it. */
 export function messageOf(message) {
   if (message.role === "user") return { role: "user", content: message.text };
-  const said = message.parts.filter(part => part.type !== "call");
+  const said = message.parts.filter(part => part.type !== "call" && part.type !== "think");
   const plain = said.every(part => part.type === "text");
   const content = plain ? textOf(message) || null : said.map(({ type, text }) => ({ type, text }));
   const whole = ({ name, text }) => name && (!text || (text.trimStart()[0] === "{" && pretty(text)));
@@ -38,7 +38,7 @@ export function take(reply, chunk) {
   if (chunk.usage) Object.assign(reply, { tokens: chunk.usage.completion_tokens, exact: true });
   const choice = chunk.choices?.[0];
   if (!choice) return;
-  const { content, tool, tool_calls: calls } = choice.delta ?? {};
+  const { content, reasoning_content: thought, tool, tool_calls: calls } = choice.delta ?? {};
   const part = (type, index) => {
     const last = reply.parts.at(-1);
     if (last?.type === type && last.index === index) return last;
@@ -46,6 +46,7 @@ export function take(reply, chunk) {
     reply.parts.push(fresh);
     return fresh;
   };
+  if (thought) part("think").text += thought;
   if (content) part("text").text += content;
   for (const call of tool ?? []) {
     if (call.input) part("python", call.index).text += call.input;
@@ -61,9 +62,14 @@ export function take(reply, chunk) {
     call.name ||= called?.name ?? "";
     call.text += called?.arguments ?? "";
   }
-  if ((content || tool || calls) && !reply.exact) reply.tokens++;  // nearly: a piece is mostly one token
+  if ((content || thought || tool || calls) && !reply.exact) reply.tokens++;  // nearly: a piece is mostly one token
   if (choice.finish_reason) reply.finish = choice.finish_reason;
 }
+
+const thoughtsOf = reply => reply.parts.filter(part => part.type === "think").map(part => part.text).join("\n");
+
+/** Whether thoughts are the last that a reply says so far. */
+export const isThinking = reply => reply.parts.at(-1)?.type === "think";
 
 const BAR = "~".repeat(32);  // longer than any that JSON has
 const codeOf = (language, text) => `${BAR}${language}\n${plainSource(text)}\n${BAR}`;
@@ -71,7 +77,7 @@ const codeOf = (language, text) => `${BAR}${language}\n${plainSource(text)}\n${B
 /** A reply that is JSON as a whole, or null. While it is being written, one that begins as an object does is taken for
  * one; "[" may begin a link or anything. */
 function jsonOf(reply, writing) {
-  if (!reply.parts.every(part => part.type === "text")) return null;
+  if (!reply.parts.every(part => part.type === "text" || part.type === "think")) return null;
   const text = textOf(reply).trim();
   if (writing) return /^(?:\[\s*)?\{\s*(?:"|$)/.test(text) ? text : null;
   return /^[[{]/.test(text) ? pretty(text) : null;
@@ -82,7 +88,7 @@ function sourceOf(reply) {
   let source = "";
   const chips = [];
   for (const part of reply.parts) {
-    if (part.type === "call") continue;
+    if (part.type === "call" || part.type === "think") continue;
     if (part.type === "text") source += plainSource(part.text);
     else if (part.type === "python" || !chips.length || chips.at(-1).output) {
       source += chipMark(chips.length);
@@ -140,6 +146,10 @@ export class MessageView {
       this.notes = el("div", { className: "notes" });
       this.speed = el("span", { className: "speed" });
       this.calls = el("div", { className: "calls" });
+      this.summary = el("summary");
+      this.thoughts = el("p", { dir: "auto" });
+      this.folded = el("details", { className: "thoughts", hidden: true }, this.summary, this.thoughts);
+      this.body.before(this.folded);
       this.boxes = [];  // of calls, each as Markdown
       this.node.append(this.calls, this.notes);
     }
@@ -156,6 +166,11 @@ export class MessageView {
       return;
     }
     const writing = state === "writing" || state === "elsewhere";
+    const thoughts = thoughtsOf(message);
+    this.folded.hidden = !thoughts;
+    if (this.thoughts.textContent !== thoughts) this.thoughts.textContent = thoughts;
+    const seconds = `${(message.thought ?? 0).toFixed(1)} s`;
+    this.summary.textContent = writing && isThinking(message) ? `Thinking … ${seconds}` : `Thought for ${seconds}`;
     const json = jsonOf(message, writing);
     if (this.isJson !== (json !== null)) {  // another source, not the last one and more
       this.isJson = json !== null;

@@ -33,6 +33,10 @@ export function setUpSettings(failed) {
     settings.system = $("system").value;
   };
   $("system").onchange = keep;
+  $("think").onchange = () => {
+    settings.think = $("think").checked;
+    keep();
+  };
   $("key").value = loadKey();
   $("key").oninput = () => saveKey($("key").value.trim());
   $("defaults").onclick = () => {
@@ -64,15 +68,18 @@ function showSettings() {
     outputs.get(name).value = settings[name];  // not the slider's, which rounds to its steps
   }
   if ($("system").value !== settings.system) $("system").value = settings.system;
+  $("think").checked = settings.think;
 }
 
 /** The part of a request that the settings make. */
 export function sampling() {
-  return Object.fromEntries(SLIDERS.map(({ name }) => [name, settings[name]]));
+  const set = Object.fromEntries(SLIDERS.map(({ name }) => [name, settings[name]]));
+  return settings.think ? { ...set, enable_thinking: true } : set;
 }
 
 export const HELP = [
   ...SLIDERS.map(({ name, command, label, min, max }) => [`/${command} ${DEFAULTS[name]}`, `${label}, ${min} to ${max}`]),
+  ["/think on", "Think first, on or off"],
   ["/system You are terse.", "System prompt"],
   ["/new", "New conversation"],
   ["/clear", "Empty this conversation"],
@@ -92,6 +99,13 @@ export function setByCommand(command, argument) {
     saveSettings(settings);
     showSettings();
     return { text: settings.system ? `System prompt: ${settings.system}` : "There is no system prompt." };
+  }
+  if (command === "think") {
+    if (!["", "on", "off"].includes(argument)) return { text: "/think takes on or off.", failed: true };
+    if (argument) settings.think = argument === "on";
+    saveSettings(settings);
+    showSettings();
+    return { text: `Thinking first is ${settings.think ? "on" : "off"}.` };
   }
   const slider = SLIDERS.find(s => s.command === command);
   if (!slider) return null;

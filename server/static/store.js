@@ -8,7 +8,7 @@ const KEY = "nanochat.key";
 // (its tab crashed), even where timers of hidden tabs are slow.
 export const STALE = 15_000;
 
-export const DEFAULTS = { system: "", temperature: 0.6, top_k: 50, top_p: 1, max_tokens: 512 };
+export const DEFAULTS = { system: "", temperature: 0.6, top_k: 50, top_p: 1, max_tokens: 512, think: false };
 
 /** All conversations by id: {id, title, updated, saved, messages}. A message is {role: "user", text} or
  * {role: "assistant", parts: [{type, text, ...}], status: writing | done | stopped | interrupted | failed, ...}. */

@@ -52,6 +52,25 @@ ANSWERED = [CALLED, {"type": "python_output", "text": "rain"}, {"type": "text", 
 TWO = ({"id": "a", "function": {"name": "f", "arguments": "{}"}}, {"id": "b", "function": {"name": "g"}})
 
 FORMS = {
+    "ShareGPT with calls in brackets": (
+        {
+            "system": f"You may call these: {json.dumps([{**LOOSE, 'name': 'the weather'}])}. Be kind.",
+            "conversations": [
+                {"from": "user", "value": "hi"},
+                {"from": "assistant", "value": '[the weather(city="Oslo", days=2)]'},
+                {"from": "tool", "value": "rain"},
+                {"from": "assistant", "value": "Rain."},
+            ],
+        },
+        [
+            {
+                "role": "system",
+                "content": f"{SAID.replace('weather', 'the_weather')}\n\nYou may call these: . Be kind.",
+            },
+            HI[0],
+            {"role": "assistant", "content": [{**CALLED, "text": f"the_{CALLED['text']}"}, *ANSWERED[1:]]},
+        ],
+    ),
     "query and calls": (
         {"query": "hi", "answers": f'[{{"name": "weather", "arguments": {ARGUMENTS}}}]', "tools": json.dumps([LOOSE])},
         [{"role": "system", "content": SAID}, HI[0], {"role": "assistant", "content": [CALLED]}],
@@ -77,7 +96,7 @@ FORMS = {
                 {"from": "gpt", "value": "Rain."},
             ]
         },
-        [{"role": "system", "content": f"{SAID}\n\nBe kind. "}, HI[0], {"role": "assistant", "content": ANSWERED}],
+        [{"role": "system", "content": f"{SAID}\n\nBe kind."}, HI[0], {"role": "assistant", "content": ANSWERED}],
     ),
     "messages with tool calls, whose results come in another order": (
         {

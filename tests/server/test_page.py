@@ -657,6 +657,31 @@ def test_only_safe_addresses_are_links(page, api):
     expect(replies(page)).to_contain_text("[link 0](javascript:alert(1))")
 
 
+def test_thoughts_are_folded_and_not_sent_back(page, api):
+    more = threading.Event()
+    api.says(delta(reasoning_content="It is "), delta(reasoning_content="<b>simple</b>."), more, "Four.")
+    ask(page, "/think on")
+    expect(page.locator("#notice")).to_contain_text("Thinking first is on.")
+    ask(page, "2 and 2?")
+    folded = page.locator("details.thoughts")
+    expect(folded.locator("summary")).to_have_text(re.compile(r"Thinking … \d+\.\d s"))
+    expect(folded.locator("p")).to_be_hidden()
+    more.set()
+    expect(replies(page)).to_have_text("Four.")
+    expect(folded.locator("summary")).to_have_text(re.compile(r"Thought for \d+\.\d s"))
+    folded.locator("summary").click()
+    expect(folded.locator("p")).to_have_text("It is <b>simple</b>.")
+    assert api.bodies[-1]["enable_thinking"] is True
+    page.reload()
+    expect(page.locator("details.thoughts summary")).to_have_text(re.compile(r"Thought for \d+\.\d s"))
+    api.says("Yes.")
+    ask(page, "/think off")
+    ask(page, "Sure?")
+    expect(replies(page).last).to_have_text("Yes.")
+    assert "enable_thinking" not in api.bodies[-1]
+    assert api.bodies[-1]["messages"][1] == {"role": "assistant", "content": "Four."}
+
+
 def test_calculator_chips_and_what_is_sent_back(page, api):
     more = threading.Event()
     api.says(
