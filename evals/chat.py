@@ -62,7 +62,7 @@ def evaluate_chat_task(
 
     Returns accuracy (of the greedy answers), stderr, n, of (questions that the task has), baseline, centered, kind;
     of a task with a lenient score: accuracy_lenient, stderr_lenient, lenient (what it admits);
-    with subjects: subjects ({name: {accuracy, stderr, n}}), macro (the mean of their accuracies, with its stderr);
+    with subjects: subjects ({name: {accuracy, stderr, n, tokens}}), macro (the mean of their accuracies, and stderr);
     for generative tasks, which need an engine: unfinished, the share of answers that met the token limit;
     of a task with aspects: aspects ({name: {accuracy, stderr, n}}); with draws: samples, temperature and pass_at_k.
     """
@@ -91,7 +91,8 @@ def evaluate_chat_task(
     chance = task.chance(conversations)
     centered = (score["accuracy"] - chance) / (1 - chance)
     out = score | {"of": len(task), "baseline": chance, "centered": centered, "kind": task.kind}
-    out |= by_subject([c.get("subject") for c in conversations], right[:, 0])
+    lengths = [greedy.get("tokens") for greedy, *_ in answers]
+    out |= by_subject([c.get("subject") for c in conversations], right[:, 0], lengths)
     if aspects := _by_aspect([greedy.get("aspects", {}) for greedy, *_ in answers]):
         out["aspects"] = aspects
     if task.lenient:
@@ -208,9 +209,14 @@ def _accuracy(right: np.ndarray) -> dict:
     return {"accuracy": accuracy, "stderr": standard_error(accuracy, n), "n": n}
 
 
-def by_subject(subjects: Sequence[str | None], right: np.ndarray) -> dict:
-    """{"subjects", "macro"} of verdicts (Q,) on questions of these subjects; {} where none has one."""
-    found = {name: _accuracy(right[[s == name for s in subjects]]) for name in sorted({s for s in subjects if s})}
+def by_subject(subjects: Sequence[str | None], right: np.ndarray, lengths: Sequence[int | None]) -> dict:
+    """{"subjects", "macro"} of verdicts (Q,) on questions of these subjects, with the mean length of the answers where
+    they have one; {} where none has a subject."""
+    found: dict[str, dict] = {}
+    for name in sorted({s for s in subjects if s}):
+        own = [s == name for s in subjects]
+        tokens = [n for n, mine in zip(lengths, own) if mine and n is not None]
+        found[name] = _accuracy(right[own]) | ({"tokens": float(np.mean(tokens))} if tokens else {})
     if not found:
         return {}
     accuracy, stderr = mean_of(*([s[key] for s in found.values()] for key in ("accuracy", "stderr")))

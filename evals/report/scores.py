@@ -45,6 +45,9 @@ def section(facts: Facts) -> str:
         asked = [facts.chat[s].get(task, {}) for s in facts.evaluated]
         chance = next(found["baseline"] for found in asked if found)
         row(titled(task), f"{chance:.2f}", [_task(found, in_part) for found in asked])
+        for name in dict.fromkeys(n for found in asked for n in found.get("aspects", {})):
+            aspects = [found.get("aspects", {}).get(name, {}) for found in asked]
+            row(f"{titled(task)}: {name}", DASH, [_task(found, "") for found in aspects])
         row(f"{titled(task)}, lenient", f"{chance:.2f}", [_lenient(task, found, in_part) for found in asked])
     row("ChatCORE", "0", [_chatcore(e, in_part) for e in evals])
     head = ["", "chance", *map(str.upper, facts.evaluated)]
@@ -108,7 +111,8 @@ def _task(task: dict, in_part: str) -> Cell | None:
     """in_part: the remark on tasks of which not all questions were asked."""
     if not task:
         return None
-    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), (in_part,) * is_in_part(task))
+    notes = (in_part,) * bool(in_part and is_in_part(task))
+    return Cell(task["accuracy"], plus_minus(task["accuracy"], task.get("stderr")), notes)
 
 
 def _lenient(name: str, task: dict, in_part: str) -> Cell | None:

@@ -70,13 +70,15 @@ def _subjects(facts: Facts, task: str) -> str:
         chance=latest["baseline"],
         mean=(latest["accuracy"], "all questions"),
     )
-    rows = []
+    rows, has_tokens = [], all("tokens" in found for found in latest["subjects"].values())
     for name in sorted({n for found in by_stage.values() for n in found["subjects"]}):
         cells = [found["subjects"].get(name) for found in by_stage.values()]
         asked = max(c["n"] for c in cells if c)
-        rows.append([plain(name.replace("_", " ")), f"{asked:,}", *map(_cell, cells)])
-    rows.append(["**mean of the subjects**", "", *(_cell(found["macro"]) for found in by_stage.values())])
-    shown = table(["", "questions", *map(str.upper, by_stage)], rows)
+        tokens = [f"{latest['subjects'][name]['tokens']:.1f}" if name in latest["subjects"] else DASH] * has_tokens
+        rows.append([plain(name.replace("_", " ")), f"{asked:,}", *map(_cell, cells), *tokens])
+    means = [_cell(found["macro"]) for found in by_stage.values()]
+    rows.append(["**mean of the subjects**", "", *means, *[""] * has_tokens])
+    shown = table(["", "questions", *map(str.upper, by_stage), *["tokens of an answer"] * has_tokens], rows)
     return fold(f"{title} by subject", f"![{title} by subject](report/{path.name})\n\n{shown}")
 
 

@@ -497,7 +497,7 @@ def published():
 def test_published_mmlu_has_57_subjects(published, tmp_path):
     task = load_task("mmlu", split="test", data=published, cache_dir=tmp_path)
     conversations = [task[i] for i in range(len(task))]
-    found = by_subject([c["subject"] for c in conversations], np.ones(len(task)))
+    found = by_subject([c["subject"] for c in conversations], np.ones(len(task)), [None] * len(task))
     assert len(task) == 14_042 and len(found["subjects"]) == 57 and found["macro"]["accuracy"] == 1.0
     assert found["subjects"]["astronomy"]["n"] == 152 and found["subjects"]["professional_law"]["n"] == 1534
     assert all(task.evaluate(c, c["messages"][1]["content"]) for c in conversations)
