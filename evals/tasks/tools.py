@@ -24,7 +24,7 @@ from nanochat_jax.engine.tools import name_of
 from nanochat_jax.signatures import call_text, is_plain_name, read_call
 
 WANTED = {  # shares of the questions
-    "train": {"one call": 42, "two calls": 14, "failing": 5, "none": 15, "another tool": 24},
+    "train": {"one call": 33, "two calls": 12, "failing": 5, "none": 13, "another tool": 17, "which": 20},
     "test": {"one call": 48, "two calls": 14, "failing": 6, "none": 20, "another tool": 12},
 }
 SENDER, SENDING = ("person", "text"), 0.15  # slots of a tool that sends a text to somebody; share of prompts with one
@@ -126,11 +126,20 @@ class Tools(Checked, Generated):
             drawn = KINDS[rng.choice(ORDINARY)](self.split).draw(rng)
             question, answer = (m["content"] for m in drawn["messages"])
             return question, [], answer, drawn["check"]
-        if wanted == "another tool":
+        missing = self._tool(rng)
+        while not self._add(dict(tools), missing):
             missing = self._tool(rng)
-            while not self._add(dict(tools), missing):
-                missing = self._tool(rng)
+        if wanted == "another tool":
             return use_of(rng, missing, self.split).question, [], known["no_tool"], {"any": ["no tool"]}
+        if wanted == "which":  # what to look for is learned best where nothing else is to be said
+            tool = rng.choice(list(tools.values())) if rng.random() < 0.6 else missing
+            answer = f"{tool.name}." if tool is not missing else known["no_tool"]
+            return (
+                rng.choice(known["which"]).format(use_of(rng, tool, self.split).question),
+                [],
+                answer,
+                {"any": [answer]},
+            )
         fit = [t for t in tools.values() if wanted != "two calls" or "noun" in t.kind] or list(tools.values())
         use = use_of(rng, rng.choice(fit), self.split)
         if wanted == "failing" and not use.tool.program:
