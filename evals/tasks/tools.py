@@ -11,6 +11,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from evals.sandbox import run_program
@@ -238,6 +239,8 @@ def draw_tool(rng: random.Random, kind: Mapping, split: str) -> Tool:
     known = read_yaml("tools.yaml")
     noun = stories.any_word(rng) if rng.random() < 0.5 else rng.choice(_nouns())
     verb = rng.choice(known["verbs"]) if rng.random() < 0.7 else stories.any_word(rng)
+    if split == "train" and {noun.lower(), verb.lower()} & _held_words():
+        return draw_tool(rng, kind, split)
     words = {"n": noun, "N": noun.capitalize(), "v": verb}
     name = rng.choice(kind["names"]).format(**words)
     if "{n}" not in kind["names"][0] and "{v}" not in kind["names"][0]:
@@ -259,6 +262,13 @@ def draw_tool(rng: random.Random, kind: Mapping, split: str) -> Tool:
     about = {"description": rng.choice(kind["about"])} if rng.random() < DESCRIBED else {}
     function = {"name": name, **about, "parameters": schema}
     return Tool(kind, words, function, keys, rng.choice((0.5, 2, 10, 100, 0.1, 3, 0.25, 1.6, 2.2, 0.62)))
+
+
+@cache
+def _held_words() -> frozenset[str]:
+    """The words of the names that tests have."""
+    names = (name for kind in read_yaml("tools.yaml")["held_out"] for name in kind["names"])
+    return frozenset(word for name in names for word in name.split("_"))
 
 
 def _nouns() -> Sequence[str]:

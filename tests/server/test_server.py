@@ -151,7 +151,7 @@ def test_a_chat_past_the_context_is_fitted_and_the_reply_says_so(client, scripte
     assert chunks[0]["context"] == got["context"] and not any("context" in c for c in chunks[1:])
     got = client.post(CHAT, json={"messages": [{"role": "user", "content": "x" * 9999}]}).json()
     assert got["context"] == {"dropped_messages": 0, "truncated": True}
-    assert len(scripted.seen[-1].ids) == scripted.max_len // 2
+    assert len(scripted.seen[-1].ids) == scripted.max_len * 2 // 3
 
 
 def test_max_completion_tokens_and_nulls(client, scripted):
@@ -535,10 +535,10 @@ def test_closing_an_answer_cancels_it_in_the_engine():
             answer = Answer(scheduler, TOK, [[1, 2]], body, Metrics(scheduler))
             await anext(answer.shown())
             answer.close()
-            await asyncio.to_thread(wait_for, lambda: not engine.busy)
-            return scheduler.counts()
+            await asyncio.to_thread(wait_for, lambda: not any(scheduler.counts().values()))
 
-    assert asyncio.run(run()) == {"active": 0, "queued": 0}
+    asyncio.run(run())
+    assert not engine.busy
 
 
 def test_command_line_serves_what_was_asked_for(tmp_path, monkeypatch):
