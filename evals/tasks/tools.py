@@ -25,9 +25,10 @@ from nanochat_jax.engine.tools import name_of
 from nanochat_jax.signatures import call_text, is_plain_name, read_call
 
 WANTED = {  # shares of the questions
-    "train": {"one call": 33, "two calls": 12, "failing": 5, "none": 13, "another tool": 17, "which": 20},
+    "train": {"one call": 37, "two calls": 13, "failing": 5, "none": 15, "another tool": 20, "which": 10},
     "test": {"one call": 48, "two calls": 14, "failing": 6, "none": 20, "another tool": 12},
 }
+ONLY_WHICH = 0.3  # share of training conversations that ask for names of tools alone, many times
 SENDER, SENDING = ("person", "text"), 0.15  # slots of a tool that sends a text to somebody; share of prompts with one
 ORDINARY = ("sums", "arithmetic", "letters", "spell", "self")  # kinds of questions that no tool is needed for
 TYPES = {"count": "integer", "hour": "integer", "size": "number", "state": "boolean"}  # of slots; of others, strings
@@ -49,6 +50,11 @@ class Tool:
     function: dict
     keys: dict[str, str]  # slot -> parameter
     factor: float  # by which a number is multiplied, of a tool that is a program
+
+    @property
+    def about(self) -> str:
+        """The word that its name is about."""
+        return self.words["v" if self.kind["names"][0][:3] == "{v}" else "n"]
 
     @property
     def name(self) -> str:
@@ -91,9 +97,12 @@ class Tools(Checked, Generated):
             self._add(tools, self._tool(rng))
         if rng.random() < SENDING:
             self._add(tools, self._tool(rng, SENDER))
-        said: list[Any] = []
-        for _ in range(rng.choice((1, 1, 2, 2, 3)) if self.split == "train" else 1):
-            question, calls, answer, check = self._exchange(rng, tools)
+        said, wanted = list[Any](), ["which"] * rng.randint(4, 7)
+        if self.split == "test" or rng.random() > ONLY_WHICH:
+            shares, turns = WANTED[self.split], rng.choice((1, 1, 2, 2, 3)) if self.split == "train" else 1
+            wanted = rng.choices(list(shares), list(shares.values()), k=turns)
+        for kind in wanted:
+            question, calls, answer, check = self._exchange(rng, tools, kind)
             parts = answer if isinstance(answer, list) else [{"type": "text", "text": answer}]
             said += question, [*_parts(calls), *parts]
         functions = [tool.function for tool in tools.values()]
@@ -119,10 +128,9 @@ class Tools(Checked, Generated):
         fit = [kind for kind in kinds if not slots or tuple(kind["params"]) == tuple(slots)]
         return draw_tool(rng, rng.choice(fit), self.split) if fit else self._tool(rng, slots)
 
-    def _exchange(self, rng: random.Random, tools: dict[str, Tool]) -> tuple[str, list[dict], Any, dict]:
+    def _exchange(self, rng: random.Random, tools: dict[str, Tool], wanted: str) -> tuple[str, list[dict], Any, dict]:
         """(question, calls, answer, check)"""
-        known, shares = read_yaml("tools.yaml"), WANTED[self.split]
-        wanted = rng.choices(list(shares), list(shares.values()))[0]
+        known = read_yaml("tools.yaml")
         if wanted == "none":
             drawn = KINDS[rng.choice(ORDINARY)](self.split).draw(rng)
             question, answer = (m["content"] for m in drawn["messages"])
@@ -133,14 +141,10 @@ class Tools(Checked, Generated):
         if wanted == "another tool":
             return use_of(rng, missing, self.split).question, [], known["no_tool"], {"any": ["no tool"]}
         if wanted == "which":  # what to look for is learned best where nothing else is to be said
-            tool = rng.choice(list(tools.values())) if rng.random() < 0.6 else missing
-            answer = f"{tool.name}." if tool is not missing else known["no_tool"]
-            return (
-                rng.choice(known["which"]).format(use_of(rng, tool, self.split).question),
-                [],
-                answer,
-                {"any": [answer]},
-            )
+            tool = rng.choice(list(tools.values())) if rng.random() < 0.55 else missing
+            answer, asked = f"{tool.name}." if tool is not missing else known["no_tool"], use_of(rng, tool, self.split)
+            question = rng.choice(known["which"]).format(asked.noun or asked.question, tool.about)
+            return question, [], answer, {"any": [answer]}
         fit = [t for t in tools.values() if wanted != "two calls" or "noun" in t.kind] or list(tools.values())
         use = use_of(rng, rng.choice(fit), self.split)
         if wanted == "failing" and not use.tool.program:
@@ -280,7 +284,7 @@ def use_of(rng: random.Random, tool: Tool, split: str) -> Use:
     said, values = _slots(rng, split)
     said |= tool.words
     wording = rng.choice(tool.kind["ask"])
-    is_text = wording.endswith("{text}")
+    is_text = wording.endswith(("{text}", "{fact}"))
     question = wording.format(**said)
     question = question[0].upper() + question[1:] if is_text and rng.random() < 0.5 else question
     question = question if is_text else typed(rng, stories.with_articles(question))
@@ -334,6 +338,7 @@ def _slots(rng: random.Random, split: str) -> tuple[dict[str, str], dict[str, An
         "hour": hour,
     }
     values |= {slot: rng.choice(lists[slot]) for slot in ("day", "color", "place")}
+    values["fact"] = rng.choice((rng.choice(lists["weather"]), str(number), f"{count} {rng.choice(known['units'])}"))
     values |= {"text": rng.choice(known["texts"]), "somebody": {"name": people[0], "city": where}}
     said = {slot: str(value) for slot, value in values.items()} | {"state": "on" if on else "off"}
     said |= {slot: f"{', '.join(values[slot][:-1])} and {values[slot][-1]}" for slot in ("people", "things")}

@@ -139,7 +139,7 @@ def answer(engine: Engine, tok: Tokenizer, request: Request) -> Generator[tuple[
 
 
 def prompt_limit(engine: Engine, max_new_tokens: int) -> int:
-    """How long a prompt may be so that an answer still has room: at least two thirds of the context are the prompt's."""
+    """How long a prompt may be so that an answer has room: at least two thirds of the context are the prompt's."""
     return engine.max_len - min(max_new_tokens, engine.max_len // 3)
 
 

@@ -2,6 +2,7 @@
 nonsense; what it says fits all the same."""
 
 import json
+import re
 
 import jsonschema_rs
 import openai
@@ -10,6 +11,7 @@ from evals_fakes import ByteTokenizer, tiny_model
 from fastapi.testclient import TestClient
 from server_fakes import USER, Scripted, scripted_app, serving
 
+from conftest import ROOT
 from nanochat_jax.engine.engine import Engine
 from nanochat_jax.engine.grammar import Form
 
@@ -212,6 +214,24 @@ def test_who_asks_for_thoughts_gets_them(thinking, asked, line, budget):
     assert getattr(seen[-1].tool, "_budget", None) == budget
     got = client.post(CHAT, json={"messages": USER, "reasoning_effort": "much"})
     assert got.status_code == 400 and "reasoning_effort: none, minimal, low" in got.json()["error"]["message"]
+
+
+class Agent(Scripted):
+    """Calls a tool, and says something about what comes of it."""
+
+    def advance(self, ticket):
+        answered = TOK.output_end in ticket.prompt
+        call = [TOK.python_start, *b'weather(city="Oslo")', TOK.python_end]
+        self.script = list(b"The weather in Oslo is snowy.") if answered else call
+        return super().advance(ticket)
+
+
+def test_the_readme_s_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "server" / "README.md").read_text(), re.DOTALL)[1]
+    with serving(scripted_app(b"", engine=Agent(b"", max_len=768))[0]) as url:
+        assert "http://127.0.0.1:8000" in code
+        exec(compile(code.replace("http://127.0.0.1:8000", url), "README.md", "exec"), {})
+    assert capsys.readouterr().out == "The weather in Oslo is snowy.\n"
 
 
 def test_a_response_is_a_call_or_keeps_to_a_form(client):
