@@ -11,11 +11,13 @@ from evals_fakes import ByteTokenizer
 
 from evals.tasks.base import ScoredTask
 from nanochat_jax import checkpoint, config, devices
+from nanochat_jax.engine.dialogue import Caller
+from nanochat_jax.engine.engine import Completion
 from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.mesh.preemption import Stop
 from nanochat_jax.model.gpt import graph_of, init_params, merge
 from nanochat_jax.stages import common, rl, step
-from nanochat_jax.stages.rollouts import Questions, Sampler
+from nanochat_jax.stages.rollouts import Questions, Sampler, training_batch
 from nanochat_jax.tracking.tracking import RunLog
 
 TINY = (
@@ -191,6 +193,52 @@ def test_eight_devices_sample_what_one_does(mesh, tmp_path):
     one, eight = found
     assert [[c.ids for c in g] for g in one.completions] == [[c.ids for c in g] for g in eight.completions]
     assert np.array_equal(one.rewards, eight.rewards) and len({tuple(c.ids) for c in one.completions[0]}) > 1
+
+
+class Asking(Toy):
+    """Right is who asks the tool and says what it gave."""
+
+    def caller(self, conversation):
+        return Caller(frozenset({"f"}), lambda call: "42")
+
+    def reward(self, conversation, said):
+        assert [part["type"] for part in said] == ["python", "python_output", "text"]
+        return float(said[1]["text"] in said[2]["text"])
+
+
+class SaysInTurn:
+    """An engine of which the first answers are calls and the next ones what was given."""
+
+    def __init__(self, tok, max_len):
+        self.tok, self.max_len, self.asked = tok, max_len, []
+
+    def update_params(self, params): ...
+
+    def generate(self, requests):
+        self.asked.append(requests)
+        tok, call = self.tok, [self.tok.python_start, *b"f()", self.tok.python_end]
+        say = [call if tok.output_end not in r.ids else list(b"42" if r.seed % 2 else b"no") for r in requests]
+        return [Completion(ids, [1] * len(ids), "stop") for ids in say]
+
+
+def test_tools_run_between_turns_and_what_they_say_is_not_learned(tmp_path):
+    run = make_run(tmp_path, "rl.task=asking", "rl.max_new_tokens=20")
+    sampler = Sampler(run, merge(graph_of(run.gpt_config, run.dtype), run.params_of("sft")), slots=4)
+    sampler.engine = SaysInTurn(run.tokenizer, 128)
+    questions = Questions({"asking": Asking("asking", None)}, {"asking": 1}, 0)
+    found = sampler({}, [questions[0], questions[1]], 2, lambda q, s: s)
+    tok, output = run.tokenizer, [run.tokenizer.output_start, *b"42", run.tokenizer.output_end]
+    assert found.rewards.tolist() == [[0, 1], [0, 1]] and [len(requests) for requests in sampler.engine.asked] == [4, 4]
+    whole = found.completions[0][1]
+    assert whole.ids == [tok.python_start, *b"f()", tok.python_end, *output, *b"42"]
+    assert whole.mask == [1] * 5 + [0] * 4 + [1] * 2
+    batch = training_batch(found, tok.assistant_end, tok.bos, 128)
+    place = len(found.prompts[0]) - 1  # of the first target of the answer
+    assert (batch["weights"][1, place + 5 : place + 9] == 0).all() and (
+        batch["targets"][1, place + 5 : place + 9] == -1
+    ).all()
+    assert (batch["weights"][1, [*range(place, place + 5), *range(place + 9, place + 12)]] > 0).all()
+    assert (batch["weights"][0, place : place + 5] < 0).all() and not batch["weights"][0, place + 12 :].any()
 
 
 class Long(Toy):
