@@ -16,7 +16,7 @@ from prometheus_client import generate_latest
 
 from nanochat_jax.chats import system_text
 from nanochat_jax.engine import dialogue
-from nanochat_jax.engine.grammar import Vocabulary
+from nanochat_jax.engine.grammar import Grammar, Mixed, Vocabulary
 from nanochat_jax.engine.tools import Tools
 from server import errors, schemas, tools
 from server.answer import Answer
@@ -117,15 +117,12 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     streams = {"text/event-stream": {"schema": event}}
     vocabulary, kept = functools.cache(lambda: Vocabulary(tok)), Kept()
 
-    async def grammar_of(body: schemas.Sampling, functions: Sequence[Mapping] = (), machine: Tools | None = None):
-        """What the answer keeps to, where it is not just text."""
-        calls = body.calls or {f["name"]: f["parameters"] for f in functions}
-        if not calls and body.schema_wanted is None:
+    async def grammar_of(body: schemas.Sampling) -> Grammar | None:
+        """What the answer keeps to, where it may not be text."""
+        if body.calls is None and body.schema_wanted is None:
             return None
-        machine = machine if body.calls is None and body.schema_wanted is None else None
         try:
-            wanted = body.calls if machine is None else calls
-            return await run_in_threadpool(tools.grammar_of, vocabulary(), wanted, body.schema_wanted, machine)
+            return await run_in_threadpool(tools.grammar_of, vocabulary(), body.calls, body.schema_wanted)
         except ValueError as e:
             raise ApiError(400, str(e), str(e).partition(":")[0]) from None
 
@@ -145,10 +142,13 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
             return fitted, told, left_out + [f"tools.{name}" for name in sorted(notes)]
 
         fitted, told, left_out = await _aside(body, prompt)
-        headers, names = ignored(body, left_out), [f["name"] for f in told] if body.calls is None else list(body.calls)
+        names = [f["name"] for f in told] if body.calls is None else list(body.calls)
         machine = Tools(tok, names, thinking if thinking is not True else None) if names or thinking else None
-        grammar = await grammar_of(body, told, machine)
-        cut = {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
+        grammar: Grammar | Mixed | None = await grammar_of(body)
+        if body.is_free and machine:
+            grammar, loose = await run_in_threadpool(tools.free_grammar, vocabulary(), told, machine)
+            left_out += loose
+        headers, cut = ignored(body, left_out), {"dropped_messages": fitted.dropped, "truncated": fitted.truncated}
         answer = Answer(scheduler, tok, [fitted.ids], body, metrics, grammar, machine)
         return answer, {"context": cut} if any(cut.values()) else {}, headers, names
 

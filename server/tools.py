@@ -6,7 +6,8 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nanochat_jax.engine.grammar import Vocabulary
+from nanochat_jax.engine.grammar import Grammar, Mixed, Vocabulary
+from nanochat_jax.engine.tools import Tools
 from nanochat_jax.signatures import functions_of
 
 EFFORTS = {"none": 0.0, "minimal": 1 / 16, "low": 1 / 8, "medium": 1 / 4, "high": 1.0, "xhigh": 1.0}  # of the context
@@ -111,13 +112,26 @@ def schema_of(form: Any) -> Mapping | bool | None:
     raise ValueError(f"response_format: text, json_object and json_schema are known, not {kind!r:.40}")
 
 
-def grammar_of(vocabulary: Vocabulary, tools: Mapping[str, Mapping] | None, schema: Any, machine=None) -> Any:
-    """What keeps an answer to a call of one of the tools, or to text with such calls where there is a machine that
-    answers calls; else to JSON by the schema. ValueError."""
+def free_grammar(
+    vocabulary: Vocabulary, functions: Sequence[Mapping], machine: Tools
+) -> tuple[Mixed | None, list[str]]:
+    """(what keeps the calls in a text to functions and their schemas, those schemas that it cannot keep to)"""
+    if not functions:
+        return None, []
+    schemas, left_out = {f["name"]: f["parameters"] for f in functions}, []
+    for name, schema in schemas.items():
+        try:
+            vocabulary.call({name: schema})
+        except (ValueError, RecursionError):
+            schemas[name] = {"type": "object"}
+            left_out.append(f"tools.{name}.parameters")
+    return vocabulary.text(schemas, machine), left_out
+
+
+def grammar_of(vocabulary: Vocabulary, tools: Mapping[str, Mapping] | None, schema: Any) -> Grammar:
+    """What keeps an answer to a call of one of the tools, else to JSON by the schema. ValueError."""
     try:
-        if tools:
-            return vocabulary.text(tools, machine) if machine else vocabulary.call(tools)
-        return vocabulary.json(schema)
+        return vocabulary.call(tools) if tools else vocabulary.json(schema)
     except (ValueError, RecursionError) as e:
         why = "nested too deeply" if isinstance(e, RecursionError) else e
         raise ValueError(f"{'tools' if tools else 'response_format'}: {why}") from None

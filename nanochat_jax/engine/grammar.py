@@ -10,7 +10,6 @@ shortest end needs, that end is taken.
 
 import functools
 import json
-import keyword
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from nanochat_jax.engine.tools import Tools
+from nanochat_jax.signatures import is_plain_name
 from tokenizer import SPECIAL_TOKENS, Tokenizer
 
 SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -126,7 +126,7 @@ def _one_by_one(schema: Mapping) -> bool:
         return False
     within = json.dumps([properties, *(schema.get(key) for key in DEFINED)])
     whole = '"$ref": "#"' in within or '"#/properties' in within  # which cannot be referred to from a part
-    named = all(key.isidentifier() and not keyword.iskeyword(key) for key in properties)
+    named = all(map(is_plain_name, properties))
     return (
         named and not whole and schema.get("type", "object") == "object" and all(map(list(properties).count, required))
     )

@@ -218,6 +218,20 @@ def test_who_asks_for_thoughts_gets_them(thinking, asked, line, budget):
     assert got.status_code == 400 and "reasoning_effort: none, minimal, low" in got.json()["error"]["message"]
 
 
+def test_a_schema_that_no_grammar_keeps_to_is_named_and_the_call_is_json_all_the_same(client):
+    odd = {"type": "object", "properties": {"l": {"type": "array", "uniqueItems": True, "items": {"type": "integer"}}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": odd}}]
+    body = {"messages": USER, "max_tokens": 200, "temperature": 1, "tools": tools, **CALLING}
+    seen = 0
+    for seed in range(8):
+        got = client.post(CHAT, json={**body, "seed": seed})
+        assert got.status_code == 200 and got.headers["X-Ignored-Fields"] == "tools.weather.parameters"
+        for call in got.json()["choices"][0]["message"].get("tool_calls", []):
+            if got.json()["choices"][0]["finish_reason"] == "tool_calls":
+                seen += isinstance(json.loads(call["function"]["arguments"]), dict)
+    assert seen
+
+
 class Agent(Scripted):
     """Calls a tool, and says something about what comes of it."""
 
