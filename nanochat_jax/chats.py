@@ -127,6 +127,8 @@ def prompt_of(
             continue  # an empty answer is none
         if role == "system" and any(earlier != "system" for earlier, _ in turns):
             message = {"role": "user", "content": message.get("content")}
+        elif role == "assistant" and isinstance(text := message.get("content"), str) and not dialects.is_known(text):
+            message = {**message, "content": [{"type": "text", "text": text}]}
         _add(turns, message, repairs)
     if HALVES in repairs:
         raise Unusable("not valid Unicode: a lone surrogate")

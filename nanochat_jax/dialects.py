@@ -136,6 +136,14 @@ def spoken(text: str) -> list[dict]:
     return [*parts, {"type": "text", "text": rest}] if rest or not parts else parts
 
 
+def is_known(text: str) -> bool:
+    """Whether all the calls in what an assistant said can be read."""
+    try:
+        return bool(spoken(text))
+    except Unusable:
+        return False
+
+
 def _bracketed(text: str) -> list[dict]:
     """The calls of `[name(key=value), ...]`; none where the text is anything else."""
     if not _BRACKETED.fullmatch(text):

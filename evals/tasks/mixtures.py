@@ -15,7 +15,7 @@ USUAL = {
 # Without a network, both learn from conversations of all kinds, other ones each, and keep a part of the text of base.
 EMBEDDED = {
     "mid": dict(talk=-40_000, text=-2_000, story=-4_000, reading=-5_000, tools=-30_000, thinking=-3_000),
-    "sft": dict(talk=-50_000, text=-4_000, story=-5_000, reading=-2_000, tools=-32_000, thinking=-4_000),
+    "sft": dict(talk=-40_000, text=-3_300, story=-3_500, tools=-22_000, thinking=-3_000),
 }
 
 

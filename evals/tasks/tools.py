@@ -7,6 +7,8 @@ A conversation has the signatures in its system message, `functions`, `calls` (t
 each) and a check of the answer. Calls are compared by value, strings without regard to case.
 """
 
+import itertools
+import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -25,10 +27,10 @@ from nanochat_jax.engine.tools import name_of
 from nanochat_jax.signatures import call_text, is_plain_name, read_call
 
 WANTED = {  # shares of the questions
-    "train": {"one call": 37, "two calls": 13, "failing": 5, "none": 15, "another tool": 20, "which": 10},
+    "train": {"one call": 42, "two calls": 14, "failing": 5, "none": 15, "another tool": 24},
     "test": {"one call": 48, "two calls": 14, "failing": 6, "none": 20, "another tool": 12},
 }
-ONLY_WHICH = 0.3  # share of training conversations that ask for names of tools alone, many times
+ANNOUNCED = 0.9  # share of calls before which is said what they are about: where a call is forced, nothing is said
 SENDER, SENDING = ("person", "text"), 0.15  # slots of a tool that sends a text to somebody; share of prompts with one
 ORDINARY = ("sums", "arithmetic", "letters", "spell", "self")  # kinds of questions that no tool is needed for
 TYPES = {"count": "integer", "hour": "integer", "size": "number", "state": "boolean"}  # of slots; of others, strings
@@ -81,6 +83,15 @@ class Use:
     noun: str  # what was asked for, as a part of another question; "" where it cannot be
 
     @property
+    def announced(self) -> str:
+        """What it is about, in the question's word: looking for that among names is then a matter of the last words."""
+        names = re.findall("[a-z]+", re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", self.tool.name))
+        asked = re.findall("[a-z]+", self.question.lower())
+        alike = [(len(os.path.commonprefix(pair)), pair[1]) for pair in itertools.product(names, asked)]
+        longest, word = max(alike, key=lambda found: found[0], default=(0, ""))
+        return read_yaml("tools.yaml")["announced"].format(word if longest > 2 else self.tool.about)
+
+    @property
     def call(self) -> dict:
         return {"name": self.tool.name, "arguments": self.arguments, "result": self.result}
 
@@ -97,14 +108,11 @@ class Tools(Checked, Generated):
             self._add(tools, self._tool(rng))
         if rng.random() < SENDING:
             self._add(tools, self._tool(rng, SENDER))
-        said, wanted = list[Any](), ["which"] * rng.randint(4, 7)
-        if self.split == "test" or rng.random() > ONLY_WHICH:
-            shares, turns = WANTED[self.split], rng.choice((1, 1, 2, 2, 3)) if self.split == "train" else 1
-            wanted = rng.choices(list(shares), list(shares.values()), k=turns)
-        for kind in wanted:
-            question, calls, answer, check = self._exchange(rng, tools, kind)
-            parts = answer if isinstance(answer, list) else [{"type": "text", "text": answer}]
-            said += question, [*_parts(calls), *parts]
+        said, shares = list[Any](), WANTED[self.split]
+        turns = rng.choice((1, 1, 2, 2, 3)) if self.split == "train" else 1
+        for wanted in rng.choices(list(shares), list(shares.values()), k=turns):
+            question, calls, answer, check = self._exchange(rng, tools, wanted)
+            said += question, answer
         functions = [tool.function for tool in tools.values()]
         rng.shuffle(functions)
         system = {"role": "system", "content": system_text(functions, False)}
@@ -135,34 +143,34 @@ class Tools(Checked, Generated):
             drawn = KINDS[rng.choice(ORDINARY)](self.split).draw(rng)
             question, answer = (m["content"] for m in drawn["messages"])
             return question, [], answer, drawn["check"]
-        missing = self._tool(rng)
-        while not self._add(dict(tools), missing):
-            missing = self._tool(rng)
         if wanted == "another tool":
-            return use_of(rng, missing, self.split).question, [], known["no_tool"], {"any": ["no tool"]}
-        if wanted == "which":  # what to look for is learned best where nothing else is to be said
-            tool = rng.choice(list(tools.values())) if rng.random() < 0.55 else missing
-            answer, asked = f"{tool.name}." if tool is not missing else known["no_tool"], use_of(rng, tool, self.split)
-            question = rng.choice(known["which"]).format(asked.noun or asked.question, tool.about)
-            return question, [], answer, {"any": [answer]}
+            missing = self._tool(rng)
+            while not self._add(dict(tools), missing):
+                missing = self._tool(rng)
+            use = use_of(rng, missing, self.split)
+            return use.question, [], use.announced + known["no_tool"], {"any": ["no tool"]}
         fit = [t for t in tools.values() if wanted != "two calls" or "noun" in t.kind] or list(tools.values())
         use = use_of(rng, rng.choice(fit), self.split)
+        announced = rng.random() < ANNOUNCED
         if wanted == "failing" and not use.tool.program:
             why = rng.choice(known["failures"])
-            result = rng.choice(("error: {}", "Error: {}", '{{"error": "{}"}}')).format(why)
-            return use.question, [use.call | {"result": result}], known["failed"].format(why=why), {"all": [why]}
-        if wanted == "one call" or not use.noun:
-            return use.question, [use.call], use.answer, {"all": [use.value]}
+            call = use.call | {"result": rng.choice(("error: {}", "Error: {}", '{{"error": "{}"}}')).format(why)}
+            answer = _answer(use, [call], known["failed"].format(why=why), announced)
+            return use.question, [call], answer, {"all": [why]}
+        if wanted != "two calls" or not use.noun:
+            return use.question, [use.call], _answer(use, [use.call], use.answer, announced), {"all": [use.value]}
         sender = next((tool for tool in tools.values() if tuple(tool.keys) == SENDER), None)
         if sender is None or rng.random() < 0.3:
             other = use_of(rng, use.tool, self.split)
             question = typed(rng, rng.choice(known["both"]).format(use.noun, other.noun))
-            check = {"all": [use.value, other.value]}
-            return question, [use.call, other.call], f"{use.answer} {other.answer}", check
+            calls, answer = [use.call, other.call], f"{use.answer} {other.answer}"
+            return question, calls, _answer(use, calls, answer, announced), {"all": [use.value, other.value]}
         sent, (person, text) = use_of(rng, sender, self.split), sender.keys.values()
-        arguments = {person: sent.arguments[person], text: use.value}
-        question = rng.choice(known["passed_on"]).format(person=arguments[person], n=sender.words["n"], noun=use.noun)
-        return question, [use.call, sent.call | {"arguments": arguments}], sent.answer, {"all": [sent.value]}
+        call = sent.call | {"arguments": {person: sent.arguments[person], text: use.value}}
+        wording = rng.choice(known["passed_on"])
+        question = wording.format(person=sent.arguments[person], n=sender.words["n"], noun=use.noun)
+        first, second = _answer(use, [use.call], "", announced), _answer(sent, [call], sent.answer, announced)
+        return question, [use.call, call], first + second, {"all": [sent.value]}
 
     def caller(self, conversation: dict) -> Caller:
         """Runs a tool that is a program in the sandbox; others give what is prepared for a call that is wanted, else an
@@ -207,10 +215,13 @@ def _words_of(tool: Tool) -> set[str]:
     }
 
 
-def _parts(calls: Sequence[Mapping]) -> list[dict]:
-    """Calls, and what came of them, as parts of an answer."""
-    texts = [(call_text(c["name"], c["arguments"]), c["result"]) for c in calls]
-    return [{"type": t, "text": text} for pair in texts for t, text in zip(("python", "python_output"), pair)]
+def _answer(use: Use, calls: Sequence[Mapping], text: str, announced: bool) -> list[dict]:
+    """Calls and what came of them, and a text, as parts; announced: what they are about is said before them."""
+    parts = [{"type": "text", "text": use.announced}] if announced else []
+    for call in calls:
+        parts.append({"type": "python", "text": call_text(call["name"], call["arguments"])})
+        parts.append({"type": "python_output", "text": call["result"]})
+    return parts + ([{"type": "text", "text": text}] if text else [])
 
 
 def _is_meant(conversation: dict, call: str) -> bool:

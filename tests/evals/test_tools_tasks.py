@@ -24,25 +24,29 @@ def said(*calls, text="", outputs=None):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_answer_is_right_by_its_own_calls_and_not_without_them(split):
-    task, kinds = Tools(split), set()
+    task, kinds, announced = Tools(split), set(), 0
     for i in range(MANY):
         c = task[i]
         own = c["messages"][-1]["content"]
+        own = own if isinstance(own, list) else said(text=own)
         aspects = task.aspects(c, own)
         assert all(aspects.values()) and task.reward(c, own) == 1.0, (c, aspects)
         kinds.add((len(c["calls"]), *aspects))
         if c["calls"]:
             assert not task.aspects(c, [p for p in own if p["type"] == "text"])["calls"]
-            assert not task.aspects(c, [own[0], *own])["calls"]  # once too often
-            text, wanted = own[0]["text"], c["calls"][0]
+            at = [part["type"] for part in own].index("python")
+            assert not task.aspects(c, [own[at], *own])["calls"]  # once too often
+            text, wanted = own[at]["text"], c["calls"][0]
             assert read_call(text) == (wanted["name"], wanted["arguments"])
-            assert task.caller(c).act(text) == wanted["result"] == own[1]["text"]
+            assert task.caller(c).act(text) == wanted["result"] == own[at + 1]["text"]
+            announced += at
             assert "error: " in task.caller(c).act(f"{wanted['name']}(no_such=1)")
         else:
             name = c["functions"][0]["name"]
             assert not task.aspects(c, said(f"{name}()", text=own[-1]["text"]))["no call"]
         system = c["messages"][0]["content"].split("\n")
         assert [function_of(line) for line in system] == c["functions"]
+    assert 0 < announced < MANY
     assert kinds == {(0, "no call", "answer"), (1, "calls", "answer"), (2, "calls", "answer")}
 
 
