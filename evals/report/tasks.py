@@ -74,7 +74,8 @@ def _subjects(facts: Facts, task: str) -> str:
     for name in sorted({n for found in by_stage.values() for n in found["subjects"]}):
         cells = [found["subjects"].get(name) for found in by_stage.values()]
         asked = max(c["n"] for c in cells if c)
-        tokens = [f"{latest['subjects'][name]['tokens']:.1f}" if name in latest["subjects"] else DASH] * has_tokens
+        length = latest["subjects"].get(name, {}).get("tokens")
+        tokens = [f"{length:.1f}" if length else DASH] * has_tokens
         rows.append([plain(name.replace("_", " ")), f"{asked:,}", *map(_cell, cells), *tokens])
     means = [_cell(found["macro"]) for found in by_stage.values()]
     rows.append(["**mean of the subjects**", "", *means, *[""] * has_tokens])

@@ -332,7 +332,7 @@ class Story(Plain):
 _MADE = Sums, Arithmetic, Letters, Spell, Reading, Self, Story
 KINDS: dict[str, Callable[[str], _Kind]] = {task.name: task for task in _MADE}
 # of the exchanges in a conversation
-SHARES = {"sums": 14, "arithmetic": 28, "letters": 14, "spell": 12, "reading": 20, "self": 19, "story": 1}
+SHARES = {"sums": 14, "arithmetic": 30, "letters": 14, "spell": 12, "reading": 20, "self": 24, "story": 1}
 
 
 class Talk(Checked, Generated):
