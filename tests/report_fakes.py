@@ -92,7 +92,18 @@ def _evaluated(stage: str, i: int, rng: random.Random) -> dict:
     out["chat"]["mmlu"] |= {"subjects": of_subjects, "macro": {"accuracy": 0.34, "stderr": 0.01}}
     draws = {f"pass@{k}": {"value": 0.1 * k, "stderr": 0.02} for k in (1, 2, 4)}
     out["chat"]["humaneval"] |= {"samples": 4, "temperature": 0.8, "pass_at_k": draws}
-    return out | {"chatcore": chatcore(out["chat"], tuple(TITLES))}
+    whole = chatcore(out["chat"], tuple(TITLES))
+    verdicts = {
+        "calls": {"accuracy": 0.7 + 0.05 * i, "stderr": 0.03, "n": 100},
+        "answer": {"accuracy": 0.5, "stderr": 0.03, "n": 200},
+    }
+    out["chat"]["tools"] = _task(0.4, 0.0, "generative") | {"aspects": verdicts}
+    thoughts = {s: {"accuracy": 0.5, "stderr": 0.04, "n": 16, "tokens": n} for s, n in (("off", 8.0), ("on", 20.5))}
+    out["chat"]["thinking"] = _task(0.5, 0.0, "generative") | {
+        "subjects": thoughts,
+        "macro": {"accuracy": 0.5, "stderr": 0.01},
+    }
+    return out | {"chatcore": whole}
 
 
 def _task(accuracy: float, baseline: float, kind: str) -> dict:

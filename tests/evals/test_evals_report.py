@@ -58,6 +58,13 @@ def test_scores_are_over_stages_with_errors_the_best_and_what_is_partial(whole):
     assert "**Total wall-clock: 10 h 00 min, $240.00**" in page
 
 
+def test_verdicts_by_name_and_the_lengths_of_thoughts_are_shown(whole):
+    _, page, _ = whole
+    assert cells(page, "tools: calls")[:3] == ["-", "-", "0.750 ± 0.030"]
+    assert cells(page, "tools: answer")[2] == "0.500 ± 0.030"
+    assert "| tokens of an answer |" in page and cells(page, "on")[-1] == "20.5"
+
+
 def test_hours_of_gpus_and_dollars_of_each_stage(whole):
     _, page, _ = whole
     assert cells(page, "stage") == ["steps", "tokens", "tokens/s", "MFU", "time", "GPU-hours", "cost"]
@@ -79,7 +86,17 @@ def test_tokens_of_rl_are_those_that_were_sampled(whole):
 def test_plots_are_there_and_no_others(whole, tmp_path):
     run, page, _ = whole
     names = re.findall(r"!\[[^]]+\]\(report/(\w+)\.png\)", page)
-    assert names == ["loss", "bpb", "core", "reward", "policy", "throughput", "core_base", "mmlu_subjects"]
+    assert names == [
+        "loss",
+        "bpb",
+        "core",
+        "reward",
+        "policy",
+        "throughput",
+        "core_base",
+        "mmlu_subjects",
+        "thinking_subjects",
+    ]
     assert sorted(p.stem for p in (run / "report").iterdir()) == sorted(names)
     for name in names:
         raw = (run / "report" / f"{name}.png").read_bytes()
