@@ -40,7 +40,7 @@ def content_id(content: bytes) -> str:
 
 def said(answer: dict) -> str:
     """A completion as one text, its tool calls in GSM8K's notation."""
-    marks = {"text": "{}", "python": "<<{}", "python_output": "={}>>"}
+    marks = {"text": "{}", "think": "<think> {} </think> ", "python": "<<{}", "python_output": "={}>>"}
     parts = answer.get("parts") or [{"type": "text", "text": answer["completion"]}]
     return "".join(marks[p["type"]].format(p["text"]) for p in parts)
 

@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine = Engine(loaded.model, slots=slots, max_len=length, tool=Tools(tok), mesh=mesh, int8=args.int8)
     usual = Request([tok.bos] * 2, 1, top_k=50)
     engine.generate([usual])  # compiles, so that the first visitor need not wait
-    likely = [usual, replace(usual, temperature=0.0), replace(usual, grammar=Vocabulary(tok).json({}))]
+    formed = replace(usual, grammar=Vocabulary(tok).json({}))
+    likely = [usual, replace(usual, temperature=0.0), formed, replace(formed, temperature=0.0)]
     scheduler = Scheduler(engine, args.max_waiting, likely)
     about = {"run": run.name, "stage": loaded.stage, "suggestions": records.suggestions(run, loaded.stage)}
     key = os.environ.get("NANOCHAT_API_KEY")

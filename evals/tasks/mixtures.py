@@ -14,8 +14,8 @@ USUAL = {
 }
 # Without a network, both learn from conversations of all kinds, other ones each, and keep a part of the text of base.
 EMBEDDED = {
-    "mid": dict(talk=-42_000, text=-2_400, story=-5_000, reading=-5_000, tools=-24_000, thinking=-3_000),
-    "sft": dict(talk=-42_000, text=-4_000, story=-5_000, tools=-18_000, thinking=-3_000),
+    "mid": dict(talk=-42_000, text=-2_400, story=-5_000, reading=-5_000, tools=-26_000, thinking=-5_000),
+    "sft": dict(talk=-42_000, text=-4_000, story=-5_000, tools=-18_000, thinking=-5_000),
 }
 
 

@@ -27,10 +27,10 @@ from nanochat_jax.engine.tools import name_of
 from nanochat_jax.signatures import call_text, is_plain_name, read_call
 
 WANTED = {  # shares of the questions
-    "train": {"one call": 40, "two calls": 13, "failing": 5, "none": 24, "another tool": 18},
+    "train": {"one call": 34, "two calls": 11, "failing": 5, "none": 18, "another tool": 32},
     "test": {"one call": 48, "two calls": 14, "failing": 6, "none": 20, "another tool": 12},
 }
-ANNOUNCED = 0.9  # share of calls before which is said what they are about: where a call is forced, nothing is said
+ANNOUNCED = 0.95  # share of calls before which is said what they are about: where a call is forced, nothing is said
 SENDER, SENDING = ("person", "text"), 0.15  # slots of a tool that sends a text to somebody; share of prompts with one
 ORDINARY = ("sums", "arithmetic", "letters", "spell", "self")  # kinds of questions that no tool is needed for
 TYPES = {"count": "integer", "hour": "integer", "size": "number", "state": "boolean"}  # of slots; of others, strings
@@ -109,7 +109,7 @@ class Tools(Checked, Generated):
         if rng.random() < SENDING:
             self._add(tools, self._tool(rng, SENDER))
         said, shares = list[Any](), WANTED[self.split]
-        turns = rng.choice((1, 1, 2, 2, 3)) if self.split == "train" else 1
+        turns = rng.choice((1, 2, 2, 3, 3)) if self.split == "train" else 1
         for wanted in rng.choices(list(shares), list(shares.values()), k=turns):
             question, calls, answer, check = self._exchange(rng, tools, wanted)
             said += question, answer
