@@ -48,7 +48,7 @@ class Answer:
         machine=None,
     ):
         requests, stops = engine_requests(tok, prompts, body, grammar, machine), body.stops
-        self.choices = [Choice(tok, stops) for _ in requests]
+        self.choices = [Choice(tok, stops, trimmed=machine is not None) for _ in requests]
         self._scheduler, self._metrics, self._began = scheduler, metrics, time.perf_counter()
         self._n_prompt, self._first = sum(map(len, prompts)), True
         loop = asyncio.get_running_loop()

@@ -34,13 +34,14 @@ class Choice:
     it, so that the calls of a tool stay at their places.
     """
 
-    def __init__(self, tok, stops: Sequence[str] = ()):
+    def __init__(self, tok, stops: Sequence[str] = (), trimmed: bool = False):
         self.reason: str | None = None
         self.text = self.thoughts = ""
         self.calls: list[dict] = []
         self.tokens: list[Token] = []
         self.n_ids = self.n_thoughts = 0  # how many were taken, and how many of them were thoughts
         self._tok, self._reader, self._stops = tok, Reader(tok), stops
+        self._space = trimmed  # one before the first text is left out: it stood between a call's result and the answer
         self._waiting: deque[Shown] = deque()
         self._held = ""  # the visible text of what waits
 
@@ -71,6 +72,8 @@ class Choice:
         return out
 
     def _take(self, out: list[Shown], piece: Piece, id: int = -1, logprob=None) -> None:
+        if self._space and piece.kind == "text" and piece.text:
+            piece, self._space = piece._replace(text=piece.text.removeprefix(" ")), False
         offset = len(self.text) + len(self._held)
         visible = logprob is not None and piece.kind == "text" and self._tok.decode_bytes([id])
         tokens = [Token(id, logprob.logprob, logprob.top, offset)] if visible else []

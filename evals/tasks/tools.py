@@ -84,7 +84,8 @@ class Use:
 
     @property
     def announced(self) -> str:
-        """What it is about, in the question's word: looking for that among names is then a matter of the last words."""
+        """What it is about, in the question's word, which comes last: to look for it among names is easy then, even for
+        a model of a million parameters, and whether to call at all is known where it is found."""
         names = re.findall("[a-z]+", re.sub("[A-Z]", lambda capital: f"_{capital[0].lower()}", self.tool.name))
         asked = re.findall("[a-z]+", self.question.lower())
         alike = [(len(os.path.commonprefix(pair)), pair[1]) for pair in itertools.product(names, asked)]
@@ -170,6 +171,8 @@ class Tools(Checked, Generated):
         wording = rng.choice(known["passed_on"])
         question = wording.format(person=sent.arguments[person], n=sender.words["n"], noun=use.noun)
         first, second = _answer(use, [use.call], "", announced), _answer(sent, [call], sent.answer, announced)
+        if announced:
+            second[0] = {"type": "text", "text": f" {second[0]['text']}"}
         return question, [use.call, call], first + second, {"all": [sent.value]}
 
     def caller(self, conversation: dict) -> Caller:
@@ -221,7 +224,7 @@ def _answer(use: Use, calls: Sequence[Mapping], text: str, announced: bool) -> l
     for call in calls:
         parts.append({"type": "python", "text": call_text(call["name"], call["arguments"])})
         parts.append({"type": "python_output", "text": call["result"]})
-    return parts + ([{"type": "text", "text": text}] if text else [])
+    return parts + ([{"type": "text", "text": f" {text}" if announced else text}] if text else [])
 
 
 def _is_meant(conversation: dict, call: str) -> bool:

@@ -75,7 +75,7 @@ def _hash(text: str) -> int:
 
 def _made() -> Iterator[tuple[str, list[str]]]:
     """(name, documents) of texts that are made here."""
-    makers = (*[_story] * 3, *[_scenes] * 5, _spelling_page, *[_said_again] * 2)
+    makers = (*[_story] * 3, *[_scenes] * 5, _spelling_page, *[_said_again] * 2, *[_tool_page] * 3)
     for i in range(MADE):
         rng = random.Random(f"text {i}")
         yield f"made/{i}", [rng.choice(makers)(rng)]
@@ -133,6 +133,25 @@ def _said_again(rng: random.Random) -> str:
             a, b, sign = _number(rng), _number(rng), rng.choice("+-*/")
             sums = ("{a} and {b}: {a}{sign}{b}", "{a} {sign} {b} is {a}{sign}{b}", "{b}, {a}: {a}{sign}{b}")
             lines.append(rng.choice(sums).format(a=a, b=b, sign=sign))
+    return "\n".join(lines)
+
+
+def _tool_page(rng: random.Random) -> str:
+    """Signatures, and what is asked, with the call that answers it or with none: here it is learned to look for a word
+    among names, many times on a page."""
+    known, lines, tools = stories.script(), list[str](), dict[str, str]()
+    nouns = [_word(rng).lower() for _ in range(rng.randint(3, 6))]
+    for noun in nouns[: rng.randint(1, len(nouns) - 1)]:
+        name = rng.choice(("{}", "{}", "get_{}", "{}_of", "find_{}", "set_{}", "{}_now")).format(noun)
+        key = rng.choice(("city", "name", "thing", "place", "item", "to"))
+        tools[noun] = f"{name}({key}="
+        lines.append(f"def {name}({key}: str): ...")
+    for _ in range(rng.randint(5, 9)):
+        noun = rng.choice(nouns) if rng.random() < 0.85 else _word(rng).lower()
+        value = rng.choice((_word(rng), rng.choice(known["lists"]["town"]), stories.person(rng)[0]))
+        asked = rng.choice(known["tool_asked"]).format(noun=noun, value=value)
+        answer = f' {tools[noun]}"{value}")' if noun in tools else ": I have no tool for that."
+        lines.append(f"{asked}? About {noun}{answer}")
     return "\n".join(lines)
 
 

@@ -164,7 +164,7 @@ def test_numbers_in_words_are_as_people_say_them():
 def test_conversations_do_not_depend_on_the_interpreter():
     """CI compares Python 3.11 and 3.13 by this. What is said has changed on purpose: the new hash belongs here."""
     said = [task("train")[i] for task in (Talk, Tools, Thinking) for i in range(100)]
-    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "d44067eac8483bc0"
+    assert hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16] == "8e1ac1fdb5d42615"
 
 
 def test_a_story_has_what_was_asked_for():

@@ -238,7 +238,7 @@ class Agent(Scripted):
     def advance(self, ticket):
         answered = TOK.output_end in ticket.prompt
         call = [TOK.python_start, *b'weather(city="Oslo")', TOK.python_end]
-        self.script = list(b"The weather in Oslo is snowy.") if answered else call
+        self.script = list(b" The weather in Oslo is snowy.") if answered else [*b"About weather", *call]
         return super().advance(ticket)
 
 
