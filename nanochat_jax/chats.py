@@ -65,7 +65,11 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
     form, said = _form_of(row)
     repairs: set[str] = set()
     given = next((row[name] for name in TOOLS if row.get(name)), None) if isinstance(row, Mapping) else None
-    functions = dialects.functions(given)
+    try:
+        functions = dialects.functions(given)
+    except Unusable:
+        functions = []
+        repairs.add("tools without a name or a schema left out")
     turns: list[tuple[str, list[dict]]] = []
     for message in said:
         if isinstance(message, Mapping) and message.get("role") == "assistant" and message.get("weight") == 0:

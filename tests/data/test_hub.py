@@ -446,10 +446,11 @@ def test_without_a_network_one_line_says_what_to_do(cache, capsys):
 
 
 def test_tables_of_all_tasks_are_known():
-    from evals.tasks import ROWS
+    from evals.tasks import CHATS, ROWS
 
     tables = command._tables()
-    assert set(tables) == {*ROWS, "smoltalk", "tasks"}
+    assert set(tables) == {*ROWS, *CHATS, "smoltalk", "tasks"} - {"chat"}
+    assert tables["xlam"] == [("Salesforce/xlam-function-calling-60k", None, "train")]
     assert ("cais/mmlu", "all", "auxiliary_train") in tables["mmlu"]
     assert len(tables["tasks"]) == sum(len(r.hub_splits) for r in ROWS.values()) + 1
 
