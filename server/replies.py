@@ -43,25 +43,29 @@ class ChatShape:
         if part.kind == "think":
             return self._chunk(index, {"reasoning_content": part.text})
         if part.kind == "python" and self._may_be_own(index, part):
-            reader = self._readers[index, part.call]
+            reader = self._reader(index, part)
             begun, said = reader.begun, reader.push(part.text)
             call = {"function": {"arguments": said}} if begun else reader.call(said)
             return self._chunk(index, {"tool_calls": [{"index": 0, **call}]}) if said else None
         return self._calculated(index, part)
 
+    def _reader(self, index: int, part: Shown) -> CallReader:
+        return self._readers.setdefault((index, part.call), CallReader())
+
     def _may_be_own(self, index: int, part: Shown) -> bool:
         """Whether a call may be of one of the caller's functions, as far as its text goes."""
-        reader = self._readers.setdefault((index, part.call), CallReader())
+        reader = self._reader(index, part)
         head, bracket, _ = (reader.name + ("(" if reader.opened else "") + part.text).partition("(")
         return any(name == head if bracket else name.startswith(head) for name in self._functions)
 
     def _calculated(self, index: int, part: Shown) -> dict:
         """More of a call of the calculator."""
-        says, held = "input" if part.kind == "python" else "output", self._readers[index, part.call].name
-        began = {} if (index, part.call) in self._begun else {"name": "calculator"}  # clients put deltas together
-        text = part.text if began == {} else held + part.text
-        self._begun.add((index, part.call))
-        return self._chunk(index, {"tool": [{"index": part.call, **began, says: text}]})
+        said = {"input" if part.kind == "python" else "output": part.text}
+        if (index, part.call) not in self._begun:  # clients put deltas together
+            held = self._reader(index, part).name  # while it might have been the caller's
+            said = {"name": "calculator", **said} | ({"input": held + said.get("input", "")} if held else {})
+            self._begun.add((index, part.call))
+        return self._chunk(index, {"tool": [{"index": part.call, **said}]})
 
     def closing(self, index: int, reason: str) -> dict:
         own = (reader for (at, _), reader in self._readers.items() if at == index and reader.opened)

@@ -232,6 +232,27 @@ def test_a_schema_that_no_grammar_keeps_to_is_named_and_the_call_is_json_all_the
     assert seen
 
 
+@pytest.mark.parametrize(
+    "script, told",
+    [
+        ([TOK.output_start, *b"7", TOK.output_end], {"name": "calculator", "output": "7"}),
+        (
+            [TOK.python_start, *b"we", TOK.python_end, TOK.output_start, *b"7", TOK.output_end],
+            {"name": "calculator", "input": "we", "output": "7"},
+        ),
+        ([TOK.python_start, *b"wet+1", TOK.python_end], {"name": "calculator", "input": "wet+1"}),
+    ],
+    ids=["a result without a call", "a name that is not whole", "another name"],
+)
+def test_what_is_no_call_of_the_callers_is_shown_as_the_calculators(script, told):
+    with TestClient(scripted_app(b"", engine=Scripted([*script, *b"ok"], max_len=768))[0]) as client:
+        found = [e["choices"][0] for e in events(client, messages=USER, tools=TOOLS)]
+    deltas = [d for c in found for d in c["delta"].get("tool", [])]
+    joined = {key: "".join(d.get(key, "") for d in deltas) for key in told}
+    assert joined == told and found[-1]["finish_reason"] == "stop"
+    assert "".join(c["delta"].get("content", "") for c in found) == "ok"
+
+
 class Agent(Scripted):
     """Calls a tool, and says something about what comes of it."""
 
