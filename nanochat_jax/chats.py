@@ -67,6 +67,8 @@ def conversation_of(row: Any) -> tuple[list[dict], str, set[str]]:
     given = next((row[name] for name in TOOLS if row.get(name)), None) if isinstance(row, Mapping) else None
     try:
         functions = dialects.functions(given)
+        if isinstance(given, list) and len(functions) < len(given):
+            repairs.add("tools that are no functions, or that come twice, left out")
     except Unusable:
         functions = []
         repairs.add("tools without a name or a schema left out")

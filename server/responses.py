@@ -150,7 +150,7 @@ def _head(body: ResponsesRequest, model: str) -> dict:
         "tool_choice": body.tool_choice or "auto",
         "parallel_tool_calls": False,
         "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": None, "summary": None, **(body.reasoning or {})},
         "store": body.store is not False,
         "truncation": "auto",
         "metadata": {},

@@ -5,6 +5,7 @@ the reply's header. What would change the meaning of the answer and cannot be do
 """
 
 import functools
+import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from types import GenericAlias
@@ -82,7 +83,9 @@ class Message(Lenient):
     tool_calls: Any = None
     function_call: Any = None
     tool_call_id: Any = None
-    reasoning_content: Any = None
+    reasoning_content: Any = None  # what the assistant thought, also by the next two names
+    reasoning: Any = None
+    thinking: Any = None
     name: Any = None
     tool: Any = None  # the calculator's calls, which come back from an answer and are not read
 
@@ -161,13 +164,20 @@ class Sampling(Lenient):
         return [s for s in given if s]
 
 
+THINKING = (  # fields that say how much to think, whether to, and in how many tokens
+    ("reasoning_effort", "reasoning.effort"),
+    ("enable_thinking", "chat_template_kwargs.enable_thinking"),
+    ("thinking_budget", "chat_template_kwargs.thinking_budget"),
+)
+
+
 class Conversing(Sampling):
     """What chat completions and responses share: a conversation, functions that may be called, and whether to think."""
 
     tools: list[Any] | None = None
     tool_choice: Any = None
     reasoning_effort: Any = None
-    reasoning: Any = None  # {"effort"}, as responses have it
+    reasoning: dict[str, Any] | None = None  # {"effort"}, as responses have it
     enable_thinking: bool | None = None  # Qwen's
     thinking_budget: int | None = Field(None, ge=0)  # tokens; Qwen's
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's, of which enable_thinking and thinking_budget are read
@@ -186,13 +196,18 @@ class Conversing(Sampling):
     def calls(self) -> dict[str, dict] | None:
         return tools.required(self.tool_choice, self.tools)
 
+    def _of_thinking(self) -> dict[str, Any]:
+        """Fields that say whether to think, by their names, where they say something."""
+        given = {name: getattr(self, name) for name in ("reasoning_effort", "enable_thinking", "thinking_budget")}
+        given |= {f"reasoning.{name}": value for name, value in (self.reasoning or {}).items()}
+        given |= {f"chat_template_kwargs.{name}": value for name, value in (self.chat_template_kwargs or {}).items()}
+        return {name: value for name, value in given.items() if value is not None}
+
     def thinking(self, context: int) -> bool | int:
         """Whether to think first, where text may be the answer; a number: in so many tokens. ValueError."""
-        more = self.chat_template_kwargs or {}
-        effort = self.reasoning_effort or (self.reasoning.get("effort") if isinstance(self.reasoning, dict) else None)
-        on = self.enable_thinking if self.enable_thinking is not None else more.get("enable_thinking")
-        budget = self.thinking_budget if self.thinking_budget is not None else more.get("thinking_budget")
-        return tools.thinking(effort, on, budget, context)
+        given = self._of_thinking()
+        effort, on, budget = (next((given[n] for n in names if n in given), None) for names in THINKING)
+        return tools.thinking(effort or None, on, budget, context)
 
     @property
     def is_free(self) -> bool:
@@ -200,9 +215,11 @@ class Conversing(Sampling):
         return self.calls is None and self.schema_wanted is None
 
     def unknown(self) -> list[str]:
-        """Also tools that are no functions, those that tool_choice leaves out, and thoughts for which no place is."""
+        """Also tools that are no functions, and what asks for thoughts where there is no place for them."""
         others = [f"tools.{name}" for name in tools.not_offered(self.tool_choice, self.tools)]
-        return others + (["reasoning_effort"] if self.thinking(0) and not self.is_free else []) + super().unknown()
+        known = set(itertools.chain(*THINKING)) if self.is_free or not self.thinking(0) else set()
+        asked = (name for name, value in self._of_thinking().items() if value not in (False, 0, "", "none"))
+        return [*others, *(name for name in asked if name not in known), *super().unknown()]
 
     @abstractmethod
     def said(self) -> list[dict]:

@@ -60,11 +60,15 @@ def required(choice: Any, tools: Any) -> dict[str, dict] | None:
 def thinking(effort: Any, on: Any, budget: Any, context: int) -> bool | int:
     """Whether to think first; a number: in so many tokens. A budget says more than on, and that more than an effort,
     which is a share of the context. ValueError."""
-    if effort is not None and effort not in EFFORTS:
+    if effort is not None and (not isinstance(effort, str) or effort not in EFFORTS):
         raise ValueError(f"reasoning_effort: {', '.join(EFFORTS)} are known, not {effort!r:.40}")
+    if on not in (None, True, False):
+        raise ValueError(f"enable_thinking is true or false, not {on!r:.40}")
+    if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 0):
+        raise ValueError(f"thinking_budget is a number of tokens, not {budget!r:.40}")
     if on is False or budget == 0:
         return False
-    if isinstance(budget, int) and not isinstance(budget, bool):
+    if budget is not None:
         return budget
     share = EFFORTS[effort] if effort is not None else 0.0
     return True if on or share == 1.0 else int(share * context) if context else share > 0

@@ -39,6 +39,7 @@ SCHEMAS |= dict.fromkeys(("people", "things"), {"type": "array", "items": {"type
 _PERSON = {"name": {"type": "string"}, "city": {"type": "string"}}
 SCHEMAS["somebody"] = {"type": "object", "properties": _PERSON, "required": ["name", "city"]}
 COMPOSED, ODD_KEYS = 0.75, 0.3  # shares of training tools about any word, and of parameters that are named so
+COMMON = {"get", "find", "set", "do", "show"}  # words that names may have in common
 SECONDS = 5.0  # that a program may take
 DESCRIBED, PARAMETERS_DESCRIBED, OPTIONAL = 0.5, 0.1, 0.15  # shares of tools with a docstring, and so on
 
@@ -208,14 +209,8 @@ def run_call(program: str, call: str) -> str:
 
 def _words_of(tool: Tool) -> set[str]:
     """The words that a tool's name is made of, in any of its kind's names."""
-    names = (name.format(**tool.words) for name in (*tool.kind["names"], "{n}" if "n" in tool.words else ""))
-    return {word for name in names for word in re.findall("[a-z]+", name.lower())} - {
-        "get",
-        "find",
-        "set",
-        "do",
-        "show",
-    }
+    names = (name.format(**tool.words) for name in (*tool.kind["names"], "{n}"))
+    return {word for name in names for word in re.findall("[a-z]+", name.lower())} - COMMON
 
 
 def _answer(use: Use, calls: Sequence[Mapping], text: str, announced: bool) -> list[dict]:
@@ -331,26 +326,16 @@ def _slots(rng: random.Random, split: str) -> tuple[dict[str, str], dict[str, An
     def town() -> str:
         return stories.invented(rng).capitalize() if odd and rng.random() < 0.4 else rng.choice(lists["town"])
 
-    people, things = (
-        rng.sample(stories.names("she") + stories.names("he"), 4),
-        [word(words["things"]) for _ in range(4)],
-    )
+    people = rng.sample(stories.names("she") + stories.names("he"), 4)
+    things = [word(words["things"]) for _ in range(4)]
     people[0] = stories.person(rng)[0] if odd else people[0]
     number = rng.randint(1, 999) if rng.random() < 0.6 else round(rng.uniform(0, 100), 1)
-    count, hour, on, where = (
-        rng.choice((*range(1, 13), rng.randint(1, 99))),
-        rng.randint(1, 12),
-        rng.random() < 0.5,
-        town(),
-    )
+    count = rng.choice((*range(1, 13), rng.randint(1, 99)))
+    hour, on, where = rng.randint(1, 12), rng.random() < 0.5, town()
     values: dict[str, Any] = {"town": where, "town2": town(), "person": people[0], "thing": things[0], "count": count}
     values |= {"people": people[1 : rng.choice((3, 4))], "things": things[1 : rng.choice((3, 4))], "state": on}
-    values |= {
-        "food": rng.choice(words["foods"]),
-        "word": word(stories.common_words(not odd)),
-        "size": number,
-        "hour": hour,
-    }
+    values |= {"food": rng.choice(words["foods"]), "word": word(stories.common_words(not odd))}
+    values |= {"size": number, "hour": hour}
     values |= {slot: rng.choice(lists[slot]) for slot in ("day", "color", "place")}
     values["fact"] = rng.choice((rng.choice(lists["weather"]), str(number), f"{count} {rng.choice(known['units'])}"))
     values |= {"text": rng.choice(known["texts"]), "somebody": {"name": people[0], "city": where}}

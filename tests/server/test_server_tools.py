@@ -214,8 +214,31 @@ def test_who_asks_for_thoughts_gets_them(thinking, asked, line, budget):
     text = bytes(i for i in seen[-1].ids if i < 256).decode()
     assert text == (f"{line}\n\n" if line else "") + USER[0]["content"]
     assert getattr(seen[-1].tool, "_budget", None) == budget
-    got = client.post(CHAT, json={"messages": USER, "reasoning_effort": "much"})
-    assert got.status_code == 400 and "reasoning_effort: none, minimal, low" in got.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "asked, why",
+    [
+        ({"reasoning_effort": "much"}, "reasoning_effort: none, minimal, low"),
+        ({"reasoning": {"effort": ["low"]}}, "reasoning_effort: none, minimal, low"),
+        ({"chat_template_kwargs": {"enable_thinking": "no"}}, "enable_thinking is true or false, not 'no'"),
+        ({"chat_template_kwargs": {"thinking_budget": -1}}, "thinking_budget is a number of tokens, not -1"),
+    ],
+)
+def test_what_says_nothing_of_thoughts_is_refused(thinking, asked, why):
+    got = thinking[0].post(CHAT, json={"messages": USER, **asked})
+    assert got.status_code == 400 and why in got.json()["error"]["message"]
+
+
+def test_what_of_thoughts_is_left_out_is_named(thinking):
+    client, _ = thinking
+    more = {"reasoning": {"effort": "high", "summary": "auto"}, "chat_template_kwargs": {"tone": "kind"}}
+    said = [USER[0], {"role": "assistant", "content": "Yes.", "reasoning": "Hm."}, USER[0]]
+    got = client.post(CHAT, json={"messages": said, **more})
+    assert got.headers["X-Ignored-Fields"] == "reasoning.summary, chat_template_kwargs.tone"
+    form = {"response_format": {"type": "json_object"}, "enable_thinking": True, "reasoning_effort": "none"}
+    got = client.post(CHAT, json={"messages": USER, **form})
+    assert got.headers["X-Ignored-Fields"] == "enable_thinking"
 
 
 def test_a_schema_that_no_grammar_keeps_to_is_named_and_the_call_is_json_all_the_same(client):
