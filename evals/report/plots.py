@@ -156,7 +156,7 @@ def bars(
         axes.set(title=title, xlabel=f"{x_label} (solid line: chance)")
         axes.grid(False, axis="y")
         axes.tick_params(axis="y", colors=INK)
-        axes.legend(loc="lower right", **_OVER_LINES)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1))  # beside the title: bars may be anywhere
 
 
 class IsoFlop(NamedTuple):

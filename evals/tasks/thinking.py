@@ -20,7 +20,7 @@ WORDS = {ast.Add: "plus", ast.Sub: "minus", ast.Mult: "times", ast.Div: "divided
 
 class Thinking(Arithmetic):
     name = "thinking"
-    sizes = {"train": 100_000, "test": 390}
+    sizes = {"train": 100_000, "test": 198}  # so few that all are asked, each in all three ways
 
     def __getitem__(self, i: int) -> dict:
         """In tests each question is asked in three ways."""
