@@ -175,6 +175,7 @@ def pipeline(args: argparse.Namespace) -> dict:
     unknown = sorted(set(chosen) - set(STAGES))
     if unknown or not chosen:
         raise UserError(f"unknown stage {unknown[0] if unknown else repr(args.stages)}; stages are {', '.join(STAGES)}")
+    from evals import records
     from nanochat_jax.checkpoint import read_done
 
     run = open_run(args, named)
@@ -192,19 +193,9 @@ def pipeline(args: argparse.Namespace) -> dict:
                 seconds[name] = round(mark["seconds"], 1)
         if left:
             run.log.say(f"{', '.join(left)}: run on one host; the same command on one of them resumes there")
-    return {"run_dir": str(run.dir), "seconds": seconds, "scores": scores(run)}
-
-
-def scores(run) -> dict:
-    """stage -> score by name, from evals/<stage>.json."""
-    out = {}
-    for stage in ("base", "mid", "sft", "rl"):
-        if result := read_json(run.dir / "evals" / f"{stage}.json"):
-            found = {name: task["accuracy"] for name, task in (result.get("chat") or {}).items()}
-            for section, key in (("bpb", "bpb"), ("core", "core_metric"), ("chatcore", "score")):
-                found[section] = (result.get(section) or {}).get(key)
-            out[stage] = {name: round(score, 4) for name, score in found.items() if score is not None}
-    return out
+    found = {stage: read_json(run.dir / "evals" / f"{stage}.json") for stage in STAGES}
+    scores = {stage: records.summary(result) for stage, result in found.items() if result}
+    return {"run_dir": str(run.dir), "seconds": seconds, "scores": scores}
 
 
 @command(resumes="from the last checkpoint")

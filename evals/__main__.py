@@ -41,6 +41,7 @@ def evaluate(argv: Sequence[str]) -> int:
     option("--temperature", type=float, metavar="T", help="of these; default: the run's setting")
     option("--int8", action="store_true", help="weights rounded to int8; results go into <stage>-int8")
     args = parser.parse_args(argv)
+    from evals.records import summary
     from evals.stage import evaluate_stage
     from nanochat_jax.devices import prepare
 
@@ -49,15 +50,6 @@ def evaluate(argv: Sequence[str]) -> int:
     result = evaluate_stage(**vars(args) | {"tasks": tasks}, log=lambda text: print(text, file=sys.stderr))
     print(json.dumps({"run_dir": args.run_dir, "stage": result["stage"], "scores": summary(result)}))
     return 0
-
-
-def summary(result: dict) -> dict:
-    """{name: score} of what an evals/<stage>.json holds."""
-    scores = {name: (result.get(name) or {}).get(key) for name, key in (("bpb", "bpb"), ("core", "core_metric"))}
-    for name, task in result["chat"].items():
-        scores |= {name: task["accuracy"], f"{name}_lenient": task.get("accuracy_lenient")}
-    scores["chatcore"] = (result.get("chatcore") or {}).get("score")
-    return {name: round(score, 4) for name, score in scores.items() if score is not None}
 
 
 if __name__ == "__main__":

@@ -111,6 +111,16 @@ def results(run_dir: str | Path) -> dict[str, dict]:
     return {stage: found[stage] for stage in sorted(found, key=lambda s: (places.get(s.split("-")[0], len(ORDER)), s))}
 
 
+def summary(result: dict) -> dict[str, float]:
+    """{name: score} of what an evals/<stage>.json holds."""
+    scores: dict[str, float | None] = {}
+    for name, task in (result.get("chat") or {}).items():
+        scores |= {name: task["accuracy"], f"{name}_lenient": task.get("accuracy_lenient")}
+    for name, key in (("bpb", "bpb"), ("core", "core_metric"), ("chatcore", "score")):
+        scores[name] = (result.get(name) or {}).get(key)
+    return {name: round(score, 4) for name, score in scores.items() if score is not None}
+
+
 def check_stage(run_dir: str | Path, found: dict[str, dict], stage: str) -> str:
     """The stage. UserError where it is not among the `results` of a run."""
     if stage not in found:

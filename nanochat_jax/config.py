@@ -127,7 +127,7 @@ class OptimConfig:
     matrix_lr: Rate = 0.02  # Muon: the matrices of the blocks
     embedding_lr: Rate = 0.3  # AdamW: the token and value embeddings
     unembedding_lr: Rate = 0.008  # AdamW: the output head
-    scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream
+    scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream; of smear and backout 0.4 times as much
     weight_decay: Rate | None = None  # of Muon's matrices; None: the scaling rule
     lr_scale: Rate = 1.0  # multiplies every rate
     warmup_steps: Natural = 40  # over which the rate rises

@@ -225,7 +225,7 @@ def rates(gpt: GPTConfig, cfg: OptimConfig, batch_tokens: int) -> dict[str, floa
         "value_embeds": 0.5 * cfg.embedding_lr * b * d,
         "resid": 0.01 * cfg.scalar_lr * b,
         "x0": cfg.scalar_lr * b,
-        "smear": 0.2,
+        "smear": 0.4 * cfg.scalar_lr,
         "muon": cfg.matrix_lr * b,
     }
     return {name: cfg.lr_scale * rate for name, rate in peak.items()}

@@ -5,7 +5,6 @@ import pytest
 from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
 from evals import chat, records
-from evals.__main__ import summary
 from evals.scoring import Scorer
 from evals.stage import CHATCORE
 from evals.tasks.base import FromRows, ScoredTask, prompt_messages
@@ -240,9 +239,9 @@ def test_chatcore_of_the_published_runs():
 
 def test_summary_leaves_out_what_was_not_measured():
     full = {"bpb": {"bpb": 1.23456}, "core": None, "chat": {"a": result(0.5)}, "chatcore": {"score": None}}
-    assert summary(full) == {"bpb": 1.2346, "a": 0.5}
+    assert records.summary(full) == {"bpb": 1.2346, "a": 0.5}
     full["chat"]["a"]["accuracy_lenient"] = 0.75
-    assert summary(full) == {"bpb": 1.2346, "a": 0.5, "a_lenient": 0.75}
+    assert records.summary(full) == {"bpb": 1.2346, "a": 0.5, "a_lenient": 0.75}
 
 
 def test_a_task_with_nothing_to_score_is_an_error(model, tmp_path):
