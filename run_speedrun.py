@@ -67,7 +67,6 @@ def fitting_config(gigabytes: float | None = None) -> Path:
 
 
 def plan(args: argparse.Namespace) -> int:
-    """Says what a run would take; the exit status."""
     from nanochat_jax.planning import plan, targets
 
     if args.measured and "=" in args.measured:  # the setting behind a --measured that stands alone

@@ -38,13 +38,11 @@ class Tree(NamedTuple):
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many leading ids all sequences share."""
     alike = takewhile(lambda ids: all(i == ids[0] for i in ids), zip(*sequences))
     return sum(1 for _ in alike)
 
 
 def grow(answers: Sequence[Answer]) -> Tree:
-    """The tree of some texts, one or more."""
     keys = [(tuple(ids), start, end) for ids, start, end in answers]
     texts = list(dict.fromkeys(keys))  # equal ones score equal, to the last bit
     shared = min(common_prefix([ids for ids, _, _ in texts]), min(start for _, start, _ in texts))

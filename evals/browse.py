@@ -65,7 +65,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def overview(run: Path, tasks: dict[str, list[str]]) -> Table:
-    """The tasks with answers to read, of the stages."""
     table = Table("stage", "task", *(Column(h, justify="right") for h in ("questions", "right", "wrong")), box=None)
     for stage, task in ((stage, task) for stage, names in tasks.items() for task in names):
         correct = [r["correct"] for r in records.read(records.path_of(run, stage, task))]
@@ -97,7 +96,6 @@ def choose(found: Sequence[dict], args: argparse.Namespace) -> list[dict]:
 
 
 def show(console: Console, record: dict) -> None:
-    """A question with all that was answered to it."""
     subject = record.get("subject", "").replace("_", " ")
     console.rule(Text.assemble((f" {record['index']} ", "reverse"), f" {subject} " if subject else ""), align="left")
     console.print(Text(printable(record["prompt"].strip())))

@@ -122,7 +122,6 @@ def _by_pairs(name: str, a: np.ndarray, b: np.ndarray, weights: np.ndarray | Non
 
 
 def _by_errors(name: str, n, a: float, b: float, *stderrs: float) -> Difference:
-    """Two figures whose difference has these independent errors."""
     stderr = math.hypot(*stderrs)
     return Difference(name, "standard errors", n, a, b, stderr, by_error(b - a, stderr))
 
@@ -134,7 +133,6 @@ def _by_shares(name: str, a: tuple[float, int], b: tuple[float, int]) -> Differe
 
 
 def _verdicts(task: str, a: Side, b: Side) -> Difference:
-    """The accuracy of a chat task."""
     if not (right := _in_pairs(task, a, b, lambda r: r["correct"])):
         one, other = (side.result["chat"][task] for side in (a, b))
         return _by_shares(task, (one["accuracy"], one["n"]), (other["accuracy"], other["n"]))
@@ -172,14 +170,12 @@ def _bpb(a: Side, b: Side, one: dict, other: dict) -> list[Difference]:
 
 
 def _core_tasks(one: dict, other: dict) -> list[Difference]:
-    """The tasks of CORE that both have with the same data."""
     both = [name for name in one.get("results", {}) if name in other.get("results", {})]
     same = [name for name in both if one["substitutes"].get(name) == other["substitutes"].get(name)]
     return [_by_shares(f"core {x}", *((core["results"][x], core["n"][x]) for core in (one, other))) for x in same]
 
 
 def _core(one: dict, other: dict) -> list[Difference]:
-    """CORE, where both are of the same tasks."""
     if not one.get("results") or any(set(one[k]) != set(other.get(k, ())) for k in ("results", "substitutes")):
         return []
     figures = (core[k] for k in ("core_metric", "core_stderr") for core in (one, other))

@@ -105,8 +105,6 @@ def evaluate_stage(
 
 
 class _Evaluation:
-    """One loaded model, with what measures it."""
-
     def __init__(self, run_dir: Path, name: str, model, loaded: Loaded, config: RunConfig, log: Callable[[str], None]):
         self.run_dir, self.name, self.stage, self.config, self.log = run_dir, name, loaded.stage, config, log
         self.model, self.tok = model, loaded.tokenizer
@@ -182,7 +180,6 @@ class _Evaluation:
         return out
 
     def samples(self) -> list[dict]:
-        """Greedy answers to a few fixed prompts."""
         if self.stage == "base":
             prompts, budget = BASE_PROMPTS, BASE_SAMPLE_TOKENS
             ids = [[self.tok.bos, *self.tok.encode(p)] for p in prompts]

@@ -73,8 +73,6 @@ def say(out: Console, text: str, style: str | None = "dim", end: str = "\n") -> 
 
 
 class Chat:
-    """A conversation with one model."""
-
     def __init__(self, engine, tok, args: argparse.Namespace):
         self.engine, self.tok, self.args = engine, tok, args
         self.system = ""
@@ -152,7 +150,6 @@ class Chat:
 
 
 def loop(chat: Chat, title: str, out: Console) -> None:
-    """Reads questions until the end of input."""
     say(out, f"{title}. /help lists the commands, Ctrl-C stops an answer.")
     while True:
         try:

@@ -245,7 +245,6 @@ def _add_result(turns: list[tuple[str, list[dict]]], message: Mapping, result: s
 
 
 def _parts(content: Any, role: str, repairs: set[str]) -> list[dict]:
-    """The parts of a content; none where it is null."""
     if isinstance(content, str):
         text = _whole(content, repairs)
         return dialects.spoken(text) if role == "assistant" else [{"type": "text", "text": text}]
@@ -312,7 +311,6 @@ def _content(parts: list[dict]) -> Any:
 
 
 def is_chat_file(name: str) -> bool:
-    """Whether a file of this name may hold conversations."""
     return kind_of(name) in ("lines", "parquet") or (name.lower().endswith(".json") and not name.startswith("."))
 
 
@@ -436,7 +434,6 @@ class Tally:
         return f", {self.mended:,} of them repaired ({how})" if self.mended else ""
 
     def lost(self) -> str:
-        """How many were left out, why, and where first."""
         worst = sorted(self.left_out.items(), key=lambda entry: -entry[1][0])
         why = "; ".join(f"{n:,} {reason}, first {where}" for reason, (n, where) in worst)
         return f"{sum(n for n, _ in self.left_out.values()):,} left out" + (f" ({why})" if why else "")

@@ -174,5 +174,4 @@ def count(text: str, least: int = 0) -> int:
 
 
 def positive(text: str) -> int:
-    """An argparse type: a whole number of 1 or more."""
     return count(text, 1)

@@ -12,8 +12,6 @@ from nanochat_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Among:
-    """A setting's value is one of these."""
-
     choices: tuple[str, ...]
 
     def refusal(self, value: str) -> str | None:

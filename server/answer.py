@@ -96,7 +96,6 @@ class Answer:
                 yield index, parts
 
     def close(self) -> None:
-        """Cancels what has not ended."""
         for choice, job in zip(self.choices, self._jobs):
             if choice.reason is None:
                 self._scheduler.cancel(job)

@@ -118,7 +118,6 @@ def _add_api(app: FastAPI, scheduler: Scheduler, metrics: Metrics, tok, model: s
     vocabulary, kept = functools.cache(lambda: Vocabulary(tok)), Kept()
 
     async def grammar_of(body: schemas.Sampling) -> Grammar | None:
-        """What the answer keeps to, where it may not be text."""
         if body.calls is None and body.schema_wanted is None:
             return None
         try:
@@ -228,8 +227,6 @@ def _add_page(app: FastAPI) -> None:
 
 
 class Files(StaticFiles):
-    """The page's files."""
-
     def file_response(self, *args, **kwargs) -> Response:
         response = super().file_response(*args, **kwargs)
         response.headers.update(PAGE_HEADERS)

@@ -61,7 +61,6 @@ class Choice:
         return out
 
     def finish(self, reason: str) -> list[Shown]:
-        """The rest, when the engine has ended it, for `reason`."""
         out: list[Shown] = []
         for piece in self._reader.flush():
             if self.reason is None:

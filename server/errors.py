@@ -46,8 +46,6 @@ class Stopped(ApiError):
 
 
 def install(app: FastAPI) -> None:
-    """Gives the application a handler for each kind of error."""
-
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, e: HTTPException):
         if isinstance(e, ApiError):
@@ -73,7 +71,6 @@ def install(app: FastAPI) -> None:
 
 
 def _described(error: dict) -> ApiError:
-    """One of pydantic's errors."""
     first, *rest = error["loc"][1:] or ("the body",)
     place = ".".join(str(part) for part in (first, *rest) if part == first or not _is_tag(part))
     message = error["msg"].removeprefix("Value error, ")

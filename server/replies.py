@@ -59,7 +59,6 @@ class ChatShape:
         return any(name == head if bracket else name.startswith(head) for name in self._functions)
 
     def _calculated(self, index: int, part: Shown) -> dict:
-        """More of a call of the calculator."""
         said = {"input" if part.kind == "python" else "output": part.text}
         if (index, part.call) not in self._begun:  # clients put deltas together
             held = self._reader(index, part).name  # while it might have been the caller's

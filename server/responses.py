@@ -131,7 +131,6 @@ async def respond(
 
 
 def _head(body: ResponsesRequest, model: str) -> dict:
-    """What a response says of itself, before its output."""
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -167,7 +166,6 @@ class Output:
         self._kind, self._waiting = "", ""  # of the last part; of a call whose name is not whole yet
 
     def push(self, kind: str, text: str) -> list[tuple[str, dict]]:
-        """More of the answer."""
         events: list[tuple[str, dict]] = []
         if kind != self._kind:
             events, self._kind, self._waiting = self.end(), kind, ""
@@ -185,7 +183,6 @@ class Output:
         return events
 
     def end(self) -> list[tuple[str, dict]]:
-        """What is open ends."""
         if not self._is_open:
             return []
         item = self.items[-1]
@@ -238,8 +235,6 @@ class _Item:
 
 
 class Message(_Item):
-    """Text."""
-
     prefix, delta, beside = "msg", "response.output_text.delta", {"logprobs": []}
 
     def __init__(self, index: int) -> None:
@@ -264,8 +259,6 @@ class Thoughts(Message):
 
 
 class Call(_Item):
-    """A call of one of the caller's functions."""
-
     prefix, delta = "fc", "response.function_call_arguments.delta"
 
     def __init__(self, index: int) -> None:

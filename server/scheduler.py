@@ -68,7 +68,6 @@ class Scheduler:
 
     @property
     def ready(self) -> bool:
-        """Requests are taken and worked on."""
         return self.alive and self._thread.is_alive()
 
     def counts(self) -> dict[str, int]:

@@ -95,8 +95,6 @@ class StreamOptions(Lenient):
 
 
 class Sampling(Lenient):
-    """What both kinds of request share."""
-
     model: str | None = None  # there is one model, whatever this says
     n: int | None = Field(1, ge=1, le=8)
     stream: bool | None = False
@@ -151,7 +149,6 @@ class Sampling(Lenient):
 
     @property
     def shaping(self) -> Shaping | None:
-        """What is to be done to logits; None where nothing is."""
         bias = tuple((int(id), value) for id, value in (self.logit_bias or {}).items() if value)
         penalties = self.presence_penalty or 0.0, self.frequency_penalty or 0.0, self.repetition_penalty or 1.0
         wanted = Shaping(*penalties, self.min_p or 0.0, bias)
@@ -159,7 +156,6 @@ class Sampling(Lenient):
 
     @property
     def stops(self) -> list[str]:
-        """Stop strings; an empty one is none."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return [s for s in given if s]
 
@@ -189,7 +185,6 @@ class Conversing(Sampling):
 
     @property
     def functions(self) -> list[dict]:
-        """The functions that may be called."""
         return tools.offered(self.tool_choice, self.tools)
 
     @property

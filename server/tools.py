@@ -156,11 +156,9 @@ class CallReader:
 
     @property
     def opened(self) -> bool:
-        """The name is whole."""
         return self._state != "name"
 
     def call(self, arguments: str) -> dict:
-        """A tool call as OpenAI has it, with arguments so far."""
         return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": arguments}}
 
     def push(self, text: str) -> str:

@@ -73,7 +73,6 @@ class ByteLevelTokenizer(Tokenizer):
         self._bytes = [bytes(to_byte[c] for c in piece) for piece in pieces]
 
     def save(self, dir: str | Path) -> None:
-        """Writes tokenizer.json."""
         atomic_write_text(Path(dir) / JSON_FILE, self.text)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:

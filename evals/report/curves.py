@@ -19,7 +19,6 @@ POLICY = (
 
 
 def points(records: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of the records that have a value for the key."""
     found = [(r["step"], r[key]) for r in records if r.get(key) is not None]
     return [x for x, _ in found], [y for _, y in found]
 

@@ -37,7 +37,6 @@ def stand_ins(core: dict) -> str:
 
 
 def is_in_part(task: dict) -> bool:
-    """Whether not all questions of a task were asked, by its scores."""
     return task["n"] < task.get("of", task["n"])
 
 

@@ -33,8 +33,6 @@ _DASHED = (0, (4, 3))
 
 
 class Series(NamedTuple):
-    """One line."""
-
     label: str
     x: Sequence[float]
     y: Sequence[float]
@@ -43,8 +41,6 @@ class Series(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """One pair of axes."""
-
     title: str
     y_label: str
     series: Sequence[Series]
@@ -70,7 +66,6 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 @contextlib.contextmanager
 def _drawing(path: Path, height: float) -> Iterator:
-    """A figure, which is written at the end of the block."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -9,7 +9,6 @@ EACH = 2  # right and wrong answers to a task
 
 
 def section(facts: Facts) -> str:
-    """Of all stages, the latest first and open."""
     found = {s: facts.evals[s].get("samples") for s in reversed(STAGES)}
     blocks = {s.upper(): fence("\n\n".join(_sample(s, x) for x in samples)) for s, samples in found.items() if samples}
     return "\n\n".join(["## Samples\n\nGreedy.", *_first_open(blocks)]) if blocks else ""

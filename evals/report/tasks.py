@@ -6,7 +6,6 @@ from nanochat_jax.words import DASH, fold, plain, plus_minus, table
 
 
 def core(facts: Facts) -> str:
-    """A chart and a table for each stage that has CORE."""
     blocks = []
     for stage, found in facts.core.items():
         bars(

@@ -86,7 +86,6 @@ class Pool(contextlib.AbstractContextManager):
                 self.missing |= worker.missing
 
     def _apply_policy(self) -> None:
-        """Says what is missing, or refuses."""
         reasons = ", ".join(f"{name} ({why})" for name, why in self.missing.items())
         if reasons and self.policy == "required":
             raise UserError(

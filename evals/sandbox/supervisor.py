@@ -244,7 +244,6 @@ def _be_init(run: _Supervisor, outputs: dict[str, int], events: socket.socket) -
 
 
 def _has_children() -> bool:
-    """Whether any are still running."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

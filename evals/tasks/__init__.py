@@ -73,7 +73,6 @@ def available(data: DataConfig, split: str) -> list[str]:
 
 
 def trainable(data: DataConfig) -> list[str]:
-    """The names of the tasks with training rows."""
     source = source_of(data)
     names = [*MADE_HERE, "text"] + [n for n in available(data, "train") if n not in (*MADE_HERE, "everyday")]
     if source == "hub":

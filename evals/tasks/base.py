@@ -113,7 +113,6 @@ class FromRows(ScoredTask):
             raise UserError(f"{where}, row {i} (from 0) cannot be asked: {e}; correct it or remove it") from None
 
     def unpacked(self, row: dict) -> dict:
-        """The columns of a row."""
         return row
 
     @abstractmethod
@@ -136,7 +135,6 @@ class Generated(ScoredTask):
         return self.draw(random.Random(f"{self.name} {self.split} {self._rows[i]}"))
 
     def draw(self, rng: random.Random) -> dict:
-        """A conversation of the split."""
         while True:
             conversation = self.make(rng)
             question = conversation["messages"][0]["content"]
@@ -170,7 +168,6 @@ def visible(content: str | Sequence[dict]) -> str:
 
 
 def brief(value) -> str:
-    """A value as it stands in a message."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 40 else text[:40] + "..."
 

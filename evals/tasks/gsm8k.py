@@ -58,8 +58,6 @@ class NumberAnswer(ScoredTask):
 
 
 class GSM8K(NumberAnswer, FromRows):
-    """Rows with `question` and `answer`."""
-
     name, kind = "gsm8k", "generative"
     columns = {"question": str, "answer": str}
 

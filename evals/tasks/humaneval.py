@@ -44,8 +44,6 @@ def import_lines(prompt: str) -> list[str]:
 
 
 class HumanEval(FromRows):
-    """Rows with `prompt`, `canonical_solution`, `test` and `entry_point`."""
-
     name, kind = "humaneval", "generative"
     lenient = (
         "programs in fenced blocks of any kind: ```py, ~~~, indented, without an end, after a block of another language"

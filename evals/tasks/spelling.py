@@ -22,8 +22,6 @@ QUOTES = ("", "", "'", '"', "`")
 
 
 class _OnWords(Generated):
-    """Questions about the words of a split."""
-
     sizes = {"train": 100_000, "test": 256}
     split_by_text = False  # but by the word
 
@@ -65,8 +63,6 @@ class SpellingBee(NumberAnswer, _OnWords):
 
 
 class Spelling(_OnWords):
-    """A word, letter by letter."""
-
     name, kind = "spelling", "generative"
 
     def make(self, rng: random.Random) -> dict:

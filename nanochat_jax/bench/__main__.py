@@ -17,7 +17,6 @@ def load(what: str) -> ModuleType:
 
 
 def parse(what: str, argv: list[str]) -> argparse.Namespace:
-    """The options of one benchmark."""
     module = load(what)
     first, *_ = (module.__doc__ or "").split("\n\n")
     parser = argparse.ArgumentParser(prog=f"python -m nanochat_jax.bench {what}", description=first)

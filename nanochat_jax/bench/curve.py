@@ -41,7 +41,6 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def make(args: argparse.Namespace, precision: str) -> TrainStep:
-    """The step of one side, on one device."""
     mesh, batch = sharding.make_mesh(MeshConfig(), jax.devices()[:1]), args.rows * args.accumulation * args.seq
     more = {"batch_tokens": batch, "optim": OptimConfig(lr_scale=args.lr_scale)}
     config = recipe(args.depth, args.seq, args.vocab, args.pattern, precision, **more)

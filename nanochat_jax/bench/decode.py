@@ -52,7 +52,6 @@ def random_params(cfg) -> dict:
 
 
 def load(args: argparse.Namespace):
-    """The model of a run, or one of random weights."""
     if args.run_dir:
         from nanochat_jax.checkpoint import load_model
 

@@ -43,7 +43,6 @@ def add_shape(p: argparse.ArgumentParser, *, depth: int, rows: int, seq: int, pr
 
 
 def add_model(p: argparse.ArgumentParser) -> None:
-    """The options that say which model answers."""
     p.add_argument("--depth", type=positive, default=4, help="depth of a model with random weights")
     p.add_argument("--run-dir", help="use the trained model of this run instead")
     p.add_argument("--vocab", type=positive, default=32768)
@@ -52,13 +51,11 @@ def add_model(p: argparse.ArgumentParser) -> None:
 
 
 def add_reference(p: argparse.ArgumentParser) -> None:
-    """The options that name the reference."""
     p.add_argument("--reference", help="a checkout of karpathy/nanochat")
     p.add_argument("--reference-python", default=sys.executable, help="a Python that has torch")
 
 
 def shown(args: argparse.Namespace, names: Sequence[str]) -> dict:
-    """These options, for the result."""
     return {name: getattr(args, name) for name in names}
 
 
@@ -83,7 +80,6 @@ class Side:
             self.said[line.strip()] = time.perf_counter() - self._began
 
     def ask(self, order: Any) -> Any:
-        """The answer to an order."""
         self.tell(json.dumps(order))
         if not (answer := self._process.stdout.readline()):
             raise UserError(f"the {self.name} side ended in the middle of the work; its message is above")
@@ -128,7 +124,6 @@ def begin(*sides: Side) -> tuple[Side, ...]:
 
 @contextlib.contextmanager
 def ready(*sides: Side) -> Iterator[tuple[Side, ...]]:
-    """The sides, ready, and closed at the end."""
     yield begin(*sides)
     for side in sides:
         side.close()
@@ -161,7 +156,6 @@ def in_turns(rounds: int, sides: Mapping[str, Callable[[], T]]) -> dict[str, lis
 
 
 def spread(rates: Sequence[float]) -> dict[str, float]:
-    """Median and extremes of a side's rounds."""
     return {"tokens_per_second": statistics.median(rates), "low": min(rates), "high": max(rates)}
 
 

@@ -113,7 +113,6 @@ class Program:
                 body.append(Instruction(found[1], found[2], found[3], operands, line))
 
     def inner(self, i: Instruction) -> list[Instruction]:
-        """The instructions of the computation that one calls."""
         return self.computations.get(i.called("calls") or i.called("to_apply"), [])
 
     def kernels(self, name: str = ENTRY, times: int = 1, looped: bool = False) -> Iterator[Kernel]:
@@ -222,7 +221,6 @@ def by_part(kernels: Sequence[Kernel], gpu: str) -> dict[str, dict]:
 
 
 def compiled_text(args: argparse.Namespace, config: RunConfig) -> str:
-    """The optimised program of the step for the GPU."""
     step = TrainStep(config, sharding.make_mesh(MeshConfig(), targets.devices(args.gpu)), args.gpu)
     if args.attention:
         with targets.tracing(args.gpu):

@@ -102,7 +102,6 @@ def total(f: Callable) -> Callable:
 
 
 def parts(cfg: GPTConfig, rows: int, dtype, eight_bits: bool) -> Iterator[Part]:
-    """Every part of one layer, and the rest of the step."""
     T, D, H, N, V = cfg.sequence_len, cfg.n_embd, cfg.n_head, cfg.head_dim, cfg.padded_vocab
     M = rows * T
     x = normal(0, (M, D), dtype)

@@ -56,7 +56,6 @@ def options(p: argparse.ArgumentParser) -> None:
 
 
 def in_process(args: argparse.Namespace) -> Clients:
-    """Clients of an engine in this process."""
     model = load(args)
     engine = Engine(model, slots=args.slots, max_len=model.cfg.sequence_len, int8=args.int8)
     longest = max(2, min(args.prompt, engine.max_len - max(TOKENS)))

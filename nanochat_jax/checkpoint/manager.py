@@ -89,7 +89,6 @@ class Checkpointer:
             raise ValueError(f"step {step} comes before the newest checkpoint of {self.directory}")
 
     def latest(self) -> int | None:
-        """The newest step that is on the disk, or None."""
         return hosts.gather("latest", max(saved_steps(self.directory), default=None))[0]
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict]:

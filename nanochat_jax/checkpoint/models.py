@@ -26,7 +26,6 @@ def write_done(stage_dir: str | Path, mark: dict) -> None:
 
 
 def read_done(stage_dir: str | Path) -> dict | None:
-    """The mark of a finished stage, or None."""
     return read_json(Path(stage_dir) / "done.json")
 
 
@@ -42,7 +41,6 @@ class Loaded:
 
     @property
     def params(self) -> dict:
-        """The model's parameters as a nested dict."""
         from flax import nnx
 
         return nnx.to_pure_dict(nnx.split(self.model)[1])

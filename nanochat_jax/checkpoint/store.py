@@ -158,7 +158,6 @@ def verify(path: Path, at_once: int = 1 << 28) -> tuple[int, int]:
 
 
 def array_bytes(array: dict) -> int:
-    """Of an entry of the record `arrays`."""
     return math.prod(array["shape"]) * jnp.dtype(array["dtype"]).itemsize
 
 

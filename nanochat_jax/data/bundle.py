@@ -44,8 +44,6 @@ def find_bundle(config: RunConfig, cache_dir: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One entry of core.yaml."""
-
     label: str
     task_type: str  # of TASK_TYPES
     dataset_uri: str

@@ -34,7 +34,6 @@ class Buffer(Generic[D]):
         return self.pop_largest(self._entries[0][0])
 
     def in_order(self) -> list[D]:
-        """The documents in the order in which they came."""
         return [document for _, _, document in sorted(self._entries, key=lambda entry: -entry[1])]
 
 

@@ -55,7 +55,6 @@ class PackedDataset(contextlib.AbstractContextManager):
 
     @property
     def complete(self) -> bool:
-        """Whether all of the rows are there."""
         return bool(self.manifest) and (self.manifest["complete"] or self.available() == self.limit)
 
     @property
@@ -63,7 +62,6 @@ class PackedDataset(contextlib.AbstractContextManager):
         return self.manifest["shard_rows"] if self.manifest else SHARD_ROWS
 
     def available(self) -> int:
-        """How many rows are there already."""
         rows = self.manifest.get("rows", 0)
         return rows if self.limit is None else min(rows, self.limit)
 

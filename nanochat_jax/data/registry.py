@@ -39,8 +39,6 @@ class HubFile:
 
 @dataclass(frozen=True)
 class HubDocuments(Documents):
-    """Files of a dataset, fetched when the walk reaches them."""
-
     repo: str
     train_files: tuple[HubFile, ...]
     val_file: HubFile

@@ -6,6 +6,5 @@ HELD_OUT = 10  # of what is made here one in so many is for testing
 
 
 def held_out(text: str, one_in: int) -> bool:
-    """Whether a text is for testing."""
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:4], "big") % one_in == 0

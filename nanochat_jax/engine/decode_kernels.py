@@ -347,7 +347,6 @@ def dense(x, weight, *, norm=None, square=False, residual=None, mix=None):
 
 
 def mixture(x, x0, factors):
-    """factors[0] of x and factors[1] of x0."""
     r, s = factors.astype(x.dtype)
     return r * x + s * x0
 

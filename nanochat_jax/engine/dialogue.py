@@ -15,8 +15,6 @@ AT_ONCE = 16  # calls of tools that are run at a time
 
 
 class Fitted(NamedTuple):
-    """A prompt, and what it had to leave out."""
-
     ids: list[int]
     dropped: int = 0  # messages that are not in it
     truncated: bool = False  # the last message, or the system message, is not whole
@@ -105,7 +103,6 @@ class Reader:
         return pieces
 
     def flush(self) -> list[Piece]:
-        """What is left at the end."""
         pieces = self._pieces(self._decoder.flush())
         return pieces + [Piece(*said, self._call) for said in self._thinking.end()]
 

@@ -53,8 +53,6 @@ class Completion:
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way through the engine; compared by identity."""
-
     request: Request
     tool: Any  # its state machine, with push(id) -> ids to force; or None
     prompt: list[int]
@@ -87,8 +85,6 @@ class Event:
 
 @dataclass
 class Counters:
-    """Since the engine was made."""
-
     prompt_tokens: int = 0
     reused_tokens: int = 0  # of the prompts: found in the cache
     generated_tokens: int = 0
@@ -177,12 +173,10 @@ class Engine:
 
     @property
     def arrays(self) -> tuple:
-        """All that it keeps on the devices: parameters and cache."""
         return self.params, self._cache
 
     @property
     def busy(self) -> bool:
-        """Something is queued, running, or yet to be reported."""
         return bool(self._queue or self._running or self._cancelled)
 
     @property
@@ -315,7 +309,6 @@ class Engine:
         self.counters.calls += 1
 
     def _decode(self) -> list[Event]:
-        """Decodes a time slice of all tickets that are ready."""
         tickets = [t for t in self._running if t.ready]
         if not tickets:
             return []

@@ -152,7 +152,6 @@ def _value(schema: Any) -> str:
 
 
 def _object(schema: Any) -> dict:
-    """A schema that may be true or false."""
     return dict(schema) if isinstance(schema, Mapping) else {} if schema is True else {"enum": []}
 
 
@@ -165,7 +164,6 @@ class Grammar:
             raise ValueError(" ".join(self._matcher.get_error().split())[:300])
 
     def start(self) -> "Form":
-        """A state machine for one answer."""
         return Form(self.vocabulary, self._matcher.deep_copy())
 
 
@@ -297,14 +295,12 @@ class MixedForm:
         self._next: list[int] = []
 
     def fill(self, bits: np.ndarray) -> None:
-        """As `Form.fill`."""
         if self._call:
             self._call.fill(bits)
         else:
             bits[:] = -1
 
     def take(self, id: int, left: int, again: bool) -> bool:
-        """As `Form.take`."""
         if not self._call and id == self._tok.python_start:
             self._call, again = self._grammar.start(), False
         if self._call and not self._call.take(id, left, again):

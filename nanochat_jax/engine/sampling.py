@@ -81,7 +81,6 @@ class Settings(NamedTuple):
         return cls(*(np.full(rows, value, dtype) for value, dtype in kinds))
 
     def fill(self, row: int, request: Request) -> None:
-        """Sets a row to what a request says."""
         self.temperature[row] = request.temperature if request.drawn else 0.0
         self.top_k[row], self.top_p[row], self.seed[row] = request.top_k, request.top_p, request.seed % 2**32
 
@@ -138,7 +137,6 @@ class Mode(NamedTuple):
 
 
 def mode(requests: Sequence[Request], vocab: int) -> Mode:
-    """The mode of requests."""
     drawn = [r for r in requests if r.drawn]
     filtered = [r for r in drawn if r.top_k or r.top_p < 1]
     need = max((r.top_k or vocab for r in filtered), default=0)

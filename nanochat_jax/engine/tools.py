@@ -23,7 +23,6 @@ class Tools:
         self._thinking, self._decoder, self._thoughts = Thinking(), StreamDecoder(tok), 0
 
     def start(self) -> "Tools":
-        """A state machine for another sequence."""
         return Tools(self._tok, self._callers, self._budget)
 
     def push(self, id: int) -> list[int]:

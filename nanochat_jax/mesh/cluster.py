@@ -20,8 +20,6 @@ _NOT_SRUN = 0xFFFFFFF0  # SLURM's step numbers from here on: the batch script, a
 
 @dataclass(frozen=True)
 class Cluster:
-    """One process among several."""
-
     how: str  # the source: variables, slurm, open mpi
     coordinator: str  # host:port of process 0; the port after it is the watch's
     processes: int

@@ -227,7 +227,6 @@ class Watch:
         self.end(f"{places}: they do not run the same program, or not with the same settings", 1)
 
     def _close_after_fork(self) -> None:
-        """In a forked child: its copies of the connections."""
         for link in self._links.values():
             with contextlib.suppress(OSError):
                 os.close(link.socket.detach())

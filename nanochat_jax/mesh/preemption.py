@@ -26,11 +26,9 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to stop."""
         return self.signal is not None
 
     def ask(self, why: str) -> None:
-        """Asks this process to stop, as a signal would."""
         self.signal = self.signal or why
 
     @property

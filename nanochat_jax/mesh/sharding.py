@@ -146,7 +146,6 @@ def abstract(tree, mesh: Mesh):
 
 
 def _axes(part) -> tuple[str, ...]:
-    """The mesh axes of one entry of a spec."""
     return (part,) if isinstance(part, str) else part or ()
 
 

@@ -227,7 +227,6 @@ def init_params(cfg: GPTConfig, seed: int) -> dict:
 
 
 def merge(graph, params: dict) -> GPT:
-    """The model with its parameters, a nested dict."""
     return nnx.merge(graph, nnx.State(jax.tree.map(nnx.Param, params)))
 
 

@@ -75,8 +75,6 @@ def scaling_params(cfg: GPTConfig) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A pretraining run."""
-
     target_tokens: int
     batch_tokens: int
     steps: int
@@ -90,7 +88,6 @@ class Plan:
 
 
 def base_plan(gpt: GPTConfig, config: RunConfig) -> Plan:
-    """Of the base stage of a run."""
     base, head_dim = config.base, config.model.head_dim
     return plan(gpt, ratio=base.ratio, tokens=base.tokens, batch_tokens=base.batch_tokens, head_dim=head_dim)
 

@@ -62,8 +62,6 @@ PROMPT = 100  # tokens of a question of RL: assumed
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast one device trains, and how that is known."""
-
     flops: float = math.nan  # FLOP/s of a stage's training steps
     source: str = ""
     seconds: float = math.nan  # of the whole stage, for each FLOP that a token costs, as a run measured it
@@ -71,8 +69,6 @@ class Speed:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage does, and takes."""
-
     name: str
     steps: int = 0
     batch_tokens: int = 0

@@ -61,7 +61,6 @@ class TrainStep:
 
     @cached_property
     def state(self):
-        """The state's shapes and shardings."""
         return sharding.abstract(jax.eval_shape(self.init), self.mesh)
 
     def tokens(self, rows: int, accumulation: int) -> jax.ShapeDtypeStruct:

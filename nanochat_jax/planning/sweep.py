@@ -125,7 +125,6 @@ def _share_tokenizer(out: Path, run_dir: Path) -> None:
 
 
 def results(points: list[Point], out: Path) -> list[Result]:
-    """What has been trained."""
     found = []
     for point in points:
         if done := read_done(out / point.name / "base"):

@@ -71,7 +71,6 @@ def fitted(sweep: SweepConfig, found: list[Result]) -> Found:
 
 
 def _or_why(fitting, *args):
-    """The fit, or why there is none."""
     try:
         return fitting(*args)
     except NoFit as e:

@@ -35,7 +35,6 @@ def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, we
 
 
 def loader(run: Run, dataset: PackedDataset, step: Step) -> Loader:
-    """The batches of a compiled step."""
     split = sharding.rows(run.mesh, leading=1)
     return Loader(dataset, seed=run.config.seed, accumulation=step.accumulation, rows=step.rows, sharding=split)
 

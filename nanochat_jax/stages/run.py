@@ -65,5 +65,4 @@ class Run:
         )
 
     def params_of(self, stage: str) -> dict:
-        """The parameters that `stage` ended with, as a nested dict."""
         return checkpoint.load_model(self.dir, stage).params

@@ -37,7 +37,6 @@ class LossAlarm:
             self.see(math.nan if loss is None else loss)
 
     def see(self, loss: float) -> str | None:
-        """The alarm for the next loss, or None."""
         if not math.isfinite(loss):
             return f"the loss is {loss}"
         limit = self._limit()
@@ -70,7 +69,6 @@ class StallAlarm:
         self._thread.start()
 
     def step(self) -> None:
-        """A step has come."""
         now = time.monotonic()
         if self._mark is not None:
             self._steps.append(now - self._mark)

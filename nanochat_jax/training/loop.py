@@ -144,7 +144,6 @@ def fit(
         mark += time.perf_counter() - paused
 
     def flush():
-        """Reads and records the metrics of the last step."""
         nonlocal pending, mark
         if pending is None:
             return

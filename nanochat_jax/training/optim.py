@@ -210,7 +210,6 @@ _GROUP_OF = {
 
 
 def group(path) -> str:
-    """The parameter group of a tree path."""
     name = str(getattr(path[0], "key", path[0]))
     return _GROUP_OF.get(name, name)
 
