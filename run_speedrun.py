@@ -1,10 +1,7 @@
 """The whole of a small ChatGPT: tokenizer, base, mid, sft, rl, eval, report.
 
     uv run run_speedrun.py                                     # what fits this machine
-    uv run run_speedrun.py --config configs/d20.yaml --mesh configs/mesh/h100_x8.yaml
     uv run run_speedrun.py --stages sft,rl,eval,report --yes sft.epochs=2     # anew, from what mid learned
-    uv run run_speedrun.py --plan --gpu h100 --count 8 --price 3     # what it would take; nothing runs
-    uv run run_speedrun.py --settings lora                     # what can be set, and what each setting means
 
 Stages run in order; one that is done in the run directory is skipped, and one that was stopped resumes from its last
 checkpoint. A stage whose settings changed runs anew where --stages names it, and so does what comes after it. The last

@@ -1,14 +1,7 @@
 """Evaluates one stage of a run; shows what it answered; compares two runs or stages.
 
-    python -m evals --run-dir runs/demo --stage sft --tasks mmlu,gsm8k --max-per-task 100
-    python -m evals --run-dir runs/demo --tasks humaneval --samples 10 --temperature 0.8      # and pass@k
-    python -m evals show runs/demo --task gsm8k --wrong                                       # questions and answers
-    python -m evals compare runs/demo:sft runs/demo:rl                                        # is it more than noise?
-    python -m evals report --run-dir runs/demo --html                                         # the page about a run
-
 Tasks are the names of chat tasks, `bpb`, `core` and `samples`; without --tasks it is all that the stage and the data
-allow. Results go into evals/<stage>.json of the run, every question and verdict into evals/<stage>.<task>.jsonl, and a
-summary, one JSON object, is the last line on stdout.
+allow. Results go into the folder evals of the run, and a summary, one JSON object, is the last line on stdout.
 """
 
 import argparse

@@ -1,10 +1,4 @@
-"""What a model was asked and what it answered, to be read in the terminal.
-
-python -m evals show runs/demo                                   what there is to read
-python -m evals show runs/demo --task gsm8k --wrong              the first questions with a wrong answer
-python -m evals show runs/demo:sft --task gsm8k --index 17       one question
-python -m evals show runs/demo --task humaneval --grep "def .*sort" --limit 0
-"""
+"""What a model was asked and what it answered, to be read in the terminal."""
 
 import argparse
 import re

@@ -60,11 +60,7 @@ def evaluate_chat_task(
 ) -> dict:
     """Accuracy of the model on a task, with its standard error; every question and verdict goes to the file `path`.
 
-    Returns accuracy (of the greedy answers), stderr, n, of (questions that the task has), baseline, centered, kind;
-    of a task with a lenient score: accuracy_lenient, stderr_lenient, lenient (what it admits);
-    with subjects: subjects ({name: {accuracy, stderr, n, tokens}}), macro (the mean of their accuracies, and stderr);
-    for generative tasks, which need an engine: unfinished, the share of answers that met the token limit;
-    of a task with aspects: aspects ({name: {accuracy, stderr, n}}); with draws: samples, temperature and pass_at_k.
+    Returns the scores of one task as evals/README.md has them. Generative tasks need an engine.
     """
     if not isinstance(task, ScoredTask):
         raise UserError(f"task {task.name} holds conversations to learn from; there is nothing in it to score")

@@ -1,12 +1,8 @@
 """Two runs, or two stages of one: which differences of their scores are more than noise.
 
-    python -m evals compare runs/a runs/b --stage sft
-    python -m evals compare runs/demo:sft runs/demo:rl --tasks gsm8k,bpb
-
 Where both answered the same questions, the test is a paired one: McNemar's exact test for verdicts, on the questions
 that only one of them has right, and a paired t-test for bits per byte and pass@k. Elsewhere a figure is compared by its
-standard error, which needs larger differences to be sure. With many comparisons some look sure by chance: p-values are
-corrected by Holm's method, over the headline figures (bpb, CORE, ChatCORE) and over the tasks.
+standard error. p-values are corrected by Holm's method, over the headline figures (bpb, CORE, ChatCORE) and over tasks.
 """
 
 import argparse

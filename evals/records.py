@@ -1,19 +1,6 @@
 """What an evaluation leaves in a run: evals/<stage>.json with the figures, and what was asked and answered.
 
-evals/<stage>.<task>.jsonl has a line for each question, a JSON object with
-
-    index       of the question in the task          id          of what the model was shown: equal ids, equal prompts
-    prompt      text of it                           expected    the answer, where the task states one
-    completion  visible text of the greedy answer    correct     the verdict on it
-    correct_lenient  the verdict of the lenient score, of a task that has one
-    reason      what there is to say of the verdict: why a program failed
-    finish_reason, tokens                            of a generative task: stop, length or prompt too long
-    parts       the completion with its tool calls, where there are any
-    subject     of the question, where the task has subjects
-    samples     further answers, drawn for pass@k, each with completion, correct, correct_lenient, reason,
-                finish_reason, tokens, parts
-
-and evals/<stage>.bpb.jsonl for each row of validation text its index, id, bits and bytes.
+README.md says what stands in the files.
 """
 
 import hashlib

@@ -3,9 +3,6 @@
 Questions of any length are padded to a few shapes, so that few programs are compiled. The prefix that the texts of a
 question share is computed once (branches.py), and the head reads only the positions asked for, in chunks: logits of a
 whole batch are never in memory. On a mesh, rows are split over its data axes, and parameters as sharding.py says.
-
-    scorer = Scorer(model, batch_rows=32)
-    ((nll, best),) = scorer.token_losses([[(ids, 1, len(ids))]])[0]
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

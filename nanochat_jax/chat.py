@@ -1,8 +1,5 @@
 """Chat with a trained model in the terminal.
 
-    python -m nanochat_jax.chat --run-dir runs/demo
-    python -m nanochat_jax.chat --run-dir runs/demo -p "Who are you?"
-
 Ctrl-C stops an answer, Ctrl-D leaves; /help lists the commands.
 """
 

@@ -1,10 +1,7 @@
 """Exports a trained stage as a folder of weights that other libraries load.
 
-    python -m nanochat_jax.export --run-dir runs/demo --stage sft --to demo-sft       # --dtype bfloat16: half the size
-
 `classic` becomes a model of transformers' own type `nanochat`, which loads it without code of ours. `modern`, for which
-transformers has no type, becomes safetensors under karpathy/nanochat's names. `python -m nanochat_jax.import` brings
-either back, in float32 bit for bit.
+transformers has no type, becomes safetensors under karpathy/nanochat's names. weights/README.md has examples.
 """
 
 import argparse

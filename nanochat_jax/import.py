@@ -1,8 +1,5 @@
 """Turns a folder of weights into a run directory with a finished stage: to chat with, serve, evaluate and train on.
 
-    python -m nanochat_jax.import --from demo-sft --run-dir runs/back
-    python -m nanochat_jax.import --from nanochat-d32 --run-dir runs/d32 --stage sft --config configs/d32.yaml
-
 Takes what `python -m nanochat_jax.export` wrote, folders of transformers' `nanochat`, and karpathy/nanochat's own
 checkpoints: model_<step>.pt, meta_<step>.json and tokenizer.pkl, the newest step. No PyTorch is needed. The settings,
 of which those of the model come from the folder, are what later stages train with.

@@ -1,7 +1,5 @@
 """Serves a trained model.
 
-    python -m server --run-dir runs/demo [--stage rl] [--host 127.0.0.1] [--port 8000]
-
 NANOCHAT_API_KEY in the environment is the key that /v1 and /metrics want as a bearer token; without it they are open.
 """
 

@@ -2,9 +2,6 @@
 
 Two promises hold for every model that `train.py` makes. `decode(encode(text)) == text` for every Unicode string, and
 no text ever becomes a special token: those are control symbols, which SentencePiece never matches in its input.
-
-    tok = load_tokenizer("runs/demo/tokenizer")
-    tok.decode(tok.encode("Hello"))
 """
 
 import codecs

@@ -1,7 +1,5 @@
 """The page about a run: what was trained on what, what it scores, what it says, what it took.
 
-    python -m evals report --run-dir runs/demo --html
-
 It is made of the run directory alone; a stage or a figure that is not there makes it shorter, and nothing is estimated.
 `facts` reads, a module for each section writes Markdown, `plots` draws, `html` renders.
 """

@@ -9,12 +9,8 @@ The evaluator has JAX's threads and so must not fork: it starts workers as fresh
 worker enters namespaces once (`isolation`), and for each program forks a process namespace and an empty scratch folder,
 which end with the program; it limits time, output and the memory of all processes together (`supervisor`). The program
 has limits of its own, no capabilities (`program`), and a filter of system calls that names those refused (`seccomp`).
-
-Where the kernel forbids namespaces or the filter (containers often do), what is left is used, with an audit hook in
-the program's interpreter: that stops accidents and not malice. The log says so once.
-
-What no sandbox gives: the tests run in the program's own process, and code that knows this package can report that it
-passed. And a defect of the kernel is a way out.
+Where the kernel forbids namespaces or the filter, an audit hook in the program's interpreter takes their place. What
+this protects from, and what no sandbox does: evals/README.md.
 """
 
 import atexit

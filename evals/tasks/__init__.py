@@ -1,7 +1,5 @@
 """The tasks by name, from whichever source has their rows.
 
-    task = load_task("gsm8k", split="test", data=config.data, cache_dir=cache_dir)
-
 Local files have the hub's columns: tasks/gsm8k_main_test.parquet, words/*.txt.gz below data.dir. What chat/ may hold is
 in `nanochat_jax.chats`.
 """

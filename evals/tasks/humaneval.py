@@ -21,8 +21,7 @@ def extract_program(completion: str) -> str:
 def find_program(completion: str, name: str) -> str:
     """The first block that defines the function `name`, or all of a completion.
 
-    Blocks are between fences of backticks or tildes, wherever these stand and whatever follows them in their line; the
-    last may have no end. Those of Python, or of no language, come first; last the text before the first fence.
+    Blocks of Python, or of no language, come first; last the text before the first fence.
     """
     blocks = [m["inside"] for m in _BLOCK.finditer(completion)]
     blocks.sort(key=lambda inside: not _PYTHON.match(inside))

@@ -1,7 +1,5 @@
 """The demo over seeds and number formats: what its last model scores in every kind of question, the worst run first.
 
-    python -m nanochat_jax.bench demo --seeds 3
-
 Each run is `run_speedrun.py` in a directory of its own, and is left out where it is there already. Choose by the worst
 run: one run proves little.
 """

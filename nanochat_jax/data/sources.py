@@ -1,8 +1,4 @@
-"""Where pretraining documents come from: a folder of files, the hub, or what stands on every machine.
-
-documents = open_documents(config.data, cache_dir)
-for text in documents.train(): ...
-"""
+"""Where pretraining documents come from: a folder of files, the hub, or what stands on every machine."""
 
 from pathlib import Path
 

@@ -1,8 +1,7 @@
 """Rows added up by their ids: the gradient of a table from which rows were looked up.
 
-XLA adds rows by atomic operations, which wait for each other where an id is frequent: at depth 24 on an H100 the 13
-tables of a micro-batch of 32768 tokens took 9 ms of 275, 20 times what their bytes need. Here positions are sorted by
-id once for all tables, and one program adds up the rows of an id in float32 and writes the sum once.
+XLA adds rows by atomic operations, which wait for each other where an id is frequent. Here positions are sorted by id
+once for all tables, and one program adds up the rows of an id in float32 and writes the sum once.
 """
 
 import functools

@@ -1,7 +1,5 @@
 """Which of several processes this one is: from three variables, or from those of SLURM, Open MPI and Kubernetes.
 
-    JAX_COORDINATOR_ADDRESS=10.0.0.7:61440 JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0 uv run run_speedrun.py ...
-
 jax's own detection (jax/_src/clusters) counts the tasks of a SLURM job where those of the step are meant (and so hangs
 in an interactive shell), gives every process one GPU, does not know Open MPI 5, and asks Kubernetes' API for what a
 manifest can say. So the launchers' variables are read here.

@@ -1,10 +1,5 @@
 """What a run will take, before anything is paid for: tokens, steps, FLOPs, memory, disk, hours and dollars.
 
-    run_speedrun.py --plan --config configs/d24.yaml --gpu h100 --count 8 --price 3.0
-    run_speedrun.py --budget 100 --gpu h100 --count 8 --price 3.0         # how deep a model the money trains
-    run_speedrun.py --plan --measured                                     # this machine: times steps of the base stage
-    run_speedrun.py --plan --measured runs/d4 model.depth=6               # at the rates that a run had
-
 Nothing is written, nothing downloaded, and no GPU is needed. Work is counted as the stages count it; its speed is the
 share of a chip's peak (MFU) that the reference reached in published runs, or what was measured. Compiling, waiting for
 downloads and restarts are not counted. A time, rate or price that is not known is NaN.

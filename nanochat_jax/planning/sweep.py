@@ -1,8 +1,5 @@
 """Base models of several depths at several budgets: what compute-optimal training is for a tokenizer, a text, a recipe.
 
-    python -m nanochat_jax.scaling sweep configs/miniseries_cpu.yaml
-    python -m nanochat_jax.scaling sweep configs/miniseries.yaml --plan --gpu h100 --count 8 --price 3
-
 The file holds the settings of a run and a section `sweep`. Every model is an ordinary run directory in --out, trained
 by run_speedrun.py in a process of its own; all share the first one's tokenizer. The same command resumes a sweep, also
 with more depths and budgets. The results are sweep.md and sweep.json in --out. One host only.

@@ -3,9 +3,7 @@ without KL, clipping and the division by the standard deviation (compare Dr. GRP
 
 A step samples every question several times, as one batch through the engine with its tools. A sample's advantage is its
 reward less the mean of its question's; what a tool wrote carries no weight. Rewards, and the pass@k of the stage, are
-of a task's lenient score where it has one; a question whose prompt leaves no room for an answer is skipped and counted.
-rl.epochs and rl.minibatches say how many updates a step makes of its samples, rl.kl, rl.clip and rl.zscore the
-objective (`policy.py`).
+of a task's lenient score where it has one. evals/README.md says what the switches of `rl` do, `policy.py` the losses.
 
 DPO (rl.objective=dpo, arXiv 2305.18290) samples from the model that RL began with, and learns to prefer the first right
 answer to the first wrong one, of questions that have both; its probabilities are not normalised by length.

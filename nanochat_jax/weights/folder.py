@@ -1,11 +1,4 @@
-"""A folder of weights: what an export writes, and what an import reads.
-
-model.safetensors        the arrays; the header's notes say which stage of which run they are of
-config.json              transformers' for `classic`, with the reference's `model_config` for `modern`
-generation_config.json   how to sample, where an answer ends
-tokenizer.json, tokenizer_config.json, chat_template.jinja; tokenizer.model where the vocabulary is our own
-README.md                how to load them, from README.md.jinja
-"""
+"""A folder of weights: what an export writes, and what an import reads. README.md lists the files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
