@@ -215,7 +215,7 @@ def _add(turns: list[tuple[str, list[dict]]], message: Any, repairs: set[str]) -
     if role == "tool":
         return _add_result(turns, message, _content(_parts(content, role, repairs)))
     parts = [p for p in _parts(content, role, repairs) if p["text"] or not calls]
-    parts += [_part_of(call, repairs) for call in calls]
+    parts += [{**part, "text": _whole(part["text"], repairs)} for part in map(dialects.call, calls)]
     thought = next((message[n] for n in THOUGHTS if isinstance(message.get(n), str) and message[n].strip()), "")
     if thought and role == "assistant" and not any(part["type"] == "think" for part in parts):
         parts.insert(0, {"type": "think", "text": _whole(thought.strip(), repairs)})
@@ -262,11 +262,6 @@ def _parts(content: Any, role: str, repairs: set[str]) -> list[dict]:
             raise Unusable(f"a part of type {kind!r:.30}")
         parts.append({"type": "text" if kind in TEXTS else kind, "text": _whole(said, repairs)})
     return parts
-
-
-def _part_of(call: Any, repairs: set[str]) -> dict:
-    part = dialects.call(call)
-    return {**part, "text": _whole(part["text"], repairs)}
 
 
 def _whole(text: str, repairs: set[str]) -> str:

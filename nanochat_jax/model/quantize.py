@@ -19,17 +19,12 @@ class Int8(NamedTuple):
     scale: jax.Array
 
 
-def _is_matrix(path, p) -> bool:
-    """The blocks' matrices and the head. Tables are not, as they are read by row, nor gates, as they are small."""
-    names = [str(getattr(part, "key", part)) for part in path]
-    return p.ndim == 2 and min(p.shape) >= 32 and names[0] in ("blocks", "lm_head")
-
-
 def quantize(params: dict) -> dict:
-    """The nested dict with `Int8` in place of its matrices."""
+    """The nested dict with `Int8` in place of the blocks' matrices and the head. Tables are read by row, and gates are
+    small: they stay."""
 
     def one(path, p):
-        if not _is_matrix(path, p):
+        if p.ndim != 2 or min(p.shape) < 32 or str(getattr(path[0], "key", path[0])) not in ("blocks", "lm_head"):
             return p
         scale = jnp.maximum(jnp.abs(p).max(axis=1, keepdims=True), 1e-12).astype(jnp.float32) / 127.0
         return Int8(jnp.round(p.astype(jnp.float32) / scale).astype(jnp.int8), scale)

@@ -96,7 +96,9 @@ def _train_one(point: Point, out: Path) -> int:
     """The exit status of run_speedrun.py, which makes the run directory or resumes in it."""
     run_dir, config = out / point.name, out / point.name / "config.yaml"
     atomic_write_text(config, dump_yaml(point.config))
-    _share_tokenizer(out, run_dir)
+    if not read_done(run_dir / "tokenizer") and (marks := sorted(out.glob("*/tokenizer/done.json"))):
+        with whole_folder(run_dir / "tokenizer") as folder:  # that which another of the runs has trained
+            shutil.copytree(marks[0].parent, folder, dirs_exist_ok=True)
     options = ["--config", str(config), "--run-dir", str(run_dir), "--stages", "tokenizer,base"]
     with Stop() as stop:
         process = subprocess.Popen(
@@ -112,13 +114,6 @@ def _train_one(point: Point, out: Path) -> int:
             process.wait()
             raise Interrupted(f"{stop.why} in {point.name}; the same command resumes there")
     return process.returncode
-
-
-def _share_tokenizer(out: Path, run_dir: Path) -> None:
-    """Copies the tokenizer that one of the sweep's runs has trained, if any has."""
-    if not read_done(run_dir / "tokenizer") and (marks := sorted(out.glob("*/tokenizer/done.json"))):
-        with whole_folder(run_dir / "tokenizer") as folder:
-            shutil.copytree(marks[0].parent, folder, dirs_exist_ok=True)
 
 
 def results(points: list[Point], out: Path) -> list[Result]:

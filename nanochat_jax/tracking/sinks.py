@@ -49,25 +49,20 @@ class TensorBoard:
         self._writer.close()
 
 
-def _wandb_id(path: Path) -> str:
-    """Drawn once and kept with the run: another one at the same place, or of another machine, has another."""
-    if not path.is_file():
-        atomic_write_text(path, secrets.token_hex(6))
-    return path.read_text()
-
-
 class WandB:
     """One run for all stages, with keys `stage/name`; the same one again when the run is resumed."""
 
     def __init__(self, project: str, run_dir: Path, stage: str):
         import wandb
 
-        self._stage = stage
+        self._stage, id_file = stage, run_dir / "wandb-id"
+        if not id_file.is_file():  # another run at the same place, or of another machine, has another
+            atomic_write_text(id_file, secrets.token_hex(6))
         try:
             self._run = wandb.init(
                 project=project,
                 name=run_dir.name,
-                id=_wandb_id(run_dir / "wandb-id"),
+                id=id_file.read_text(),
                 resume="allow",
                 dir=str(run_dir),
                 settings=wandb.Settings(console="off", silent=True),

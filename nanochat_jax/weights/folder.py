@@ -39,13 +39,8 @@ def write_folder(
     _write_tokenizer(folder, tok, cfg.sequence_len)
     tensors = {name: array.astype(dtype, copy=False) for name, array in to_reference(params, cfg).items()}
     write_tensors(folder / TENSORS, tensors, notes)
-    atomic_write_text(folder / "README.md", card(cfg, notes))
-
-
-def card(cfg: GPTConfig, notes: dict[str, str]) -> str:
-    """The text of README.md: what the folder holds, and how to load it."""
-    template = jinja2.Template(README.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
-    return template.render(cfg=cfg, notes=notes)
+    card = jinja2.Template(README.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    atomic_write_text(folder / "README.md", card.render(cfg=cfg, notes=notes))
 
 
 def _write_tokenizer(folder: Path, tok: Tokenizer, length: int) -> None:
