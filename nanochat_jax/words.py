@@ -75,8 +75,8 @@ def count(n: float | None) -> str:
     return f"{n:.0f}"
 
 
-def percent(share: float | None, digits: int = 1) -> str:
-    return DASH if share is None else f"{100 * share:.{digits}f}\N{NO-BREAK SPACE}%"
+def percent(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def plus_minus(value: float, stderr: float | None, digits: int = 3) -> str:

@@ -33,7 +33,7 @@ class ByteLevelTokenizer(Tokenizer):
     `text` is what an export writes: that text, with NORMALIZER.
     """
 
-    def __init__(self, text: str, meta: dict | None = None):
+    def __init__(self, text: str):
         try:
             import tokenizers
         except ImportError:
@@ -59,7 +59,7 @@ class ByteLevelTokenizer(Tokenizer):
         self._bpe.encode_special_tokens = True
         self._bpe.no_truncation()
         self._bpe.no_padding()
-        self.text, self.meta = text, meta or {}
+        self.text, self.meta = text, {}
         self.hash = hashlib.sha256(text.encode()).hexdigest()[:16]
         self.vocab_size = self._bpe.get_vocab_size()
         added = {id: token.content for id, token in self._bpe.get_added_tokens_decoder().items() if token.special}

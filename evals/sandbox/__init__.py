@@ -1,6 +1,6 @@
 """Runs a program that a model wrote, and says what became of it.
 
-    result = run_program(source, timeout=5.0, memory_mb=512)
+    result = run_program(source, timeout=5.0)
     result.ok, str(result)            # False, "file refused: FileNotFoundError: ... '/etc/passwd'"
 
     evaluator ──socket── worker (an isolated interpreter) ── init ── program
@@ -20,15 +20,16 @@ from collections.abc import Callable
 from evals.sandbox.result import Outcome, Result
 
 __all__ = ["Outcome", "Result", "prepare", "run_program"]
+MEMORY_MB = 512
 _default = None
 _lock = threading.Lock()
 
 
-def run_program(source: str, timeout: float = 5.0, memory_mb: int = 512) -> Result:
-    """Runs Python `source` for at most `timeout` seconds, in `memory_mb` MiB for each process and for all together. Any
+def run_program(source: str, timeout: float = 5.0) -> Result:
+    """Runs Python `source` for at most `timeout` seconds, in MEMORY_MB MiB for each process and for all together. Any
     thread may call it. A program that leaves early, even by sys.exit(0), has not passed: tests at its end have not run.
     """
-    return _pool().run(source, timeout, memory_mb)
+    return _pool().run(source, timeout, MEMORY_MB)
 
 
 def prepare(policy: str, log: Callable[[str], None]) -> None:

@@ -188,9 +188,9 @@ def _orbax() -> Iterator[ocp.PyTreeCheckpointHandler]:
         handler.close()
 
 
-def one_line(e: Exception, limit: int = 200) -> str:
+def one_line(e: Exception) -> str:
     text = " ".join(str(e).split())
-    return f"{type(e).__name__}: {text[:limit]}" if text else type(e).__name__
+    return f"{type(e).__name__}: {text:.200}" if text else type(e).__name__
 
 
 def _check_shapes(path: Path, saved: dict, abstract: Any) -> None:

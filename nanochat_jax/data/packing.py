@@ -24,6 +24,7 @@ from tokenizer.chat import render_batch
 
 VERSION = 3  # of what is packed: part of the cache's key
 BATCH = 128  # conversations rendered at a time; the rows depend on it
+BUFFER = 200  # conversations that a row is chosen from; the rows depend on it
 
 
 def spare_cores() -> int:
@@ -94,7 +95,6 @@ def pack_conversations(
     all_targets: bool,
     key,
     max_rows: int | None = None,
-    buffer: int = 200,
     workers: int | None = None,
     log: Callable[[str], None] = print,
 ) -> PackedDataset:
@@ -105,7 +105,7 @@ def pack_conversations(
     can block the buffer, and no row is without targets. workers: threads that tokenize; None is one for each core but
     one, and 0 is one.
     """
-    path = Path(cache) / f"chat-{fingerprint([VERSION, key, tok.hash, seq_len, all_targets, max_rows, buffer])}"
+    path = Path(cache) / f"chat-{fingerprint([VERSION, key, tok.hash, seq_len, all_targets, max_rows, BUFFER])}"
     if manifest := read_json(path / packed.MANIFEST):
         log(f"packed rows: {manifest['rows']:,} at hand in {path.name}")
         return PackedDataset(path)
@@ -123,7 +123,7 @@ def pack_conversations(
             yield kept
 
     def rows():
-        made = best_fit(rendered(), row_len, buffer, crop=False, length=lambda c: len(c[0]))
+        made = best_fit(rendered(), row_len, BUFFER, crop=False, length=lambda c: len(c[0]))
         for pieces in itertools.islice(made, max_rows):
             ids, mask = (np.concatenate(arrays) for arrays in zip(*(conversation for conversation, _ in pieces)))
             counts["conversations"] += len(pieces)
