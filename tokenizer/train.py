@@ -1,25 +1,8 @@
 """Train the vocabulary: an even sample of the documents, SentencePiece BPE, two files.
 
-    train_tokenizer(documents, "runs/demo/tokenizer", TokenizerConfig(vocab_size=32768))
-
-Measured in bytes per token on all 910 documents (4.3 MB) of a held-out shard of textbooks and novels, by vocabularies
-that saw 60 M characters of the other shards. gpt2 (50257 entries) has 4.372 there, cl100k_base (100277) 4.566.
-
-    setting                                          8192   32768
-    as below                                        3.954   4.718
-    coverage 0.9995, pieces of up to 16 (defaults)  3.947   4.702
-    no CUT: pieces go on behind line breaks         3.979   4.768
-    numbers in pieces of one or two digits          3.986   4.772
-    numbers whole                                   4.008   4.826
-    split_by_unicode_script (default)               3.839   4.416
-    cut by GPT-4's pattern, one digit a token       3.881   4.488
-    split_by_whitespace off (3.7 GB, 59 s)              -   5.555
-    rustbpe, GPT-4's pattern, one or two digits     3.922   4.539
-    rustbpe, GPT-4's pattern, one digit a token     3.890   4.489
-
-What is better than ours is left for these reasons. A prompt may end in a line break, and a model that has only seen
-"\\n\\nThe" as one token does not know how to go on from there; the same goes for pieces across spaces. And arithmetic
-wants a number to be its digits.
+Some settings put more bytes into a token than ours (nanochat_jax/bench/LOG.md). They are left because a prompt may end
+in a line break or a space, from where a model that has only seen longer tokens does not know how to go on, and because
+arithmetic wants a number to be its digits.
 """
 
 import heapq
@@ -164,14 +147,6 @@ def train_tokenizer(documents: Iterable[str], out_dir: str | Path, cfg: Tokenize
 
     Returns, and keeps in meta.json, {"documents": of the sample, "chars": of the sample, "seconds": in all,
     "peak_memory_gb": of this process}. Raises UserError where there are no documents or vocab_size is impossible.
-
-    How it grows with the sample, bytes per token on the shard named at the top, on one core:
-
-    M characters   8192 entries   32768 entries   seconds   peak memory
-               5          3.927           4.632       2.4       0.20 GB
-              20          3.943           4.697       5.5       0.34 GB
-              60          3.954           4.718      12.8       0.61 GB
-              99          3.956           4.719      21.3       0.85 GB
     """
     start, long = time.perf_counter(), 0
 
