@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from nanochat_jax import processes
+from nanochat_jax import processes, rules
 from nanochat_jax.cli import command
 from nanochat_jax.config import RunConfig, differences, dump_yaml, load_config, read_run_config, to_dict
 from nanochat_jax.errors import Interrupted, UserError
@@ -23,7 +23,7 @@ from nanochat_jax.mesh import hosts
 from nanochat_jax.settings import described
 
 ROOT = Path(__file__).resolve().parent
-STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval", "report")
+STAGES = ("tokenizer", *rules.STAGES, "eval", "report")
 ON_ONE_HOST = ("rl", "eval", "report")  # short stages, which run on a single host
 
 

@@ -14,8 +14,8 @@ from evals.tasks.base import prompt_messages, visible
 from nanochat_jax.config import read_run_config
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, read_json
+from nanochat_jax.rules import STAGES
 
-ORDER = ("base", "mid", "sft", "rl")
 SHORT, LONG = 12, 100  # characters of a question that is suggested to visitors
 _ASKS = re.compile(r"(what|how|who|where|when|why|which|can|could|would|will|is|are|do|does|did)\b", re.IGNORECASE)
 
@@ -94,8 +94,8 @@ def results(run_dir: str | Path) -> dict[str, dict]:
     found: dict[str, Any] = {path.stem: read_json(path) for path in Path(run_dir).glob("evals/*.json")}
     if not found:
         raise UserError(f"no stage of {run_dir} has been evaluated; python -m evals --run-dir {run_dir} does that")
-    places = {stage: place for place, stage in enumerate(ORDER)}
-    return {stage: found[stage] for stage in sorted(found, key=lambda s: (places.get(s.split("-")[0], len(ORDER)), s))}
+    places = {stage: place for place, stage in enumerate(STAGES)}
+    return {stage: found[stage] for stage in sorted(found, key=lambda s: (places.get(s.split("-")[0], len(STAGES)), s))}
 
 
 def summary(result: dict) -> dict[str, float]:

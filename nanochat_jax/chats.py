@@ -295,10 +295,15 @@ def _is_empty(parts: list[dict]) -> bool:
     return not any(part["text"].strip() for part in parts)
 
 
+def text_of(content: str | Sequence[Mapping], between: str = "") -> str:
+    """All of a content as one text: its parts, of whatever type, with `between` between them."""
+    return content if isinstance(content, str) else between.join(part["text"] for part in content)
+
+
 def _content(parts: list[dict]) -> Any:
     """Parts as a content: a text where there is nothing else."""
     if all(part["type"] == "text" for part in parts):
-        return "".join(part["text"] for part in parts)
+        return text_of(parts)
     return [{"type": part["type"], "text": part["text"]} for part in parts]
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from nanochat_jax.errors import UserError
 from nanochat_jax.rules import (
+    STAGES,
     Arch,
     Backend,
     Count,
@@ -211,7 +212,7 @@ class EvalConfig:
     samples: Natural = 0  # answers to every generative question, drawn beside the greedy one, for pass@k
     temperature: Positive = 0.8  # of the samples
     batch: Count = 32  # slots of the engine, and rows of a scoring batch
-    stages: tuple[Stage, ...] = ("base", "mid", "sft", "rl")  # whose models are evaluated
+    stages: tuple[Stage, ...] = STAGES  # whose models are evaluated
     sandbox: Sandbox = "auto"  # of HumanEval's programs. auto: as far as the machine allows; required: all of it
 
 

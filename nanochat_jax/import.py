@@ -17,11 +17,12 @@ from nanochat_jax.cli import command
 from nanochat_jax.config import dump_yaml, fingerprint, load_config, to_dict
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text, whole_folder
+from nanochat_jax.rules import STAGES
 
 
 def import_weights(args: argparse.Namespace) -> dict:
     """Makes the run directory, whole or not at all; returns what there is to say of it. UserError."""
-    from nanochat_jax.checkpoint import STAGES, Checkpointer, write_done
+    from nanochat_jax.checkpoint import Checkpointer, write_done
     from nanochat_jax.model import scaling
     from nanochat_jax.model.gpt import init_params
     from nanochat_jax.weights.folder import read_folder

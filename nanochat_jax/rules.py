@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from nanochat_jax.errors import UserError
 
+STAGES = ("base", "mid", "sft", "rl")  # those that train a model, in order
+
 
 @dataclass(frozen=True)
 class Among:
@@ -49,7 +51,7 @@ Dtype = Annotated[str, Among(("auto", "float32", "bfloat16"))]
 Backend = Annotated[str, Among(("auto", "cudnn", "flash", "blocks"))]
 Objective = Annotated[str, Among(("grpo", "dpo"))]
 Sandbox = Annotated[str, Among(("auto", "required"))]
-Stage = Annotated[str, Among(("base", "mid", "sft", "rl"))]
+Stage = Annotated[str, Among(STAGES)]
 
 _WHOLE = "needs rl.top_k=0, not {0.rl.top_k}: probabilities that it compares are of all tokens, so samples must be too"
 # (settings, what must hold for the value of each in a RunConfig, what is said after `name=value` where it does not).

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax.config import DataConfig, ModelConfig, RunConfig
+from nanochat_jax.data.packing import pack_split
 from nanochat_jax.errors import UserError
 from tokenizer import SPECIAL_TOKENS
 
@@ -26,6 +28,13 @@ class Bytes:
 
     def encode_batch(self, texts, num_threads=None):
         return [self.encode(text) for text in texts]
+
+
+def pack_documents(documents, tok, seq_len, cache, *, buffer=1000, goal_rows=None, workers=None, log=print):
+    """`pack_split` of the training documents."""
+    data = DataConfig(pack_buffer=buffer, pack_workers=workers)
+    config = RunConfig(model=ModelConfig(sequence_len=seq_len), data=data)
+    return pack_split(config, documents, tok, cache, "train", rows=goal_rows, log=log)
 
 
 @dataclass(frozen=True)

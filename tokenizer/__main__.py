@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanochat_jax.chats import Tally, is_chat_file, rows_of, some
+from nanochat_jax.chats import Tally, is_chat_file, rows_of, some, text_of
 from nanochat_jax.cli import command, positive
 from nanochat_jax.config import TokenizerConfig
 from nanochat_jax.errors import UserError
@@ -42,8 +42,7 @@ def _texts(files: list[Path], root: Path, say: Callable[[str], None]) -> Iterato
                 yield text
             continue
         for messages in tally.read([file], root):
-            contents = (m["content"] for m in messages)
-            yield "\n".join(c if isinstance(c, str) else "\n".join(part["text"] for part in c) for c in contents)
+            yield "\n".join(text_of(m["content"], "\n") for m in messages)
     if is_empty and not tally.taken:
         raise UserError(f"{files[0] if len(files) == 1 else root} holds no text to read: {tally.lost()}")
     if tally.taken or tally.left_out:

@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Sequence
 
-from evals.report.facts import STAGES, Facts
+from evals.report.facts import Facts
 from evals.report.plots import STAGE_COLOURS, Panel, Series, draw
+from nanochat_jax.rules import STAGES
 
 # of RL's records: (name, title, unit)
 POLICY = (

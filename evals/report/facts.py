@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from evals import records
 from nanochat_jax.config import read_run_config
 from nanochat_jax.files import read_json
+from nanochat_jax.rules import STAGES
 from nanochat_jax.tracking.tracking import read_records, system_info
 from nanochat_jax.words import listed, plain
 
-STAGES = records.ORDER
 TITLES = {
     "arc_easy": "ARC-Easy",
     "arc_challenge": "ARC-Challenge",

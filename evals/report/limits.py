@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Iterator
 
-from evals.report.facts import STAGES, Facts, names, stand_ins, titled
+from evals.report.facts import Facts, names, stand_ins, titled
 from nanochat_jax.data.sources import source_of
+from nanochat_jax.rules import STAGES
 from nanochat_jax.words import listed, percent, plain
 
 

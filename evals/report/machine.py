@@ -3,9 +3,10 @@
 import statistics
 
 from evals.report import curves
-from evals.report.facts import STAGES, Facts
+from evals.report.facts import Facts
 from nanochat_jax.config import dump_yaml
 from nanochat_jax.data.sources import source_of
+from nanochat_jax.rules import STAGES
 from nanochat_jax.words import DASH, count, duration, fence, fold, listed, percent, plain, table
 
 

@@ -1,7 +1,8 @@
 """What the models say: answers to fixed prompts, and right and wrong answers to questions of the evaluation."""
 
 from evals import records
-from evals.report.facts import STAGES, Facts, titled
+from evals.report.facts import Facts, titled
+from nanochat_jax.rules import STAGES
 from nanochat_jax.words import cut, fence, fold, plain
 
 CHARS, LINES = 600, 14  # of a text that the page shows

@@ -1,7 +1,8 @@
 """Task by task: CORE, subjects, and pass@k."""
 
-from evals.report.facts import STAGES, Facts, titled
+from evals.report.facts import Facts, titled
 from evals.report.plots import Bar, bars
+from nanochat_jax.rules import STAGES
 from nanochat_jax.words import DASH, fold, plain, plus_minus, table
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from evals.tasks.base import Task
-from nanochat_jax.chats import KINDS, Tally, chat_files, conversation_of
+from nanochat_jax.chats import KINDS, Tally, chat_files, conversation_of, text_of
 from nanochat_jax.data.documents import Documents
 from nanochat_jax.data.split import held_out
 from nanochat_jax.errors import UserError
@@ -62,8 +62,7 @@ class Texts(Task):
 
 
 def _text(messages: list[dict]) -> str:
-    contents = [m["content"] for m in messages]
-    return "\0".join(c if isinstance(c, str) else "\0".join(part["text"] for part in c) for c in contents)
+    return "\0".join(text_of(m["content"], "\0") for m in messages)
 
 
 def local_chats(folder: Path, split: str) -> Conversations:

@@ -24,9 +24,10 @@ from rich.filesize import decimal
 from rich.table import Column, Table
 from rich.text import Text
 
-from nanochat_jax.checkpoint import STAGES, Damaged, store
+from nanochat_jax.checkpoint import Damaged, store
 from nanochat_jax.cli import command
 from nanochat_jax.errors import UserError
+from nanochat_jax.rules import STAGES
 
 NAME = re.compile(r"(\d+)(\.damaged|\.orbax-checkpoint-tmp.*)?")
 METRICS = ("pass@1", "reward", "loss", "val_bpb")  # ls has room for the first two that there are

@@ -16,8 +16,7 @@ from nanochat_jax.checkpoint.manager import newest_readable, saved_steps, warn
 from nanochat_jax.config import RunConfig, fingerprint, read_run_config
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
-
-STAGES = ("base", "mid", "sft", "rl")  # those that leave a model, in order
+from nanochat_jax.rules import STAGES
 
 
 def write_done(stage_dir: str | Path, mark: dict) -> None:

@@ -32,29 +32,29 @@ def spare_cores() -> int:
     return max(cores() - 1, 1)
 
 
-def pack_documents(
+def pack_split(
+    config: RunConfig,
     documents,
     tok,
-    seq_len: int,
-    cache: Path,
-    *,
+    cache_dir: Path,
     split: str,
-    buffer: int = 1000,
-    goal_rows: int | None = None,
-    workers: int | None = None,
+    *,
+    rows: int | None = None,
     log: Callable[[str], None] = print,
 ) -> PackedDataset:
-    """Rows of the documents' `split` (train or val). Returns immediately: another process packs what is missing.
+    """Rows of the documents' `split` (train or val), up to `rows`, data.max_train_tokens or base.eval_tokens. Returns
+    immediately: another process packs what is missing, or goes on from what is there. Closing the dataset stops it.
 
-    goal_rows bounds the rows (None: all); packing resumes from those that are there. workers: threads that tokenize;
-    None is one for each core but one, and with 0 everything happens here, before this returns. Closing the dataset
-    stops the packing.
-    UserError, here or from the dataset, where the split does not fill a row or cannot be fetched, or the rows cannot be
-    written.
+    With data.pack_workers=0 everything happens here, before this returns. UserError, here or from the dataset, where
+    the split does not fill a row or cannot be fetched, or the rows cannot be written.
     """
-    key = fingerprint([VERSION, packed.SHARD_ROWS, documents.key, split, tok.hash, seq_len, buffer])
-    folder = Path(cache) / f"{split}-{key}"
-    job = Job(folder, documents, split, tok, seq_len + 1, buffer, goal_rows, packed.SHARD_ROWS)
+    length, buffer, workers = config.model.sequence_len, config.data.pack_buffer, config.data.pack_workers
+    tokens = config.data.max_train_tokens if split == "train" else config.base.eval_tokens
+    limits = [rows, None if tokens is None else max(1, tokens // length)]
+    goal = min((n for n in limits if n is not None), default=None)
+    key = fingerprint([VERSION, packed.SHARD_ROWS, documents.key, split, tok.hash, length, buffer])
+    folder = Path(cache_dir) / "packed" / f"{split}-{key}"
+    job = Job(folder, documents, split, tok, length + 1, buffer, goal, packed.SHARD_ROWS)
     packer = None
     if manifest := job.finished():
         log(f"packed rows: {manifest['rows']:,} at hand in {folder.name}")
@@ -63,27 +63,7 @@ def pack_documents(
             log(line)
     else:
         packer = Packer(job, workers or spare_cores(), log)
-    return PackedDataset(folder, limit=goal_rows, packer=packer)
-
-
-def pack_split(
-    config: RunConfig, documents, tok, cache_dir: Path, split: str, *, rows: int | None = None, log=print
-) -> PackedDataset:
-    """`pack_documents` as a run's settings say: up to `rows`, data.max_train_tokens or base.eval_tokens."""
-    length = config.model.sequence_len
-    tokens = config.data.max_train_tokens if split == "train" else config.base.eval_tokens
-    limits = [rows, None if tokens is None else max(1, tokens // length)]
-    return pack_documents(
-        documents,
-        tok,
-        length,
-        cache_dir / "packed",
-        split=split,
-        buffer=config.data.pack_buffer,
-        goal_rows=min((n for n in limits if n is not None), default=None),
-        workers=config.data.pack_workers,
-        log=log,
-    )
+    return PackedDataset(folder, limit=goal, packer=packer)
 
 
 def pack_conversations(

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
 
+from nanochat_jax.chats import text_of
 from nanochat_jax.engine.engine import Completion, Engine, Request
 from nanochat_jax.engine.tools import Tools, name_of
 from tokenizer import StreamDecoder, Tokenizer
@@ -47,7 +48,8 @@ def fit(tok: Tokenizer, messages: Sequence[dict], limit: int) -> Fitted:
     alone = render_prompt(tok, [*system, last])
     if len(alone) <= limit:
         return Fitted(alone, len(turns) - 1)
-    return Fitted(_cut(tok, _text(system[0]) + "\n\n" if system else "", last, limit), len(turns) - 1, True)
+    before = text_of(system[0]["content"]) + "\n\n" if system else ""
+    return Fitted(_cut(tok, before, last, limit), len(turns) - 1, True)
 
 
 def _newest(tok: Tokenizer, turns: Sequence[dict], room: int) -> tuple[list[int], int]:
@@ -66,13 +68,8 @@ def _cut(tok: Tokenizer, system: str, message: dict, limit: int) -> list[int]:
     """A prompt of at most `limit` ids: the front of `system`, in half of them at most, and the end of the message."""
     room = limit - 4  # bos, user_start, ..., user_end, assistant_start
     front = tok.encode(system)[: room // 2]
-    back = tok.encode(_text(message))[len(front) - room :]
+    back = tok.encode(text_of(message["content"]))[len(front) - room :]
     return [tok.bos, tok.user_start, *front, *back, tok.user_end, tok.assistant_start]
-
-
-def _text(message: dict) -> str:
-    content = message["content"]
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 class Piece(NamedTuple):

@@ -21,7 +21,7 @@ from rich.table import Column, Table
 
 from evals.tasks import available, load_task
 from evals.tasks.mixtures import mixture
-from nanochat_jax import devices
+from nanochat_jax import devices, rules
 from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, read_run_config
 from nanochat_jax.data.sources import source_of
 from nanochat_jax.errors import UserError
@@ -33,7 +33,7 @@ from nanochat_jax.planning.published import EVAL_BASE, EVAL_CHAT, tabled_mfu
 from nanochat_jax.tracking.tracking import read_records
 from nanochat_jax.words import count, duration
 
-STAGES = ("tokenizer", "base", "mid", "sft", "rl", "eval")
+STAGES = ("tokenizer", *rules.STAGES, "eval")
 SERIES = range(4, 41, 2)  # depths that a budget is tried with
 
 # Rows of the hub's tasks, and tokens of a conversation: of those made here as counted with 4096 entries, of SmolTalk so

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Iterator
 
+from nanochat_jax.chats import text_of
 from nanochat_jax.checkpoint import write_done
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.stages.finetune import load_tasks
@@ -20,8 +21,7 @@ def conversation_texts(run: Run) -> Iterator[str]:
     conversations = Mixture(load_tasks(run, "mid"), seed=run.config.seed)
     for conversation in itertools.islice(conversations, CONVERSATIONS):
         for message in conversation.get("messages", ()):
-            content = message["content"]
-            yield content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+            yield text_of(message["content"], "\n")
 
 
 def main(run: Run) -> dict:

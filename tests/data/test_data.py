@@ -6,7 +6,7 @@ import threading
 import jax
 import numpy as np
 import pytest
-from data_fakes import Bytes, Texts
+from data_fakes import Bytes, Texts, pack_documents
 
 from conftest import golden_files
 from nanochat_jax.config import MeshConfig
@@ -14,7 +14,7 @@ from nanochat_jax.data.fit import best_fit
 from nanochat_jax.data.loader import MAX_WINDOW_SHARDS, Loader, RowOrder
 from nanochat_jax.data.mixture import Mixture
 from nanochat_jax.data.packed import PackedDataset, write_packed
-from nanochat_jax.data.packing import pack_conversations, pack_documents
+from nanochat_jax.data.packing import pack_conversations
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 
@@ -42,7 +42,7 @@ def test_best_fit_golden(case):
 
 
 def pack_texts(texts, cache, **options):
-    options = {"split": "train", "buffer": 10, "workers": 0, "log": lambda line: None, **options}
+    options = {"buffer": 10, "workers": 0, "log": lambda line: None, **options}
     return pack_documents(Texts(tuple(texts)), Bytes(), 32, cache, **options)
 
 
@@ -112,7 +112,7 @@ def test_another_tokenizer_or_length_has_rows_of_its_own(tmp_path):
     texts, folders = ["a" * 100] * 9, set()
     for tok in (Bytes(), Bytes(shift=1)):
         for length in (32, 31):
-            packed = pack_documents(Texts(tuple(texts)), tok, length, tmp_path, split="train", workers=0)
+            packed = pack_documents(Texts(tuple(texts)), tok, length, tmp_path, workers=0)
             folders.add(packed.path)
             assert packed.rows([0])["tokens"].tolist() == [[tok.bos, *tok.encode("a" * length)]]
     assert len(folders) == 4

@@ -14,12 +14,12 @@ import time
 import numpy as np
 import psutil
 import pytest
-from data_fakes import Bytes, Texts, limit_files, print_and_exit, random_texts, tell_modules
+from data_fakes import Bytes, Texts, limit_files, pack_documents, print_and_exit, random_texts, tell_modules
 
 from nanochat_jax.data import packer
 from nanochat_jax.data.fit import best_fit
 from nanochat_jax.data.packed import PackedDataset
-from nanochat_jax.data.packing import pack_conversations, pack_documents
+from nanochat_jax.data.packing import pack_conversations
 from nanochat_jax.errors import UserError
 
 ROWS = 8  # of a shard
@@ -33,9 +33,7 @@ def small_shards(monkeypatch):
 
 def start(documents, cache, tok=None, **options):
     """Packing of the training documents with a buffer of ten."""
-    return pack_documents(
-        documents, tok or Bytes(), SEQ, cache, split="train", **{"buffer": 10, "log": lambda line: None, **options}
-    )
+    return pack_documents(documents, tok or Bytes(), SEQ, cache, **{"buffer": 10, "log": lambda line: None, **options})
 
 
 def packed(documents, cache, **options):
@@ -102,7 +100,7 @@ def test_a_goal_is_a_prefix_and_a_larger_one_goes_on_from_it(whole, tmp_path):
     assert len(packed(Texts(TEXTS), tmp_path, workers=1, goal_rows=20)) == 20
     data = packed(Texts(TEXTS), tmp_path, workers=0, log=lines.append)
     assert contents(data.path) == whole and "packed rows" in lines[-1]
-    assert list(tmp_path.iterdir()) == [data.path]
+    assert list((tmp_path / "packed").iterdir()) == [data.path]
     packed(Texts(TEXTS), tmp_path, workers=1, log=lines.append)
     assert "at hand" in lines[-1]
 
@@ -238,10 +236,8 @@ def test_a_packer_that_is_killed_again_and_again_is_given_up(tmp_path, capfd):
 def test_the_packer_ends_with_the_process_that_trains(tmp_path):
     code = (
         "import sys; from pathlib import Path; from data_fakes import *\n"
-        "from nanochat_jax.data.packing import pack_documents\n"
         "folder = Path(sys.argv[1])\n"
-        "data = pack_documents(Texts(random_texts(50), gate=folder / 'never'), Bytes(), 31, folder, split='train',"
-        " workers=2)\n"
+        "data = pack_documents(Texts(random_texts(50), gate=folder / 'never'), Bytes(), 31, folder, workers=2)\n"
         "print('started', flush=True); data.wait_for(1)"
     )
     path = os.pathsep.join(p or os.getcwd() for p in sys.path)
@@ -288,7 +284,7 @@ def test_a_full_disk(whole, tmp_path):
     with pytest.raises(UserError, match="cannot write to .*File too large.*make room") as told:
         packed(Texts(TEXTS, act=limit_files), tmp_path, workers=1)
     assert "\n" not in str(told.value)
-    (folder,) = tmp_path.iterdir()
+    (folder,) = (tmp_path / "packed").iterdir()
     assert contents(folder) == {}
     assert contents(packed(Texts(TEXTS), tmp_path, workers=0).path) == whole
 
