@@ -9,7 +9,7 @@ from types import ModuleType
 from nanochat_jax.cli import command
 from nanochat_jax.devices import prepare
 
-WHAT = ("suite", "train", "curve", "ops", "decode", "core", "serve", "data", "memory", "kernels", "evals", "demo")
+WHAT = ("suite", "train", "curve", "ops", "decode", "serve", "memory", "kernels", "demo")
 
 
 def load(what: str) -> ModuleType:

@@ -38,7 +38,7 @@ def options(p: argparse.ArgumentParser) -> None:
     frame.add_reference(p)
 
 
-def random_params(cfg) -> dict:
+def _random_params(cfg) -> dict:
     """Fresh parameters with which outputs are not all alike, and every part of the architecture is at work."""
     params = init_params(cfg, 0)
     key = jax.random.key(1)
@@ -57,7 +57,7 @@ def load(args: argparse.Namespace):
 
         return load_model(args.run_dir).model
     cfg = scaling.gpt_config(ModelConfig(depth=args.depth, sequence_len=args.seq), args.vocab)
-    return merge(graph_of(cfg, devices.compute_dtype(args.dtype)), random_params(cfg))
+    return merge(graph_of(cfg, devices.compute_dtype(args.dtype)), _random_params(cfg))
 
 
 def step_bytes(engine: Engine, batch: int, length: int) -> int:
