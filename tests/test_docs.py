@@ -24,7 +24,8 @@ from conftest import ROOT
 from nanochat_jax import onetext, processes
 from nanochat_jax.config import load_config
 
-PROGRAMS = ("uv", "pip", "git", "tmux", "ssh", "rsync", "sbatch", "kubectl", "sky", "docker", "JAX_PLATFORMS=cpu")
+TOOLS = "pip|git|tmux|tail|ssh|rsync|sbatch|kubectl|sky|docker"
+PROGRAMS = ("uv", "JAX_PLATFORMS=cpu", *TOOLS.split("|"))
 RUN = (  # in the order of the documents: some make what later ones take
     r"run_speedrun.py --(plan|budget) ",
     r"-m evals --run-dir runs/demo --stage sft",
@@ -34,19 +35,18 @@ RUN = (  # in the order of the documents: some make what later ones take
     r"-m tokenizer evaluate",
     r"-m nanochat_jax.(checkpoint|export|import|onetext)",
     r"-m nanochat_jax.chat .*-p",
-    r"-m nanochat_jax.watch .*--once",
     r"run_speedrun.py --config runs/(backwards|mine)",
     r"run_speedrun.py --config configs/hindi.yaml",
 )
 FLAGS = (  # for a GPU, a network, hours, or somebody who watches
     r"run_speedrun.py( --config configs/d24| --config configs/d12|$)",
-    r"-m nanochat_jax.(bench|data|scaling|watch|chat)",
+    r"-m nanochat_jax.(bench|data|scaling|chat)",
     r"-m server",
     r"-m evals --run-dir runs/demo --tasks humaneval",
     r"tests/kill_runs.py",
 )
 ELSEWHERE = (
-    r"^(pip|git|tmux|ssh|rsync|sbatch|kubectl|sky|docker) ",
+    rf"^({TOOLS}) ",
     r"^uv (sync|run (pytest|ruff|lint-imports|--directory))",
 )
 

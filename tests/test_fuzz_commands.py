@@ -8,15 +8,12 @@ import contextlib
 import importlib
 import io
 import json
-import math
 import re
 import shutil
 import sys
-import time
 import typing
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -34,7 +31,6 @@ COMMANDS = {
     "nanochat_jax.chat": [()],
     "nanochat_jax.export": [()],
     "nanochat_jax.import": [()],
-    "nanochat_jax.watch": [()],
     "nanochat_jax.scaling": [()],
     "nanochat_jax.checkpoint.__main__": [()],
     "nanochat_jax.data.__main__": [(), ("check",), ("ls",), ("download",)],
@@ -165,13 +161,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture
 def stubs(place, monkeypatch):
-    """What would train, plan, fetch, measure or wait for hours is left out; all that leads to it is as it is."""
-
-    def sleep(seconds):
-        if math.isnan(seconds) or seconds < 0:
-            raise ValueError("sleep length must be non-negative")
-        raise KeyboardInterrupt
-
+    """What would train, plan, fetch or measure for hours is left out; all that leads to it is as it is."""
     monkeypatch.chdir(place.folder)
     monkeypatch.setattr("run_speedrun.ROOT", place.folder)
     monkeypatch.setattr("run_speedrun.run_stage", lambda run, name: None)
@@ -183,7 +173,6 @@ def stubs(place, monkeypatch):
     monkeypatch.setattr("nanochat_jax.data.__main__.DOWNLOADS", place.folder / "cache" / "hub")
     monkeypatch.setattr("nanochat_jax.devices.use_compilation_cache", lambda folder: None)
     monkeypatch.setattr("nanochat_jax.devices.prepare", lambda: None)
-    monkeypatch.setattr("nanochat_jax.watch.time", SimpleNamespace(time=time.time, sleep=sleep))
 
 
 class Bench:
