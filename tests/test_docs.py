@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import evals.stage
 import evals.tasks
 import run_speedrun
 from conftest import ROOT
-from nanochat_jax import onetext, processes
+from nanochat_jax import processes
 from nanochat_jax.config import load_config
 
 TOOLS = "pip|git|tmux|tail|ssh|rsync|sbatch|kubectl|sky|docker"
@@ -33,7 +34,7 @@ RUN = (  # in the order of the documents: some make what later ones take
     r"-m evals report",
     r"-m evals .*backwards",
     r"-m tokenizer evaluate",
-    r"-m nanochat_jax.(checkpoint|export|import|onetext)",
+    r"-m nanochat_jax.(checkpoint|export|import)",
     r"-m nanochat_jax.chat .*-p",
     r"run_speedrun.py --config runs/(backwards|mine)",
     r"run_speedrun.py --config configs/hindi.yaml",
@@ -49,10 +50,18 @@ ELSEWHERE = (
     rf"^({TOOLS}) ",
     r"^uv (sync|run (pytest|ruff|lint-imports|--directory))",
 )
+FOLDERS = ("README.md", "nanochat_jax", "tokenizer", "evals", "server", "configs")
 
 
-def documents():
-    return [p for p in onetext.files() if p.name == "README.md" and "tests" not in p.parts]
+def documents() -> list[Path]:
+    """The README files that git tracks, but for the tests', in reading order."""
+
+    def place(path: Path) -> tuple:
+        part = path.parts[0]
+        return FOLDERS.index(part) if part in FOLDERS else len(FOLDERS), len(path.parts), str(path)
+
+    found = subprocess.check_output(["git", "-C", ROOT, "ls-files", "README.md", "*/README.md"], text=True)
+    return sorted((p for p in map(Path, found.splitlines()) if "tests" not in p.parts), key=place)
 
 
 def commands() -> list[str]:
@@ -185,11 +194,3 @@ def test_configurations_of_the_documentation_load():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         if "miniseries" not in path.name:
             load_config(path)
-
-
-def test_the_repository_as_one_text():
-    (first, second, *rest) = onetext.texts()
-    assert first.startswith("===== README.md =====\n# nanochat_jax") and "===== run_speedrun.py" in second
-    assert not any(t.startswith("===== tests/") for t in rest) and all("\0" not in t for t in rest)
-    names = {str(p) for p in onetext.files(tests=True)}
-    assert {"tests/test_docs.py", "nanochat_jax/model/gpt.py"} <= names and Path("uv.lock") not in names
