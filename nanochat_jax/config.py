@@ -251,7 +251,7 @@ class RunConfig:
 
     seed: Seed = 1337  # of the weights, of the order of rows and of sampling
     dtype: Dtype = "auto"  # float32 | bfloat16; auto: bfloat16, on a CPU only to train, if its cores are fast at it
-    attention: Backend = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
+    attention: Backend = "auto"  # auto | cudnn | blocks; auto is the fastest, measured before the first step
     price_per_hour: Rate | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

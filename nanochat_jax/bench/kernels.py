@@ -77,8 +77,8 @@ class Instruction:
 
     @property
     def is_attention(self) -> bool:
-        """cuDNN's, or one of flash.py's kernels."""
-        return self.op == "custom-call" and ("fmha" in self.text or "flash_window_" in self.scope)
+        """cuDNN's."""
+        return self.op == "custom-call" and "fmha" in self.text
 
 
 @dataclass
@@ -178,15 +178,12 @@ def product_flops(i: Instruction, left: tuple[int, ...], out: tuple[int, ...]) -
 
 
 def attention_flops(i: Instruction, types: dict[str, str]) -> float:
-    """Of causal attention with its window, of pairs that are seen alone: 2 products forward, 5 backward by cuDNN; by
-    flash.py 3 for dq and 4 for dk and dv, as both recompute the scores and their gradient."""
+    """Of causal attention with its window, of pairs that are seen alone: 2 products forward, 5 backward."""
     batch, time, heads, n = arrays(types[i.operands[0]])[0][1]  # (B, T, H, N)
-    before = i.find(r"flash_window_(\d+)")
-    window = int(before) + 1 if before else int(i.find(r'sliding_window_length"?:\s*"?(\d+)') or 0)
+    window = int(i.find(r'sliding_window_length"?:\s*"?(\d+)') or 0)
     w = min(window, time) or time
     pairs = w * time - w * (w - 1) / 2
-    by_cudnn = 5 if "Backward" in i.text else 2
-    products = {"flash_dq": 3, "flash_dkv": 4}.get(i.find(r'name = "(flash_\w+)"'), by_cudnn)
+    products = 5 if "Backward" in i.text else 2
     return 2 * products * batch * heads * n * pairs
 
 
@@ -234,7 +231,7 @@ def options(p: argparse.ArgumentParser) -> None:
         "--accumulation", type=positive, help="micro-batches of a step; default: those of the recipe's batch"
     )
     p.add_argument("--gpu", choices=sorted(RATES), default="h100")
-    p.add_argument("--attention", choices=("cudnn", "flash", "blocks"), help="the backend; default: cudnn")
+    p.add_argument("--attention", choices=("cudnn", "blocks"), help="the backend; default: cudnn")
     p.add_argument("--top", type=count, default=12, help="how many of the longest kernels are named")
     p.add_argument("--hlo", type=Path, help="a file of an optimised program, instead of compiling one")
     p.add_argument("--dump", type=Path, help="write the optimised program there")

@@ -14,7 +14,7 @@ from nanochat_jax.bench.kernels import Program, part_of
 
 _CONTAINERS = {"while", "call", "conditional"}  # their events hold those of what they call
 _BY_NAME = (
-    ("fmha|flash|sdpa|cudnn", "attention"),
+    ("fmha|sdpa|cudnn", "attention"),
     ("softcap", "loss"),
     ("add_rows", "embedding"),
     ("_mix_|_add_|_rotate_|round_both|memcpy|memset", "elementwise"),

@@ -1,9 +1,9 @@
 """Causal attention with an optional sliding window: one entry point, and a table of backends to choose from.
 
-`cudnn` and `flash` (kernels/flash.py) are kernels for GPUs; `blocks` is plain XLA over blocks of queries, each of which
-reads only the keys in its window, so that neither a (T, T) mask nor what it would hide is computed. Which is fastest
-depends on the device and the shape: `choose` measures it once, before a program is traced, and remembers. Where nothing
-was measured, `default_backend` is used.
+`cudnn` is NVIDIA's kernel; `blocks` is plain XLA over blocks of queries, each of which reads only the keys in its
+window, so that neither a (T, T) mask nor what it would hide is computed. Which is fastest depends on the device and the
+shape: `choose` measures it once, before a program is traced, and remembers. Where nothing was measured,
+`default_backend` is used.
 
 Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), N head size.
 """
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from nanochat_jax import devices
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, digest_of, read_json
-from nanochat_jax.kernels import flash
 from nanochat_jax.mesh import hosts
 
 _MASKED = -1e30  # finite: a row of -inf would make the softmax NaN
@@ -151,9 +150,6 @@ def _blocks(q, k, v, window):
 
 BACKENDS = {
     "cudnn": Backend(_cudnn, lambda s, platform: platform == "nvidia" and s.is_half and s.N % 8 == 0 and s.N <= 256),
-    "flash": Backend(
-        flash.attention, lambda s, platform: platform in ("nvidia", "gpu") and s.is_half and s.N in (64, 128)
-    ),
     "blocks": Backend(_blocks, lambda s, platform: True),
 }
 
@@ -239,7 +235,7 @@ def _measured(shapes: list[Shape], rows: int, cache: Path, say) -> list[str]:
 
 def _place() -> str:
     """What was measured, and on what."""
-    kernels = digest_of([Path(__file__), Path(flash.__file__)])[:12]
+    kernels = digest_of([Path(__file__)])[:12]
     return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, kernels {kernels}"
 
 

@@ -53,17 +53,16 @@ ENTRY %main (e.0: f32[64,32], e.1: bf16[64,32], e.2: bf16[16,32], e.3: f32[1000,
 }
 """
 
-FLASH = (
-    "  %dkv = (bf16[2,128,4,64]{3,2,1,0}, bf16[2,128,4,64]{3,2,1,0}) custom-call(%q, %q, %q, /*index=3*/%q), "
-    'custom_call_target="__gpu$xla.gpu.triton", '
-    'metadata={op_name="jit(step)/transpose(jvp(flash_window_31))/pallas_call"}, '
-    r'backend_config={ir = "\00\01", name = "flash_dkv", num_stages = 2 : i32}' + "\n"
+BACKWARD = (
+    "  %back = (bf16[2,128,4,64]{3,2,1,0}, bf16[2,128,4,64]{3,2,1,0}) custom-call(%q, %q, %q, /*index=3*/%q), "
+    'custom_call_target="__cudnn$fmhaSoftmaxBackward", '
+    'backend_config={"cudnn_fmha_backend_config":{"mask_type":"CAUSAL","sliding_window_length":32}}\n'
 )
 
 
 @pytest.fixture(scope="module")
 def found():
-    text = HLO.replace("  ROOT %product", FLASH + "  ROOT %product")
+    text = HLO.replace("  ROOT %product", BACKWARD + "  ROOT %product")
     text = text.replace("  %fmha", "  %q = bf16[2,128,4,64]{3,2,1,0} bitcast(%e.1)\n  %fmha")
     return {k.name: k for k in kernels.Program(text).kernels()}
 
@@ -91,8 +90,8 @@ def test_products_and_attention_have_flops(found):
     )
     attention = found["fmha"]
     assert attention.part == "attention" and attention.flops == 4 * 2 * 4 * 64 * (128 * 129 / 2)
-    windowed = found["dkv"]  # 4 products over the 32 pairs of a row, but for the first rows
-    assert windowed.part == "attention" and windowed.flops == 8 * 2 * 4 * 64 * (32 * 128 - 32 * 31 / 2)
+    windowed = found["back"]  # 5 products over the 32 pairs of a row, but for the first rows
+    assert windowed.part == "attention" and windowed.flops == 10 * 2 * 4 * 64 * (32 * 128 - 32 * 31 / 2)
 
 
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():

@@ -1,7 +1,5 @@
-"""Flash attention, interpreted, against the definition and tile by tile; and how a backend is chosen."""
+"""Attention in blocks against the definition, with its gradients; and how a backend is chosen."""
 
-import functools
-import importlib.util
 import json
 import math
 import subprocess
@@ -15,15 +13,12 @@ import pytest
 from conftest import ROOT, relative_error
 from nanochat_jax import config
 from nanochat_jax.errors import UserError
-from nanochat_jax.kernels import flash
 from nanochat_jax.mesh import hosts
 from nanochat_jax.model import attention
 from nanochat_jax.model.attention import Backend, Shape
 from nanochat_jax.planning import targets
 
-LIBRARIES = any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13))
-SMALL = flash.Cut(flash.Tiles(32, 16, 4, 2), flash.Tiles(16, 32, 4, 2), flash.Tiles(32, 16, 4, 2))
-interpreted = functools.partial(flash.attention, cut=SMALL)
+blocks = attention.BACKENDS["blocks"].run
 
 
 def plain(q, k, v, window):
@@ -47,102 +42,41 @@ def with_gradients(f, args, window):
 @pytest.mark.parametrize(
     "T, window, H, K",
     [
-        (96, None, 2, 2),
-        (96, 40, 4, 2),
-        (75, 17, 3, 1),  # no tile divides T
+        (160, None, 2, 2),
+        (160, 70, 4, 2),
+        (75, 17, 3, 1),  # no block divides T
         (64, 0, 2, 2),  # each position sees itself alone
     ],
 )
-def test_flash_equals_the_definition_and_blocks(T, window, H, K):
+def test_blocks_equal_the_definition(T, window, H, K):
     args = attention._random(Shape(T, H, K, 16, "float32", window), 2)
     want = with_gradients(plain, args, window)
-    blocks = with_gradients(attention.BACKENDS["blocks"].run, args, window)
-    for got, other, right in zip(with_gradients(interpreted, args, window), blocks, want):
+    for got, right in zip(with_gradients(blocks, args, window), want):
         np.testing.assert_allclose(got, right, atol=5e-6)
-        np.testing.assert_allclose(got, other, atol=5e-6)
 
 
-def test_flash_in_bfloat16_is_as_close_as_its_rounding():
+def test_blocks_in_bfloat16_are_as_close_as_its_rounding():
     args = attention._random(Shape(100, 4, 2, 16, "bfloat16", 40), 1)
     want = with_gradients(plain, [x.astype(jnp.float32) for x in args], 40)
-    for got, right in zip(with_gradients(interpreted, args, 40), want):
+    for got, right in zip(with_gradients(blocks, args, 40), want):
         assert got.dtype == jnp.bfloat16
         assert relative_error(got.astype(jnp.float32), right) < 0.006
 
 
-def seen_in(rows, columns, window):
-    distance = np.arange(*rows)[:, None] - np.arange(*columns)[None, :]
-    return (distance >= 0) & (distance <= window)
-
-
-@pytest.mark.parametrize("rows, step", [(32, 16), (16, 32), (64, 64)])
-@pytest.mark.parametrize("window", [0, 15, 16, 17, 40, 256])
-def test_bounds_of_tiles(rows, step, window):
-    """Tiles that are visited are those with a pair that is seen; those without a mask have no other pair."""
-    T, tiles = 256, flash.Tiles(rows, step, 4, 2)
-    for of_keys in (True, False):
-        for i in range(T // rows):
-            bounds = flash.tiles_of_keys if of_keys else flash.tiles_of_queries
-            first, whole, masked, end = map(int, bounds(i, T, window, tiles))
-            assert first <= whole <= masked <= end
-            for j in range(T // step):
-                own, other = (i * rows, (i + 1) * rows), (j * step, (j + 1) * step)
-                seen = seen_in(own, other, window) if of_keys else seen_in(other, own, window)
-                assert seen.any() == (first <= j < end)
-                assert seen.all() or not whole <= j < masked
-
-
-def test_a_window_leaves_most_tiles_unvisited():
-    """Of 136 tiles of 128 x 128 below the diagonal at T = 2048, a window of 512 leaves 70, forward and backward."""
-
-    def visited(bounds, tiles, window):
-        ends = [bounds(i, 2048, window, tiles) for i in range(2048 // tiles.rows)]
-        return sum(int(end - first) for first, _, _, end in ends) * tiles.rows * tiles.step / 128**2
-
-    for tiles, bounds in zip(flash.CUTS[128], (flash.tiles_of_keys,) * 2 + (flash.tiles_of_queries,)):
-        assert visited(bounds, tiles, 2048) == 136
-        assert visited(bounds, tiles, 512) == 70
-
-
-def test_tiles_that_no_row_sees_are_not_read():
+def test_keys_that_no_row_of_a_block_sees_are_not_read():
     """NaN in keys and values that lie before the windows of the queries asked reaches neither output nor gradients."""
     T, window = 128, 32
     q, k, v, do = attention._random(Shape(T, 2, 2, 16, "float32", window), 1)
-    k, v = (x.at[:, :32].set(jnp.nan) for x in (k, v))  # the last tile of queries sees positions from 64 on
-    out, dq, dk, dv = with_gradients(interpreted, (q, k, v, do), window)
+    k, v = (x.at[:, :32].set(jnp.nan) for x in (k, v))  # the last block of queries sees positions from 32 on
+    out, dq, dk, dv = with_gradients(blocks, (q, k, v, do), window)
     assert np.isfinite(out[:, 96:]).all() and np.isfinite(dq[:, 96:]).all()
     assert np.isfinite(dk[:, 96:]).all() and np.isfinite(dv[:, 96:]).all()
     assert np.isnan(out[:, :32]).any()
 
 
-@pytest.mark.parametrize("N", flash.CUTS)
-def test_lowered_for_cuda_it_is_three_kernels_and_no_square(N):
-    x = jax.ShapeDtypeStruct((1, 1024, 2, N), jnp.bfloat16)
-    f = jax.jit(jax.grad(lambda q, k, v: flash.attention(q, k, v, 512).astype(jnp.float32).sum(), (0, 1, 2)))
-    call = "__gpu$xla.gpu.triton"
-    with targets.tracing("h100"):
-        skip = [jax.export.DisabledSafetyCheck.custom_call(call)]
-        text = jax.export.export(f, platforms=["cuda"], disabled_checks=skip)(x, x, x).mlir_module()
-    assert text.count(f"@{call}(") == 3
-    assert "1024x1024" not in text
-
-
-@pytest.mark.skipif(not LIBRARIES, reason="the GPU libraries are not installed: uv sync --extra gpu")
-@pytest.mark.parametrize("kind", ["h100", "a100"])
-def test_flash_compiles_for_a_gpu_that_is_not_here(kind):
-    one = jax.sharding.SingleDeviceSharding(targets.devices(kind)[0])
-    x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16, sharding=one)
-    f = jax.jit(jax.grad(lambda q, k, v: flash.attention(q, k, v, 512).astype(jnp.float32).sum(), (0, 1, 2)))
-    with targets.tracing(kind):
-        text = f.lower(x, x, x).compile().as_text()
-    for kernel in (flash.flash_forward, flash.flash_dq, flash.flash_dkv):
-        assert kernel.__name__ in text
-
-
 # ------------------------------------------------------------------------------------------------- the choice
 
 SHAPE = Shape(64, 2, 1, 16, "float32", 20)
-blocks = attention.BACKENDS["blocks"].run
 
 
 def slow(q, k, v, window):
@@ -187,7 +121,7 @@ def test_the_fastest_that_is_right_is_chosen_once_and_the_others_are_named(fakes
     monkeypatch.setattr(attention, "measure", lambda *_: pytest.fail("measured again"))
     assert attention.choose([SHAPE], 2, tmp_path, say=pytest.fail) == {SHAPE: "blocks"}
     (tmp_path / "other.py").write_text("# a kernel was changed")
-    monkeypatch.setattr(flash, "__file__", str(tmp_path / "other.py"))
+    monkeypatch.setattr(attention, "__file__", str(tmp_path / "other.py"))
     monkeypatch.setattr(attention, "measure", lambda *_: ({"slow": 1.0, "blocks": 2.0}, {}))
     assert attention.choose([SHAPE], 2, tmp_path, say=list) == {SHAPE: "slow"}
 
@@ -232,30 +166,29 @@ def test_on_a_cpu_nothing_is_measured(tmp_path):
 
 def test_a_backend_that_does_not_take_a_shape_is_refused(tmp_path):
     with pytest.raises(
-        UserError, match=r"attention=flash does not take T=64 .* \(cpu\); take attention=auto or one of b"
+        UserError, match=r"attention=cudnn does not take T=64 .* \(cpu\); take attention=auto or one of b"
     ):
-        attention.choose([SHAPE], 2, tmp_path, "flash")
+        attention.choose([SHAPE], 2, tmp_path, "cudnn")
     half = Shape(2048, 8, 8, 128, "bfloat16", 512)
     with (
         targets.tracing("h100"),
         pytest.raises(UserError, match=r"nvidia, heads split by mesh.tensor\); .* one of blocks$"),
     ):
-        attention.choose([half], 2, tmp_path, "flash", split_heads=True)
+        attention.choose([half], 2, tmp_path, "cudnn", split_heads=True)
 
 
-def test_what_the_gpu_kernels_take():
+def test_what_the_backends_take():
     takes = {name: backend.takes for name, backend in attention.BACKENDS.items()}
     half = Shape(2048, 8, 8, 128, "bfloat16", 512)
     assert all(f(half, "nvidia") for f in takes.values())
-    assert all(takes["flash"](half._replace(N=n), "nvidia") for n in flash.CUTS)
-    assert takes["flash"](half, "gpu") and not takes["cudnn"](half, "gpu")
     for shape, platform in [
         (half, "cpu"),
+        (half, "gpu"),
         (half._replace(dtype="float32"), "nvidia"),
         (half._replace(N=100), "nvidia"),
     ]:
-        assert not takes["flash"](shape, platform) and not takes["cudnn"](shape, platform)
-    assert takes["blocks"](half, "cpu")
+        assert not takes["cudnn"](shape, platform)
+    assert takes["blocks"](half, "cpu") and takes["blocks"](half, "gpu")
 
 
 def test_the_setting_knows_the_backends():
