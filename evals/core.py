@@ -1,9 +1,8 @@
 """CORE: how a base model does on 22 tasks, zero- or few-shot, from 0 (chance) to 1. DCLM, arXiv 2406.11794.
 
 Prompts, the choice of few-shot examples and the order of the data are those of karpathy/nanochat, so that scores can be
-compared with published ones, and so are the wrong answers that the bundle states as right; a score by the right ones
-stands beside it (corrections.py). A task without its file is left out and named, and the score is then marked partial:
-the mean over fewer tasks is another quantity.
+compared with published ones, and so are the wrong answers that the bundle states as right. A task without its file is
+left out and named, and the score is then marked partial: the mean over fewer tasks is another quantity.
 
     results = evaluate_core(scorer, tokenizer, "eval_bundle", max_per_task=100)
 """
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from evals.branches import Answer, common_prefix
-from evals.corrections import right_golds
 from evals.scoring import Scorer
 from evals.significance import mean_of, standard_error
 from nanochat_jax.data.bundle import CoreTask, find_data, load_tasks
@@ -29,7 +27,7 @@ FEWSHOT_SEED = 1234  # plus the example's index: of the choice of its few-shot e
 BLOCK = 512  # examples tokenized and scored at a time: bounds memory, leaves enough to sort by length
 CONTEXTS = 10  # as many contexts long may a prompt be: the reference crops none, and its table of angles ends there
 TASK_TYPES = ("multiple_choice", "schema", "language_modeling")
-PER_TASK = ("results", "centered", "stderr", "n", "corrected", "long", "cropped", "substitutes")  # of evaluate_core
+PER_TASK = ("results", "centered", "stderr", "n", "long", "cropped", "substitutes")  # of evaluate_core
 
 
 def fewshot_indices(idx: int, n_examples: int, num_fewshot: int) -> list[int]:
@@ -90,12 +88,11 @@ class Marks(NamedTuple):
     """Of one task's examples."""
 
     right: list[bool]
-    chosen: list[int | None]  # which of the choices; None for language_modeling
     lengths: list[int]  # tokens of its longest prompt
 
 
 def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict]) -> Marks:
-    marks = Marks([], [], [])
+    marks = Marks([], [])
     for at in range(0, len(examples), BLOCK):
         indices = range(at, min(at + BLOCK, len(examples)))
         prompts = []
@@ -109,11 +106,10 @@ def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict
             marks.lengths.append(max(len(ids) for ids, _, _ in answers))
             if task.task_type == "language_modeling":
                 (ids, _, end), best = answers[0], got[0].best
-                marks.chosen.append(None)
                 marks.right.append(best.tolist() == list(ids[end - len(best) : end]))
             else:
-                marks.chosen.append(int(np.argmin([float(g.nll.mean()) for g in got])))
-                marks.right.append(marks.chosen[-1] == examples[idx]["gold"])
+                chosen = int(np.argmin([float(g.nll.mean()) for g in got]))
+                marks.right.append(chosen == examples[idx]["gold"])
     return marks
 
 
@@ -128,14 +124,13 @@ def evaluate_core(
 
     Returns core_metric (mean of the centred accuracies, None without a task) and its stderr; per task results
     (accuracy), centered, stderr (of the accuracy), n; n_tasks of total_tasks; missing (tasks without data);
-    substitutes (task: the file that stood in); partial: not all tasks, or not all with their own data; where the bundle
-    has wrong answers, corrected (accuracy by the right ones) and core_metric_corrected, else None; long and cropped,
-    how many examples of a task have a prompt beyond the model's context, and beyond what is scored of one.
+    substitutes (task: the file that stood in); partial: not all tasks, or not all with their own data; long and
+    cropped, how many examples of a task have a prompt beyond the model's context, and beyond what is scored of one.
     """
     bundle, context = Path(bundle), scorer.cfg.sequence_len
     tasks = load_tasks(bundle)
     out: dict[str, Any] = {name: {} for name in PER_TASK} | {"missing": []}
-    errors, gained = [], 0.0
+    errors = []
     for task in tasks:
         path, stand_in = find_data(bundle, task)
         if path is None:
@@ -150,10 +145,6 @@ def evaluate_core(
         centered, stderr = (accuracy - task.baseline) / room, standard_error(accuracy, n)
         errors.append(stderr / room)
         found = {"results": accuracy, "centered": centered, "stderr": stderr, "n": n}
-        if golds := right_golds(task.label, examples):
-            changed = sum((marks.chosen[i] == gold) - marks.right[i] for i, gold in golds.items())
-            found["corrected"] = accuracy + changed / n
-            gained += changed / n / room
         notes = {
             "long": sum(length > context for length in marks.lengths),
             "cropped": sum(length > CONTEXTS * context for length in marks.lengths),
@@ -165,10 +156,8 @@ def evaluate_core(
             f"CORE {task.label} ({task.num_fewshot}-shot, {n} examples): accuracy {accuracy:.4f}, "
             f"centred {centered:.4f}, {time.monotonic() - started:.1f} s"
         )
-    out |= dict.fromkeys(("core_metric", "core_metric_corrected", "core_stderr"))
+    out |= dict.fromkeys(("core_metric", "core_stderr"))
     if n := len(errors):
         out["core_metric"], out["core_stderr"] = mean_of([*out["centered"].values()], errors)
-        if out["corrected"]:
-            out["core_metric_corrected"] = out["core_metric"] + gained / n
     out |= {"n_tasks": n, "total_tasks": len(tasks), "max_per_task": max_per_task}
     return out | {"partial": bool(out["missing"] or out["substitutes"])}

@@ -54,7 +54,6 @@ class Bar(NamedTuple):
     name: str
     value: float
     error: float = 0.0
-    other: float | None = None  # marked beside the bar
 
 
 def moving_average(values: Sequence[float], window: int) -> list[float]:
@@ -129,11 +128,8 @@ def _frame(axes, series: Sequence[Series], from_zero: bool) -> None:
     axes.set_ylim(low if from_zero else low - room, high + room)
 
 
-def bars(
-    path: Path, title: str, x_label: str, found: Sequence[Bar], mean: tuple[float, str], chance: float, other: str = ""
-) -> None:
-    """Writes bars with their standard errors, the last one on top, from a line at `chance`; another line at `mean`;
-    `other` says what the marks beside the bars are."""
+def bars(path: Path, title: str, x_label: str, found: Sequence[Bar], mean: tuple[float, str], chance: float) -> None:
+    """Writes bars with their standard errors, the last one on top, from a line at `chance`; another line at `mean`."""
     with _drawing(path, 1.1 + 0.23 * len(found)) as figure:
         axes, places, (value, name) = figure.add_subplot(), range(len(found)), mean
         widths = [b.value - chance for b in found]
@@ -141,9 +137,6 @@ def bars(
         errors = [b.error or math.nan for b in found]  # none is drawn where it says nothing
         axes.barh(places, widths, left=chance, height=0.66, color=COLOURS[0], alpha=0.85, xerr=errors, error_kw=error)
         axes.axvline(chance, color=INK, linewidth=1.2)
-        if marked := [(b.other, i) for i, b in enumerate(found) if b.other is not None]:
-            edge = {"facecolor": "white", "edgecolor": COLOURS[1], "linewidth": 1.6}
-            axes.scatter(*zip(*marked), label=other, marker="D", s=30, zorder=4, **edge)
         axes.axvline(value, color=COLOURS[1], linewidth=1.4, linestyle=_DASHED, label=f"{name}: {value:.3f}")
         axes.set_yticks(places, [b.name for b in found])
         axes.set_ylim(-0.7, len(found) - 0.3)

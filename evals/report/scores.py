@@ -40,7 +40,6 @@ def section(facts: Facts) -> str:
     row("bits per byte (↓)", DASH, [_bpb(found) for found in bpb], best=min)
     row("below byte frequencies", "0 %", [_below_unigram(found) for found in bpb])
     row("CORE", "0", [_core(found) for found in core])
-    row("CORE by the right answers", "0", [_core_corrected(found) for found in core])
     for task in facts.tasks:
         asked = [facts.chat[s].get(task, {}) for s in facts.evaluated]
         chance = next(found["baseline"] for found in asked if found)
@@ -98,13 +97,6 @@ def _core(core: dict) -> Cell | None:
     over = f"{core['n_tasks']} of {core['total_tasks']} tasks and {sum(core.get('n', {}).values()):,} examples"
     notes = (f"{kind}: over {over}; {'; '.join(said)}.",) if said else ()
     return Cell(value, plus_minus(value, core.get("core_stderr"), 4), notes, tuple(sorted(core["results"])))
-
-
-def _core_corrected(core: dict) -> Cell | None:
-    if (value := core.get("core_metric_corrected")) is None:
-        return None
-    note = f"The bundle states wrong answers in {names(core['corrected'])}; here they are put right."
-    return Cell(value, f"{value:.4f}", (note,), tuple(sorted(core["results"])))
 
 
 def _task(task: dict, in_part: str) -> Cell | None:

@@ -14,7 +14,6 @@ def core(facts: Facts) -> str:
             f"CORE of {stage}, task by task" + (" (* stand-in data)" if found.get("substitutes") else ""),
             "accuracy centred at chance",
             [_core_bar(found, task) for task in sorted(found["results"], key=found["centered"].get)],
-            other="the right answers, where the bundle states wrong ones" if found.get("corrected") else "",
             mean=(found["core_metric"], "CORE"),
             chance=0.0,
         )
@@ -27,25 +26,20 @@ def _core_bar(core: dict, task: str) -> Bar:
     accuracy, centered = core["results"][task], core["centered"][task]
     # centred = (accuracy - chance) / (1 - chance), so that this is 1 / (1 - chance)
     scale = (1 - centered) / (1 - accuracy) if accuracy < 1 else 1.0
-    right = core.get("corrected", {}).get(task)
     name = task + ("*" if task in core.get("substitutes", {}) else "")
-    other = None if right is None else centered + scale * (right - accuracy)
-    return Bar(name, centered, scale * core.get("stderr", {}).get(task, 0.0), other)
+    return Bar(name, centered, scale * core.get("stderr", {}).get(task, 0.0))
 
 
 def _core_table(core: dict) -> str:
-    corrected = core.get("corrected", {})
     rows = []
     for task, accuracy in core["results"].items():
         name, stand_in = plain(task), core.get("substitutes", {}).get(task)
         row = [f"{name}\\* (from {plain(stand_in)})" if stand_in else name]
         row.append(f"{core['n'][task]:,}" if "n" in core else DASH)
         row.append(plus_minus(accuracy, core.get("stderr", {}).get(task)))
-        if corrected:
-            row.append(f"{corrected[task]:.3f}" if task in corrected else DASH)
         rows.append([*row, f"{core['centered'][task]:.3f}"])
-    head = ["task", "examples", "accuracy", *(["by the right answers"] if corrected else []), "centred"]
-    rows += [[f"{plain(task)}: no data", *[DASH] * (len(head) - 1)] for task in core["missing"]]
+    head = ["task", "examples", "accuracy", "centred"]
+    rows += [[f"{plain(task)}: no data", DASH, DASH, DASH] for task in core["missing"]]
     return table(head, rows)
 
 
