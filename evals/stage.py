@@ -135,10 +135,7 @@ class _Evaluation:
         with pack_split(self.config, documents, self.tok, self.cache_dir, "val", log=self.log) as rows:
             out = evaluate_bpb(self.scorer, rows, self.tok, path=path)
         if out["bpb"] is not None:
-            self.log(
-                f"{self.name} bpb: {out['bpb']:.4f}, {100 * out['below_unigram']:.1f} % below the bytes' own entropy "
-                f"({out['byte_unigram']:.4f}), {out['bytes']:,} bytes"
-            )
+            self.log(f"{self.name} bpb: {out['bpb']:.4f}, {out['bytes']:,} bytes")
         return out
 
     def core(self) -> dict:

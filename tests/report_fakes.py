@@ -77,7 +77,7 @@ def _assessed(stage: str, step: int, steps: int) -> dict:
 
 
 def _evaluated(stage: str, i: int, rng: random.Random) -> dict:
-    bpb = {"bpb": 0.8 + 0.1 * i, "stderr": 0.002, "byte_unigram": 4.7, "below_unigram": 0.8, "bytes": 9, "rows": 3}
+    bpb = {"bpb": 0.8 + 0.1 * i, "stderr": 0.002, "bytes": 9, "rows": 3}
     out = {"stage": stage, "bpb": bpb, "core": None, "chat": {}, "chatcore": None}
     out["samples"] = [{"prompt": f"Prompt of {stage}", "completion": f"An answer {HOSTILE}", "finish_reason": "stop"}]
     if stage == "base":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from evals.report.facts import Facts, is_in_part, names, stand_ins, titled
-from nanochat_jax.words import DASH, duration, listed, percent, plain, plus_minus, table
+from nanochat_jax.words import DASH, duration, listed, plain, plus_minus, table
 
 LEGEND = (
     "± is one standard error, left out where all answers were right, or none: its formula says nothing there. Bold is "
@@ -38,7 +38,6 @@ def section(facts: Facts) -> str:
     evals, in_part = [facts.evals[s] for s in facts.evaluated], facts.asked_in_part()
     bpb, core = [e.get("bpb") or {} for e in evals], [facts.core.get(s, {}) for s in facts.evaluated]
     row("bits per byte (↓)", DASH, [_bpb(found) for found in bpb], best=min)
-    row("below byte frequencies", "0 %", [_below_unigram(found) for found in bpb])
     row("CORE", "0", [_core(found) for found in core])
     for task in facts.tasks:
         asked = [facts.chat[s].get(task, {}) for s in facts.evaluated]
@@ -74,13 +73,6 @@ def _texts(row: list[Cell | None], best: Callable, notes: dict[str, int]) -> lis
 def _bpb(bpb: dict) -> Cell | None:
     value = bpb.get("bpb")
     return None if value is None else Cell(value, plus_minus(value, bpb.get("stderr"), 4))
-
-
-def _below_unigram(bpb: dict) -> Cell | None:
-    if (value := bpb.get("below_unigram")) is None:
-        return None
-    note = f"Less than the {bpb['byte_unigram']:.2f} bits that the frequencies of the text's bytes alone allow."
-    return Cell(value, percent(value), (note,))
 
 
 def _core(core: dict) -> Cell | None:

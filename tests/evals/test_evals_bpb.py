@@ -1,4 +1,4 @@
-"""Bits per byte against the formula, and the byte-unigram floor."""
+"""Bits per byte against the formula."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from evals_fakes import ByteTokenizer, FullLogits, tiny_model
 
-from evals.bpb import byte_entropy, byte_histogram, evaluate_bpb
+from evals.bpb import evaluate_bpb
 from evals.scoring import Scorer
 
 TOK = ByteTokenizer()
@@ -51,9 +51,6 @@ def test_bpb_counts_text_only(model, full):
     bpb, loss = expected(full, tokens, tokens[:, 1:] < 256)
     assert out["bpb"] == pytest.approx(bpb, rel=1e-4) and out["loss"] == pytest.approx(loss, rel=1e-4)
     assert out["bytes"] == out["tokens"] == 5 * 40 - 1 and out["rows"] == 5
-    counts = np.bincount(tokens[:, 1:][tokens[:, 1:] < 256], minlength=256)
-    assert out["byte_unigram"] == pytest.approx(byte_entropy(counts))
-    assert out["below_unigram"] == pytest.approx(1 - out["bpb"] / out["byte_unigram"])
 
 
 def test_the_batch_size_changes_nothing(model):
@@ -64,18 +61,3 @@ def test_the_batch_size_changes_nothing(model):
 def test_no_rows_no_figure(model):
     out = evaluate_bpb(Scorer(model, 2), Rows(np.zeros((0, 41), np.uint16)), TOK)
     assert out["bpb"] is None and out["bytes"] == 0
-
-
-def test_byte_entropy():
-    assert byte_entropy(np.bincount([1, 1, 2, 2], minlength=256)) == pytest.approx(1.0)
-    assert byte_entropy(np.ones(256, int)) == pytest.approx(8.0)
-    assert byte_entropy(np.bincount([7], minlength=256)) == 0.0
-
-
-def test_byte_histogram_of_tokens_of_several_bytes():
-    class Pairs:
-        def decode_bytes(self, ids):
-            return b"".join([b"", b"ab", b"b"][i] for i in ids)
-
-    got = byte_histogram(Pairs(), np.array([9, 2, 3]))
-    assert got[ord("a")] == 2 and got[ord("b")] == 5 and got.sum() == 7
