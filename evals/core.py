@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ FEWSHOT_SEED = 1234  # plus the example's index: of the choice of its few-shot e
 BLOCK = 512  # examples tokenized and scored at a time: bounds memory, leaves enough to sort by length
 CONTEXTS = 10  # as many contexts long may a prompt be: the reference crops none, and its table of angles ends there
 TASK_TYPES = ("multiple_choice", "schema", "language_modeling")
-PER_TASK = ("results", "centered", "stderr", "n", "long", "cropped", "substitutes")  # of evaluate_core
+PER_TASK = ("results", "centered", "stderr", "n", "substitutes")  # of evaluate_core
 
 
 def fewshot_indices(idx: int, n_examples: int, num_fewshot: int) -> list[int]:
@@ -84,15 +84,9 @@ def load_examples(path: Path, max_per_task: int | None) -> list[dict]:
     return examples[:max_per_task]
 
 
-class Marks(NamedTuple):
-    """Of one task's examples."""
-
-    right: list[bool]
-    lengths: list[int]  # tokens of its longest prompt
-
-
-def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict]) -> Marks:
-    marks = Marks([], [])
+def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict]) -> list[bool]:
+    """Whether each example is answered right."""
+    right = []
     for at in range(0, len(examples), BLOCK):
         indices = range(at, min(at + BLOCK, len(examples)))
         prompts = []
@@ -103,14 +97,13 @@ def evaluate_task(scorer: Scorer, tokenizer, task: CoreTask, examples: list[dict
         spans = [answer_spans(task.task_type, [[tokenizer.bos, *next(encoded)] for _ in ps]) for ps in prompts]
         scores = scorer.token_losses(spans, limit=CONTEXTS * scorer.cfg.sequence_len)
         for idx, answers, got in zip(indices, spans, scores, strict=True):
-            marks.lengths.append(max(len(ids) for ids, _, _ in answers))
             if task.task_type == "language_modeling":
                 (ids, _, end), best = answers[0], got[0].best
-                marks.right.append(best.tolist() == list(ids[end - len(best) : end]))
+                right.append(best.tolist() == list(ids[end - len(best) : end]))
             else:
                 chosen = int(np.argmin([float(g.nll.mean()) for g in got]))
-                marks.right.append(chosen == examples[idx]["gold"])
-    return marks
+                right.append(chosen == examples[idx]["gold"])
+    return right
 
 
 def evaluate_core(
@@ -124,10 +117,9 @@ def evaluate_core(
 
     Returns core_metric (mean of the centred accuracies, None without a task) and its stderr; per task results
     (accuracy), centered, stderr (of the accuracy), n; n_tasks of total_tasks; missing (tasks without data);
-    substitutes (task: the file that stood in); partial: not all tasks, or not all with their own data; long and
-    cropped, how many examples of a task have a prompt beyond the model's context, and beyond what is scored of one.
+    substitutes (task: the file that stood in); partial: not all tasks, or not all with their own data.
     """
-    bundle, context = Path(bundle), scorer.cfg.sequence_len
+    bundle = Path(bundle)
     tasks = load_tasks(bundle)
     out: dict[str, Any] = {name: {} for name in PER_TASK} | {"missing": []}
     errors = []
@@ -139,18 +131,13 @@ def evaluate_core(
             continue
         started = time.monotonic()
         examples = load_examples(path, max_per_task)
-        marks = evaluate_task(scorer, tokenizer, task, examples)
-        n, room = len(marks.right), 1 - task.baseline
-        accuracy = sum(marks.right) / n
+        right = evaluate_task(scorer, tokenizer, task, examples)
+        n, room = len(right), 1 - task.baseline
+        accuracy = sum(right) / n
         centered, stderr = (accuracy - task.baseline) / room, standard_error(accuracy, n)
         errors.append(stderr / room)
         found = {"results": accuracy, "centered": centered, "stderr": stderr, "n": n}
-        notes = {
-            "long": sum(length > context for length in marks.lengths),
-            "cropped": sum(length > CONTEXTS * context for length in marks.lengths),
-            "substitutes": path.name if stand_in else "",
-        }
-        for name, value in (found | {k: v for k, v in notes.items() if v}).items():
+        for name, value in (found | ({"substitutes": path.name} if stand_in else {})).items():
             out[name][task.label] = value
         say(
             f"CORE {task.label} ({task.num_fewshot}-shot, {n} examples): accuracy {accuracy:.4f}, "

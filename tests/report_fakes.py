@@ -122,8 +122,6 @@ def core(rng: random.Random) -> dict:
         "centered": centered,
         "stderr": {t: 0.03 for t in CORE_TASKS},
         "n": {t: 200 for t in CORE_TASKS},
-        "long": {"squad": 7},
-        "cropped": {},
         "substitutes": {"squad": "squad.other|set.jsonl"},
         "missing": ["coqa"],
         "core_metric": metric,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from evals.report.facts import Facts, names, stand_ins, titled
 from nanochat_jax.data.sources import source_of
 from nanochat_jax.rules import STAGES
-from nanochat_jax.words import listed, percent, plain
+from nanochat_jax.words import listed, percent
 
 
 def section(facts: Facts) -> str:
@@ -54,9 +54,6 @@ def _core(facts: Facts) -> Iterator[str]:
             yield f"{name}: no data for {names(core['missing'])}."
         if found := stand_ins(core):
             yield f"{name}: stand-ins for data: {found}."
-        for key, what in (("long", "longer than the model's context"), ("cropped", "cropped at the left")):
-            if tasks := core.get(key):
-                yield f"{name}: prompts {what}: {listed([f'{plain(t)} ({n:,})' for t, n in tasks.items()])}."
 
 
 def _chat(facts: Facts) -> Iterator[str]:

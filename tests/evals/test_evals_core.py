@@ -102,8 +102,7 @@ def reference_right(full, task, examples):
 @pytest.mark.parametrize("shots", [0, 3, 5])
 def test_batched_scores_equal_one_at_a_time(model, full, kind, rows, shots):
     task = core.CoreTask("t", kind, "t.jsonl", shots, "\nAnswer: ", 0.25)
-    marks = core.evaluate_task(Scorer(model, batch_rows=4), TOK, task, rows)
-    assert marks.right == reference_right(full, task, rows)
+    assert core.evaluate_task(Scorer(model, batch_rows=4), TOK, task, rows) == reference_right(full, task, rows)
 
 
 def test_language_modeling_is_right_only_where_every_token_is(model, full):
@@ -122,9 +121,9 @@ def test_language_modeling_is_right_only_where_every_token_is(model, full):
             return [[g._replace(best=np.asarray(s[a:b]))] for ((s, a, b),), (g,) in zip(questions, full)]
 
     task = core.CoreTask("t", "language_modeling", "t.jsonl", 0, "", 0.0)
-    assert core.evaluate_task(Greedy(), TOK, task, [{"context": "abc", "continuation": text}]).right == [True]
-    marks = core.evaluate_task(scorer, TOK, task, [{"context": "abc", "continuation": text[:-1] + "~~"}])
-    assert marks.right == [False]
+    assert core.evaluate_task(Greedy(), TOK, task, [{"context": "abc", "continuation": text}]) == [True]
+    wrong = {"context": "abc", "continuation": text[:-1] + "~~"}
+    assert core.evaluate_task(scorer, TOK, task, [wrong]) == [False]
 
 
 def test_missing_data_and_stand_ins_are_named(tmp_path, model):
@@ -155,11 +154,21 @@ def test_a_whole_bundle_is_not_partial_and_none_has_no_score(tmp_path, model):
     assert out["core_metric"] is None and out["partial"] is True
 
 
-def test_long_and_cropped_prompts_are_counted(tmp_path, model):
-    """Beyond the context a prompt is scored whole, as the reference does, and beyond ten contexts cropped."""
+def test_a_prompt_beyond_the_context_is_scored_whole_and_beyond_ten_contexts_cropped(model):
+    """As the reference does it, which crops none; all at the left, so that the answer stays."""
+    limits, contexts = [], model.cfg.sequence_len
+    scorer = Scorer(model, 4)
+
+    class Noting:
+        cfg = scorer.cfg
+
+        def token_losses(self, questions, limit):
+            limits.append(limit)
+            return scorer.token_losses(questions, limit)
+
     rows = [{"context": "word " * n, "continuation": "end"} for n in (1, 50, 400)]
-    out = core.evaluate_core(Scorer(model, 4), TOK, bundle(tmp_path, {"t": ("language_modeling", 0, 0, rows)}))
-    assert out["long"] == {"t": 2} and out["cropped"] == {"t": 1}
+    task = core.CoreTask("t", "language_modeling", "t.jsonl", 0, " ", 0.0)
+    assert len(core.evaluate_task(Noting(), TOK, task, rows)) == 3 and limits == [10 * contexts]
 
 
 def test_a_folder_that_is_no_bundle(tmp_path, model):
