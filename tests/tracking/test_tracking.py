@@ -112,6 +112,7 @@ def test_files_are_whole_or_absent(tmp_path):
 
 def test_devices_and_system():
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12 and bandwidth("NVIDIA H200") == 4.8e12
+    assert bandwidth("NVIDIA GH200 480GB") == 4.0e12 and peak_flops("NVIDIA A10G") == 70e12
     assert peak_flops("cpu") is None and bandwidth("NVIDIA GeForce GTX 1050") is None
     assert 0.05 < peak_memory_gb() < 100
     assert {"cpu", "cores", "memory_gb", "devices", "commit"} <= set(system_info())
