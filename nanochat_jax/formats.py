@@ -13,7 +13,6 @@ Plain .json is left alone: that is one value, such as a note beside a download, 
 import contextlib
 import io
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -21,11 +20,9 @@ from typing import BinaryIO
 
 from nanochat_jax.errors import UserError
 
-VERSION = 1  # of what documents are made of a file: part of the key of what is packed
-BLOCK = 8 << 20  # bytes of a .txt file that are read at a time
+VERSION = 2  # of what documents are made of a file: part of the key of what is packed
 LONG = 8_000  # characters of a .txt document: about as many as a row of 2048 tokens holds
 BETWEEN = "<|endoftext|>"
-HEAD = 1 << 20  # bytes of a .txt file that say how its documents are set apart
 KINDS = {".parquet": "parquet", ".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".txt": "text"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
@@ -129,12 +126,11 @@ def whole_text(text: str) -> str:
 
 
 def _plain_texts(path: Path) -> Iterator[str]:
-    """What is not UTF-8 becomes U+FFFD."""
+    """What is not UTF-8 becomes U+FFFD. The file is read as a whole."""
     with opened(path) as file:
-        for i, block in enumerate(_stream_blocks(file) if compression_of(path) else _file_blocks(file)):
-            text = block.decode("utf-8" if i else "utf-8-sig", "replace").replace("\r\n", "\n")
-            for document in text.split(BETWEEN):
-                yield from _cut(document)
+        text = file.read().decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    for document in text.split(BETWEEN):
+        yield from _cut(document)
 
 
 def _cut(document: str) -> Iterator[str]:
@@ -149,38 +145,6 @@ def _cut(document: str) -> Iterator[str]:
     rest = document[place:].strip("\n") if place else document
     if rest and not rest.isspace():
         yield rest
-
-
-def _mark(head: bytes) -> bytes:
-    """What to end a block of a long text at."""
-    return next((m for m in (BETWEEN.encode(), b"\n\n", b"\r\n\r\n") if m in head), b"\n")
-
-
-def _file_blocks(file: BinaryIO) -> Iterator[bytes]:
-    """A file in blocks of BLOCK bytes or more, of which all but the last end behind the first mark after these."""
-    size, start = os.fstat(file.fileno()).st_size, 0
-    if not size:
-        return  # which mmap refuses
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        mark = _mark(data[:HEAD])
-        while start < size:
-            found = data.find(mark, start + BLOCK)
-            end = found + len(mark) if found >= 0 else size
-            yield data[start:end]
-            start = end
-
-
-def _stream_blocks(stream: BinaryIO) -> Iterator[bytes]:
-    """A stream in blocks of about BLOCK bytes, of which all but the last end behind a mark."""
-    block = stream.read(BLOCK)
-    mark = _mark(block[:HEAD])
-    while more := stream.read(BLOCK):
-        end = block.rfind(mark) + len(mark)
-        if end >= len(mark):  # else it is a document longer than a block
-            yield block[:end]
-            block = block[end:]
-        block += more
-    yield block
 
 
 @contextlib.contextmanager
