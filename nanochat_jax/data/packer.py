@@ -41,7 +41,6 @@ from tokenizer.tokenizer import Tokenizer
 COUNTS = ("rows", "documents", "tokens", "tokens_cropped")  # of each shard, and of all
 REFILL = 256  # documents that the buffer takes in at a time: the more wait in it, the less is cropped
 PAUSE = 0.5  # seconds between two tries for the lock
-RESTARTS = 3  # of a packer that was killed, as the system does when memory is short
 NICE = 10  # training has priority
 
 Document = tuple[int, np.ndarray]  # tokens, and the ids of as many of them as a row can hold
@@ -74,7 +73,7 @@ class Packer:
     """`pack(job, threads)` in a child process, which ends when it is done, when this process ends, or by `close`.
 
     The child is a fresh Python that imports neither jax nor, as those of multiprocessing do, this process's main
-    module. Where it is killed, another one takes its place.
+    module. Where it is killed, as the system does when memory is short, packing has failed.
     """
 
     def __init__(self, job: Job, threads: int, log: Callable[[str], None]):
@@ -87,30 +86,29 @@ class Packer:
 
     def _run(self) -> None:
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
-        for _ in range(1 + RESTARTS):
-            link, theirs = Pipe()
-            with self._lock, theirs:
-                if self._closed:
-                    return
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env={**os.environ, "PYTHONPATH": path, "RAYON_NUM_THREADS": str(self._threads)},  # of `tokenizers`
-                )
-            with self._process, link:
-                with contextlib.suppress(OSError):  # where it is killed; receiving will tell
-                    link.send((self._job, self._threads))
-                while isinstance(message := _received(link), str):
-                    self._log(message)
-            if not isinstance(message, (EOFError, OSError)):
-                self._error = message
+        link, theirs = Pipe()
+        with self._lock, theirs:
+            if self._closed:
                 return
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", f"from {__name__} import serve; serve({theirs.fileno()})"],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": path, "RAYON_NUM_THREADS": str(self._threads)},  # of `tokenizers`
+            )
+        with self._process, link:
+            with contextlib.suppress(OSError):  # where it is killed; receiving will tell
+                link.send((self._job, self._threads))
+            while isinstance(message := _received(link), str):
+                self._log(message)
+        if not isinstance(message, (EOFError, OSError)):
+            self._error = message
+        elif not self._closed:
             status = self._process.returncode
-        ending = f"status {status}" if status >= 0 else signal.Signals(-status).name
-        self._error = UserError(
-            f"packing into {self._job.folder}: a process was killed ({ending}), again and again; is memory short?"
-        )
+            ending = f"status {status}" if status >= 0 else signal.Signals(-status).name
+            self._error = UserError(
+                f"packing into {self._job.folder} was killed ({ending}); is memory short? The same command goes on"
+            )
 
     def working(self) -> bool:
         """Whether it still runs. UserError where packing failed."""

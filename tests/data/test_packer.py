@@ -209,22 +209,24 @@ def packers():
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments(whole, tmp_path, seed):
     rng = random.Random(seed)
-    with start(Texts(TEXTS, pause=0.002), tmp_path, workers=2) as data:
-        for _ in range(packer.RESTARTS):
-            time.sleep(rng.uniform(0.2, 0.8))
-            for process in packers():
-                process.kill()
+    for _ in range(3):
+        with start(Texts(TEXTS, pause=0.002), tmp_path, workers=2) as data:
             if data.complete:
                 break
             data.wait_for(data.available() + 1)
+            time.sleep(rng.uniform(0, 0.4))
+            for process in packers():
+                process.kill()
+            with contextlib.suppress(UserError):  # unless it was at its end
+                len(data)
     assert contents(packed(Texts(TEXTS), tmp_path, workers=2).path) == whole
 
 
-def test_a_packer_that_is_killed_again_and_again_is_given_up(tmp_path, capfd):
-    with pytest.raises(UserError, match=r"killed \(status 9\), again and again"):
+def test_a_packer_that_is_killed_is_an_error(tmp_path, capfd):
+    with pytest.raises(UserError, match=r"killed \(status 9\); is memory short\? The same command goes on"):
         packed(Texts(TEXTS, act=print_and_exit), tmp_path, workers=1)
     out, err = capfd.readouterr()
-    assert not out and err.count("what is printed is no message") == 1 + packer.RESTARTS
+    assert not out and err.count("what is printed is no message") == 1
     documents = Texts(TEXTS, gate=tmp_path / "never")
     with start(documents, tmp_path, workers=1) as data, pytest.raises(UserError, match="SIGKILL"):
         while data.packer.working():
