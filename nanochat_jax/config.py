@@ -231,7 +231,7 @@ class TrackingConfig:
 
     tensorboard: bool = False  # event files in RUN_DIR/tensorboard; needs the extra of that name
     wandb: str | None = None  # a project of Weights & Biases; needs the extra of that name
-    samples: Natural = 3  # prompts that the model continues at each of base's evaluations; 0: none
+    samples: Natural = 3  # prompts that the model continues at each of base's evaluations, on one host; 0: none
     trace_at: Natural | None = None  # a step of every stage: it and the next two are profiled into <stage>/trace
     stop_on_spike: bool = False  # save and stop when the loss spikes (alarms.py says when); false: only log it
 

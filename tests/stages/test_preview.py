@@ -66,5 +66,12 @@ def test_the_likeliest_tokens_on_every_mesh(sizes):
         assert line == " ".join("".join(map(chr, want[1:])).split())
 
 
+def test_a_context_shorter_than_a_prompt_shows_what_fits():
+    run = run_of("tracking.samples=1", "model.sequence_len=16")
+    params = init_params(scaling.gpt_config(run.config.model, 128), 0)
+    line = preview(run, params)["sample"]
+    assert BASE_PROMPTS[0].startswith(line[:14].rstrip())
+
+
 def test_none_where_none_are_wanted():
     assert preview(run_of("tracking.samples=0"), {}) == {}
