@@ -75,14 +75,14 @@ def worker(args: argparse.Namespace) -> None:
     if args.away:
         rng = np.random.default_rng(1)
         weights = {name: w * (1 + AWAY * rng.standard_normal(w.shape, np.float32)) for name, w in weights.items()}
-    split = made.tokens(args.rows, args.accumulation).sharding
+    split, step = made.tokens(args.rows, args.accumulation).sharding, made.jitted()
 
     def answer(order) -> list[float]:
         state, found = made.init(from_reference(weights, made.state.params, made.cfg)), []
         for n in range(order["losses"]):
             rows = tokens[n].astype(np.int32).reshape(args.accumulation, args.rows, -1)
             batch = jax.device_put({"tokens": rows[..., :-1], "targets": rows[..., 1:]}, split)
-            state, metrics = made.jitted(state, batch)
+            state, metrics = step(state, batch)
             found.append(float(metrics["loss"]))
         return found
 

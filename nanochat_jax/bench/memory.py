@@ -6,7 +6,7 @@ compiled for GPUs that need not be here (uv run --extra gpu, JAX_PLATFORMS=cpu),
 """
 
 import argparse
-from itertools import islice
+import itertools
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from nanochat_jax.cli import positive
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.devices import use_compilation_cache
 from nanochat_jax.mesh import sharding
+from nanochat_jax.model import remat, scaling
 from nanochat_jax.planning import targets
 from nanochat_jax.planning.footprint import Machine
 from nanochat_jax.planning.step import TrainStep, recipe, sharded_bytes
@@ -34,6 +35,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vocab", type=positive, default=32768)
     p.add_argument("--seq", type=positive, default=2048)
     p.add_argument("--precision", default="bfloat16", help="of the products: float32 | bfloat16 | fp8")
+    p.add_argument("--remat", default="none", help="what is kept of a layer: none | block | full, or several")
     p.add_argument("--max-rows", type=positive, default=64, help="rows of a micro-batch on a device, at most")
     p.add_argument("--devices", type=positive, default=1, help="GPUs of the described kind, or simulated CPU devices")
     p.add_argument("--fsdp", type=int, default=1)
@@ -49,19 +51,20 @@ def run(args: argparse.Namespace) -> dict:
     print(f"{args.precision}, rows of {args.seq}; GB on a device, of those that may be planned; rows x accumulation")
     table = frame.Table()
     kinds = [kind.strip() for kind in args.gpus.split(",")] if args.gpus else [None]
-    steps = [planned(kind, depth, args, table) for kind in kinds for depth in args.depths]
+    each = itertools.product(kinds, args.depths, args.remat.split(","))
+    steps = [planned(kind, depth, level, args, table) for kind, depth, level in each]
     return {**frame.shown(args, ("precision", "seq")), "steps": steps}
 
 
-def planned(kind: str | None, depth: int, args: argparse.Namespace, table: frame.Table) -> dict:
-    """Plans one depth for one kind of device, None for those at hand, and prints it."""
+def planned(kind: str | None, depth: int, level: str, args: argparse.Namespace, table: frame.Table) -> dict:
+    """Plans one depth for one kind of device, None for those at hand, with a level of remat, and prints it."""
     devices = targets.devices(kind, args.devices) if kind else jax.devices()
     limit = Machine(kind, len(devices)).limit
     mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), devices)
     step = TrainStep(recipe(depth, args.seq, args.vocab, precision=args.precision), mesh, kind)
     per_device = step.plan.batch_tokens // args.seq // sharding.data_parallel(mesh)
     points = [n for n in POINTS if n <= per_device] or [1]
-    needed = {n: memory.needed_bytes(step.compile(n, ACCUMULATION)) for n in points}
+    needed = {n: memory.needed_bytes(step.compile(n, ACCUMULATION, level)) for n in points}
     # bytes by rows: an upper bound between the points
     estimate = make_interp_spline(points, list(needed.values()), k=min(1, len(points) - 1))
     sizes = memory.micro_batches(per_device, args.max_rows)
@@ -70,20 +73,28 @@ def planned(kind: str | None, depth: int, args: argparse.Namespace, table: frame
     figures: dict = {"GB": limit / 1e9, "state": state / 1e9}
     figures |= {f"{n} rows": needed[n] / 1e9 if n in needed else None for n in POINTS}
     figures["fits"] = f"{rows} x {per_device // rows}" if rows else "no"
-    table.row(f"{mesh.size} x {kind or devices[0].device_kind}, depth {depth}", figures)
-    out = {"device": devices[0].device_kind, "devices": mesh.size, "limit_bytes": limit, "depth": depth, "rows": rows}
+    figures["more FLOPs"] = f"{remat.again(step.cfg, level) / scaling.flops_per_token(step.cfg):.1%}"
+    table.row(f"{mesh.size} x {kind or devices[0].device_kind}, depth {depth}, remat {level}", figures)
+    out = {
+        "device": devices[0].device_kind,
+        "devices": mesh.size,
+        "limit_bytes": limit,
+        "depth": depth,
+        "rows": rows,
+        "remat": level,
+    }
     out |= {"state_bytes": state, "needed_bytes": needed}
     if args.check and rows and not kind:
-        out |= check(step, rows)
+        out |= check(step, rows, level)
         print(f"{rows} rows: analysis {out['analysed_bytes'] / 1e9:.2f} GB, run {out['run_bytes'] / 1e9:.2f} GB")
     return out
 
 
-def check(step: TrainStep, rows: int) -> dict:
+def check(step: TrainStep, rows: int, level: str) -> dict:
     """What the analysis says, and the most bytes of one device while two steps run for real."""
-    compiled = step.compile(rows, ACCUMULATION)
+    compiled = step.compile(rows, ACCUMULATION, level)
     before = psutil.Process().memory_info().rss / 1e9
-    for _ in islice(step.times(compiled, rows, ACCUMULATION), 2):
+    for _ in itertools.islice(step.times(compiled, rows, ACCUMULATION), 2):
         pass
     held = device_memory_gb()
     if jax.default_backend() == "cpu":  # of the process: what it held before does not count

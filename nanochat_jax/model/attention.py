@@ -21,6 +21,7 @@ from nanochat_jax import devices
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, digest_of, read_json
 from nanochat_jax.mesh import hosts
+from nanochat_jax.model.remat import ATTENTION, named
 
 _MASKED = -1e30  # finite: a row of -inf would make the softmax NaN
 
@@ -117,8 +118,8 @@ def _in_blocks_fwd(q, k, v, window):
         y = _sum32("bkgts,bksn->bkgtn", e.astype(v.dtype), v[:, :, keys])
         out.append((y / total).astype(q.dtype))
         log_sums.append(most + jnp.log(total))
-    y = jnp.concatenate(out, axis=3)
-    return y, (q, k, v, y, jnp.concatenate(log_sums, axis=3))
+    y, log_sum = (named(jnp.concatenate(x, axis=3), ATTENTION) for x in (out, log_sums))
+    return y, (q, k, v, y, log_sum)
 
 
 def _in_blocks_bwd(window, kept, dy):

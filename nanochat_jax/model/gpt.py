@@ -7,6 +7,7 @@ the attention function: training a causal one, the engine one that uses its cach
 Shapes: B batch, T time, D width, H query heads, K key/value heads, N head size, V vocabulary (padded where stored).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from nanochat_jax.kernels import fp8
 from nanochat_jax.kernels.fused import add_and_norm, mix_and_norm, relu_squared, rms_norm, rotate_and_norm
 from nanochat_jax.kernels.products import product
 from nanochat_jax.kernels.segments import look_up
+from nanochat_jax.model import remat
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.scaling import GATE_CHANNELS, SMEAR_CHANNELS
 
@@ -102,12 +104,13 @@ class Attention(nnx.Module):
     def __call__(self, x, rope, attend, value_embed=None):
         """x (B, T, D); value_embed (B, T, K * N) or None. ResFormer's value residual: arXiv 2410.17897."""
         cfg, (B, T, D) = self.cfg, x.shape
-        q, k, v = (y.reshape(B, T, -1, cfg.head_dim) for y in project(x, self.q, self.k, self.v))
+        q, k, v = remat.named(project(x, self.q, self.k, self.v), "qkv")
+        q, k, v = (y.reshape(B, T, -1, cfg.head_dim) for y in (q, k, v))
         if self.ve_gate is not None:
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape)
         q, k = (rotate_and_norm(t, rope, cfg.qk_gain, cfg.norm_eps) for t in (q, k))
-        return self.proj(attend(q, k, v).reshape(B, T, D))
+        return remat.named(self.proj(attend(q, k, v).reshape(B, T, D)), "attended")
 
 
 class MLP(nnx.Module):
@@ -135,7 +138,7 @@ class GPT(nnx.Module):
     """tokens (B, T) int32 -> logits (B, T, V) float32."""
 
     def __init__(self, cfg: GPTConfig, *, rngs: nnx.Rngs, dtype=jnp.float32):
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg, self.dtype, self.remat = cfg, dtype, "none"
         init, D, V = _initialisers(cfg), cfg.n_embd, cfg.padded_vocab
         self.wte = Embedding(V, D, init["wte"], rngs)
         self.lm_head = Linear(D, V, init["head"], rngs)
@@ -167,6 +170,24 @@ class GPT(nnx.Module):
         gate = jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + self.smear_lambda[...].astype(x.dtype) * gate * shifted
 
+    def _layer(self, i: int, tokens, rope, attend: Attend, x, mlp_out, x0):
+        """One layer: x, the MLP's result, which is not yet added to it, and x0, all for the next.
+
+        mlp_out: the result of the layer below; None at the first.
+        """
+        cfg, block = self.cfg, self.blocks[i]
+        if cfg.residual_scalars:
+            r, s = self.resid_scalars[...][i], self.x0_scalars[...][i]
+            x, normed, x0 = mix_and_norm(x, mlp_out, x0, r, s, cfg.norm_eps)
+        elif mlp_out is None:
+            normed = rms_norm(x, cfg.norm_eps)
+        else:
+            x, normed = add_and_norm(x, mlp_out, cfg.norm_eps)
+        value_embed = self.value_embeds[str(i)](tokens).astype(x.dtype) if cfg.has_value_embed(i) else None
+        attended = block.attn(normed, rope, functools.partial(attend, i), value_embed)
+        x, normed = add_and_norm(x, attended, cfg.norm_eps)
+        return x, block.mlp(normed), x0
+
     def trunk(self, tokens, positions, attend: Attend, prev_tokens=None) -> jax.Array:
         """Normed hidden states (B, T, D) that the head reads.
 
@@ -178,19 +199,10 @@ class GPT(nnx.Module):
             x = self._smear(x, prev_tokens)
         rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
         x0 = x
-        mlp_out: Any = None  # of the last block, not yet added to x
-        for i, block in enumerate(self.blocks):
-            if cfg.residual_scalars:
-                r, s = self.resid_scalars[...][i], self.x0_scalars[...][i]
-                x, normed, x0 = mix_and_norm(x, mlp_out, x0, r, s, cfg.norm_eps)
-            else:
-                x, normed = (
-                    (x, rms_norm(x, cfg.norm_eps)) if mlp_out is None else add_and_norm(x, mlp_out, cfg.norm_eps)
-                )
-            value_embed = self.value_embeds[str(i)](tokens).astype(x.dtype) if cfg.has_value_embed(i) else None
-            attended = block.attn(normed, rope, lambda q, k, v, i=i: attend(i, q, k, v), value_embed)
-            x, normed = add_and_norm(x, attended, cfg.norm_eps)
-            mlp_out = block.mlp(normed)
+        mlp_out: Any = None  # of the last layer, not yet added to x
+        for i in range(cfg.n_layer):
+            layer = functools.partial(self._layer, i, tokens, rope, attend)
+            x, mlp_out, x0 = remat.layer(layer, self.remat)(x, mlp_out, x0)
             if i == cfg.n_layer // 2:
                 middle = x + mlp_out  # for backout
         x = x + mlp_out
@@ -212,9 +224,10 @@ class GPT(nnx.Module):
         return self.logits(self.hidden(tokens))
 
 
-def graph_of(cfg: GPTConfig, dtype, eight_bits: bool = False):
-    """The model without its parameters, for `merge`; eight_bits: see `Linear`."""
+def graph_of(cfg: GPTConfig, dtype, eight_bits: bool = False, level: str = "none"):
+    """The model without its parameters, for `merge`; eight_bits: see `Linear`; level: see `remat`."""
     model = nnx.eval_shape(lambda: GPT(cfg, rngs=nnx.Rngs(0), dtype=dtype))
+    model.remat = level
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             module.eight_bits = eight_bits

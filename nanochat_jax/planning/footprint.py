@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import jax
@@ -13,7 +14,7 @@ from nanochat_jax import devices
 from nanochat_jax.config import GPTConfig, RunConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
-from nanochat_jax.model import scaling
+from nanochat_jax.model import remat, scaling
 from nanochat_jax.planning import targets
 from nanochat_jax.planning.step import TrainStep, base_plan, sharded_bytes
 from nanochat_jax.training import memory
@@ -21,7 +22,7 @@ from nanochat_jax.training import memory
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, with `rows` at a time; rows is 0 where not even one fits."""
+    """Bytes of one device, with `rows` at a time; rows is 0 where not even one fits. remat: what is kept for them."""
 
     parameters: float  # float32 masters, and what is cast of them for the products
     optimizer: float
@@ -29,6 +30,7 @@ class Memory:
     activations: float  # and all else that is temporary
     rows: int
     source: str
+    remat: str = "none"
 
     @property
     def total(self) -> float:
@@ -77,11 +79,11 @@ class Job:
         self.sizes = memory.micro_batches(self.per_device, config.base.micro_batch)
 
 
-# bytes of activations for a value of the residual stream: in each layer, and once
-EACH_LAYER, ONCE = 24.5, 170.0
+# bytes of activations for a value of the residual stream: in each layer, by what is kept of it, and once
+EACH_LAYER, ONCE = {"none": 24.5, "block": 24.5, "full": 24.5}, 170.0
 
 
-def estimate(job: Job, rows: int) -> Memory:
+def estimate(job: Job, rows: int, level: str = "none") -> Memory:
     """By formula; for bfloat16 on GPUs, whose attention keeps no scores.
 
     Fitted to the steps that targets.py compiles for an H100, d12 to d26 and the classic d20, on one device: within 5 %
@@ -95,16 +97,30 @@ def estimate(job: Job, rows: int) -> Memory:
         parameters=4 * whole / fsdp + 2 * whole,
         optimizer=(state_bytes(job.cfg) - 4 * counts["total"]) / (data * fsdp * tensor),
         gradients=(8 if job.per_device > rows else 4) * whole,  # of a micro-batch, and their sum
-        activations=values * (EACH_LAYER * job.cfg.n_layer + ONCE),
+        activations=values * (EACH_LAYER[level] * job.cfg.n_layer + ONCE),
         rows=rows,
         source="by formula",
+        remat=level,
     )
 
 
 def estimated(job: Job) -> Memory:
-    """With the largest micro-batch that fits by the formula."""
-    found = [estimate(job, rows) for rows in job.sizes]
-    return next((m for m in found if m.total <= job.on.limit), replace(found[-1], rows=0))
+    """As the run will choose, by the formula."""
+
+    def needed(level: str, rows: int) -> int:
+        return int(estimate(job, rows, level).total)
+
+    level, rows, fits = chosen(job, needed)
+    return estimate(job, rows, level) if fits else replace(estimate(job, rows, level), rows=0)
+
+
+def chosen(job: Job, needed: Callable[[str, int], int]) -> tuple[str, int, bool]:
+    """What a run will keep of a layer, and its rows at a time; where not even one fits, one with the least kept, and
+    False."""
+    levels = remat.levels(job.config.remat)
+    with contextlib.suppress(UserError):
+        return *memory.cheapest_that_fits(levels, job.sizes, needed, job.on.limit, "base"), True
+    return levels[-1], job.sizes[-1], False
 
 
 class Compiled(TrainStep):
@@ -115,28 +131,25 @@ class Compiled(TrainStep):
         devices = targets.devices(gpu, job.on.count) if gpu else jax.devices()
         super().__init__(job.config, sharding.make_mesh(job.config.mesh, devices), gpu)
         self.job = job
-        self.program = functools.cache(lambda rows: self.compile(rows, job.per_device // rows))
+        self.program = functools.cache(lambda rows, level: self.compile(rows, job.per_device // rows, level))
 
     def memory(self) -> Memory:
-        """With the largest micro-batch that fits, as the run will choose it."""
-        sizes, rows = self.job.sizes, 0
+        """As the run will choose."""
 
-        def needed(size: int) -> int:
-            return memory.needed_bytes(self.program(size))
+        def needed(level: str, size: int) -> int:
+            return memory.needed_bytes(self.program(size, level))
 
-        with contextlib.suppress(UserError):
-            rows = memory.largest_that_fits(sizes, needed, self.job.on.limit, "base")
-        size = rows or sizes[-1]
+        level, size, fits = chosen(self.job, needed)
         params, moments = sharded_bytes(self.state.params), sharded_bytes(self.state.opt_state)
         cast = 0 if self.dtype.itemsize == 4 else params / 2
         gradients = params * (2 if self.job.per_device > size else 1)  # of a micro-batch, and their sum
-        rest = needed(size) - params - cast - moments - gradients
-        return Memory(params + cast, moments, gradients, rest, rows, "by the compiled step")
+        rest = needed(level, size) - params - cast - moments - gradients
+        return Memory(params + cast, moments, gradients, rest, size if fits else 0, "by the compiled step", level)
 
-    def seconds(self, rows: int, least: float = 5.0) -> float:
+    def seconds(self, rows: int, level: str, least: float = 5.0) -> float:
         """The median time of a step, over `least` seconds and at least three steps, after one that is not counted."""
         took: list[float] = []
-        times = self.times(self.program(rows), rows, self.job.per_device // rows)
+        times = self.times(self.program(rows, level), rows, self.job.per_device // rows)
         while len(took) < 4 or sum(took) < least:
             took.append(next(times))
         return statistics.median(took[1:])

@@ -26,7 +26,7 @@ from nanochat_jax.config import FinetuneConfig, ModelConfig, RunConfig, read_run
 from nanochat_jax.data.sources import source_of
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
-from nanochat_jax.model import lora, scaling
+from nanochat_jax.model import lora, remat, scaling
 from nanochat_jax.planning import footprint, targets
 from nanochat_jax.planning.footprint import Job, Machine, Memory
 from nanochat_jax.planning.published import EVAL_BASE, EVAL_CHAT, tabled_mfu
@@ -224,7 +224,7 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
     if measure:
         plan.speeds[""] = plan.speeds["base"]
     elif measure == "" and compiled and found.rows:
-        seconds = compiled.seconds(found.rows)
+        seconds = compiled.seconds(found.rows, found.remat)
         flops = plan.base.batch_tokens * plan.each / seconds / on.count
         plan.speeds[""] = Speed(flops, f"steps of {seconds:.2f} s, timed now")
     elif peak:
@@ -307,7 +307,10 @@ def _memory_lines(plan: Plan, found: Memory) -> list[str]:
     line = f"memory of a device, {found.source}: {found.total / 1e9:.2f} of {plan.on.limit / 1e9:.2f} GB ({said})"
     if not found.rows:
         return [line, "not even one row fits: split the state (mesh.fsdp), or take a smaller model.depth"]
-    return [line, f"{found.rows} rows at a time, {plan.per_device // found.rows} times a step"]
+    said = f"{found.rows} rows at a time, {plan.per_device // found.rows} times a step"
+    if found.remat != "none":
+        said += f"; remat={found.remat} computes {remat.again(plan.cfg, found.remat) / plan.each:.0%} more"
+    return [line, said]
 
 
 def show_series(plans: list[tuple[Plan, Memory]], budget: float) -> int | None:

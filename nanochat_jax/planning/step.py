@@ -53,8 +53,11 @@ class TrainStep:
         self.schedules = optim.make_schedules(rates, steps, self.plan.weight_decay, config.model.arch)
         batch = self.plan.batch_tokens
         self._optimizer = optim.make_optimizer(self.cfg, rates, self.schedules, batch, self.dtype, mesh)
-        graph = graph_of(self.cfg, self.dtype, config.base.fp8)
-        self.jitted: Any = loop.make_step(graph, self._optimizer, self.dtype, mesh)
+
+    def jitted(self, level: str = "none") -> Any:
+        """level: of `remat`."""
+        graph = graph_of(self.cfg, self.dtype, self.config.base.fp8, level)
+        return loop.make_step(graph, self._optimizer, self.dtype, self.mesh)
 
     def init(self, params=None) -> loop.TrainState:
         return loop.init_state(self.cfg, self._optimizer, self.config.seed, self.mesh, params)
@@ -68,11 +71,11 @@ class TrainStep:
         shape = (accumulation, rows * sharding.data_parallel(self.mesh), self.cfg.sequence_len)
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding.rows(self.mesh, leading=1))
 
-    def compile(self, rows: int, accumulation: int) -> jax.stages.Compiled:
+    def compile(self, rows: int, accumulation: int, level: str = "none") -> jax.stages.Compiled:
         """For micro-batches of `rows` on each data-parallel device."""
         array = self.tokens(rows, accumulation)
         with targets.tracing(self._gpu) if self._gpu else contextlib.nullcontext():
-            return self.jitted.lower(self.state, {"tokens": array, "targets": array}).compile()
+            return self.jitted(level).lower(self.state, {"tokens": array, "targets": array}).compile()
 
     def times(self, compiled: jax.stages.Compiled, rows: int, accumulation: int) -> Iterator[float]:
         """The seconds of step after step from a fresh state, on batches of one token id."""

@@ -38,11 +38,15 @@ class Learner:
         self._log_probs = policy.make_log_probs(graph, dtype, run.mesh, self.cfg.temperature)
         self._look = policy.make_look(self._log_probs, on_policy=self.cfg.objective != "dpo")
         self._weigh = policy.make_weigh(self.cfg)
-        step = loop.make_step(graph, optimizer, dtype, run.mesh, temperature=self.cfg.temperature)
+
+        def step_of(level: str):
+            kept = graph_of(run.gpt_config, dtype, level=level)
+            return loop.make_step(kept, optimizer, dtype, run.mesh, temperature=self.cfg.temperature)
+
         state = abstract_state(run, optimizer)
         arrays = {"tokens": np.int32, "targets": np.int32, "weights": np.float32}
         rows = rows_per_device(run)
-        self._step_of = functools.cache(lambda length: fit_step(run, "rl", step, state, arrays, (rows, length), held))
+        self._step_of = functools.cache(lambda T: fit_step(run, "rl", step_of, state, arrays, (rows, T), held))
 
     def prepare(self, params: dict, batch: dict) -> tuple[list[dict], dict]:
         """The placed minibatches of a step from the arrays of `training_batch`, each with -log p of now (`old`) and of

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from nanochat_jax.mesh import sharding
-from nanochat_jax.model import attention, lora
+from nanochat_jax.model import attention, lora, remat
 from nanochat_jax.model.gpt import cast_matrices, graph_of, init_params
 from nanochat_jax.stages.run import Run
 from nanochat_jax.training import loop, memory
@@ -31,44 +32,48 @@ def compile_step(
     """
     length = run.config.model.sequence_len
     per_device = memory.rows_per_device(name, batch_tokens, length, run.mesh)
-    graph = graph_of(run.gpt_config, run.training_dtype, eight_bits)
     join: Callable | None = None
     frozen: tuple = ()
     if lora_rank:
         fixed = jax.eval_shape(lambda: cast_matrices(init_params(run.gpt_config, 0), run.training_dtype))
         join, frozen = lora.merged, (sharding.abstract(fixed, run.mesh),)
-    step = loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join)
+
+    def step_of(level: str):
+        graph = graph_of(run.gpt_config, run.training_dtype, eight_bits, level)
+        return loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join)
+
     arrays = {"tokens": np.int32, "targets": np.int32}
     state = abstract_state(run, optimizer, lora_rank)
-    return fit_step(run, name, step, state, arrays, (per_device, length), frozen=frozen)
+    return fit_step(run, name, step_of, state, arrays, (per_device, length), frozen=frozen)
 
 
 def fit_step(
-    run: Run, name: str, step, state, arrays: dict, shape: tuple[int, int], held: int = 0, frozen: tuple = ()
+    run: Run, name: str, step_of, state, arrays: dict, shape: tuple[int, int], held: int = 0, frozen: tuple = ()
 ) -> Step:
-    """A jitted `step` compiled for the abstract `state` and a batch of `arrays` (name -> type), each of `shape` on each
-    data-parallel device. frozen: further abstract arguments of it, if any.
+    """The jitted step of a level of `remat`, compiled for the abstract `state` and a batch of `arrays` (name -> type),
+    each of `shape` on each data-parallel device. frozen: further abstract arguments of it, if any.
 
     Its micro-batches have the stage's micro_batch rows on a device, or the most that fit beside `held` bytes;
     accumulation makes up the rest.
     """
-    (per_device, length), mesh, compiled = shape, run.mesh, {}
+    (per_device, length), mesh, compiled = shape, run.mesh, dict[tuple[str, int], Any]()
     sizes = memory.micro_batches(per_device, getattr(run.config, name).micro_batch)
     shapes, split_heads = attention.shapes_of(run.gpt_config, length, run.training_dtype), mesh.shape["tensor"] > 1
     attention.choose(shapes, sizes[0], run.cache_dir, run.config.attention, split_heads=split_heads, say=run.log.write)
 
-    def needed(size: int) -> int:
-        whole = (per_device // size, size * sharding.data_parallel(mesh), length)
-        split = sharding.rows(mesh, leading=1)
-        batch = {k: jax.ShapeDtypeStruct(whole, dtype, sharding=split) for k, dtype in arrays.items()}
-        compiled[size] = step.lower(state, batch, *frozen).compile()
-        return memory.needed_bytes(compiled[size])
+    def needed(level: str, size: int) -> int:
+        if (level, size) not in compiled:
+            whole = (per_device // size, size * sharding.data_parallel(mesh), length)
+            split = sharding.rows(mesh, leading=1)
+            batch = {k: jax.ShapeDtypeStruct(whole, dtype, sharding=split) for k, dtype in arrays.items()}
+            compiled[level, size] = step_of(level).lower(state, batch, *frozen).compile()
+        return memory.needed_bytes(compiled[level, size])
 
     limit = memory.device_bytes() - held
-    size = memory.largest_that_fits(sizes, needed, limit, name)
-    need = memory.needed_bytes(compiled[size])
-    run.log.write(f"{name}: {size} rows at a time need {need / 1e9:.2f} of {limit / 1e9:.2f} GB on each device")
-    return Step(compiled[size], per_device // size, size * sharding.data_parallel(mesh))
+    level, size = memory.cheapest_that_fits(remat.levels(run.config.remat), sizes, needed, limit, name)
+    need, how = needed(level, size) / 1e9, "" if level == "none" else f" with remat={level}"
+    run.log.write(f"{name}: {size} rows at a time{how} need {need:.2f} of {limit / 1e9:.2f} GB on each device")
+    return Step(compiled[level, size], per_device // size, size * sharding.data_parallel(mesh))
 
 
 def abstract_state(run: Run, optimizer, lora_rank: int | None = None):

@@ -2,7 +2,7 @@
 
 import bisect
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ def rows_per_device(name: str, batch_tokens: int, sequence_len: int, mesh: jax.s
 def micro_batches(rows: int, at_most: int) -> list[int]:
     """The sizes up to `at_most` that divide a device's `rows` of a batch, descending."""
     return [m for m in range(min(at_most, rows), 0, -1) if rows % m == 0]
+
+
+def cheapest_that_fits(
+    levels: Sequence[str], sizes: list[int], needed: Callable[[str, int], int], limit: int, name: str
+) -> tuple[str, int]:
+    """The first level of `remat` with which the largest micro-batch fits, and that; where none is, the last level and
+    the largest that fits then. `needed(level, size)` compiles. UserError where none does."""
+    level = next((one for one in levels if needed(one, sizes[0]) <= limit), levels[-1])
+    return level, largest_that_fits(sizes, lambda size: needed(level, size), limit, name)
 
 
 def largest_that_fits(sizes: list[int], needed: Callable[[int], int], limit: int, name: str) -> int:

@@ -101,8 +101,8 @@ class Recorded(footprint.Compiled):
         super().__init__(job)
         self.made.append(self)
 
-    def seconds(self, rows):
-        return super().seconds(rows, least=0.1)
+    def seconds(self, rows, level):
+        return super().seconds(rows, level, least=0.1)
 
 
 def test_a_step_that_is_compiled_here_and_timed(monkeypatch):
@@ -113,7 +113,7 @@ def test_a_step_that_is_compiled_here_and_timed(monkeypatch):
     config = load_config(None, None, TINY)
     made, found = plan.make(config, plan.machine(None, None, None, config), "")
     (compiled,) = Recorded.made
-    assert found.total == memory.needed_bytes(compiled.program(found.rows)) and found.rows == 2
+    assert found.total == memory.needed_bytes(compiled.program(found.rows, found.remat)) and found.rows == 2
     assert min(found.parameters, found.optimizer, found.gradients, found.activations) > 0
     assert "timed now" in made.speed("base").source and made.stages()[1].seconds > 0
 

@@ -95,7 +95,7 @@ def test_the_whole_step_is_lowered_without_the_arrays_that_it_must_not_have(prec
     kernels = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward", "__gpu$xla.gpu.triton")
     skip = [jax.export.DisabledSafetyCheck.custom_call(name) for name in kernels]
     with targets.tracing("h100"):
-        exported = jax.export.export(made.jitted, platforms=["cuda"], disabled_checks=skip)
+        exported = jax.export.export(made.jitted(), platforms=["cuda"], disabled_checks=skip)
         text = exported(made.state, {"tokens": array, "targets": array}).mlir_module()
     types = set(re.findall(r"tensor<([^>]*)>", text))
     chunk = f"{loss.GPU_CHUNK}x{vocab}x"

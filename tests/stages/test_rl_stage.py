@@ -274,20 +274,26 @@ def test_sequences_that_devices_cannot_share_say_so(tmp_path):
 
 
 def test_a_micro_batch_that_fits_is_found_beside_what_is_held(tmp_path, monkeypatch):
-    class Step:  # needs 100 bytes and 10 for every row
+    class Step:  # needs 100 bytes and 10 for every row, and less where less is kept
+        def __init__(self, level):
+            self.less = {"none": 0, "block": 20, "full": 40}[level]
+
         def lower(self, state, batch):
             assert state == "state" and batch["weights"].shape[2] == 64
             self.rows = batch["weights"].shape[1]
             return self
 
         def compile(self):
-            return 100 + 10 * self.rows
+            return 100 - self.less + 10 * self.rows
 
     monkeypatch.setattr(step.memory, "device_bytes", lambda: 300)
     monkeypatch.setattr(step.memory, "needed_bytes", lambda compiled: compiled)
-    run = make_run(tmp_path, "rl.micro_batch=16", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8")
+    run = make_run(tmp_path, "rl.micro_batch=16", "remat=none", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8")
     arrays = {"tokens": np.int32, "weights": np.float32}
-    sizes = [step.fit_step(run, "rl", Step(), "state", arrays, (16, 64), held) for held in (0, 100, 130)]
+    sizes = [step.fit_step(run, "rl", Step, "state", arrays, (16, 64), held) for held in (0, 100, 130)]
     assert [(s.accumulation, s.rows) for s in sizes] == [(1, 16), (2, 8), (4, 4)]
     with pytest.raises(UserError, match="rl: a step needs .* even with 1 rows"):
-        step.fit_step(run, "rl", Step(), "state", arrays, (16, 64), 200)
+        step.fit_step(run, "rl", Step, "state", arrays, (16, 64), 200)
+    run = make_run(tmp_path / "auto", "rl.micro_batch=16", "mesh.data=1", "mesh.fsdp=1", "mesh.tensor=8")
+    needs = [step.fit_step(run, "rl", Step, "state", arrays, (16, 64), held) for held in (40, 55, 70)]
+    assert [(s.run, s.rows) for s in needs] == [(260, 16), (240, 16), (220, 16)]  # cheapest with the wanted rows
