@@ -28,6 +28,7 @@ from nanochat_jax.rules import (
     Dtype,
     Natural,
     Objective,
+    OptimizerState,
     Positive,
     Rate,
     Remat,
@@ -256,6 +257,8 @@ class RunConfig:
     # what training keeps of a layer for its backward pass: none (all) | block | full (see model/remat.py); auto: the
     # first of these with which micro_batch rows fit the device
     remat: Remat = "auto"
+    # float32 | light: first moments in bfloat16, AdamW's second by row and column; 40 % less
+    optimizer_state: OptimizerState = "float32"
     price_per_hour: Rate | None = None  # of the whole machine, in dollars; for the report
     model: ModelConfig = ModelConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
@@ -442,7 +445,8 @@ def load_config(
 
 # settings that no result of training depends on: they may change when a run is resumed
 MAY_DIFFER = (
-    *("attention", "evals", "mesh", "checkpoints", "tracking", "price_per_hour", "data.pack_workers", "data.cache_dir"),
+    *("attention", "remat", "evals", "mesh", "checkpoints", "tracking"),
+    *("price_per_hour", "data.pack_workers", "data.cache_dir"),
     *(f"{stage}.{name}" for stage in ("base", "mid", "sft", "rl") for name in ("save_every", "eval_every")),
     *("base.core_every", "rl.eval_questions", "rl.eval_samples"),
 )

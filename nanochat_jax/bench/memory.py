@@ -7,6 +7,7 @@ compiled for GPUs that need not be here (uv run --extra gpu, JAX_PLATFORMS=cpu),
 
 import argparse
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -36,6 +37,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seq", type=positive, default=2048)
     p.add_argument("--precision", default="bfloat16", help="of the products: float32 | bfloat16 | fp8")
     p.add_argument("--remat", default="none", help="what is kept of a layer: none | block | full, or several")
+    p.add_argument("--optimizer-state", default="float32", help="float32 | light")
     p.add_argument("--max-rows", type=positive, default=64, help="rows of a micro-batch on a device, at most")
     p.add_argument("--devices", type=positive, default=1, help="GPUs of the described kind, or simulated CPU devices")
     p.add_argument("--fsdp", type=int, default=1)
@@ -61,7 +63,8 @@ def planned(kind: str | None, depth: int, level: str, args: argparse.Namespace, 
     devices = targets.devices(kind, args.devices) if kind else jax.devices()
     limit = Machine(kind, len(devices)).limit
     mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), devices)
-    step = TrainStep(recipe(depth, args.seq, args.vocab, precision=args.precision), mesh, kind)
+    config = recipe(depth, args.seq, args.vocab, precision=args.precision)
+    step = TrainStep(replace(config, optimizer_state=args.optimizer_state), mesh, kind)
     per_device = step.plan.batch_tokens // args.seq // sharding.data_parallel(mesh)
     points = [n for n in POINTS if n <= per_device] or [1]
     needed = {n: memory.needed_bytes(step.compile(n, ACCUMULATION, level)) for n in points}

@@ -37,9 +37,12 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.activations
 
 
-def state_bytes(cfg: GPTConfig) -> int:
-    """Parameters and moments in float32: AdamW has two of tables, head and scalars, Muon one of matrices."""
+def state_bytes(cfg: GPTConfig, light: bool = False) -> int:
+    """Parameters in float32 and moments: AdamW has two of tables, head and scalars, Muon one of matrices; light: one
+    each, in 16 bits, beside what is kept by row and column."""
     counts = scaling.param_counts(cfg)
+    if light:
+        return 6 * counts["total"]
     return 4 * (3 * counts["total"] - counts["transformer_matrices"])
 
 
@@ -71,7 +74,7 @@ class Job:
     """
 
     def __init__(self, config: RunConfig, on: Machine):
-        self.config, self.on = config, on
+        self.config, self.on, self.light = config, on, config.optimizer_state == "light"
         self.cfg, self.base = base_plan(config)
         mesh = sharding.make_mesh(config.mesh, np.arange(on.count))
         self.mesh = tuple(mesh.shape.values())
@@ -95,7 +98,7 @@ def estimate(job: Job, rows: int, level: str = "none") -> Memory:
     values = rows * job.cfg.sequence_len * job.cfg.n_embd / tensor
     return Memory(
         parameters=4 * whole / fsdp + 2 * whole,
-        optimizer=(state_bytes(job.cfg) - 4 * counts["total"]) / (data * fsdp * tensor),
+        optimizer=(state_bytes(job.cfg, job.light) - 4 * counts["total"]) / (data * fsdp * tensor),
         gradients=(8 if job.per_device > rows else 4) * whole,  # of a micro-batch, and their sum
         activations=values * (EACH_LAYER[level] * job.cfg.n_layer + ONCE),
         rows=rows,

@@ -133,7 +133,7 @@ class Plan(Job):
 
     def _checkpoints(self, lora_rank: int | None = None) -> int:
         """Bytes of a stage's checkpoints: those that are kept, and one that is being written."""
-        state = lora.state_bytes(self.cfg, lora_rank) if lora_rank else footprint.state_bytes(self.cfg)
+        state = lora.state_bytes(self.cfg, lora_rank) if lora_rank else footprint.state_bytes(self.cfg, self.light)
         return (self.config.checkpoints.keep + 1) * state
 
     def _tokenizer(self) -> Stage:

@@ -52,7 +52,8 @@ class TrainStep:
         steps = steps or self.plan.steps
         self.schedules = optim.make_schedules(rates, steps, self.plan.weight_decay, config.model.arch)
         batch = self.plan.batch_tokens
-        self._optimizer = optim.make_optimizer(self.cfg, rates, self.schedules, batch, self.dtype, mesh)
+        light = config.optimizer_state == "light"
+        self._optimizer = optim.make_optimizer(self.cfg, rates, self.schedules, batch, self.dtype, mesh, light)
 
     def jitted(self, level: str = "none") -> Any:
         """level: of `remat`."""

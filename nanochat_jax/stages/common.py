@@ -30,8 +30,8 @@ from nanochat_jax.training import loop, optim
 
 def make_optimizer(run: Run, cfg: OptimConfig, steps: int, batch_tokens: int, weight_decay: float):
     schedules = optim.make_schedules(cfg, steps, weight_decay, run.config.model.arch)
-    dtype = run.training_dtype
-    return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, orth_dtype=dtype, mesh=run.mesh)
+    dtype, light = run.training_dtype, run.config.optimizer_state == "light"
+    return optim.make_optimizer(run.gpt_config, cfg, schedules, batch_tokens, dtype, run.mesh, light)
 
 
 def loader(run: Run, dataset: PackedDataset, step: Step) -> Loader:

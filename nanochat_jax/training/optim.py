@@ -76,29 +76,60 @@ def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str)
 class AdamState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count; checkpoints know it by this name
     m: optax.Updates
-    v: optax.Updates
+    v: optax.Updates  # `Factors` in place of a table, where the state is light
 
 
-def adamw(rate: float, betas: tuple[float, float], weight_decay: float, lr: Schedule) -> optax.GradientTransformation:
-    """p <- p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), the decay before the update."""
+class Factors(NamedTuple):
+    """A second moment (n, m) as the product of its rows' means and its columns' over the mean of all: Adafactor, arXiv
+    1804.04235."""
+
+    rows: jax.Array  # (n, 1)
+    columns: jax.Array  # (1, m)
+
+
+def adamw(
+    rate: float, betas: tuple[float, float], weight_decay: float, lr: Schedule, light: bool = False
+) -> optax.GradientTransformation:
+    """p <- p (1 - lr wd) - lr m^ / (sqrt(v^) + eps), the decay before the update.
+
+    light: of tables m is kept in bfloat16, and v as `Factors`.
+    """
     b1, b2 = betas
 
+    def averaged(old, new):
+        return old + (1 - b2) * (new - old)
+
     def init(params):
-        m, v = (optax.tree.zeros_like(params, jnp.float32) for _ in range(2))
-        return AdamState(jnp.zeros((), jnp.int32), m, v)
+        def second(p):
+            zeros = jnp.zeros(p.shape, jnp.float32)
+            return Factors(zeros[:, :1], zeros[:1]) if light and p.ndim == 2 else zeros
+
+        m = optax.tree.zeros_like(params, jnp.float32)
+        return AdamState(jnp.zeros((), jnp.int32), _stored(m, light), jax.tree.map(second, params))
 
     def update(grads, state, params):
         alpha, t = rate * lr(state.count), (state.count + 1).astype(jnp.float32)
         m = jax.tree.map(lambda m, g: m + (1 - b1) * (g - m), state.m, grads)
-        v = jax.tree.map(lambda v, g: v + (1 - b2) * (g * g - v), state.v, grads)
+
+        def second(g, v):
+            if not isinstance(v, Factors):
+                return averaged(v, g * g)
+            return Factors(*(averaged(old, (g * g).mean(axis, keepdims=True)) for old, axis in zip(v, (1, 0))))
 
         def step(p, m, v):
+            v = v.rows * (v.columns / jnp.maximum(v.rows.mean(), EPS**2)) if isinstance(v, Factors) else v
             denominator = jnp.sqrt(v / (1 - b2**t)) + EPS
             return -alpha * weight_decay * p - alpha / (1 - b1**t) * m / denominator
 
-        return jax.tree.map(step, params, m, v), AdamState(state.count + 1, m, v)
+        v = jax.tree.map(second, grads, state.v)
+        return jax.tree.map(step, params, m, v), AdamState(state.count + 1, _stored(m, light), v)
 
     return optax.GradientTransformation(init, update)
+
+
+def _stored(tree, light: bool):
+    """First moments as they are kept between steps."""
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if light and x.ndim == 2 else x, tree)
 
 
 # -------------------------------------------------------------------------------------------------- Muon
@@ -145,10 +176,13 @@ class MuonState(NamedTuple):
     second: optax.Updates  # (rows, 1) or (1, columns) of each matrix
 
 
-def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) -> optax.GradientTransformation:
+def muon(
+    rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None, light: bool = False
+) -> optax.GradientTransformation:
     """Muon over a tree of matrices; those of one shape are stacked and orthogonalised as one batch.
 
     On a mesh every device orthogonalises its share of whole matrices, so that the products need no communication.
+    light: the momentum is kept in bfloat16.
     """
 
     def init(params):
@@ -156,7 +190,7 @@ def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) ->
             return jnp.zeros((p.shape[0], 1) if p.shape[0] >= p.shape[1] else (1, p.shape[1]), jnp.float32)
 
         momentum = optax.tree.zeros_like(params, jnp.float32)
-        return MuonState(jnp.zeros((), jnp.int32), momentum, jax.tree.map(factor, params))
+        return MuonState(jnp.zeros((), jnp.int32), _stored(momentum, light), jax.tree.map(factor, params))
 
     def direction(x, second):
         """Nesterov momentum (..., m, n) to the update's direction in float32, and the second moment after it."""
@@ -184,7 +218,7 @@ def muon(rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None) ->
                 moments[i] = moment[place]
                 # cautious weight decay: only of elements that the update does not push outwards
                 out[i] = -scaled * (x[place] + wd * p[i] * (x[place] * p[i] >= 0))
-        return tree.unflatten(out), MuonState(state.count + 1, momentum, tree.unflatten(moments))
+        return tree.unflatten(out), MuonState(state.count + 1, _stored(momentum, light), tree.unflatten(moments))
 
     return optax.GradientTransformation(init, update)
 
@@ -231,16 +265,23 @@ def rates(gpt: GPTConfig, cfg: OptimConfig, batch_tokens: int) -> dict[str, floa
 
 
 def make_optimizer(
-    gpt: GPTConfig, cfg: OptimConfig, schedules: Schedules, batch_tokens: int, orth_dtype=jnp.float32, mesh=None
+    gpt: GPTConfig,
+    cfg: OptimConfig,
+    schedules: Schedules,
+    batch_tokens: int,
+    orth_dtype=jnp.float32,
+    mesh=None,
+    light: bool = False,
 ) -> optax.GradientTransformation:
     """The recipe's optimizer for the parameters of `model.GPT` as a nested dict.
 
-    mesh: where the gradients come split as `sharding.state_spec` says; None on one device.
+    mesh: where the gradients come split as `sharding.state_spec` says; None on one device. light: moments of tables and
+    matrices in fewer bytes.
     """
     peak, classic = rates(gpt, cfg, batch_tokens), gpt.init == "classic"
-    parts = {"muon": muon(peak["muon"], schedules, orth_dtype, gpt.init, mesh)}
+    parts = {"muon": muon(peak["muon"], schedules, orth_dtype, gpt.init, mesh, light)}
     for name, modern in _ADAMW.items():
         betas, decay = ((0.8, 0.95), 0.0) if classic else modern
-        parts[name] = adamw(peak[name], betas, decay, schedules.lr)
+        parts[name] = adamw(peak[name], betas, decay, schedules.lr, light)
     joined = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(lambda p, _: group(p), params))
     return optax.chain(optax.clip_by_global_norm(1.0), joined) if classic else joined

@@ -1,5 +1,7 @@
 """The optimizer against the reference's three steps, and its parts against their definitions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import optax
 import pytest
 
 from conftest import relative_error
-from nanochat_jax.config import MeshConfig, OptimConfig
+from nanochat_jax.config import MeshConfig, OptimConfig, load_config
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import graph_of
+from nanochat_jax.planning.step import TrainStep
 from nanochat_jax.training import loop, optim
 from nanochat_jax.weights.names import from_reference, to_reference
 
@@ -89,3 +92,50 @@ def test_schedules_at_their_corners():
     classic = optim.make_schedules(OptimConfig(warmup_steps=0, warmdown=0.2, final_lr=0.0), 1000, 0.0, "classic")
     assert float(classic.lr(0)) == 1.0 and float(classic.lr(1000)) == 0.0
     assert float(classic.momentum(300)) == pytest.approx(0.95)
+
+
+def test_a_light_state_has_fewer_bytes_and_the_same_updates_where_it_can():
+    """A second moment of rank one is the product of its means; first moments differ by what bfloat16 rounds."""
+    rows, columns = jnp.abs(jax.random.normal(jax.random.key(0), (24, 1))), jnp.linspace(0.5, 2.0, 8)[None]
+    signs = jnp.sign(jax.random.normal(jax.random.key(1), (3, 24, 8)))
+    params, found = {"w": jnp.zeros((24, 8)), "s": jnp.zeros(3)}, []
+    for light in (False, True):
+        optimizer = optim.adamw(0.1, (0.8, 0.96), 0.0, lambda step: jnp.float32(1), light)
+        state = optimizer.init(params)
+        for sign in signs:
+            updates, state = optimizer.update({"w": sign * jnp.sqrt(rows * columns), "s": jnp.ones(3)}, state, params)
+        found.append(updates)
+        bytes_of = sum(x.nbytes for x in jax.tree.leaves((state.m["w"], state.v["w"])))
+        assert bytes_of == (24 * 8 * 2 + (24 + 8) * 4 if light else 24 * 8 * 8)
+    np.testing.assert_allclose(found[1]["w"], found[0]["w"], atol=0.1 * 2**-7)
+    np.testing.assert_array_equal(found[1]["s"], found[0]["s"])  # a vector's state is float32
+
+
+def test_rows_without_a_gradient_stay_where_the_state_is_light():
+    optimizer = optim.adamw(0.1, (0.8, 0.96), 0.0, lambda step: jnp.float32(1), light=True)
+    params = {"w": jnp.ones((4, 8))}
+    grads = {"w": jnp.zeros((4, 8)).at[1].set(1e-3)}
+    updates, state = optimizer.update(grads, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"][1], -0.1, rtol=0.01)
+    assert not np.any(updates["w"][jnp.array([0, 2, 3])])
+    none, _ = optimizer.update({"w": jnp.zeros((4, 8))}, optimizer.init(params), params)
+    assert not np.any(none["w"])
+
+
+def test_a_light_state_is_split_over_devices_and_trains_alike():
+    config = load_config(None, None, ["model.depth=2", "model.sequence_len=64", "tokenizer.vocab_size=512"])
+    losses = {}
+    for light, count in ((False, 1), (True, 1), (True, 8)):
+        config = dataclasses.replace(config, optimizer_state="light" if light else "float32", dtype="float32")
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
+        made = TrainStep(config, mesh, steps=40)
+        step, state = made.jitted(), made.init()
+        losses[light, count] = []
+        for n in range(8):
+            tokens = np.random.default_rng(n).integers(0, 64, (1, 8, 65), np.int32)
+            batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:]}
+            state, metrics = step(state, jax.device_put(batch, sharding.rows(mesh, leading=1)))
+            losses[light, count].append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses[True, 8], losses[True, 1], rtol=1e-5)
+    np.testing.assert_allclose(losses[True, 1], losses[False, 1], rtol=1e-3)
+    assert losses[True, 1] != losses[False, 1]
