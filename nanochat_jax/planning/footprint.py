@@ -82,25 +82,29 @@ class Job:
         self.sizes = memory.micro_batches(self.per_device, config.base.micro_batch)
 
 
-# bytes of activations for a value of the residual stream: in each layer, by what is kept of it, and once
-EACH_LAYER, ONCE = {"none": 24.5, "block": 24.5, "full": 24.5}, 170.0
+# bytes of activations for a value of the residual stream, in each layer and once, by what is kept of a layer
+EACH_LAYER, ONCE = {"none": 24.5, "block": 13.3, "full": 3.3}, {"none": 170.0, "block": 33.0, "full": 33.0}
+OF_HEAD = 16  # bytes for a value of the head, beside the activations of a step that keeps less
 
 
 def estimate(job: Job, rows: int, level: str = "none") -> Memory:
     """By formula; for bfloat16 on GPUs, whose attention keeps no scores.
 
     Fitted to the steps that targets.py compiles for an H100, d12 to d26 and the classic d20, on one device: within 5 %
-    with 4 rows and more, up to 12 % too much with one, where activations and gradients share what they need.
+    with 4 rows and more, up to 12 % too much with one, where activations and gradients share what they need. With remat
+    fitted to those of an rtx4090 and an a100, d20 to d26, within 2 %.
     """
     data, fsdp, tensor = job.mesh
     counts = scaling.param_counts(job.cfg)
     whole = counts["total"] / tensor  # values of the parameters that a device sees once they are gathered
     values = rows * job.cfg.sequence_len * job.cfg.n_embd / tensor
+    all_kept = level == "none"  # else the gradients of a micro-batch are added while activations are few
+    head = 0 if all_kept else OF_HEAD * job.cfg.padded_vocab * job.cfg.n_embd / tensor
     return Memory(
         parameters=4 * whole / fsdp + 2 * whole,
         optimizer=(state_bytes(job.cfg, job.light) - 4 * counts["total"]) / (data * fsdp * tensor),
-        gradients=(8 if job.per_device > rows else 4) * whole,  # of a micro-batch, and their sum
-        activations=values * (EACH_LAYER[level] * job.cfg.n_layer + ONCE),
+        gradients=(8 if all_kept and job.per_device > rows else 4) * whole,  # of a micro-batch, and their sum
+        activations=values * (EACH_LAYER[level] * job.cfg.n_layer + ONCE[level]) + head,
         rows=rows,
         source="by formula",
         remat=level,

@@ -37,6 +37,8 @@ TINY = (
     "rl.optim.lr_scale=1",
 )
 ALL = (
+    "remat=full",
+    "optimizer_state=light",
     "rl.task={bytes: 1, length: 1}",
     "rl.top_k=0",
     "rl.temperature=0.8",
