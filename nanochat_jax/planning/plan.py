@@ -306,11 +306,8 @@ def _memory_lines(plan: Plan, found: Memory) -> list[str]:
     said = ", ".join(f"{part} {getattr(found, part) / 1e9:.2f}" for part in parts)
     line = f"memory of a device, {found.source}: {found.total / 1e9:.2f} of {plan.on.limit / 1e9:.2f} GB ({said})"
     if not found.rows:
-        return [
-            line,
-            "not even one row fits: keep less (remat=auto, optimizer_state=light), split the state (mesh.fsdp), or take a "
-            "smaller model.depth",
-        ]
+        ways = "keep less (remat=auto, optimizer_state=light), split the state (mesh.fsdp)"
+        return [line, f"not even one row fits: {ways}, or take a smaller model.depth"]
     said = f"{found.rows} rows at a time, {plan.per_device // found.rows} times a step"
     if found.remat != "none":
         said += f"; remat={found.remat} computes {remat.again(plan.cfg, found.remat) / plan.each:.0%} more"

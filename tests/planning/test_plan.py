@@ -123,9 +123,8 @@ def test_state_is_what_the_optimizer_holds():
         made = plan.Plan(config, Machine(None, jax.device_count()))
         state = footprint.Compiled(made).state
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state.params, state.opt_state)))
-        assert footprint.state_bytes(made.cfg, made.light) == pytest.approx(
-            held, rel=0.04
-        )  # beside Muon's second moments, by row
+        # beside it is what is kept by row
+        assert footprint.state_bytes(made.cfg, made.light) == pytest.approx(held, rel=0.04)
 
 
 class Recorded(footprint.Compiled):
