@@ -36,8 +36,8 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--vocab", type=positive, default=32768)
     p.add_argument("--seq", type=positive, default=2048)
     p.add_argument("--precision", default="bfloat16", help="of the products: float32 | bfloat16 | fp8")
-    p.add_argument("--remat", default="none", help="what is kept of a layer: none | block | full, or several")
-    p.add_argument("--optimizer-state", default="float32", help="float32 | light")
+    p.add_argument("--remat", nargs="+", choices=remat.LEVELS, default=["none"], help="what is kept of a layer")
+    p.add_argument("--optimizer-state", choices=("float32", "light"), default="float32")
     p.add_argument("--max-rows", type=positive, default=64, help="rows of a micro-batch on a device, at most")
     p.add_argument("--devices", type=positive, default=1, help="GPUs of the described kind, or simulated CPU devices")
     p.add_argument("--fsdp", type=int, default=1)
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> dict:
     print(f"{args.precision}, rows of {args.seq}; GB on a device, of those that may be planned; rows x accumulation")
     table = frame.Table()
     kinds = [kind.strip() for kind in args.gpus.split(",")] if args.gpus else [None]
-    each = itertools.product(kinds, args.depths, args.remat.split(","))
+    each = itertools.product(kinds, args.depths, args.remat)
     steps = [planned(kind, depth, level, args, table) for kind, depth, level in each]
     return {**frame.shown(args, ("precision", "seq")), "steps": steps}
 
@@ -78,15 +78,8 @@ def planned(kind: str | None, depth: int, level: str, args: argparse.Namespace, 
     figures["fits"] = f"{rows} x {per_device // rows}" if rows else "no"
     figures["more FLOPs"] = f"{remat.again(step.cfg, level) / scaling.flops_per_token(step.cfg):.1%}"
     table.row(f"{mesh.size} x {kind or devices[0].device_kind}, depth {depth}, remat {level}", figures)
-    out = {
-        "device": devices[0].device_kind,
-        "devices": mesh.size,
-        "limit_bytes": limit,
-        "depth": depth,
-        "rows": rows,
-        "remat": level,
-    }
-    out |= {"state_bytes": state, "needed_bytes": needed}
+    out = {"device": devices[0].device_kind, "devices": mesh.size, "limit_bytes": limit, "depth": depth, "remat": level}
+    out |= {"rows": rows, "state_bytes": state, "needed_bytes": needed}
     if args.check and rows and not kind:
         out |= check(step, rows, level)
         print(f"{rows} rows: analysis {out['analysed_bytes'] / 1e9:.2f} GB, run {out['run_bytes'] / 1e9:.2f} GB")

@@ -29,6 +29,7 @@ POLAR_EXPRESS = (
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # the quintic of Muon's first form
 NORMUON_BETA2 = 0.9
 EPS = 1e-10
+TINY = 1e-30  # a mean of squares that is as good as 0
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -117,7 +118,7 @@ def adamw(
             return Factors(*(averaged(old, (g * g).mean(axis, keepdims=True)) for old, axis in zip(v, (1, 0))))
 
         def step(p, m, v):
-            v = v.rows * (v.columns / jnp.maximum(v.rows.mean(), EPS**2)) if isinstance(v, Factors) else v
+            v = v.rows * (v.columns / jnp.maximum(v.rows.mean(), TINY)) if isinstance(v, Factors) else v
             denominator = jnp.sqrt(v / (1 - b2**t)) + EPS
             return -alpha * weight_decay * p - alpha / (1 - b1**t) * m / denominator
 

@@ -141,7 +141,7 @@ def test_meshes_equal_one_device(start, mesh, accumulation):
 
 # ------------------------------------------------------------------------------------------------ a whole stage
 
-CALLED = "sft.lora_rank=4", "sft.lora_lr=0.003", "--stages"
+CALLED = "sft.lora_rank=4", "sft.lora_lr=0.003", "remat=full", "--stages"
 
 
 @pytest.fixture(scope="module")

@@ -51,19 +51,33 @@ def test_the_products_that_are_computed_again():
         assert remat.again(cfg, level) == pytest.approx(measured, rel=0.3)
 
 
+def losses_of(level: str, mesh, steps: int, precision: str = "float32") -> list[float]:
+    config = recipe(4, 64, VOCAB, precision=precision, batch_tokens=8 * 64)
+    made = TrainStep(config, mesh, steps=50)
+    step, state, losses = made.jitted(level), made.init(), []
+    for n in range(steps):
+        tokens = np.random.default_rng(n).integers(0, 64, (1, 8, 65), np.int32)
+        batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:]}
+        state, metrics = step(state, jax.device_put(batch, sharding.rows(mesh, leading=1)))
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
 def test_training_is_the_same():
     """Float32; on eight devices too. Only some steps: training is chaotic, and a last bit is seen later on."""
-    losses = {}
-    for level, count in (("none", 1), ("full", 1), ("block", 8)):
-        config = recipe(4, 64, VOCAB, precision="float32", batch_tokens=8 * 64)
-        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:count])
-        made = TrainStep(config, mesh, steps=30)
-        step, state = made.jitted(level), made.init()
-        losses[level] = []
-        for n in range(12):
-            tokens = np.random.default_rng(n).integers(0, 64, (1, 8, 65), np.int32)
-            batch = {"tokens": tokens[..., :-1], "targets": tokens[..., 1:]}
-            state, metrics = step(state, jax.device_put(batch, sharding.rows(mesh, leading=1)))
-            losses[level].append(float(metrics["loss"]))
-    for level in ("full", "block"):
-        np.testing.assert_allclose(losses[level], losses["none"], rtol=1e-6)
+    one, eight = (sharding.make_mesh(MeshConfig(), jax.devices()[:count]) for count in (1, 8))
+    want = losses_of("none", one, 12)
+    np.testing.assert_allclose(losses_of("full", one, 12), want, rtol=1e-6)
+    np.testing.assert_allclose(losses_of("block", eight, 12), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("level", ["block", "full"])
+@pytest.mark.parametrize(
+    ("split", "precision"), [(MeshConfig(2, 2, 2), "float32"), (MeshConfig(1, 1, 1), "fp8")], ids=["tensor", "fp8"]
+)
+def test_with_a_mesh_of_three_axes_and_with_eight_bits(level, split, precision):
+    mesh = sharding.make_mesh(split, jax.devices()[: 8 if split.tensor > 1 else 1])
+    want = losses_of("none", mesh, 3, precision)
+    np.testing.assert_allclose(
+        losses_of(level, mesh, 3, precision), want, rtol=1e-5 if precision == "float32" else 1e-3
+    )

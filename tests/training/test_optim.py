@@ -111,12 +111,13 @@ def test_a_light_state_has_fewer_bytes_and_the_same_updates_where_it_can():
     np.testing.assert_array_equal(found[1]["s"], found[0]["s"])  # a vector's state is float32
 
 
-def test_rows_without_a_gradient_stay_where_the_state_is_light():
+@pytest.mark.parametrize("scale", [1e-3, 1e-8])
+def test_rows_without_a_gradient_stay_where_the_state_is_light(scale):
     optimizer = optim.adamw(0.1, (0.8, 0.96), 0.0, lambda step: jnp.float32(1), light=True)
     params = {"w": jnp.ones((4, 8))}
-    grads = {"w": jnp.zeros((4, 8)).at[1].set(1e-3)}
+    grads = {"w": jnp.zeros((4, 8)).at[1].set(scale)}
     updates, state = optimizer.update(grads, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["w"][1], -0.1, rtol=0.01)
+    np.testing.assert_allclose(updates["w"][1], -0.1, rtol=0.02)
     assert not np.any(updates["w"][jnp.array([0, 2, 3])])
     none, _ = optimizer.update({"w": jnp.zeros((4, 8))}, optimizer.init(params), params)
     assert not np.any(none["w"])
