@@ -16,6 +16,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("there is no Chromium", allow_module_level=True)
 expect = sync_api.expect
+expect.set_options(timeout=30_000)  # a busy machine may take long
 
 STATIC = ROOT / "server" / "static"
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
