@@ -1,16 +1,12 @@
-"""What a compiled train step makes a GPU do, kernel by kernel, and the least time that the chip needs for it.
+"""What a compiled train step makes GPUs do, kernel by kernel and link by link, and the least time that it needs.
 
-The step is compiled for a GPU that need not be here, and the optimised program read: the bytes that each kernel must
-move and the FLOPs of its products. A kernel's floor is the larger of the two over what the chip reaches in practice.
-The sum ranks where time goes; it is a prediction, and `bench train --profile` measures.
+The step is compiled for GPUs that need not be here, and the optimised program read: the floor of each kernel, and with
+--count the collectives and what of them the kernels do not hide. The sum ranks where time goes; it is a prediction, and
+`bench train --profile` measures.
 """
 
 import argparse
-import math
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
 
 from nanochat_jax.bench import frame
@@ -18,191 +14,9 @@ from nanochat_jax.cli import count, positive
 from nanochat_jax.config import MeshConfig, RunConfig
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import attention
-from nanochat_jax.planning import targets
+from nanochat_jax.planning import collectives, targets
+from nanochat_jax.planning.program import RATES, Kernel, Program
 from nanochat_jax.planning.step import TrainStep, base_plan, recipe
-
-ACCUMULATION = 2  # micro-batches of the compiled step
-ENTRY = "ENTRY"
-
-LAUNCH = 2e-6  # seconds between kernels
-REACHED = 0.9  # of a memory's bandwidth, by a large copy
-# FLOP/s that large products reach, by how the type of their operands begins, and cuDNN's attention, both ways together
-RATES = {
-    "h100": {"attention": 500e12, "f8": 1300e12, "": 700e12},
-    "h200": {"attention": 500e12, "f8": 1400e12, "": 780e12},
-    "a100": {"attention": 170e12, "": 260e12},
-}
-
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
-_ARRAY = re.compile(r"(pred|[subf]+\d+\w*)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
-_FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "iota", "while", "call"}
-_SLICING = {"dynamic-slice", "slice", "gather"}
-_UPDATE = {"dynamic-update-slice": 1, "scatter": -1}  # written in place -> which operand holds what is written
-
-
-def arrays(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(element type, shape) of every array in the text of a type."""
-    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(type_)]
-
-
-def size(type_: str) -> int:
-    """Bytes of a type."""
-    return sum(math.prod(dims) * _BYTES.get(kind, 1) for kind, dims in arrays(type_))
-
-
-@dataclass
-class Instruction:
-    name: str
-    type: str
-    op: str
-    operands: list[str]
-    text: str
-
-    def find(self, pattern: str) -> str:
-        """The first group of a pattern in the text, or ""."""
-        found = re.search(pattern, self.text)
-        return found[1] if found else ""
-
-    def called(self, kind: str) -> str:
-        return self.find(rf"{kind}=%?([\w.\-]+)")
-
-    @property
-    def scope(self) -> str:
-        return self.find(r'op_name="([^"]*)"')
-
-    @property
-    def is_product(self) -> bool:
-        return "matmul" in self.text and self.op == "custom-call"
-
-    @property
-    def is_attention(self) -> bool:
-        """cuDNN's."""
-        return self.op == "custom-call" and "fmha" in self.text
-
-
-@dataclass
-class Kernel:
-    """One launch: what it moves, what it multiplies, and how often a step launches it."""
-
-    name: str
-    part: str
-    times: int
-    looped: bool  # whether it belongs to a micro-batch
-    bytes: int
-    flops: float = 0.0
-    operand: str = ""  # type of its products' operands, or "attention"
-
-    def floor(self, gpu: str) -> float:
-        """Seconds of one launch at best."""
-        rate = next(rate for kind, rate in RATES[gpu].items() if self.operand.startswith(kind))
-        return max(self.bytes / (REACHED * targets.GPUS[gpu].bandwidth), self.flops / rate) + LAUNCH
-
-
-class Program:
-    """The computations of an optimised HLO module by their names; the entry's is ENTRY."""
-
-    def __init__(self, text: str):
-        self.computations: dict[str, list[Instruction]] = {}
-        body: list[Instruction] = []
-        for line in text.splitlines():
-            if head := re.match(r"^(ENTRY )?%([\w.\-]+) \(.*\{$", line):
-                body = self.computations[ENTRY if head[1] else head[2]] = []
-            elif found := _INSTRUCTION.match(line):
-                operands = re.findall(r"%([\w.\-]+)", found[4][: found[4].find(")")])
-                body.append(Instruction(found[1], found[2], found[3], operands, line))
-
-    def inner(self, i: Instruction) -> list[Instruction]:
-        return self.computations.get(i.called("calls") or i.called("to_apply"), [])
-
-    def kernels(self, name: str = ENTRY, times: int = 1, looped: bool = False) -> Iterator[Kernel]:
-        """Every launch of a computation (the entry), those in loops as often as they run."""
-        body = self.computations[name]
-        types = {i.name: i.type for i in body}
-        for i in body:
-            if i.op == "while":
-                trips = int(i.find(r'"known_trip_count":\{"n":"(\d+)"') or 1)
-                yield from self.kernels(i.called("body"), times * trips, True)
-            elif i.op in ("call", "async-start") and i.called("calls"):
-                yield from self.kernels(i.called("calls"), times, looped)
-            elif i.op not in _FREE and not i.op.endswith("-done"):
-                yield self._kernel(i, types, times, looped)
-
-    def _kernel(self, i: Instruction, types: dict[str, str], times: int, looped: bool) -> Kernel:
-        inner = self.computations.get(i.called("calls"), [])
-        if inner:
-            moved = fusion_bytes(i, inner, types)
-        elif i.op in _SLICING:
-            moved = 2 * size(i.type)
-        else:
-            moved = size(i.type) + sum(size(types[o]) for o in i.operands if o in types)
-        kernel = Kernel(i.name, part_of(i, inner), times, looped, moved)
-        if i.is_attention:
-            kernel.flops, kernel.operand = attention_flops(i, types), "attention"
-            return kernel
-        products = [i] if i.is_product else [j for j in inner if j.op == "dot"]
-        types = types if i.is_product else {j.name: j.type for j in inner}
-        for j in products:
-            kernel.operand, left = arrays(types[j.operands[0]])[0]
-            kernel.flops += product_flops(j, left, arrays(j.type)[0][1])
-        return kernel
-
-
-def fusion_bytes(i: Instruction, inner: list[Instruction], types: dict[str, str]) -> int:
-    """Bytes that a fusion reads and writes; of what it slices or updates in place, the slices alone."""
-    users, by_name = defaultdict(list), {j.name: j for j in inner}
-    for j in inner:
-        for o in j.operands:
-            users[o].append(j)
-    read, written = 0, size(i.type)
-    for j in inner:
-        if j.op == "parameter":
-            place = int(j.find(r"parameter\((\d+)\)"))
-            used = users[j.name]
-            first = bool(used) and all(u.operands[0] == j.name for u in used)
-            whole = size(types.get(i.operands[place], j.type)) if place < len(i.operands) else size(j.type)
-            if first and all(u.op in _SLICING for u in used):
-                whole = min(whole, sum(size(u.type) for u in used))
-            elif first and all(u.op in _UPDATE for u in used):
-                whole = 0
-            read += whole
-        elif j.op in _UPDATE and (update := by_name.get(j.operands[_UPDATE[j.op]])):
-            written = min(written, 2 * size(update.type))
-    return read + written
-
-
-def product_flops(i: Instruction, left: tuple[int, ...], out: tuple[int, ...]) -> float:
-    """2 x the elements of the result x the length of what is summed over, of a dot or a cuBLAS call."""
-    over = re.findall(r"\d+", i.find(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)'))
-    return 2.0 * math.prod(out) * math.prod(left[int(d)] for d in over)
-
-
-def attention_flops(i: Instruction, types: dict[str, str]) -> float:
-    """Of causal attention with its window, of pairs that are seen alone: 2 products forward, 5 backward."""
-    batch, time, heads, n = arrays(types[i.operands[0]])[0][1]  # (B, T, H, N)
-    window = int(i.find(r'sliding_window_length"?:\s*"?(\d+)') or 0)
-    w = min(window, time) or time
-    pairs = w * time - w * (w - 1) / 2
-    products = 5 if "Backward" in i.text else 2
-    return 2 * products * batch * heads * n * pairs
-
-
-def part_of(i: Instruction, inner: Sequence[Instruction]) -> str:
-    """Which part of the step a kernel belongs to, by the names of the scopes that it was traced in."""
-    if i.is_attention:
-        return "attention"
-    scopes = " ".join(j.scope for j in (i, *inner))
-    for name in ("optimizer", "loss", "embedding", "attention"):
-        if re.search(rf"[/(]{name}[/)]", scopes):
-            return name
-    if i.op.startswith(("all-", "reduce-scatter", "collective")):
-        return "communication"
-    return "products" if i.is_product or any(j.op == "dot" for j in inner) else "elementwise"
-
-
-def with_accumulation(kernels: Sequence[Kernel], micro_batches: int) -> list[Kernel]:
-    """The kernels of a step that was compiled for ACCUMULATION micro-batches, as often as with so many of them."""
-    return [replace(k, times=k.times * micro_batches // ACCUMULATION) if k.looped else k for k in kernels]
 
 
 def by_part(kernels: Sequence[Kernel], gpu: str) -> dict[str, dict]:
@@ -217,12 +31,13 @@ def by_part(kernels: Sequence[Kernel], gpu: str) -> dict[str, dict]:
     return out
 
 
-def compiled_text(args: argparse.Namespace, config: RunConfig) -> str:
-    step = TrainStep(config, sharding.make_mesh(MeshConfig(), targets.devices(args.gpu)), args.gpu)
+def compiled_text(args: argparse.Namespace, config: RunConfig, accumulation: int) -> str:
+    mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), targets.devices(args.gpu, args.count))
+    step = TrainStep(config, mesh, args.gpu)
     if args.attention:
         with targets.tracing(args.gpu):
             attention.choose(attention.shapes_of(step.cfg, args.seq, step.dtype), args.rows, Path(), args.attention)
-    return step.compile(args.rows, ACCUMULATION).as_text() or ""
+    return step.compile(args.rows, accumulation).as_text() or ""
 
 
 def options(p: argparse.ArgumentParser) -> None:
@@ -231,6 +46,10 @@ def options(p: argparse.ArgumentParser) -> None:
         "--accumulation", type=positive, help="micro-batches of a step; default: those of the recipe's batch"
     )
     p.add_argument("--gpu", choices=sorted(RATES), default="h100")
+    p.add_argument("--count", type=positive, default=1, help="of the GPUs; beyond 8, 8 on a host, InfiniBand between")
+    p.add_argument("--fsdp", type=positive, default=1)
+    p.add_argument("--tensor", type=positive, default=1)
+    p.add_argument("--pcie", action="store_true", help="the GPUs of a host have PCIe alone and no NVLink")
     p.add_argument("--attention", choices=("cudnn", "blocks"), help="the backend; default: cudnn")
     p.add_argument("--top", type=count, default=12, help="how many of the longest kernels are named")
     p.add_argument("--hlo", type=Path, help="a file of an optimised program, instead of compiling one")
@@ -239,22 +58,45 @@ def options(p: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> dict:
     config = recipe(args.depth, args.seq, args.vocab, args.pattern, args.precision)
-    text = args.hlo.read_text() if args.hlo else compiled_text(args, config)
+    _, plan = base_plan(config)
+    tokens = args.rows * args.seq * args.count // args.tensor  # of a micro-batch on all devices
+    accumulation = args.accumulation or max(1, plan.batch_tokens // tokens)
+    text = args.hlo.read_text() if args.hlo else compiled_text(args, config, accumulation)
     if args.dump:
         args.dump.write_text(text)
-    _, plan = base_plan(config)
-    accumulation = args.accumulation or max(1, plan.batch_tokens // (args.rows * args.seq))
-    kernels = with_accumulation(list(Program(text).kernels()), accumulation)
+    program = Program(text)
+    kernels = list(program.kernels())
     parts = by_part(kernels, args.gpu)
-    seconds = sum(row["seconds"] for row in parts.values())
-    print(f"d{args.depth}, {accumulation} x {args.rows} rows of {args.seq} on a {args.gpu}, every kernel at its floor")
+    busy = sum(row["seconds"] for row in parts.values())
+    on = f"{args.count} x {args.gpu}"
+    print(f"d{args.depth}, {accumulation} x {args.rows} rows of {args.seq} on {on}, every kernel at its floor")
     table = frame.Table()
     for name, row in sorted(parts.items(), key=lambda item: -item[1]["seconds"]):
-        table.row(name, {**row, "share": row["seconds"] / seconds})
-    tokens = accumulation * args.rows * args.seq
-    print(f"{1e3 * seconds:.1f} ms, {tokens / seconds:,.0f} tokens/s at best; the longest kernels:")
+        table.row(name, {**row, "share": row["seconds"] / busy})
+    out = {**frame.shown(args, ("depth", "rows", "precision", "gpu", "count")), "parts": parts, "seconds": busy}
+    if args.count > 1:
+        out |= crossed(program, args)
+    seconds = out["seconds"]
+    print(f"{1e3 * seconds:.1f} ms, {accumulation * tokens / seconds:,.0f} tokens/s at best; the longest kernels:")
     table = frame.Table()
     for k in sorted(kernels, key=lambda k: -k.times * k.floor(args.gpu))[: args.top]:
         figures = {"times": k.times, "us each": 1e6 * k.floor(args.gpu), "MB": k.bytes / 1e6}
         table.row(f"{k.part} {k.name}", figures)
-    return {**frame.shown(args, ("depth", "rows", "precision", "gpu")), "parts": parts, "seconds": seconds}
+    return out
+
+
+def crossed(program: Program, args: argparse.Namespace) -> dict:
+    """Prints the collectives; the seconds of a step with what of them is exposed, its share, and their kinds."""
+    links = collectives.Links.of(args.gpu, args.count, args.pcie)
+    busy, found = collectives.play(program, args.gpu, links)
+    exposed, kinds = collectives.exposed(found), collectives.by_kind(found)
+    hosts = "" if args.count <= targets.HOST else f", {collectives.INFINIBAND / 1e9:g} GB/s a card between hosts"
+    print(f"collectives, at {collectives.REACHED:.0%} of {links.rate / 1e9:g} GB/s a direction{hosts}")
+    table = frame.Table()
+    for kind, row in kinds.items():
+        table.row(kind, row)
+    print(f"kernels wait {1e3 * exposed:.1f} of {1e3 * (busy + exposed):.1f} ms for links; the longest waits:")
+    table = frame.Table()
+    for c in sorted(found, key=lambda c: -c.times * c.exposed)[: args.top]:
+        table.row(c.name, {"times": c.times, "MB": c.bytes / 1e6, "us": 1e6 * c.seconds, "exposed us": 1e6 * c.exposed})
+    return {"seconds": busy + exposed, "exposed": exposed / (busy + exposed), "collectives": kinds}

@@ -1,6 +1,6 @@
 """Where the time of a step goes: a profile's events, by the part of the step that each kernel belongs to.
 
-The profiler names the instruction behind each event, and the program that instruction's scope (`kernels.part_of`). What
+The profiler names the instruction behind each event, and the program that instruction's scope (`program.part_of`). What
 it does not name, such as a launch in a command buffer, is told by the kernel's name, or counted as other.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from nanochat_jax.bench.kernels import Program, part_of
+from nanochat_jax.planning.program import Program, part_of
 
 _CONTAINERS = {"while", "call", "conditional"}  # their events hold those of what they call
 _BY_NAME = (

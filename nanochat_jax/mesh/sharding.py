@@ -1,7 +1,8 @@
 """The mesh, and the rules from an array's logical axes to the mesh's axes. Every PartitionSpec is made here.
 
 `data` and `fsdp` both split the batch; `fsdp` also splits the parameters along their model width, `tensor` along
-heads, MLP and vocabulary. Gradients and the optimizer's moments are split over `data` as well (ZeRO, arXiv 1910.02054).
+heads, MLP and vocabulary. What training alone holds, float32 masters, gradients and moments, is split over `data` as
+well (ZeRO, arXiv 1910.02054).
 
 What crosses `data` and `fsdp` is written out here (`over_rows`): parameters gathered once a step, gradients
 reduce-scattered once a step. What crosses `tensor` is left to XLA. The same step runs on one device and on many.
@@ -88,7 +89,7 @@ def _name(path) -> str:
 
 
 def spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """PartitionSpec of a parameter, or of an optimizer moment that has its shape, by the end of its tree path.
+    """PartitionSpec of a parameter by the end of its tree path.
 
     An axis that its mesh axis does not divide is not split.
     """
@@ -100,7 +101,8 @@ def spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def state_spec(path, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """PartitionSpec of a parameter's gradient and moments: the parameter's, and `data` on the first axis that it fits.
+    """PartitionSpec of a parameter's float32 master, gradient and moments: the parameter's, and `data` on the first
+    axis that it fits.
 
     An axis that `tensor` splits is taken last. A small array is as its parameter.
     """
@@ -125,7 +127,7 @@ def tree_shardings(tree, mesh: Mesh):
     """NamedShardings for a pytree of parameters, or of a whole train state, from the paths and shapes of its leaves."""
 
     def rule(path, shape, mesh):
-        return (state_spec if _name(path).startswith("opt_state/") else spec)(path, shape, mesh)
+        return (state_spec if _name(path).startswith(("params/", "opt_state/")) else spec)(path, shape, mesh)
 
     return _shardings(tree, mesh, rule)
 
@@ -170,7 +172,7 @@ def _gather(params, specs, mesh: Mesh):
 
     def whole(x, spec):
         for axis, part in enumerate(spec):
-            for name in _axes(part):
+            for name in reversed(_axes(part)):  # the minor one first
                 x = jax.lax.all_gather(x, name, axis=axis, tiled=True) if mesh.shape[name] > 1 else x
         return x
 
@@ -181,8 +183,8 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
     """f(params, frozen, *batch) -> (loss, gradients of params) over the rows of all devices, from `local`, the same
     over a device's own.
 
-    params and frozen come as `spec` splits them, gradients go as `state_spec` does; batch arrays are (A, R, T). Every
-    device gathers both, runs `local`, and of the summed gradients keeps its part: a reduce-scatter, where an
+    params come and gradients go as `state_spec` splits them, frozen comes as `spec` does; batch arrays are (A, R, T).
+    Every device gathers both, runs `local`, and of the summed gradients keeps its part: a reduce-scatter, where an
     all-reduce would send twice as much and leave everyone the whole.
     """
 
@@ -196,15 +198,14 @@ def over_rows(local: Callable, mesh: Mesh) -> Callable:
         return jax.lax.psum(x, tuple(left)) if left else x
 
     def whole(params, frozen, *batch):
-        held, kept = _specs(params, mesh, spec), _specs(params, mesh, state_spec)
-        fixed = _specs(frozen, mesh, spec)
+        held, fixed = _specs(params, mesh, state_spec), _specs(frozen, mesh, spec)
 
         def on_device(params, frozen, *batch):
             loss, grads = local(_gather(params, held, mesh), _gather(frozen, fixed, mesh), *batch)
-            return jax.lax.psum(loss, BATCH), jax.tree.map(scatter, grads, kept)
+            return jax.lax.psum(loss, BATCH), jax.tree.map(scatter, grads, held)
 
         split = P(None, BATCH)
-        mapped = _per_device(on_device, mesh, (held, fixed, *[split for _ in batch]), (P(), kept))
+        mapped = _per_device(on_device, mesh, (held, fixed, *[split for _ in batch]), (P(), held))
         return mapped(params, frozen, *batch)
 
     return whole

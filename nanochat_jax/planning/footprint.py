@@ -15,7 +15,8 @@ from nanochat_jax.config import GPTConfig, RunConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import remat, scaling
-from nanochat_jax.planning import targets
+from nanochat_jax.planning import collectives, targets
+from nanochat_jax.planning.program import Program
 from nanochat_jax.planning.step import TrainStep, base_plan, sharded_bytes
 from nanochat_jax.training import memory
 
@@ -152,6 +153,12 @@ class Compiled(TrainStep):
         gradients = params * (2 if self.job.per_device > size else 1)  # of a micro-batch, and their sum
         rest = needed(level, size) - params - cast - moments - gradients
         return Memory(params + cast, moments, gradients, rest, size if fits else 0, "by the compiled step", level)
+
+    def waits(self, rows: int, level: str) -> float:
+        """Seconds of a step that the kernels of GPUs that are not here wait for links."""
+        gpu, text = self.job.on.gpu or "", self.program(rows, level).as_text() or ""
+        links = collectives.Links.of(gpu, self.job.on.count)
+        return collectives.exposed(collectives.play(Program(text), gpu, links)[1])
 
     def seconds(self, rows: int, level: str, least: float = 5.0) -> float:
         """The median time of a step, over `least` seconds and at least three steps, after one that is not counted."""

@@ -27,7 +27,7 @@ from nanochat_jax.data.sources import source_of
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import read_json
 from nanochat_jax.model import lora, remat, scaling
-from nanochat_jax.planning import footprint, targets
+from nanochat_jax.planning import collectives, footprint, targets
 from nanochat_jax.planning.footprint import Job, Machine, Memory
 from nanochat_jax.planning.published import EVAL_BASE, EVAL_CHAT, tabled_mfu
 from nanochat_jax.tracking.tracking import read_records
@@ -57,9 +57,10 @@ PROMPT = 100  # tokens of a question of RL: assumed
 
 @dataclass(frozen=True)
 class Speed:
-    flops: float = math.nan  # FLOP/s of a stage's training steps
+    flops: float = math.nan  # FLOP/s of a stage's training steps on one device
     source: str = ""
     seconds: float = math.nan  # of the whole stage, for each FLOP that a token costs, as a run measured it
+    devices: int = 1  # that reached it together, so that what they waited for one another is in it
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def measured(run_dir: Path) -> dict[str, Speed]:
         number = len(done.get("system", {}).get("devices", [""]))
         if rates or done:
             flops = statistics.median(rates) * each / number if rates else math.nan
-            out[stage] = Speed(flops, str(run_dir), done["seconds"] / each if done else math.nan)
+            out[stage] = Speed(flops, str(run_dir), done["seconds"] / each if done else math.nan, number)
     if math.isnan(out.get("base", Speed()).flops):
         raise UserError(f"{run_dir} has no steps of the stage base; give --measured a run that has trained")
     return out
@@ -118,6 +119,20 @@ class Plan(Job):
 
     def speed(self, stage: str) -> Speed:
         return self.speeds.get(stage) or self.speeds.get("") or Speed()
+
+    def most_waits(self, gpu: str) -> float:
+        """Seconds for links in a step where nothing hides them: of float32 gradients, and of parameters in 16 bits."""
+        links, params = collectives.Links.of(gpu, self.on.count), scaling.param_counts(self.cfg)["total"]
+        each = {"reduce-scatter": 4 * params, "all-gather": 2 * params}
+        return sum(links.seconds(op, list(range(self.on.count)), size) for op, size in each.items())
+
+    def linked(self, speed: Speed, waits: float) -> Speed:
+        """A speed that fewer devices reached, with a step of base that waits so many seconds for links."""
+        if speed.devices >= self.on.count:
+            return speed
+        alone = self.base.batch_tokens * self.each / (self.on.count * speed.flops)
+        source = f"{speed.source}; {self.on.count} of them wait {waits / (alone + waits):.1%} of a step for links"
+        return replace(speed, flops=speed.flops * alone / (alone + waits), source=source)
 
     def _seconds(self, stage: str, flops: float) -> float:
         return flops / (self.speed(stage).flops * self.on.count)
@@ -226,10 +241,13 @@ def make(config: RunConfig, on: Machine, measure: str | None = None, exact: bool
     elif measure == "" and compiled and found.rows:
         seconds = compiled.seconds(found.rows, found.remat)
         flops = plan.base.batch_tokens * plan.each / seconds / on.count
-        plan.speeds[""] = Speed(flops, f"steps of {seconds:.2f} s, timed now")
+        plan.speeds[""] = Speed(flops, f"steps of {seconds:.2f} s, timed now", devices=on.count)
     elif peak:
-        mfu, source = tabled_mfu(on.gpu or "", config.model.arch, config.base.fp8, config.model.depth)
-        plan.speeds[""] = Speed(mfu * peak, f"{mfu:.0%} MFU, {source}")
+        mfu, number, source = tabled_mfu(on.gpu or "", config.model.arch, config.base.fp8, config.model.depth)
+        plan.speeds[""] = Speed(mfu * peak, f"{mfu:.0%} MFU, {source}", devices=number)
+    if on.gpu and any(s.devices < on.count for s in plan.speeds.values()):
+        waits = compiled.waits(found.rows, found.remat) if compiled and found.rows else plan.most_waits(on.gpu)
+        plan.speeds = {name: plan.linked(speed, waits) for name, speed in plan.speeds.items()}
     return plan, found
 
 

@@ -19,17 +19,20 @@ import jax
 from nanochat_jax.devices import tracing_for
 from nanochat_jax.errors import UserError
 
+HOST = 8  # GPUs of a host, where there are several
 CUDA, CUDNN = (13, 0), (9, 10, 0)  # the versions that programs are lowered for
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU as its maker describes it. gb: memory in 10^9 bytes; bandwidth in bytes/s; clock in GHz."""
+    """One kind of GPU as its maker describes it. gb: memory in 10^9 bytes; bandwidth in bytes/s; link in
+    bytes/s a direction to the others of a host; clock in GHz."""
 
     name: str
     capability: tuple[int, int]
     gb: float
     bandwidth: float
+    link: float
     multiprocessors: int
     fpus: int  # float32 lanes of a multiprocessor
     threads: int  # resident threads of a multiprocessor
@@ -60,26 +63,27 @@ device_description_str: "{self.name}"
 
 
 GPUS = {
-    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 25.3, 1.01e12, 128, 128, 1536, 100, 72, 2.52),
-    "a100": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 42.3, 1.56e12, 108, 64, 2048, 164, 40, 1.41),
-    "a100_80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 84.9, 2.04e12, 108, 64, 2048, 164, 40, 1.41),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 84.9, 3.35e12, 132, 128, 2048, 228, 50, 1.98),
-    "h200": Gpu("NVIDIA H200", (9, 0), 150.1, 4.8e12, 132, 128, 2048, 228, 50, 1.98),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 25.3, 1.01e12, 32e9, 128, 128, 1536, 100, 72, 2.52),
+    "a100": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 42.3, 1.56e12, 300e9, 108, 64, 2048, 164, 40, 1.41),
+    "a100_80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 84.9, 2.04e12, 300e9, 108, 64, 2048, 164, 40, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 84.9, 3.35e12, 450e9, 132, 128, 2048, 228, 50, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 150.1, 4.8e12, 450e9, 132, 128, 2048, 228, 50, 1.98),
 }
 
 
 def devices(kind: str, count: int = 1) -> list[jax.Device]:
-    """`count` devices of one host, for `sharding.make_mesh`, that programs can be compiled for and not run on.
-    UserError for a kind that is not in GPUS, or without the libraries."""
+    """`count` devices, HOST of them on a host where that goes, for `sharding.make_mesh`, that programs can be compiled
+    for and not run on. UserError for a kind that is not in GPUS, or without the libraries."""
     from jax.experimental import topologies
 
     if kind not in GPUS:
         raise UserError(f"there is no description of a GPU {kind!r}; there are {', '.join(GPUS)}")
     if not any(p.platform == "gpu" for p in jax.devices()):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"  # needs a device
+    hosts = 1 if count % HOST else count // HOST
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=GPUS[kind].description(), topology=f"1x1x{count}"
+            platform="cuda", target_config=GPUS[kind].description(), topology=f"1x{hosts}x{count // hosts}"
         )
     except (NotImplementedError, RuntimeError, ValueError) as e:
         raise UserError(

@@ -74,14 +74,20 @@ def make_step(
         return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 
     def sum_over_micro_batches(params, frozen, *batch):
-        if batch[0].shape[0] == 1:
-            return micro(params, frozen, *(x[0] for x in batch))
-
         def add(total, rows):
             return jax.tree.map(jnp.add, total, micro(params, frozen, *rows)), None
 
+        if batch[0].shape[0] == 1:
+            return micro(params, frozen, *(x[0] for x in batch))
+        several = sharding.data_parallel(mesh) > 1
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
-        return jax.lax.scan(add, zeros, batch)[0]
+        total, _ = jax.lax.scan(add, zeros, tuple(x[:-1] if several else x for x in batch))
+        if several:
+            # The last stands behind the loop: gradients cross the links while its backward pass goes on. Without the
+            # barrier it would begin before the loop, which hides the gathers too, for more memory (15 % at d24).
+            total, last = jax.lax.optimization_barrier((total, tuple(x[-1] for x in batch)))
+            total, _ = add(total, last)
+        return total
 
     def step(state: TrainState, batch: dict, frozen: dict | None = None) -> tuple[TrainState, dict]:
         tokens, targets, weights = batch["tokens"], batch["targets"], batch.get("weights")

@@ -3,6 +3,7 @@
 import pytest
 
 from nanochat_jax.bench import kernels
+from nanochat_jax.planning import program
 
 HLO = """
 %fused_square (p.0: f32[64,32]) -> bf16[64,32] {
@@ -64,20 +65,19 @@ BACKWARD = (
 def found():
     text = HLO.replace("  ROOT %product", BACKWARD + "  ROOT %product")
     text = text.replace("  %fmha", "  %q = bf16[2,128,4,64]{3,2,1,0} bitcast(%e.1)\n  %fmha")
-    return {k.name: k for k in kernels.Program(text).kernels()}
+    return {k.name: k for k in program.Program(text).kernels()}
 
 
 def test_loops_run_as_often_as_they_say(found):
     k = found["square"]
-    assert (k.times, k.looped, k.part, k.flops) == (2, True, "loss", 0)
+    assert (k.times, k.part, k.flops) == (2, "loss", 0)
     assert k.bytes == 64 * 32 * (4 + 2)
-    assert [k.times for k in kernels.with_accumulation(found.values(), 10) if k.looped] == [10]
 
 
 def test_a_slice_moves_what_it_takes(found):
     assert found["slice"].bytes == 2 * 8 * 32 * 4 + 4
     assert found["update"].bytes == 2 * 8 * 32 * 4 + 8 * 32 * 4 + 4
-    assert found["update"].part == "optimizer" and not found["update"].looped
+    assert found["update"].part == "optimizer"
 
 
 def test_products_and_attention_have_flops(found):
@@ -95,11 +95,11 @@ def test_products_and_attention_have_flops(found):
 
 
 def test_the_floor_is_the_slower_of_memory_and_arithmetic():
-    few = kernels.Kernel("a", "products", 1, False, bytes=10**9, flops=1e9, operand="bf16")
-    many = kernels.Kernel("b", "products", 1, False, bytes=10**6, flops=1e12, operand="bf16")
-    assert few.floor("h100") == pytest.approx(1e9 / (0.9 * 3.35e12) + kernels.LAUNCH)
-    assert many.floor("h100") == pytest.approx(1e12 / 700e12 + kernels.LAUNCH)
-    eight = kernels.Kernel("c", "products", 1, False, bytes=10**6, flops=1e12, operand="f8e4m3fn")
+    few = program.Kernel("a", "products", 1, bytes=10**9, flops=1e9, operand="bf16")
+    many = program.Kernel("b", "products", 1, bytes=10**6, flops=1e12, operand="bf16")
+    assert few.floor("h100") == pytest.approx(1e9 / (0.9 * 3.35e12) + program.LAUNCH)
+    assert many.floor("h100") == pytest.approx(1e12 / 700e12 + program.LAUNCH)
+    eight = program.Kernel("c", "products", 1, bytes=10**6, flops=1e12, operand="f8e4m3fn")
     assert eight.floor("h100") < many.floor("h100")
     rows = kernels.by_part([few, many], "h100")
     assert rows["products"]["launches"] == 2 and rows["products"]["tflop"] == pytest.approx(1.001)

@@ -51,7 +51,7 @@ def test_published_rates_between_depths_and_elsewhere():
     assert published.tabled_mfu("h100", "modern", False, 6)[0] == 0.41
     assert published.tabled_mfu("h200", "modern", True, 40)[0] == 0.57
     assert published.tabled_mfu("a100", "modern", True, 12)[0] == 0.65  # no fp8 there
-    assert "nothing is published" in published.tabled_mfu("", "modern", False, 12)[1]
+    assert "nothing is published" in published.tabled_mfu("", "modern", False, 12)[2]
 
 
 # GB that the compiled step needs on one H100, by targets.py: (arch, depth, vocabulary, rows) -> GB
