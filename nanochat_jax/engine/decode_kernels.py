@@ -352,7 +352,8 @@ def mixture(x, x0, factors):
 
 
 def step(model: GPT, params: dict, cache: list, slots, max_len: int, token, position, before):
-    """Logits (M, V) of tokens (M,) at positions (M,), negative for an unused row, in slots (M,) of the cache.
+    """Logits (M, V), before the softcap, of tokens (M,) at positions (M,), negative for an unused row, in slots (M,) of
+    the cache.
 
     cache: a list of keys and values (S, K, R, N) per layer, in which the new ones are put. before (M,): the tokens left
     of these.
@@ -383,5 +384,4 @@ def step(model: GPT, params: dict, cache: list, slots, max_len: int, token, posi
     if cfg.backout:
         x = x - model.backout_lambda[...].astype(x.dtype) * kept
     hidden = rms_norm(x, eps)
-    z = dense(hidden, params["lm_head"]["weight"])[:, : cfg.vocab_size].astype(jnp.float32)
-    return cfg.softcap * jnp.tanh(z / cfg.softcap)
+    return dense(hidden, params["lm_head"]["weight"])[:, : cfg.vocab_size].astype(jnp.float32)

@@ -19,7 +19,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.engine import cache as kv
 from nanochat_jax.engine import decode_kernels
 from nanochat_jax.engine.sampling import TOP_LOGPROBS, Chance, Settings, log_probabilities, sample
-from nanochat_jax.model.gpt import GPT, cast_matrices, merge
+from nanochat_jax.model.gpt import GPT, cast_matrices, merge, softcapped
 from nanochat_jax.model.quantize import dequantize, quantize
 
 TOLERANCE = {2: 0.02, 4: 0.001}  # bytes of a number: by what share of an array's norm kernels may be off
@@ -139,14 +139,15 @@ class Program:
         return model, model.trunk(tokens, positions, attend, prev_tokens=before)
 
     def step(self, params, rows, places, token, position, before):
-        """Logits (R, V) of one token (R,) a row at position (R,), -1 for none; keys and values go into the list `rows`.
+        """Logits (R, V), before the softcap, of one token (R,) a row at position (R,), -1 for none; keys and values go
+        into the list `rows`.
 
         places (R,): for kernels, the slot of `rows` that each row has.
         """
         if self.fused:
             return decode_kernels.step(self.model(params), params, rows, places, self.max_len, token, position, before)
         model, hidden = self.trunk(params, rows, token[:, None], position[:, None], before)
-        return model.logits(hidden[:, 0])
+        return model.uncapped(hidden[:, 0])
 
     def _prefill(self, span, params, cache, slots, tokens, before, start, count):
         """The cache with the keys and values of a chunk of prompts in it.
@@ -184,11 +185,13 @@ class Program:
             before, token = said[:, i], said[:, i + 1]
             now = position + i
             rows, here = list(rows), jnp.where((position >= 0) & (now < self.max_len), now, -1)
-            logits = self.step(params, rows, places, token, here, before)
-
+            uncapped = self.step(params, rows, places, token, here, before)
+            logits = softcapped(uncapped, self.cfg.softcap)
             chance = Chance.of(settings, now, logits.shape[1], how)
 
             def draw(fits=None):
+                if fits is None and not how.shaped:
+                    return sample(uncapped, settings, chance, how, self.cfg.softcap)
                 z = logits if fits is None else jnp.where(fits[:, : logits.shape[1]], logits, -jnp.inf)
                 z = shaped.applied(z, settings.temperature) if how.shaped else z
                 return sample(z, settings, chance if fits is None else chance.again(), how)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import devices
+from nanochat_jax.model.gpt import softcapped
 
 CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are sorted; above these: the whole vocabulary
 COLDEST = 1e-6  # a temperature below it is 0
@@ -168,17 +169,23 @@ class Chance(NamedTuple):
         return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, 2))(self.keys))
 
 
-def sample(logits: jax.Array, settings: Settings, chance: Chance, how: Mode) -> jax.Array:
-    """logits (S, V) float32 -> ids (S,) int32. `how` is `mode` of these rows."""
+def sample(logits: jax.Array, settings: Settings, chance: Chance, how: Mode, softcap: float = math.inf) -> jax.Array:
+    """logits (S, V) float32 -> ids (S,) int32. `how` is `mode` of these rows. softcap: of the model, where the logits
+    are without it: the cap keeps their order, and of most only that matters."""
     ids = _argmax(logits) if how.greedy else jnp.zeros(logits.shape[:1], jnp.int32)
     if not how.drawn:
         return ids
-    scaled = logits / jnp.maximum(settings.temperature, COLDEST)[:, None]
+
+    def scaled(z):
+        z = z if math.isinf(softcap) else softcapped(z, softcap)
+        return z / jnp.maximum(settings.temperature, COLDEST)[:, None]
+
     sampled, filtered = settings.temperature > 0, (settings.top_k > 0) | (settings.top_p < 1)
     if how.plain:
-        ids = jnp.where(sampled & ~filtered, _argmax(scaled + chance.gumbel), ids)
+        ids = jnp.where(sampled & ~filtered, _argmax(scaled(logits) + chance.gumbel), ids)
     if how.candidates:
-        ids = jnp.where(sampled & filtered, _from_the_top(scaled, settings, chance.keys, how.candidates), ids)
+        values, places = _top_k(logits, how.candidates)
+        ids = jnp.where(sampled & filtered, _from_the_top(scaled(values), places, settings, chance.keys), ids)
     return ids
 
 
@@ -250,9 +257,10 @@ def log_probabilities(logits: jax.Array, chosen: jax.Array):
     return jnp.take_along_axis(logp, chosen[:, None], axis=1)[:, 0], ids, values
 
 
-def _from_the_top(scaled, settings: Settings, keys, candidates: int):
-    """Draws from the top_k likeliest, of these from the fewest whose probability reaches top_p."""
-    values, ids = _top_k(scaled, candidates)  # descending
+def _from_the_top(values, ids, settings: Settings, keys):
+    """Draws from the top_k likeliest, of these from the fewest whose probability reaches top_p. values (S, n): over the
+    temperature, descending, of ids (S, n)."""
+    candidates = values.shape[1]
     k = jnp.where(settings.top_k > 0, settings.top_k, candidates)[:, None]
     kept = jnp.arange(candidates) < k
     probs = jax.nn.softmax(jnp.where(kept, values, -jnp.inf), axis=-1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from nanochat_jax import devices
 
-FEW_ROWS = 64  # as many as a decode step has
+FEW_ROWS = 8
 RUN = 1024  # tokens that a weight's gradient sums at once in 16 bits, whose rate falls with longer sums
 
 
@@ -26,7 +26,7 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     if rows == 1:
         y = jnp.dot(flat, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
     elif rows <= FEW_ROWS and x.dtype.itemsize > 2:
-        # no repacking of weight; the barriers keep XLA from transposing the product back
+        # weight is not repacked, which pays until the result must be turned; the barriers keep XLA from undoing it
         y = jax.lax.optimization_barrier(weight @ jax.lax.optimization_barrier(flat.T)).T
     else:
         y = _of_many(flat, weight)

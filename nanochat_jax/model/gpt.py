@@ -215,13 +215,20 @@ class GPT(nnx.Module):
         windows, positions = self.cfg.windows, jnp.arange(tokens.shape[1])
         return self.trunk(tokens, positions, lambda i, q, k, v: causal_attention(q, k, v, windows[i]))
 
+    def uncapped(self, hidden: jax.Array) -> jax.Array:
+        """hidden (..., D) -> logits (..., V) float32 before the softcap, the padding sliced away."""
+        return self.lm_head(hidden)[..., : self.cfg.vocab_size].astype(jnp.float32)
+
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden (..., D) -> softcapped logits (..., V) float32, the padding sliced away."""
-        z = self.lm_head(hidden)[..., : self.cfg.vocab_size].astype(jnp.float32)
-        return self.cfg.softcap * jnp.tanh(z / self.cfg.softcap)
+        """hidden (..., D) -> softcapped logits (..., V) float32."""
+        return softcapped(self.uncapped(hidden), self.cfg.softcap)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         return self.logits(self.hidden(tokens))
+
+
+def softcapped(z: jax.Array, softcap: float) -> jax.Array:
+    return softcap * jnp.tanh(z / softcap)
 
 
 def graph_of(cfg: GPTConfig, dtype, eight_bits: bool = False, level: str = "none"):
