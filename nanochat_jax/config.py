@@ -253,7 +253,7 @@ class RunConfig:
 
     seed: Seed = 1337  # of the weights, of the order of rows and of sampling
     dtype: Dtype = "auto"  # float32 | bfloat16; auto: bfloat16, on a CPU only to train, if its cores are fast at it
-    attention: Backend = "auto"  # auto | cudnn | blocks; auto is the fastest, measured before the first step
+    attention: Backend = "auto"  # auto | cudnn | flash | blocks; auto is the fastest, measured before the first step
     # what training keeps of a layer for its backward pass: none (all) | block | full (see model/remat.py); auto: the
     # first of these with which micro_batch rows fit the device
     remat: Remat = "auto"

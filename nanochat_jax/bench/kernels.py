@@ -50,7 +50,7 @@ def options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--fsdp", type=positive, default=1)
     p.add_argument("--tensor", type=positive, default=1)
     p.add_argument("--pcie", action="store_true", help="the GPUs of a host have PCIe alone and no NVLink")
-    p.add_argument("--attention", choices=("cudnn", "blocks"), help="the backend; default: cudnn")
+    p.add_argument("--attention", choices=tuple(attention.BACKENDS), help="the backend; default: cudnn")
     p.add_argument("--top", type=count, default=12, help="how many of the longest kernels are named")
     p.add_argument("--hlo", type=Path, help="a file of an optimised program, instead of compiling one")
     p.add_argument("--dump", type=Path, help="write the optimised program there")

@@ -1,14 +1,16 @@
 """Causal attention with an optional sliding window: one entry point, and a table of backends to choose from.
 
-`cudnn` is NVIDIA's kernel; `blocks` is plain XLA over blocks of queries, each of which reads only the keys in its
-window, so that neither a (T, T) mask nor what it would hide is computed. Which is fastest depends on the device and the
-shape: `choose` measures it once, before a program is traced, and remembers. Where nothing was measured,
-`default_backend` is used.
+`cudnn` is NVIDIA's kernel; `flash` is FlashAttention 3 on a Hopper and 2 elsewhere (arXiv 2407.08608, 2307.08691), if
+`dew-flash-attn-cu13` is installed, which needs jax 0.11.2; `blocks` is plain XLA over blocks of queries, each of which
+reads only the keys in its window, so that neither a (T, T) mask nor what it would hide is computed. Which is fastest
+depends on the device and the shape: `choose` measures it once, before a program is traced, and remembers. Where nothing
+was measured, `default_backend` is used.
 
 Shapes: B batch, T time, H query heads, K key/value heads (H a multiple of K), N head size.
 """
 
 import functools
+import importlib.util
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -81,6 +83,16 @@ def _cudnn(q, k, v, window):
     )
 
 
+def _flash(q, k, v, window):
+    kernels = importlib.import_module("dew_flash_attn")
+    return kernels.flash_mha(q, k, v, is_causal=True, window_size=(-1 if window is None else window, 0))
+
+
+@functools.cache
+def _has_flash() -> bool:
+    return importlib.util.find_spec("dew_flash_attn") is not None
+
+
 def _block_size(T: int, window: int | None) -> int:
     """Small enough to skip what the mask hides, large enough to make the matrix products worth a launch."""
     return min(T, max(128, T // 8) if window is None else max(64, min(window, 256)))
@@ -151,6 +163,9 @@ def _blocks(q, k, v, window):
 
 BACKENDS = {
     "cudnn": Backend(_cudnn, lambda s, platform: platform == "nvidia" and s.is_half and s.N % 8 == 0 and s.N <= 256),
+    "flash": Backend(
+        _flash, lambda s, platform: platform == "nvidia" and s.is_half and s.N % 8 == 0 and s.N <= 256 and _has_flash()
+    ),
     "blocks": Backend(_blocks, lambda s, platform: True),
 }
 

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,7 @@ def test_a_backend_that_does_not_take_a_shape_is_refused(tmp_path):
 def test_what_the_backends_take():
     takes = {name: backend.takes for name, backend in attention.BACKENDS.items()}
     half = Shape(2048, 8, 8, 128, "bfloat16", 512)
-    assert all(f(half, "nvidia") for f in takes.values())
+    assert takes["cudnn"](half, "nvidia") and takes["blocks"](half, "nvidia")
     for shape, platform in [
         (half, "cpu"),
         (half, "gpu"),
@@ -189,6 +190,27 @@ def test_what_the_backends_take():
     ]:
         assert not takes["cudnn"](shape, platform)
     assert takes["blocks"](half, "cpu") and takes["blocks"](half, "gpu")
+
+
+def test_flash_is_there_where_its_kernels_are_installed(monkeypatch):
+    """Asked as cuDNN is: causal, and a window of so many positions before each, -1 for all."""
+
+    def kernel(q, k, v, *, is_causal, window_size):
+        asked.append((is_causal, window_size))
+        return blocks(q, k, v, None if window_size[0] < 0 else window_size[0])
+
+    asked, half = [], Shape(64, 4, 2, 16, "bfloat16", 20)
+    takes = attention.BACKENDS["flash"].takes
+    monkeypatch.setattr(attention, "_has_flash", lambda: False)
+    assert not takes(half, "nvidia")
+    monkeypatch.setattr(attention, "_has_flash", lambda: True)
+    assert takes(half, "nvidia") and not takes(half, "cpu") and not takes(half._replace(dtype="float32"), "nvidia")
+    monkeypatch.setitem(sys.modules, "dew_flash_attn", SimpleNamespace(flash_mha=kernel))
+    for window in (20, None):
+        q, k, v, _ = attention._random(half, 2)
+        found = attention.causal_attention(q, k, v, window, backend="flash")
+        assert jnp.array_equal(found, attention.causal_attention(q, k, v, window, backend="blocks"))
+    assert asked == [(True, (20, 0)), (True, (-1, 0))]
 
 
 def test_the_setting_knows_the_backends():
