@@ -13,6 +13,7 @@ import run_speedrun
 from conftest import ROOT
 from nanochat_jax.config import load_config
 from nanochat_jax.errors import UserError
+from nanochat_jax.model import scaling
 from nanochat_jax.planning import footprint, plan, published, targets
 from nanochat_jax.planning.plan import Machine, Speed
 from nanochat_jax.training import memory
@@ -52,6 +53,17 @@ def test_published_rates_between_depths_and_elsewhere():
     assert published.tabled_mfu("h200", "modern", True, 40)[0] == 0.57
     assert published.tabled_mfu("a100", "modern", True, 12)[0] == 0.65  # no fp8 there
     assert "nothing is published" in published.tabled_mfu("", "modern", False, 12)[2]
+
+
+def test_eight_that_were_measured_as_one_wait_for_links():
+    """Without a compiled step nothing hides them: 4 bytes of gradient and 2 of parameter, but a device's own eighth."""
+    one, eight = (planned("d12", on=Machine("rtx4090", n)) for n in (1, 8))
+    params = 4 * 7 / 8 + 2 * 7 / 8
+    waits = 2 * 10e-6 + params * scaling.param_counts(eight.cfg)["total"] / (0.8 * 32e9)
+    alone = eight.base.batch_tokens * eight.each / (8 * one.speed("base").flops)
+    assert eight.speed("base").flops == pytest.approx(one.speed("base").flops * alone / (alone + waits))
+    assert "8 of them wait" in eight.speed("base").source and "wait" not in one.speed("base").source
+    assert "wait" not in planned("d24").speed("base").source  # published of eight
 
 
 # GB that the compiled step needs on one H100, by targets.py: (arch, depth, vocabulary, rows) -> GB
