@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from nanochat_jax import devices
 
-FEW_ROWS = 8
+FEW_ROWS = 64  # as many as a decode step has
+TURNED_ROWS = 8  # of results that are cheaper to turn than weights are to repack
 RUN = 1024  # tokens that a weight's gradient sums at once in 16 bits, whose rate falls with longer sums
 
 
@@ -25,12 +26,17 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     flat = x.reshape(rows, -1)
     if rows == 1:
         y = jnp.dot(flat, weight.T, preferred_element_type=jnp.float32).astype(x.dtype)
-    elif rows <= FEW_ROWS and x.dtype.itemsize > 2:
+    elif rows <= TURNED_ROWS and x.dtype.itemsize > 2:
         # weight is not repacked, which pays until the result must be turned; the barriers keep XLA from undoing it
         y = jax.lax.optimization_barrier(weight @ jax.lax.optimization_barrier(flat.T)).T
     else:
         y = _of_many(flat, weight)
     return y.reshape(*x.shape[:-1], -1)
+
+
+def is_few(x: jax.Array) -> bool:
+    """Whether x (..., in) has so few rows that a CPU is as long about calling a small product as about making it."""
+    return devices.platform() == "cpu" and math.prod(x.shape[:-1]) <= FEW_ROWS
 
 
 def einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from nanochat_jax import devices
 from nanochat_jax.kernels import products
 
 
-@pytest.mark.parametrize("rows", [1, 5, products.FEW_ROWS + 1, 2 * products.RUN + 3])
+@pytest.mark.parametrize("rows", [1, 5, products.TURNED_ROWS + 1, 2 * products.RUN + 3])
 @pytest.mark.parametrize("out, inner", [(48, 16), (16, 48)])
 @pytest.mark.parametrize("dtype, allowed", [("float32", 1e-5), ("bfloat16", 0.006)])
 def test_product_and_its_gradients(rows, out, inner, dtype, allowed):
