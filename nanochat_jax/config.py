@@ -242,8 +242,8 @@ class TrackingConfig:
 class MeshConfig:
     """Devices along each axis; -1 takes what is left."""
 
-    data: int = -1  # data parallelism: each has its own rows and all parameters
-    fsdp: int = 1  # data parallelism with parameters and optimizer state split over the devices
+    data: int = -1  # data parallelism: each has its own rows, and a part of what training holds
+    fsdp: int = 1  # the same, with what evaluations and RL hold split as well
     tensor: int = 1  # tensor parallelism: each has a part of every layer
 
 

@@ -92,8 +92,9 @@ def estimate(job: Job, rows: int, level: str = "none") -> Memory:
     """By formula; for bfloat16 on GPUs, whose attention keeps no scores.
 
     Fitted to the steps that targets.py compiles for an H100, d12 to d26 and the classic d20, on one device: within 5 %
-    with 4 rows and more, up to 12 % too much with one, where activations and gradients share what they need. With remat
-    fitted to those of an rtx4090 and an a100, d20 to d26, within 2 %.
+    with 4 rows and more, up to 12 % too much with one, where activations and gradients share what they need; on eight
+    devices up to 30 % too much, where one micro-batch is a step. With remat fitted to those of an rtx4090 and an a100,
+    d20 to d26, within 2 %.
     """
     data, fsdp, tensor = job.mesh
     counts = scaling.param_counts(job.cfg)
@@ -102,7 +103,7 @@ def estimate(job: Job, rows: int, level: str = "none") -> Memory:
     all_kept = level == "none"  # else the gradients of a micro-batch are added while activations are few
     head = 0 if all_kept else OF_HEAD * job.cfg.padded_vocab * job.cfg.n_embd / tensor
     return Memory(
-        parameters=4 * whole / fsdp + 2 * whole,
+        parameters=4 * whole / (data * fsdp) + 2 * whole,
         optimizer=(state_bytes(job.cfg, job.light) - 4 * counts["total"]) / (data * fsdp * tensor),
         gradients=(8 if all_kept and job.per_device > rows else 4) * whole,  # of a micro-batch, and their sum
         activations=values * (EACH_LAYER[level] * job.cfg.n_layer + ONCE[level]) + head,

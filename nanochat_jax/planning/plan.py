@@ -324,7 +324,7 @@ def _memory_lines(plan: Plan, found: Memory) -> list[str]:
     said = ", ".join(f"{part} {getattr(found, part) / 1e9:.2f}" for part in parts)
     line = f"memory of a device, {found.source}: {found.total / 1e9:.2f} of {plan.on.limit / 1e9:.2f} GB ({said})"
     if not found.rows:
-        ways = "keep less (remat=auto, optimizer_state=light), split the state (mesh.fsdp)"
+        ways = "keep less (remat=auto, optimizer_state=light), take more devices, which share the state"
         return [line, f"not even one row fits: {ways}, or take a smaller model.depth"]
     said = f"{found.rows} rows at a time, {plan.per_device // found.rows} times a step"
     if found.remat != "none":

@@ -78,6 +78,6 @@ def largest_that_fits(sizes: list[int], needed: Callable[[int], int], limit: int
         return sizes[first]
     raise UserError(
         f"{name}: a step needs {needed(sizes[-1]) / 1e9:.1f} GB on each device even with {sizes[-1]} rows, and there "
-        f"are {limit / 1e9:.1f} GB; keep less (remat=auto, optimizer_state=light), split the state over more devices "
-        "(mesh.fsdp), or take a smaller model.depth or model.sequence_len"
+        f"are {limit / 1e9:.1f} GB; keep less (remat=auto, optimizer_state=light), take more devices, which "
+        "share the state, or a smaller model.depth or model.sequence_len"
     )
