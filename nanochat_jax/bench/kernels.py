@@ -9,6 +9,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from nanochat_jax.bench import frame
 from nanochat_jax.cli import count, positive
 from nanochat_jax.config import MeshConfig, RunConfig
@@ -31,9 +33,12 @@ def by_part(kernels: Sequence[Kernel], gpu: str) -> dict[str, dict]:
     return out
 
 
+def mesh_of(args: argparse.Namespace, devices):
+    return sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), devices)
+
+
 def compiled_text(args: argparse.Namespace, config: RunConfig, accumulation: int) -> str:
-    mesh = sharding.make_mesh(MeshConfig(-1, args.fsdp, args.tensor), targets.devices(args.gpu, args.count))
-    step = TrainStep(config, mesh, args.gpu)
+    step = TrainStep(config, mesh_of(args, targets.devices(args.gpu, args.count)), args.gpu)
     if args.attention:
         with targets.tracing(args.gpu):
             attention.choose(attention.shapes_of(step.cfg, args.seq, step.dtype), args.rows, Path(), args.attention)
@@ -59,7 +64,8 @@ def options(p: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict:
     config = recipe(args.depth, args.seq, args.vocab, args.pattern, args.precision)
     _, plan = base_plan(config)
-    tokens = args.rows * args.seq * args.count // args.tensor  # of a micro-batch on all devices
+    sharing = sharding.data_parallel(mesh_of(args, np.arange(args.count)))
+    tokens = args.rows * args.seq * sharing  # of a micro-batch on all devices
     accumulation = args.accumulation or max(1, plan.batch_tokens // tokens)
     text = args.hlo.read_text() if args.hlo else compiled_text(args, config, accumulation)
     if args.dump:

@@ -180,18 +180,20 @@ class Program:
         there is `allowed` which of them are second draws, and where `how` wants them `sampling.log_probabilities`.
         """
 
+        cap = functools.partial(softcapped, softcap=self.cfg.softcap)
+
         def one(i, carry):
             rows, said, out, shaped = carry
             before, token = said[:, i], said[:, i + 1]
             now = position + i
             rows, here = list(rows), jnp.where((position >= 0) & (now < self.max_len), now, -1)
             uncapped = self.step(params, rows, places, token, here, before)
-            logits = softcapped(uncapped, self.cfg.softcap)
+            logits = cap(uncapped)
             chance = Chance.of(settings, now, logits.shape[1], how)
 
             def draw(fits=None):
                 if fits is None and not how.shaped:
-                    return sample(uncapped, settings, chance, how, self.cfg.softcap)
+                    return sample(uncapped, settings, chance, how, cap)
                 z = logits if fits is None else jnp.where(fits[:, : logits.shape[1]], logits, -jnp.inf)
                 z = shaped.applied(z, settings.temperature) if how.shaped else z
                 return sample(z, settings, chance if fits is None else chance.again(), how)

@@ -5,7 +5,7 @@ the batch is compiled.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax import devices
-from nanochat_jax.model.gpt import softcapped
 
 CANDIDATES = (0, 64, 256)  # how many of the likeliest tokens are sorted; above these: the whole vocabulary
 COLDEST = 1e-6  # a temperature below it is 0
@@ -169,16 +168,15 @@ class Chance(NamedTuple):
         return self._replace(keys=jax.vmap(lambda key: jax.random.fold_in(key, 2))(self.keys))
 
 
-def sample(logits: jax.Array, settings: Settings, chance: Chance, how: Mode, softcap: float = math.inf) -> jax.Array:
-    """logits (S, V) float32 -> ids (S,) int32. `how` is `mode` of these rows. softcap: of the model, where the logits
-    are without it: the cap keeps their order, and of most only that matters."""
+def sample(logits: jax.Array, settings: Settings, chance: Chance, how: Mode, cap: Callable = lambda z: z) -> jax.Array:
+    """logits (S, V) float32 -> ids (S,) int32. `how` is `mode` of these rows. cap: the model's softcap, if the logits
+    are without it; as it keeps their order, it is taken of the likeliest alone."""
     ids = _argmax(logits) if how.greedy else jnp.zeros(logits.shape[:1], jnp.int32)
     if not how.drawn:
         return ids
 
     def scaled(z):
-        z = z if math.isinf(softcap) else softcapped(z, softcap)
-        return z / jnp.maximum(settings.temperature, COLDEST)[:, None]
+        return cap(z) / jnp.maximum(settings.temperature, COLDEST)[:, None]
 
     sampled, filtered = settings.temperature > 0, (settings.top_k > 0) | (settings.top_p < 1)
     if how.plain:

@@ -34,9 +34,9 @@ def product(x: jax.Array, weight: jax.Array) -> jax.Array:
     return y.reshape(*x.shape[:-1], -1)
 
 
-def is_few(x: jax.Array) -> bool:
-    """Whether x (..., in) has so few rows that a CPU is as long about calling a small product as about making it."""
-    return devices.platform() == "cpu" and math.prod(x.shape[:-1]) <= FEW_ROWS
+def is_one_step(x: jax.Array) -> bool:
+    """Whether x (B, T, in) is one token of few rows: a CPU takes as long to call such a product as to make it."""
+    return devices.platform() == "cpu" and x.shape[1:-1] == (1,) and len(x) <= FEW_ROWS
 
 
 def einsum(formula: str, a: jax.Array, b: jax.Array) -> jax.Array:

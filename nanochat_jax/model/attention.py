@@ -49,6 +49,12 @@ class Shape(NamedTuple):
 class Backend(NamedTuple):
     run: Callable  # (q, k, v, window) -> (B, T, H, N)
     takes: Callable[[Shape, str], bool]  # of a shape on a platform: nvidia, gpu (another maker's), tpu or cpu
+    package: str = ""  # what must be installed for it
+    module: str = ""  # of that package
+
+    @property
+    def installed(self) -> bool:
+        return not self.module or importlib.util.find_spec(self.module) is not None
 
 
 @jax.named_scope("attention")
@@ -86,11 +92,6 @@ def _cudnn(q, k, v, window):
 def _flash(q, k, v, window):
     kernels = importlib.import_module("dew_flash_attn")
     return kernels.flash_mha(q, k, v, is_causal=True, window_size=(-1 if window is None else window, 0))
-
-
-@functools.cache
-def _has_flash() -> bool:
-    return importlib.util.find_spec("dew_flash_attn") is not None
 
 
 def _block_size(T: int, window: int | None) -> int:
@@ -161,11 +162,13 @@ def _blocks(q, k, v, window):
     return y.transpose(0, 3, 1, 2, 4).reshape(B, T, H, N)
 
 
+def _half_on_nvidia(shape: Shape, platform: str) -> bool:
+    return platform == "nvidia" and shape.is_half and shape.N % 8 == 0 and shape.N <= 256
+
+
 BACKENDS = {
-    "cudnn": Backend(_cudnn, lambda s, platform: platform == "nvidia" and s.is_half and s.N % 8 == 0 and s.N <= 256),
-    "flash": Backend(
-        _flash, lambda s, platform: platform == "nvidia" and s.is_half and s.N % 8 == 0 and s.N <= 256 and _has_flash()
-    ),
+    "cudnn": Backend(_cudnn, _half_on_nvidia),
+    "flash": Backend(_flash, _half_on_nvidia, "dew-flash-attn-cu13", "dew_flash_attn"),
     "blocks": Backend(_blocks, lambda s, platform: True),
 }
 
@@ -180,7 +183,7 @@ _chosen: dict[Shape, str] = {}
 
 def takers(shape: Shape) -> list[str]:
     """The backends that take a shape on the platform that programs are traced for."""
-    return [name for name, backend in BACKENDS.items() if backend.takes(shape, _platform())]
+    return [name for name, backend in BACKENDS.items() if backend.installed and backend.takes(shape, _platform())]
 
 
 def _platform() -> str:
@@ -215,6 +218,10 @@ def choose(
         able = [name for name in takers(shape) if name == "blocks" or not split_heads]
         if setting in able:
             found[shape] = setting
+        elif setting != "auto" and not BACKENDS[setting].installed:
+            raise UserError(
+                f"attention={setting} needs the package {BACKENDS[setting].package}, which is not installed"
+            )
         elif setting != "auto":
             where = f"{_platform()}, heads split by mesh.tensor" if split_heads else _platform()
             raise UserError(

@@ -21,7 +21,7 @@ from jax.nn.initializers import normal, uniform, zeros
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.kernels import fp8
 from nanochat_jax.kernels.fused import add_and_norm, mix_and_norm, relu_squared, rms_norm, rotate_and_norm
-from nanochat_jax.kernels.products import is_few, product
+from nanochat_jax.kernels.products import is_one_step, product
 from nanochat_jax.kernels.segments import look_up
 from nanochat_jax.model import remat
 from nanochat_jax.model.attention import causal_attention
@@ -76,7 +76,7 @@ def project(x: jax.Array, *linears: Linear) -> tuple[jax.Array, ...]:
     weights = tuple(linear.weight[...].astype(x.dtype) for linear in linears)
     if linears[0].in_eight_bits:
         return fp8.products(x, weights)
-    if len(weights) > 1 and is_few(x):  # XLA joins the weights once, outside of a loop over tokens
+    if len(weights) > 1 and is_one_step(x):  # XLA joins the weights once, outside of the loop over tokens
         ends = np.cumsum([len(w) for w in weights])[:-1]
         return tuple(jnp.split(product(x, jnp.concatenate(weights)), ends, axis=-1))
     return tuple(product(x, weight) for weight in weights)

@@ -1,5 +1,6 @@
 """Decoding through the cache equals the full forward; slots, samples, stops, tools and cancellation."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -14,6 +15,7 @@ from nanochat_jax.engine.engine import LONG, SHORT, Engine, Request
 from nanochat_jax.engine.sampling import Chance, Settings, Shaping, _top_k, mode, sample
 from nanochat_jax.engine.tools import Tools
 from nanochat_jax.mesh import sharding
+from nanochat_jax.model.gpt import softcapped
 
 SLOTS, MAX_LEN = 4, 192  # shared by all tests, so that each program is compiled once
 
@@ -382,7 +384,7 @@ def test_update_params_changes_what_is_said(engine, model):
 # ---------------------------------------------------------------------------------------------- sampling
 
 
-def draw(logits, n=4000, **settings):
+def draw(logits, n=4000, cap=lambda z: z, **settings):
     """(n,) samples from one row of logits under n seeds."""
     r = Request([0], 1, **{"temperature": 1.0, **settings})
     rows = Settings.blank(n)
@@ -392,7 +394,7 @@ def draw(logits, n=4000, **settings):
     how = mode([r], len(logits))
 
     def drawn(z, rows):
-        return sample(z, rows, Chance.of(rows, jnp.zeros(n, jnp.int32), len(logits), how), how)
+        return sample(z, rows, Chance.of(rows, jnp.zeros(n, jnp.int32), len(logits), how), how, cap)
 
     return np.asarray(jax.jit(drawn)(z, rows))
 
@@ -416,6 +418,15 @@ LOGITS = np.log(np.array([0.4, 0.05, 0.3, 0.05, 0.2]))
 def test_sampling_follows_its_distribution(settings, want):
     got = np.bincount(draw(LOGITS, **settings), minlength=5) / 4000
     assert np.abs(got - want).max() < 0.03 and (got[np.asarray(want) == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 9, "top_p": 0.9}, {"temperature": 0.0}]
+)
+def test_the_softcap_may_be_taken_of_the_likeliest_alone(settings):
+    raw = np.random.default_rng(0).normal(scale=9, size=2048).astype(np.float32)
+    cap = functools.partial(softcapped, softcap=15.0)
+    assert np.array_equal(draw(raw, 500, cap, **settings), draw(cap(raw), 500, **settings))
 
 
 def test_mode_is_the_cheapest_that_is_exact():

@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 
 import jax
@@ -181,7 +182,7 @@ def test_a_backend_that_does_not_take_a_shape_is_refused(tmp_path):
 def test_what_the_backends_take():
     takes = {name: backend.takes for name, backend in attention.BACKENDS.items()}
     half = Shape(2048, 8, 8, 128, "bfloat16", 512)
-    assert takes["cudnn"](half, "nvidia") and takes["blocks"](half, "nvidia")
+    assert all(f(half, "nvidia") for f in takes.values())
     for shape, platform in [
         (half, "cpu"),
         (half, "gpu"),
@@ -192,7 +193,7 @@ def test_what_the_backends_take():
     assert takes["blocks"](half, "cpu") and takes["blocks"](half, "gpu")
 
 
-def test_flash_is_there_where_its_kernels_are_installed(monkeypatch):
+def test_flash_is_there_where_its_kernels_are_installed(monkeypatch, tmp_path):
     """Asked as cuDNN is: causal, and a window of so many positions before each, -1 for all."""
 
     def kernel(q, k, v, *, is_causal, window_size):
@@ -200,12 +201,15 @@ def test_flash_is_there_where_its_kernels_are_installed(monkeypatch):
         return blocks(q, k, v, None if window_size[0] < 0 else window_size[0])
 
     asked, half = [], Shape(64, 4, 2, 16, "bfloat16", 20)
-    takes = attention.BACKENDS["flash"].takes
-    monkeypatch.setattr(attention, "_has_flash", lambda: False)
-    assert not takes(half, "nvidia")
-    monkeypatch.setattr(attention, "_has_flash", lambda: True)
-    assert takes(half, "nvidia") and not takes(half, "cpu") and not takes(half._replace(dtype="float32"), "nvidia")
-    monkeypatch.setitem(sys.modules, "dew_flash_attn", SimpleNamespace(flash_mha=kernel))
+    with targets.tracing("h100"):
+        assert attention.takers(half) == ["cudnn", "blocks"]
+        with pytest.raises(UserError, match="attention=flash needs the package dew-flash-attn-cu13, which is not inst"):
+            attention.choose([half], 2, tmp_path, "flash")
+        there = SimpleNamespace(flash_mha=kernel, __spec__=ModuleSpec("dew_flash_attn", None))
+        monkeypatch.setitem(sys.modules, "dew_flash_attn", there)
+        assert attention.takers(half) == ["cudnn", "flash", "blocks"]
+        assert attention.takers(half._replace(dtype="float32")) == ["blocks"]
+    assert attention.takers(half) == ["blocks"]
     for window in (20, None):
         q, k, v, _ = attention._random(half, 2)
         found = attention.causal_attention(q, k, v, window, backend="flash")

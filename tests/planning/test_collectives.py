@@ -4,7 +4,7 @@ import pytest
 
 from nanochat_jax.planning import collectives, targets
 from nanochat_jax.planning.collectives import Links
-from nanochat_jax.planning.program import Program
+from nanochat_jax.planning.program import RATES, Program
 
 # Two kernels of 335 MB: one beside the gather of 8 x 100 MB, one behind; then a reduction beside nothing, in a loop.
 HLO = """
@@ -80,3 +80,7 @@ def test_the_slower_of_the_links_counts():
 def test_groups_are_read_in_each_notation(text, group):
     (body,) = Program(f"ENTRY %m (p: f32[]) -> f32[] {{\n  %r = f32[] all-reduce(%p), {text}\n}}").computations.values()
     assert collectives.first_group(body[0], 8) == group
+
+
+def test_each_described_gpu_has_rates():
+    assert set(RATES) == set(targets.GPUS)
