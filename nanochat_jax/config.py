@@ -283,6 +283,16 @@ class SweepConfig:
     aspect_ratio: int | None = None  # width per layer, rounded up to whole heads; None: as depth says, 64
 
 
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """Variants of a base, which is the file's other settings; each run is a base model."""
+
+    variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # name -> its key=value settings
+    seeds: Count = 3  # runs of each; counted from the setting `seed`, so that the same data come in the same order
+    lengths: tuple[float, ...] = (1.0, 1.4)  # times the budget: the base is trained at each, for its curve
+    minutes: Positive | None = None  # the budget, of each one's own steps; None: base.tokens, or what base.ratio gives
+
+
 # ---------------------------------------------------------------------------------------------- building
 
 

@@ -187,3 +187,32 @@ def isoflops(path: Path, curves: Sequence[IsoFlop], x_labels: Sequence[str], y_l
             axes.xaxis.set_minor_locator(NullLocator())
         left.set_ylabel(y_label)
         left.legend()
+
+
+class Cloud(NamedTuple):
+    """Runs of one kind, a dot each; line: through their means."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    line: tuple[Sequence[float], Sequence[float]] | None = None
+
+
+def clouds(path: Path, panels: Sequence[tuple[str, str, Sequence[Cloud]]], y_label: str) -> None:
+    """Writes panels (title, x label, clouds) of the same y side by side, over logarithmic scales; one legend."""
+    from matplotlib import colormaps
+
+    with _drawing(path, 3.6) as figure:
+        grid = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
+        for axes, (title, x_label, of) in zip(grid, panels):
+            for n, cloud in enumerate(of):
+                colour = INK if cloud.line else colormaps["tab10"](n % 10)
+                axes.plot(cloud.x, cloud.y, "o", color=colour, markersize=5, alpha=0.8, label=cloud.label)
+                if cloud.line:
+                    axes.plot(*cloud.line, color=colour, linewidth=1.5)
+            axes.set(title=title, xlabel=x_label, xscale="log")
+            for of_axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+                of_axis(lambda x, _: count(x))
+            axes.tick_params(axis="x", which="both", labelrotation=30)
+        grid[0].set_ylabel(y_label)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")

@@ -8,37 +8,21 @@ with more depths and budgets. The results are sweep.md and sweep.json in --out. 
 import argparse
 import json
 import math
-import shutil
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from nanochat_jax.checkpoint import read_done
-from nanochat_jax.cli import MISTAKE, command
-from nanochat_jax.config import RunConfig, SweepConfig, check, check_same, dump_yaml, from_dict, read_settings
-from nanochat_jax.errors import Interrupted, UserError
-from nanochat_jax.files import atomic_write_text, claim, whole_folder
-from nanochat_jax.mesh.preemption import Stop
+from nanochat_jax.cli import command
+from nanochat_jax.config import RunConfig, SweepConfig, check, from_dict, read_settings
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import claim
 from nanochat_jax.model import scaling
 from nanochat_jax.planning import plan, sweep_page
+from nanochat_jax.planning.runs import ROOT, Point, train
 from nanochat_jax.planning.sweep_page import Result
-from nanochat_jax.processes import die_with_parent
 from nanochat_jax.words import count, duration
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A model to train. budget: FLOPs or tokens per parameter."""
-
-    name: str
-    budget: float
-    config: RunConfig
 
 
 def read_sweep(path: str, mesh: str | None, overrides: list[str]) -> tuple[SweepConfig, list[Point]]:
@@ -70,50 +54,6 @@ def _point(config: RunConfig, sweep: SweepConfig, depth: int, budget: float) -> 
     made = replace(config, model=model, base=replace(config.base, tokens=int(tokens)))
     check(made)
     return Point(name, budget, made)
-
-
-def train(points: list[Point], out: Path) -> list[str]:
-    """Trains what is not trained yet; returns the names of those that failed. UserError where a run directory has other
-    settings, or a run finds a mistake in them; Interrupted, after the run has saved."""
-    for point in points:
-        if (out / point.name / "config.yaml").is_file():
-            check_same(out / point.name, point.config, "--out")
-    failed = []
-    for number, point in enumerate(points, 1):
-        if read_done(out / point.name / "base"):
-            continue
-        print(f"— {point.name}, {number} of {len(points)}", file=sys.stderr, flush=True)
-        status = _train_one(point, out)
-        if status == MISTAKE:
-            raise UserError(f"{point.name} ended with the mistake above; once it is mended the same command goes on")
-        if status:
-            print(f"{point.name}: exit status {status}, left out", file=sys.stderr, flush=True)
-            failed.append(point.name)
-    return failed
-
-
-def _train_one(point: Point, out: Path) -> int:
-    """The exit status of run_speedrun.py, which makes the run directory or resumes in it."""
-    run_dir, config = out / point.name, out / point.name / "config.yaml"
-    atomic_write_text(config, dump_yaml(point.config))
-    if not read_done(run_dir / "tokenizer") and (marks := sorted(out.glob("*/tokenizer/done.json"))):
-        with whole_folder(run_dir / "tokenizer") as folder:  # that which another of the runs has trained
-            shutil.copytree(marks[0].parent, folder, dirs_exist_ok=True)
-    options = ["--config", str(config), "--run-dir", str(run_dir), "--stages", "tokenizer,base"]
-    with Stop() as stop:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run_speedrun.py"), *options],
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # so that a signal to the terminal's group comes from here alone, once
-            preexec_fn=die_with_parent,  # else a sweep that was killed could not be started again
-        )
-        while process.poll() is None and not stop.requested:
-            time.sleep(0.1)
-        if stop.requested:
-            process.terminate()  # it saves first
-            process.wait()
-            raise Interrupted(f"{stop.why} in {point.name}; the same command resumes there")
-    return process.returncode
 
 
 def results(points: list[Point], out: Path) -> list[Result]:

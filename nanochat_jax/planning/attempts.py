@@ -1,0 +1,113 @@
+"""One number for the working tree as it is, and a log of such numbers: what to keep when many things are tried.
+
+A line of log.tsv is an attempt: when, commit, tree (the hash of all files as they stood), seed, what was changed, bits
+per byte, tokens, tokens/s and the verdict. An attempt on a tree that the log has already takes the next seed. How far
+apart seeds of one tree lie says what chance does.
+"""
+
+import csv
+import io
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanochat_jax.config import RunConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.files import atomic_write_text
+from nanochat_jax.planning.runs import ROOT, base_result, point, probe, speed, train
+
+LOG = "log.tsv"
+FIELDS = ("when", "commit", "tree", "seed", "change", "val_bpb", "tokens", "tokens_per_second", "verdict")
+FAR = 2.0  # standard errors of a difference beyond which it is no chance
+
+
+def attempt(config: RunConfig, out: Path, minutes: float, change: str) -> dict:
+    """Trains `config`'s base model for so many minutes of steps; returns its line, which the log in `out` then has."""
+    commit, tree = _git("rev-parse", "--short", "HEAD"), _tree()
+    earlier = read(out / LOG)
+    seed = sum(row["tree"] == tree for row in earlier)
+    for name in ("probe", "attempt"):  # of another tree
+        shutil.rmtree(out / name, ignore_errors=True)
+    run = probe("probe", config)
+    _trained(run, out)
+    rate = speed(out / run.name)
+    run = point("attempt", config, 60 * minutes * rate, seed)
+    _trained(run, out)
+    found = base_result(out / run.name)
+    numbers = (round(found.bpb, 5), found.tokens, round(found.tokens / found.seconds))
+    change = " ".join(change.split()) or _git("log", "-1", "--format=%s")
+    row = dict(zip(FIELDS, (time.strftime("%F %R"), commit, tree, seed, change, *numbers), strict=False))
+    row["verdict"] = verdict(row, earlier)
+    _write(out / LOG, [*earlier, row])
+    return row
+
+
+def _trained(run, out: Path) -> None:
+    if train([run], out):
+        raise UserError(f"training failed; {out / run.name / 'log.txt'} says why")
+
+
+def verdict(row: dict, earlier: Sequence[dict]) -> str:
+    """What a new line says beside the best tree before it."""
+    by_tree = defaultdict(list)
+    for other in (*earlier, row):
+        by_tree[other["tree"]].append(float(other["val_bpb"]))
+    others = {tree: values for tree, values in by_tree.items() if tree != row["tree"]}
+    if not others:
+        return "the first tree" if not earlier else "another seed of the first tree"
+    best, mine = min(others.values(), key=statistics.fmean), by_tree[row["tree"]]
+    change = statistics.fmean(mine) - statistics.fmean(best)
+    said = f"{change:+.4f} to the best before"
+    repeated = [values for values in by_tree.values() if len(values) > 1]
+    if not repeated:
+        return f"{said}; what chance does is not known: repeat an attempt"
+    free = sum(len(values) - 1 for values in repeated)
+    deviation = math.sqrt(sum((len(v) - 1) * statistics.variance(v) for v in repeated) / free)
+    error = deviation * math.sqrt(1 / len(mine) + 1 / len(best))
+    kind = "within chance" if abs(change) <= FAR * error else "better" if change < 0 else "worse"
+    return f"{kind}: {said}, standard error {error:.4f}"
+
+
+def read(path: Path) -> list[dict]:
+    """The lines of a log; none where there is none. UserError where the file is another thing."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    if rows and tuple(rows[0]) != FIELDS:
+        raise UserError(f"{path} is not a log of attempts; move it away, or take another --out")
+    return rows
+
+
+def _write(path: Path, rows: Sequence[dict]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, FIELDS, delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    atomic_write_text(path, text.getvalue())
+
+
+def _git(*args: str, **more: str) -> str:
+    """What git says of the checkout; "-" outside of one."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", ROOT, *args], capture_output=True, text=True, check=True, env=os.environ | more
+        )
+        return done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "-"
+
+
+def _tree() -> str:
+    """The hash of all files of the checkout as they stand, in an index of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        index = str(Path(folder) / "index")
+        _git("add", "--all", GIT_INDEX_FILE=index)
+        return _git("write-tree", GIT_INDEX_FILE=index)[:12]

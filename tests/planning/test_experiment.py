@@ -1,0 +1,175 @@
+"""Experiments: multipliers of runs from a known curve, the log of attempts, and an experiment that is killed."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import ROOT, write_own_sources
+from nanochat_jax.config import ExperimentConfig
+from nanochat_jax.errors import UserError
+from nanochat_jax.planning import attempts, experiment, experiment_page
+from nanochat_jax.planning import multiplier as multiplier_file
+from nanochat_jax.planning.multiplier import multipliers
+from nanochat_jax.planning.runs import Run
+
+SLOPE = 0.2  # bits per byte that a base gains with e times the tokens
+
+
+def runs(tokens: float, gain: float, noise: float, seeds: int, rng, speed: float = 100.0) -> dict[int, Run]:
+    """A model `gain` times as good by tokens as the base."""
+    return {
+        place: Run(round(tokens), tokens / speed, 2 - SLOPE * math.log(gain * tokens / 1e6) + noise * e, 1.0)
+        for place, e in enumerate(rng.standard_normal(seeds))
+    }
+
+
+def test_a_gain_without_noise_is_exact():
+    rng = np.random.default_rng(0)
+    base = [runs(length * 1e6, 1.0, 0.0, 3, rng) for length in (1.4, 1.0)]
+    found = multipliers(base, runs(1e6, 1.25, 0.0, 3, rng, speed=50.0))
+    assert found.tokens.value == pytest.approx(1.25) and found.seconds.value == pytest.approx(0.625)
+    assert found.tokens.low == pytest.approx(1.25) == found.tokens.high and not found.beyond
+    # of fewer tokens it is as many times better, and a loss lies beyond the base's lengths
+    assert multipliers(base, runs(5e5, 2.2, 0.0, 3, rng)).tokens.value == pytest.approx(2.2)
+    lost = multipliers(base, runs(1e6, 0.5, 0.0, 3, rng))
+    assert lost.tokens.value == pytest.approx(0.5) and lost.beyond
+
+
+def test_intervals_hold_what_was_put_in(monkeypatch):
+    """In nine of ten, whatever the number of seeds; those of a plain bootstrap over three would in six."""
+    monkeypatch.setattr(multiplier_file, "DRAWS", 400)
+    for seeds in (3, 5):
+        rng, held = np.random.default_rng(seeds), 0
+        for _ in range(100):
+            base = [runs(length * 1e6, 1.0, 0.004, seeds, rng) for length in (1.0, 1.4)]
+            found = multipliers(base, runs(1e6, 1.0, 0.004, seeds, rng)).tokens
+            held += found.low <= 1 <= found.high
+            assert found.high < 1.5
+        assert 80 <= held <= 99, (seeds, held)
+
+
+def test_a_base_that_does_not_improve_says_nothing():
+    rng = np.random.default_rng(0)
+    base = [runs(length * 1e6, 1 / length**2, 0.0, 3, rng) for length in (1.0, 1.4)]
+    found = multipliers(base, runs(1e6, 1.2, 0.0, 3, rng)).tokens
+    assert math.isnan(found.value) and (found.low, found.high) == (0.0, math.inf)
+
+
+def test_the_page(tmp_path):
+    rng = np.random.default_rng(1)
+    found = {("base", length): runs(length * 1e6, 1.0, 0.003, 3, rng) for length in (1.0, 1.4)}
+    found["better", 1] = runs(1e6, 1.2, 0.003, 3, rng)
+    found["one_seed", 1] = runs(1e6, 1.2, 0.003, 1, rng)
+    found["broken", 1] = {}
+    settings = ExperimentConfig(variants={"better": ("base.optim.lr_scale=2",), "one_seed": (), "broken": ()})
+    said = experiment_page.write(tmp_path, "base", settings, found, ["broken-0"])
+    page, figures = (tmp_path / "experiment.md").read_text(), json.loads((tmp_path / "experiment.json").read_text())
+    assert list(said["variants"]) == ["better"] and said["variants"]["better"]["tokens"]["low"] > 1
+    assert [row["name"] for row in figures["rows"]] == ["base", "base", "better", "one_seed"]
+    assert "better: `base.optim.lr_scale=2`" in page and "base, 1.4 times the budget" in page
+    assert "Failed, and left out: broken-0" in page and "| one_seed | 1 |" in page
+    assert (tmp_path / "experiment.png").stat().st_size > 20_000
+
+
+def line(tree: str, bpb: float) -> dict:
+    return {**dict.fromkeys(attempts.FIELDS, ""), "tree": tree, "val_bpb": str(bpb)}
+
+
+def test_verdicts():
+    first = [line("a", 2.0)]
+    assert attempts.verdict(first[0], []) == "the first tree"
+    assert attempts.verdict(line("a", 2.02), first) == "another seed of the first tree"
+    assert "not known: repeat an attempt" in attempts.verdict(line("b", 1.9), first)
+    known = [*first, line("a", 2.02), line("a", 1.98)]
+    for bpb, said in ((1.9, "better: -0.1000"), (2.1, "worse: +0.1000"), (2.01, "within chance: +0.0100")):
+        assert attempts.verdict(line("b", bpb), known).startswith(said)
+    # the best is the tree whose mean is lowest, and another seed of it is held against the next best
+    assert "+0.1000" in attempts.verdict(line("c", 2.0), [*known, line("b", 1.9)])
+    assert "-0.1000" in attempts.verdict(line("b", 1.9), [*known, line("b", 1.9)])
+
+
+TINY = """
+experiment:
+  seeds: 2
+  lengths: [1, 1.5]
+  variants: {slow: [base.optim.lr_scale=0.2], itself: [seed=11]}
+model: {depth: 1, width: 32, head_dim: 16, sequence_len: 64}
+tokenizer: {vocab_size: 600, sample_chars: 200000}
+data: {dir: %s, pack_buffer: 20}
+base: {tokens: 40000, batch_tokens: 256, micro_batch: 4, eval_every: 0, eval_tokens: 1024, save_every: 40}
+tracking: {samples: 0}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as on a plain machine
+    write_own_sources(tmp_path / "data")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY % (tmp_path / "data"))
+    return path
+
+
+@pytest.mark.slow
+def test_a_killed_experiment_goes_on(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = [str(tiny), "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "nanochat_jax.planning.experiment", *command], cwd=ROOT)
+    give_up = time.monotonic() + 300
+    while not list(out.glob("base-x1.5-0/base/checkpoints/*/")) and process.poll() is None:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert (out / "base-0" / "base" / "done.json").is_file() and not (out / "base-1").exists()
+
+    assert experiment.main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["failed"] == [] and said["variants"]["slow"]["tokens"]["high"] < 1
+    own = said["variants"]["itself"]["tokens"]
+    assert own["low"] < 1.2 and own["high"] > 0.8
+    figures = json.loads((out / "experiment.json").read_text())
+    assert [(r["name"], r["length"], r["seeds"]) for r in figures["rows"]] == [
+        *(("base", length, 2) for length in (1.0, 1.5)),
+        *((name, 1, 2) for name in ("slow", "itself")),
+    ]
+    assert len({(p / "tokenizer" / "tokenizer.model").read_bytes() for p in out.glob("*-[01]")}) == 1
+    assert not list(out.glob("*/base/checkpoints"))
+    assert "base: resumes from step " in (out / "base-x1.5-0" / "log.txt").read_text()
+    began = time.monotonic()
+    assert experiment.main(command) == 0 and time.monotonic() - began < 10  # nothing is trained again
+
+
+@pytest.mark.slow
+def test_attempts_are_logged(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    for number in range(2):
+        assert experiment.main([str(tiny), "--out", str(out), "--minutes", "0.02", "--note", f"try {number}"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said["seed"] == number and said["change"] == f"try {number}"
+    rows = attempts.read(out / attempts.LOG)
+    assert [row["verdict"] for row in rows] == ["the first tree", "another seed of the first tree"]
+    assert rows[0]["tree"] == rows[1]["tree"] and float(rows[0]["val_bpb"]) != float(rows[1]["val_bpb"])
+
+
+def test_mistakes(tiny, capsys):
+    for settings, said in (
+        (["experiment.lengths=[1.4]"], "must be 1 and"),
+        (["experiment.lengths=[1]"], "must be 1 and"),
+        (["experiment.seeds=1"], "2 or more"),
+        (["experiment.variants={base: [seed=1]}"], "cannot be a variant's name"),
+        (["experiment.variants={a/b: [seed=1]}"], "cannot be a variant's name"),
+        (["experiment.variants={a: [model.deepth=1]}"], "did you mean depth"),
+        (["experiment.variants={a: [depth]}"], "key=value"),
+        (["experiment.seed=3"], "did you mean seeds"),
+    ):
+        with pytest.raises(UserError, match=said):
+            experiment.read_experiment(str(tiny), None, settings)
+    assert experiment.main([str(tiny), "--minutes", "0"]) == 2
+    assert "--minutes must be more than 0" in capsys.readouterr().err
