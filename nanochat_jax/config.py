@@ -26,6 +26,7 @@ from nanochat_jax.rules import (
     Backend,
     Count,
     Dtype,
+    Matrices,
     Natural,
     Objective,
     OptimizerState,
@@ -127,7 +128,8 @@ class DataConfig:
 class OptimConfig:
     """Learning rates at a batch of 2^19 tokens and width 768 (optim.py scales them), and their schedule."""
 
-    matrix_lr: Rate = 0.02  # Muon: the matrices of the blocks
+    matrices: Matrices = "muon"  # muon | adamw: the optimizer of the blocks' matrices
+    matrix_lr: Rate = 0.02  # of the blocks' matrices; AdamW's wants to be some tenth of Muon's
     embedding_lr: Rate = 0.3  # AdamW: the token and value embeddings
     unembedding_lr: Rate = 0.008  # AdamW: the output head
     scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream; of smear and backout 0.4 times as much
@@ -136,6 +138,9 @@ class OptimConfig:
     warmup_steps: Natural = 40  # over which the rate rises
     warmdown: Share = 0.65  # share of the steps over which the rate falls
     final_lr: Rate = 0.05  # as a share of the peak
+    average: Share = 0.0  # share of the steps, the last ones, whose weights' mean is the result; 0: the last weights
+    lookahead: Rate = 0.0  # how far ahead gradients are taken, in moving averages of the step (EMA-Nesterov); 0: not
+    update_floor: Rate = 0.0  # Muon's least update before its rate, as a share of the matrix's norm; 0: none
 
 
 @dataclass(frozen=True)
@@ -146,6 +151,8 @@ class BaseConfig:
     ratio: Positive = 12.0  # training tokens per scaling parameter
     tokens: Count | None = None  # overrides ratio
     fp8: bool = False  # products of the training step in 8-bit floats; for H100s and later, emulated elsewhere
+    # entries of the vocabulary that stand for all in the training loss: the batch's own and others at random; None: all
+    vocab_sample: Count | None = None
     batch_tokens: Count | None = None  # tokens per optimizer step; None: the scaling rule
     micro_batch: Count = 8  # rows per data-parallel device and micro-step
     eval_every: Natural = 250  # steps between validation passes; 0: at the end alone

@@ -12,6 +12,9 @@ The target y is left out of the products and has its own term, (1 - t_y^2) (s - 
 the model is sure of it is the small difference of two numbers near one. What remains is u / s with u = (1 - t^2) e, and
 as u does not depend on s, each block of the vocabulary is finished while it is in the cache.
 
+A sample of the vocabulary may stand for all of it (Bengio and Senecal 2003): the batch's own targets, which in text are
+most of s, and of the others some at random, each for as many as it was drawn from. Its s is right in the mean.
+
 The loss is a weighted sum over tokens, so that one function serves pretraining (weight 1 / n), SFT (the mask) and the
 policy gradient of RL (the advantage).
 """
@@ -97,8 +100,9 @@ def _split(array, chunk):
 # add_chunk(d_head, x (C, D), targets (C,), finish) -> d_head, d loss / dx but for the target's term, finish(rest).
 
 
-def _blocks(head, vocab, softcap):
-    """One block of the vocabulary after another; takes x transposed as well, (D, C)."""
+def _blocks(head, vocab, softcap, counts=None):
+    """One block of the vocabulary after another; takes x transposed as well, (D, C). counts (V,): how many entries each
+    stands for."""
     V = head.shape[0]
     block = CPU_BLOCK if devices.platform() == "cpu" else V
     blocks = [slice(start, min(start + block, V)) for start in range(0, V, block)]
@@ -107,7 +111,7 @@ def _blocks(head, vocab, softcap):
         rest, dx, us = jnp.zeros(y.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32), []
         for entries in blocks:
             t, e = _capped(x, head[entries], softcap)
-            e = jnp.where(_others(entries, y, vocab), e, 0.0)
+            e = jnp.where(_others(entries, y, vocab), e if counts is None else e * counts[entries], 0.0)
             u = (e * (1.0 - t * t)).astype(x.dtype)
             rest = rest + e.sum(axis=-1)
             dx = dx + jnp.einsum("cv,vd->cd", u, head[entries], preferred_element_type=jnp.float32)
@@ -172,34 +176,62 @@ def _eight_bit_kernels(head, vocab, softcap):
     return jnp.zeros(head.shape, jnp.float32), add_chunk, lambda d_head: d_head
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
-    return _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits)[0]
+class Sample(NamedTuple):
+    """Entries that stand for the whole vocabulary."""
+
+    ids: jax.Array  # (S,) int32
+    counts: jax.Array  # (S,) float32: how many entries each stands for
+    places: jax.Array  # (M,) int32, of the targets in it; S where one is not
 
 
-def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits):
-    if _by_kernels():
+def draw_sample(targets, vocab: int, size: int) -> Sample:
+    """`size` of the first `vocab` entries: the targets (M,), or as many as fill half of it, and others at random. What
+    is drawn depends on the targets alone."""
+    random = jax.random.uniform(jax.random.fold_in(jax.random.key(0), targets.sum()), (vocab,))
+    is_target = jnp.zeros(vocab, bool).at[targets].set(True)
+    mine, others = (jax.lax.top_k(jnp.where(of, random, -1.0), size)[1] for of in (is_target, ~is_target))
+    n = is_target.sum()
+    kept = jnp.maximum(jnp.minimum(n, size // 2), size - (vocab - n))  # the rest of the slots must find others
+    slots = jnp.arange(size)
+    ids = jnp.where(slots < kept, mine, others[slots - kept])
+    counts = jnp.where(slots < kept, n / kept, (vocab - n) / jnp.maximum(size - kept, 1))
+    places = jnp.full(vocab, size, jnp.int32).at[ids].set(slots.astype(jnp.int32))
+    return Sample(ids, counts, places[targets])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits, sample):
+    return _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits, sample)[0]
+
+
+def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits, sample):
+    drawn = draw_sample(targets, vocab, sample) if sample else None
+    if drawn:
+        method = functools.partial(_blocks, counts=drawn.counts)
+    elif _by_kernels():
         method = _eight_bit_kernels if eight_bits else _kernel
     else:
         method = _eight_bits if eight_bits else _blocks
-    start, add_chunk, joined = method(head, vocab, softcap)
+    start, add_chunk, joined = method(head[drawn.ids] if drawn else head, sample or vocab, softcap)
 
     def body(carry, xs):
-        (total, d_head), (x, y, w, *xt) = carry, xs
-        d_head, dx, done = add_chunk(d_head, x, y, functools.partial(_finish, x, head, y, w, softcap), *xt)
+        (total, d_head), (x, y, w, place, *xt) = carry, xs
+        d_head, dx, done = add_chunk(d_head, x, place, functools.partial(_finish, x, head, y, w, softcap), *xt)
         dx = dx + done.d_y[:, None] * done.rows
         return (total + done.nll, d_head), (dx.astype(x.dtype), done.d_y)
 
-    chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights))
-    if method is _blocks:
+    chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights, drawn.places if drawn else targets))
+    if drawn or method is _blocks:
         chunks = (*chunks, chunks[0].transpose(0, 2, 1))
     (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
-    n = hidden.shape[0]
-    d_head = add_rows(joined(d_head), hidden, targets, d_y.reshape(-1)[:n])
+    n, d_head = hidden.shape[0], joined(d_head)
+    if drawn:
+        d_head = jnp.zeros(head.shape, jnp.float32).at[drawn.ids].set(d_head, unique_indices=True)
+    d_head = add_rows(d_head, hidden, targets, d_y.reshape(-1)[:n])
     return total, (dx.reshape(-1, hidden.shape[-1])[:n], d_head.astype(head.dtype))
 
 
-def _weighted_sum_bwd(vocab, softcap, chunk, eight_bits, kept, g):
+def _weighted_sum_bwd(vocab, softcap, chunk, eight_bits, sample, kept, g):
     d_hidden, d_head = kept
     return (g * d_hidden).astype(d_hidden.dtype), (g * d_head).astype(d_head.dtype), None, None
 
@@ -217,20 +249,31 @@ def tempered(hidden, softcap: float, temperature: float):
 
 @jax.named_scope("loss")
 def weighted_nll(
-    hidden, head, targets, weights, *, vocab: int, softcap: float, chunk: int | None = None, eight_bits: bool = False
+    hidden,
+    head,
+    targets,
+    weights,
+    *,
+    vocab: int,
+    softcap: float,
+    chunk: int | None = None,
+    eight_bits: bool = False,
+    sample: int | None = None,
 ) -> jax.Array:
     """sum_t weights_t * -log p(targets_t), a float32 scalar; differentiable in hidden and head only. It always computes
     the gradients; `token_nll` is for evaluation.
 
     hidden (..., D) and head (padded V, D) in one dtype; targets (...) int32, any negative one is ignored;
     weights (...) float32. Softmax over the first `vocab` entries of softcap * tanh(z / softcap).
-    eight_bits: products in 8-bit floats (kernels/fp8.py), but for the target's own term.
+    eight_bits: products in 8-bit floats (kernels/fp8.py), but for the target's own term. sample: so many entries stand
+    for the vocabulary, where it has more; their products are in the type of `head`.
     """
     targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     weights = jnp.where(targets >= 0, weights, 0.0)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    chunk = _chunk(hidden.shape[0], chunk, hidden.dtype if _by_kernels() else jnp.float32)
-    return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk, eight_bits)
+    sample = sample if sample and sample < vocab else None
+    chunk = _chunk(hidden.shape[0], chunk, hidden.dtype if _by_kernels() and not sample else jnp.float32)
+    return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk, eight_bits, sample)
 
 
 def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int | None = None, entropy: bool = False):

@@ -57,9 +57,11 @@ def matmul_params(cfg: GPTConfig) -> int:
     return counts["transformer_matrices"] + counts["lm_head"] + SMEAR_CHANNELS * cfg.smear
 
 
-def flops_per_token(cfg: GPTConfig) -> int:
-    """Training FLOPs per token: 6 per matmul parameter, 12 D per layer and key in reach (PaLM, arXiv 2204.02311)."""
-    return 6 * matmul_params(cfg) + sum(12 * cfg.n_embd * min(w, cfg.sequence_len) for w in cfg.windows)
+def flops_per_token(cfg: GPTConfig, vocab_sample: int | None = None) -> int:
+    """Training FLOPs per token: 6 per matmul parameter, 12 D per layer and key in reach (PaLM, arXiv 2204.02311).
+    vocab_sample: entries that stand for the vocabulary in the loss."""
+    spared = max(cfg.padded_vocab - vocab_sample, 0) * cfg.n_embd if vocab_sample else 0
+    return 6 * (matmul_params(cfg) - spared) + sum(12 * cfg.n_embd * min(w, cfg.sequence_len) for w in cfg.windows)
 
 
 def kv_bytes_per_token(cfg: GPTConfig, itemsize: int) -> int:

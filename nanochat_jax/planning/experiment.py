@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.checkpoint import read_done
-from nanochat_jax.cli import command
+from nanochat_jax.cli import command, positive
 from nanochat_jax.config import ExperimentConfig, RunConfig, check, from_dict, read_settings
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import claim
@@ -77,13 +77,14 @@ def points(experiment: Experiment, out: Path) -> dict[tuple[str, float], list[Po
     return wanted
 
 
-def trained(wanted: list[Point], out: Path) -> list[str]:
+def trained(wanted: list[Point], out: Path, jobs: int) -> list[str]:
     """Trains what is missing; names of what failed. No weights are kept."""
-    failed = []
-    for one in wanted:
-        failed += train([one], out)
-        shutil.rmtree(out / one.name / "base" / "checkpoints", ignore_errors=True)
-    return failed
+    try:
+        return train(wanted, out, jobs)
+    finally:
+        for one in wanted:
+            if read_done(out / one.name / "base"):
+                shutil.rmtree(out / one.name / "base" / "checkpoints", ignore_errors=True)
 
 
 def results(wanted: list[Point], out: Path) -> dict[int, Run]:
@@ -96,6 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("file", metavar="FILE", help="settings of a run and a section `experiment`")
     p.add_argument("--mesh", help="YAML file of mesh axes, such as configs/mesh/h100_x8.yaml")
     p.add_argument("--out", type=Path, help="folder of the runs; default: runs/<name of the file>")
+    p.add_argument("--jobs", type=positive, default=1, help="runs at a time, each on its part of the cores or GPUs")
     p.add_argument("--minutes", type=float, help="train the base once, for so long, and keep a line of it")
     p.add_argument("--note", default="", help="with --minutes: what was changed, for the log")
     p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
@@ -113,11 +115,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.minutes:
             print(json.dumps(attempts.attempt(experiment.configs[BASE], out, args.minutes, args.note)))
             return 0
-        failed = trained(probes(experiment), out)
+        failed = trained(probes(experiment), out, args.jobs)
         wanted = points(experiment, out)
         # a seed's runs stand beside each other, so that the machine's drift is the same for all
         in_turns = [of[s] for s in range(experiment.settings.seeds) for of in wanted.values()]
-        failed += trained(in_turns, out)
+        failed += trained(in_turns, out, args.jobs)
         found = {key: results(of, out) for key, of in wanted.items()}
         print(json.dumps(experiment_page.write(out, BASE, experiment.settings, found, failed)))
     return 1 if failed else 0

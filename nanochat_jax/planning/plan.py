@@ -93,9 +93,10 @@ def measured(run_dir: Path) -> dict[str, Speed]:
     """The speed of each stage of a run: the median rate of its steps but the first, and the seconds of a stage that is
     done. UserError where it has no steps of base."""
     config = read_run_config(run_dir)
-    each = scaling.flops_per_token(scaling.gpt_config(config.model, config.tokenizer.vocab_size))
+    cfg = scaling.gpt_config(config.model, config.tokenizer.vocab_size)
     out = {}
     for stage in STAGES:
+        each = scaling.flops_per_token(cfg, config.base.vocab_sample if stage == "base" else None)
         done = read_json(run_dir / stage / "done.json") or {}
         rates = [r["tokens_per_second"] for r in read_records(run_dir / stage / "metrics.jsonl") if "loss" in r][1:]
         number = len(done.get("system", {}).get("devices", [""]))
@@ -130,7 +131,8 @@ class Plan(Job):
         """A speed that fewer devices reached, with a step of base that waits so many seconds for links."""
         if speed.devices >= self.on.count:
             return speed
-        alone = self.base.batch_tokens * self.each / (self.on.count * speed.flops)
+        each = scaling.flops_per_token(self.cfg, self.config.base.vocab_sample)
+        alone = self.base.batch_tokens * each / (self.on.count * speed.flops)
         source = f"{speed.source}; {self.on.count} of them wait {waits / (alone + waits):.1%} of a step for links"
         return replace(speed, flops=speed.flops * alone / (alone + waits), source=source)
 
@@ -159,7 +161,7 @@ class Plan(Job):
 
     def _base(self) -> Stage:
         cfg, plan = self.config.base, self.base
-        flops = plan.tokens * self.each
+        flops = plan.tokens * scaling.flops_per_token(self.cfg, cfg.vocab_sample)
         seconds = self._with_validation("base", plan.steps, flops, cfg.eval_every)
         if cfg.core_every and self.config.evals.core and self.source == "hub":
             often = (plan.steps - 1) // cfg.core_every

@@ -1,9 +1,9 @@
-"""Base models trained one after the other, each an ordinary run directory in a process of its own.
+"""Base models trained one after the other or some at a time, each an ordinary run directory in a process of its own.
 
 All share the first one's tokenizer. The same call goes on where one was stopped. One host only.
 """
 
-import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -20,10 +20,12 @@ from nanochat_jax.files import atomic_write_text, whole_folder
 from nanochat_jax.mesh.preemption import Stop
 from nanochat_jax.model import scaling
 from nanochat_jax.processes import die_with_parent
+from nanochat_jax.tracking.tracking import read_records
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTLED = 3  # steps that compile and warm up: their times are not counted
 PROBE = 12  # steps
+_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True)
@@ -57,48 +59,77 @@ def probe(name: str, config: RunConfig) -> Point:
     return point(name, config, PROBE * scaling.base_plan(cfg, config).batch_tokens, 0)
 
 
-def train(points: list[Point], out: Path) -> list[str]:
-    """Trains what is not trained yet; returns the names of those that failed. UserError where a run directory has other
-    settings, or a run finds a mistake in them; Interrupted, after the run has saved."""
+def train(points: list[Point], out: Path, jobs: int = 1) -> list[str]:
+    """Trains what is not trained yet, `jobs` at a time; returns the names of those that failed. UserError where a run
+    directory has other settings, or a run finds a mistake in them; Interrupted, after the runs have saved."""
     for point in points:
         if (out / point.name / "config.yaml").is_file():
             check_same(out / point.name, point.config, "--out")
-    failed = []
-    for number, point in enumerate(points, 1):
-        if read_done(out / point.name / "base"):
-            continue
-        print(f"— {point.name}, {number} of {len(points)}", file=sys.stderr, flush=True)
-        status = _train_one(point, out)
-        if status == MISTAKE:
-            raise UserError(f"{point.name} ended with the mistake above; once it is mended the same command goes on")
-        if status:
-            print(f"{point.name}: exit status {status}, left out", file=sys.stderr, flush=True)
-            failed.append(point.name)
+    waiting = [(n, p) for n, p in enumerate(points, 1) if not read_done(out / p.name / "base")]
+    free, running, failed = list(range(jobs)), dict[int, tuple[Point, subprocess.Popen]](), list[str]()
+    mistaken = ""
+    with Stop() as stop:
+        while running or (waiting and not mistaken and not stop.requested):
+            # whoever needs a tokenizer waits until the first has trained it
+            alone = running and waiting and not _tokenizer_of(waiting[0][1], out)
+            while waiting and free and not alone and not mistaken and not stop.requested:
+                number, point = waiting.pop(0)
+                print(f"— {point.name}, {number} of {len(points)}", file=sys.stderr, flush=True)
+                place = free.pop(0)
+                running[place] = point, _start(point, out, place, jobs)
+                alone = not _tokenizer_of(point, out)
+            time.sleep(0.1)
+            if stop.requested:
+                for _, process in running.values():
+                    process.terminate()  # it saves first
+            for place, (point, process) in list(running.items()):
+                status = process.wait() if stop.requested else process.poll()
+                if status is None:
+                    continue
+                del running[place]
+                free.append(place)
+                if status == MISTAKE:
+                    mistaken = point.name
+                elif status and not stop.requested:
+                    print(f"{point.name}: exit status {status}, left out", file=sys.stderr, flush=True)
+                    failed.append(point.name)
+        if mistaken:
+            raise UserError(f"{mistaken} ended with the mistake above; once it is mended the same command goes on")
+        if stop.requested:
+            raise Interrupted(f"{stop.why}: the runs have saved; the same command resumes them")
     return failed
 
 
-def _train_one(point: Point, out: Path) -> int:
-    """The exit status of run_speedrun.py, which makes the run directory or resumes in it."""
+def _start(point: Point, out: Path, place: int, jobs: int) -> subprocess.Popen:
+    """run_speedrun.py, which makes the run directory or resumes in it, on the `place`-th of `jobs` parts of the
+    machine."""
     run_dir, config = out / point.name, out / point.name / "config.yaml"
     atomic_write_text(config, dump_yaml(point.config))
     if not read_done(run_dir / "tokenizer") and (trained := _tokenizer_of(point, out)):
         with whole_folder(run_dir / "tokenizer") as folder:
             shutil.copytree(trained, folder, dirs_exist_ok=True)
     options = ["--config", str(config), "--run-dir", str(run_dir), "--stages", "tokenizer,base"]
-    with Stop() as stop:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "run_speedrun.py"), *options],
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # so that a signal to the terminal's group comes from here alone, once
-            preexec_fn=die_with_parent,  # else a sweep that was killed could not be started again
-        )
-        while process.poll() is None and not stop.requested:
-            time.sleep(0.1)
-        if stop.requested:
-            process.terminate()  # it saves first
-            process.wait()
-            raise Interrupted(f"{stop.why} in {point.name}; the same command resumes there")
-    return process.returncode
+
+    def begin():
+        die_with_parent()  # else what was killed could not be started again
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, _part(sorted(os.sched_getaffinity(0)), place, jobs))
+
+    gpus = [str(n) for n, _ in enumerate(_GPUS.glob("*"))]
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(_part(gpus, place, jobs))} if gpus and jobs > 1 else {}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "run_speedrun.py"), *options],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, **seen},
+        start_new_session=True,  # so that a signal to the terminal's group comes from here alone, once
+        preexec_fn=begin,
+    )
+
+
+def _part(of: list, place: int, jobs: int) -> list:
+    """The `place`-th of `jobs` equal parts; where there are fewer than jobs, they take turns."""
+    size = len(of) // jobs
+    return of[place * size : (place + 1) * size] if size else [of[place % len(of)]]
 
 
 def _tokenizer_of(point: Point, out: Path) -> Path | None:
@@ -110,14 +141,9 @@ def _tokenizer_of(point: Point, out: Path) -> Path | None:
     return None
 
 
-def _records(run_dir: Path) -> list[dict]:
-    lines = (run_dir / "base" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def speed(run_dir: Path) -> float:
     """Tokens/s of the steps of a base model: their median, which a machine's pauses do not move."""
-    rows = [r for r in _records(run_dir) if "tokens_per_second" in r]
+    rows = [r for r in read_records(run_dir / "base" / "metrics.jsonl") if "tokens_per_second" in r]
     return statistics.median(r["tokens_per_second"] for r in rows[SETTLED:] or rows)
 
 
@@ -125,5 +151,5 @@ def base_result(run_dir: Path) -> Run:
     """Of a run whose base stage is done; else ValueError."""
     if (done := read_done(run_dir / "base")) is None:
         raise ValueError(f"{run_dir} has not trained its base model")
-    memory = max(r.get("memory_gb", 0.0) for r in _records(run_dir))
+    memory = max(r.get("memory_gb", 0.0) for r in read_records(run_dir / "base" / "metrics.jsonl"))
     return Run(done["tokens"], done["tokens"] / speed(run_dir), done["metrics"]["val_bpb"], memory)

@@ -58,7 +58,8 @@ class TrainStep:
     def jitted(self, level: str = "none") -> Any:
         """level: of `remat`."""
         graph = graph_of(self.cfg, self.dtype, self.config.base.fp8, level)
-        return loop.make_step(graph, self._optimizer, self.dtype, self.mesh)
+        sample = self.config.base.vocab_sample
+        return loop.make_step(graph, self._optimizer, self.dtype, self.mesh, vocab_sample=sample)
 
     def init(self, params=None) -> loop.TrainState:
         return loop.init_state(self.cfg, self._optimizer, self.config.seed, self.mesh, params)

@@ -33,7 +33,8 @@ def main(run: Run) -> dict:
     optimizer = common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay)
     wanted = plan.steps * plan.batch_tokens // run.config.model.sequence_len
     with run.packed("val") as val_rows, run.packed("train", wanted) as train_rows:
-        step = compile_step(run, "base", optimizer, plan.batch_tokens, cfg.fp8)
+        sample = cfg.vocab_sample
+        step = compile_step(run, "base", optimizer, plan.batch_tokens, cfg.fp8, vocab_sample=sample)
         run.log.say(
             f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
             f"{scaling.param_counts(run.gpt_config)['total']:,} parameters, {run.training_dtype}"

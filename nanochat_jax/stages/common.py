@@ -101,6 +101,7 @@ def train_stage(
     # train
     on_spike = run.stop.ask if tracking.stop_on_spike else None
     tracker = Tracker(run.dir, name, steps, run.log, int(state.step), tracking, on_spike)
+    flops = scaling.flops_per_token(run.gpt_config, getattr(settings, "vocab_sample", None))
     peak = (devices.peak_flops(jax.devices()[0].device_kind) or 0.0) * jax.device_count()
     try:
         trace_at = tracking.trace_at if hosts.is_main() else None
@@ -113,7 +114,7 @@ def train_stage(
                 save_every=settings.save_every,
                 checkpointer=checkpointer,
                 tracker=tracker,
-                rates=functools.partial(loop.rates, tokens_per_step, scaling.flops_per_token(run.gpt_config), peak),
+                rates=functools.partial(loop.rates, tokens_per_step, flops, peak),
                 meta=meta,
                 stop=run.stop,
                 evaluate=tracker.elsewhere()(evaluate),  # which is no stall

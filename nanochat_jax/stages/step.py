@@ -24,11 +24,18 @@ class Step:
 
 
 def compile_step(
-    run: Run, name: str, optimizer, batch_tokens: int, eight_bits: bool = False, lora_rank: int | None = None
+    run: Run,
+    name: str,
+    optimizer,
+    batch_tokens: int,
+    eight_bits: bool = False,
+    lora_rank: int | None = None,
+    vocab_sample: int | None = None,
 ) -> Step:
     """The step of stage `name` for a batch of `batch_tokens`.
 
     eight_bits: with its products in 8-bit floats. lora_rank: of adapters; it then takes the frozen parameters as well.
+    vocab_sample: entries that stand for the vocabulary in the loss.
     """
     length = run.config.model.sequence_len
     per_device = memory.rows_per_device(name, batch_tokens, length, run.mesh)
@@ -40,7 +47,7 @@ def compile_step(
 
     def step_of(level: str):
         graph = graph_of(run.gpt_config, run.training_dtype, eight_bits, level)
-        return loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join)
+        return loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join, vocab_sample=vocab_sample)
 
     arrays = {"tokens": np.int32, "targets": np.int32}
     state = abstract_state(run, optimizer, lora_rank)

@@ -51,12 +51,13 @@ def make_step(
     mesh,
     join: Callable | None = None,
     temperature: float = 1.0,
+    vocab_sample: int | None = None,
 ) -> Callable:
     """step(state, batch) -> state, metrics; jitted, the state's buffers donated.
 
     join: (frozen, params) -> the model's parameters, where the state has only a part of them or a change to them, such
     as adapters; then it is step(state, batch, frozen), and frozen, in `dtype`, is neither donated nor differentiated.
-    temperature: of the softmax whose log-likelihood is the loss.
+    temperature: of the softmax whose log-likelihood is the loss. vocab_sample: entries that stand for the vocabulary.
 
     batch: tokens and targets (A, R, T) int32, A micro-batches of R rows, targets negative where there is none; weights
     (A, R, T) float32, or absent for the mean over all targets. metrics: loss and grad_norm, float32 scalars.
@@ -66,7 +67,7 @@ def make_step(
         params = join(frozen, params) if join else params
         model, head = merge(graph, params), params["lm_head"]["weight"]
         hidden, softcap = tempered(model.hidden(tokens), model.cfg.softcap, temperature)
-        more = {"softcap": softcap, "eight_bits": model.lm_head.eight_bits}
+        more = {"softcap": softcap, "eight_bits": model.lm_head.eight_bits, "sample": vocab_sample}
         return weighted_nll(hidden, head, targets, weights, vocab=model.cfg.vocab_size, **more)
 
     def micro(params, frozen, *rows):

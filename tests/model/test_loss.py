@@ -108,3 +108,41 @@ def test_chunks_of_a_gpu_are_even_and_hold_what_there_is():
             assert chunk <= loss.GPU_CHUNK
             assert 0 <= -tokens % chunk < loss.GPU_TILE * -(-tokens // chunk)
             assert loss._chunk(tokens, None) <= loss.GPU_CHUNK // 2
+
+
+@pytest.mark.parametrize("tokens, vocab, size", [(33, 500, 128), (96, 500, 100), (400, 500, 480), (40, 1024, 1023)])
+def test_a_sample_of_the_vocabulary(tokens, vocab, size):
+    """The loss over the entries that were drawn, each with its count, and gradients of that."""
+    hidden, head, targets, weights = example(tokens, 1024, vocab, jnp.float32)
+    drawn = loss.draw_sample(jnp.maximum(targets, 0), vocab, size)
+    assert len(set(np.asarray(drawn.ids).tolist())) == size and float(drawn.counts.sum()) == pytest.approx(vocab)
+    seen = np.asarray(drawn.places) < size
+    np.testing.assert_array_equal(drawn.ids[drawn.places[seen]], np.maximum(targets, 0)[seen])
+    assert seen.all() or len(set(np.asarray(targets).tolist())) > size // 2
+
+    def plain(hidden, head):
+        z = SOFTCAP * jnp.tanh(hidden @ head.T / SOFTCAP)
+        own = jnp.take_along_axis(z, jnp.maximum(targets, 0)[:, None], 1)[:, 0]
+        e = jnp.where(drawn.ids == targets[:, None], 0.0, jnp.exp(z[:, drawn.ids]) * drawn.counts)
+        return (jnp.where(targets >= 0, weights, 0) * (jnp.log(e.sum(1) + jnp.exp(own)) - own)).sum()
+
+    def ours(hidden, head):
+        more = {"vocab": vocab, "softcap": SOFTCAP, "chunk": 16, "sample": size}
+        return loss.weighted_nll(hidden, head, targets, weights, **more)
+
+    want, grads = jax.value_and_grad(plain, (0, 1))(hidden, head)
+    value, found = jax.value_and_grad(ours, (0, 1))(hidden, head)
+    assert relative_error(value, want) < 1e-5
+    for got, expected in zip(found, grads, strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+def test_a_sample_is_right_in_the_mean():
+    vocab, size = 400, 120
+    hidden, head, *_ = example(1, 512, vocab, jnp.float32, scale=0.2)
+    e = jnp.exp(SOFTCAP * jnp.tanh(hidden[0] @ head.T / SOFTCAP))[:vocab]
+    targets = jax.random.randint(jax.random.key(1), (600, 90), 0, vocab)
+    drawn = jax.vmap(lambda t: loss.draw_sample(t, vocab, size))(targets)
+    sums = (e[drawn.ids] * drawn.counts).sum(axis=1) / e.sum()
+    error = float(sums.std() / np.sqrt(len(sums)))
+    assert abs(float(sums.mean()) - 1) < 4 * error < 0.05
