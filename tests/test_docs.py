@@ -41,7 +41,7 @@ RUN = (  # in the order of the documents: some make what later ones take
 )
 FLAGS = (  # for a GPU, a network, hours, or somebody who watches
     r"run_speedrun.py( --config configs/d24| --config configs/d12|$)",
-    r"-m nanochat_jax.(bench|data|scaling|chat)",
+    r"-m nanochat_jax.(bench|data|scaling|chat|planning.experiment)",
     r"-m server",
     r"-m evals --run-dir runs/demo --tasks humaneval",
     r"tests/kill_runs.py",
@@ -192,5 +192,5 @@ def test_command(command, work, monkeypatch, capsys):
 
 def test_configurations_of_the_documentation_load():
     for path in sorted((ROOT / "configs").glob("*.yaml")):
-        if "miniseries" not in path.name:
+        if "experiment" not in path.name and "miniseries" not in path.name:
             load_config(path)

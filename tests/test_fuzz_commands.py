@@ -31,6 +31,7 @@ COMMANDS = {
     "nanochat_jax.chat": [()],
     "nanochat_jax.export": [()],
     "nanochat_jax.import": [()],
+    "nanochat_jax.planning.experiment": [()],
     "nanochat_jax.scaling": [()],
     "nanochat_jax.checkpoint.__main__": [()],
     "nanochat_jax.data.__main__": [(), ("check",), ("ls",), ("download",)],
@@ -168,6 +169,9 @@ def stubs(place, monkeypatch):
     monkeypatch.setattr("nanochat_jax.planning.plan.main", lambda config, args: 0)
     monkeypatch.setattr("nanochat_jax.planning.sweep.ROOT", place.folder)
     monkeypatch.setattr("nanochat_jax.planning.sweep.train", lambda points, out: [])
+    monkeypatch.setattr("nanochat_jax.planning.experiment.ROOT", place.folder)
+    for name in ("experiment", "attempts"):
+        monkeypatch.setattr(f"nanochat_jax.planning.{name}.train", lambda points, out, jobs=1, keep=True: [])
     monkeypatch.setattr("nanochat_jax.planning.sweep.show_plan", lambda points, args: None)
     monkeypatch.setattr("nanochat_jax.bench.__main__.load", lambda what: Bench)
     monkeypatch.setattr("nanochat_jax.data.__main__.DOWNLOADS", place.folder / "cache" / "hub")

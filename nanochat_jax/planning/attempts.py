@@ -50,7 +50,7 @@ def attempt(config: RunConfig, out: Path, minutes: float, change: str) -> dict:
 
 
 def _trained(run, out: Path) -> None:
-    if train([run], out):
+    if train([run], out, keep=False):
         raise UserError(f"training failed; {out / run.name / 'log.txt'} says why")
 
 

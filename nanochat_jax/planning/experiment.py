@@ -8,7 +8,6 @@ With --minutes it trains the base alone, for so long, prints its bits per byte a
 
 import argparse
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,16 +76,6 @@ def points(experiment: Experiment, out: Path) -> dict[tuple[str, float], list[Po
     return wanted
 
 
-def trained(wanted: list[Point], out: Path, jobs: int) -> list[str]:
-    """Trains what is missing; names of what failed. No weights are kept."""
-    try:
-        return train(wanted, out, jobs)
-    finally:
-        for one in wanted:
-            if read_done(out / one.name / "base"):
-                shutil.rmtree(out / one.name / "base" / "checkpoints", ignore_errors=True)
-
-
 def results(wanted: list[Point], out: Path) -> dict[int, Run]:
     """By the place of its seed, each run that was trained."""
     return {s: base_result(out / one.name) for s, one in enumerate(wanted) if read_done(out / one.name / "base")}
@@ -115,12 +104,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.minutes:
             print(json.dumps(attempts.attempt(experiment.configs[BASE], out, args.minutes, args.note)))
             return 0
-        failed = trained(probes(experiment), out, args.jobs)
+        if failed := train(probes(experiment), out, args.jobs, keep=False):
+            raise UserError(f"{failed[0]} failed; {out / failed[0] / 'log.txt'} says why")
         wanted = points(experiment, out)
         # a seed's runs stand beside each other, so that the machine's drift is the same for all
         in_turns = [of[s] for s in range(experiment.settings.seeds) for of in wanted.values()]
-        failed += trained(in_turns, out, args.jobs)
+        failed = train(in_turns, out, args.jobs, keep=False)
         found = {key: results(of, out) for key, of in wanted.items()}
+        if not any(found.values()):
+            raise UserError(f"no model of the experiment was trained; {out}/*/log.txt says why")
         print(json.dumps(experiment_page.write(out, BASE, experiment.settings, found, failed)))
     return 1 if failed else 0
 

@@ -59,9 +59,12 @@ def probe(name: str, config: RunConfig) -> Point:
     return point(name, config, PROBE * scaling.base_plan(cfg, config).batch_tokens, 0)
 
 
-def train(points: list[Point], out: Path, jobs: int = 1) -> list[str]:
+def train(points: list[Point], out: Path, jobs: int = 1, keep: bool = True) -> list[str]:
     """Trains what is not trained yet, `jobs` at a time; returns the names of those that failed. UserError where a run
-    directory has other settings, or a run finds a mistake in them; Interrupted, after the runs have saved."""
+    directory has other settings, or a run finds a mistake in them; Interrupted, after the runs have saved.
+
+    keep: the weights; else they are removed when a run is done.
+    """
     for point in points:
         if (out / point.name / "config.yaml").is_file():
             check_same(out / point.name, point.config, "--out")
@@ -88,6 +91,8 @@ def train(points: list[Point], out: Path, jobs: int = 1) -> list[str]:
                     continue
                 del running[place]
                 free.append(place)
+                if not status and not keep:
+                    shutil.rmtree(out / point.name / "base" / "checkpoints", ignore_errors=True)
                 if status == MISTAKE:
                     mistaken = point.name
                 elif status and not stop.requested:
@@ -142,8 +147,11 @@ def _tokenizer_of(point: Point, out: Path) -> Path | None:
 
 
 def speed(run_dir: Path) -> float:
-    """Tokens/s of the steps of a base model: their median, which a machine's pauses do not move."""
+    """Tokens/s of the steps of a base model: their median, which a machine's pauses do not move. UserError where it has
+    none."""
     rows = [r for r in read_records(run_dir / "base" / "metrics.jsonl") if "tokens_per_second" in r]
+    if not rows:
+        raise UserError(f"{run_dir} has trained no step; its log.txt says why")
     return statistics.median(r["tokens_per_second"] for r in rows[SETTLED:] or rows)
 
 

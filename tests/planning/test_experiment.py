@@ -158,6 +158,15 @@ def test_attempts_are_logged(tiny, tmp_path, capsys):
     assert rows[0]["tree"] == rows[1]["tree"] and float(rows[0]["val_bpb"]) != float(rows[1]["val_bpb"])
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("experiment*.yaml")), ids=lambda path: path.stem)
+def test_experiments_of_the_documentation(path, tmp_path):
+    found = experiment.read_experiment(str(path), None, [])
+    wanted = experiment.points(found, tmp_path)
+    assert {len(of) for of in wanted.values()} == {found.settings.seeds} and len(wanted) > 3
+    assert len({one.config.seed for one in wanted["base", 1]}) == found.settings.seeds
+    assert wanted["base", 1.4][0].config.base.tokens == pytest.approx(1.4 * wanted["base", 1][0].config.base.tokens)
+
+
 def test_mistakes(tiny, capsys):
     for settings, said in (
         (["experiment.lengths=[1.4]"], "must be 1 and"),
