@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -123,6 +125,30 @@ def write_own_sources(folder: Path) -> None:
     texts = [p.read_text() for p in sorted((Path(__file__).parent.parent / "nanochat_jax").rglob("*.py"))]
     for i, part in enumerate((texts[:-4], texts[-4:])):
         pq.write_table(pa.table({"text": part}), folder / "pretrain" / f"shard_{i}.parquet")
+
+
+@pytest.fixture
+def own_sources(tmp_path, monkeypatch):
+    """(text of a configuration with %s for the folder of the data) -> its path; runs then see one device."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+
+    def write(text: str) -> Path:
+        write_own_sources(tmp_path / "data")
+        path = tmp_path / "tiny.yaml"
+        path.write_text(text % (tmp_path / "data"))
+        return path
+
+    return write
+
+
+def kill_when(holds, *command: str) -> None:
+    """Starts Python with these arguments and kills it when `holds()`."""
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    give_up = time.monotonic() + 300
+    while not holds() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 def relative_error(got, want) -> float:

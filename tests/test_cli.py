@@ -182,8 +182,8 @@ def test_an_error_of_a_child_process_is_one_line(capsys, number, says):
 
 COMMANDS = (
     "run_speedrun nanochat_jax.chat nanochat_jax.export nanochat_jax.import nanochat_jax.scaling "
-    "nanochat_jax.planning.experiment nanochat_jax.checkpoint.__main__ nanochat_jax.data.__main__ nanochat_jax.bench.__main__ "
-    "evals.__main__ server.__main__ tokenizer.__main__"
+    "nanochat_jax.planning.experiment nanochat_jax.checkpoint.__main__ nanochat_jax.data.__main__ "
+    "nanochat_jax.bench.__main__ evals.__main__ server.__main__ tokenizer.__main__"
 )
 
 

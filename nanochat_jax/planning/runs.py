@@ -73,14 +73,13 @@ def train(points: list[Point], out: Path, jobs: int = 1, keep: bool = True) -> l
     mistaken = ""
     with Stop() as stop:
         while running or (waiting and not mistaken and not stop.requested):
-            # whoever needs a tokenizer waits until the first has trained it
-            alone = running and waiting and not _tokenizer_of(waiting[0][1], out)
-            while waiting and free and not alone and not mistaken and not stop.requested:
+            while waiting and free and not mistaken and not stop.requested:
+                if running and not _tokenizer_of(waiting[0][1], out):
+                    break  # until one of those that run has trained it
                 number, point = waiting.pop(0)
                 print(f"— {point.name}, {number} of {len(points)}", file=sys.stderr, flush=True)
                 place = free.pop(0)
                 running[place] = point, _start(point, out, place, jobs)
-                alone = not _tokenizer_of(point, out)
             time.sleep(0.1)
             if stop.requested:
                 for _, process in running.values():

@@ -2,15 +2,12 @@
 
 import json
 import math
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, write_own_sources
+from conftest import ROOT, kill_when
 from nanochat_jax.config import ExperimentConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.planning import attempts, experiment, experiment_page
@@ -108,25 +105,16 @@ tracking: {samples: 0}
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as on a plain machine
-    write_own_sources(tmp_path / "data")
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY % (tmp_path / "data"))
-    return path
+def tiny(own_sources):
+    return own_sources(TINY)
 
 
 @pytest.mark.slow
 def test_a_killed_experiment_goes_on(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     command = [str(tiny), "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "nanochat_jax.planning.experiment", *command], cwd=ROOT)
-    give_up = time.monotonic() + 300
-    while not list(out.glob("base-x1.5-0/base/checkpoints/*/")) and process.poll() is None:
-        assert time.monotonic() < give_up
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    saved = out / "base-x1.5-0" / "base" / "checkpoints" / "40"
+    kill_when(saved.is_dir, "-m", "nanochat_jax.planning.experiment", *command)
     assert (out / "base-0" / "base" / "done.json").is_file() and not (out / "base-1").exists()
 
     assert experiment.main(command) == 0

@@ -1,15 +1,12 @@
 """Sweeps: the fits on points from a known law, what is said where there is none, and a sweep that is killed."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, write_own_sources
+from conftest import ROOT, kill_when
 from nanochat_jax.config import SweepConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.model import scaling
@@ -137,26 +134,17 @@ mid: {mixture: {facts: -50}}
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(own_sources):
     """A sweep of two depths on this project's own sources."""
-    monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as on a plain machine
-    write_own_sources(tmp_path / "data")
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY % (tmp_path / "data"))
-    return path
+    return own_sources(TINY)
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     command = ["sweep", str(tiny), "--out", str(out), "sweep.ratios=[1]"]
-    process = subprocess.Popen([sys.executable, "-m", "nanochat_jax.scaling", *command], cwd=ROOT)
-    give_up = time.monotonic() + 300
     saved = out / "d2-ratio1" / "base" / "checkpoints" / "200"
-    while not saved.is_dir() and process.poll() is None and time.monotonic() < give_up:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    kill_when(saved.is_dir, "-m", "nanochat_jax.scaling", *command)
     assert not (out / "d2-ratio1" / "base" / "done.json").is_file() and not (out / "d1-ratio1").exists()
 
     assert sweep.main(command) == 0
