@@ -20,6 +20,7 @@ policy gradient of RL (the advantage).
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -181,12 +182,12 @@ class Sample(NamedTuple):
 
     ids: jax.Array  # (S,) int32
     counts: jax.Array  # (S,) float32: how many entries each stands for
-    places: jax.Array  # (M,) int32, of the targets in it; S where one is not
 
 
 def draw_sample(targets, vocab: int, size: int) -> Sample:
-    """`size` of the first `vocab` entries: the targets (M,), or as many as fill half of it, and others at random. What
-    is drawn depends on the targets alone."""
+    """`size` of the first `vocab` entries: the targets, or as many as fill half of it, and others at random. What is
+    drawn depends on the targets alone; negative ones count as entry 0."""
+    targets = jnp.maximum(targets, 0)
     random = jax.random.uniform(jax.random.fold_in(jax.random.key(0), targets.sum()), (vocab,))
     is_target = jnp.zeros(vocab, bool).at[targets].set(True)
     mine, others = (jax.lax.top_k(jnp.where(of, random, -1.0), size)[1] for of in (is_target, ~is_target))
@@ -195,24 +196,29 @@ def draw_sample(targets, vocab: int, size: int) -> Sample:
     slots = jnp.arange(size)
     ids = jnp.where(slots < kept, mine, others[slots - kept])
     counts = jnp.where(slots < kept, n / kept, (vocab - n) / jnp.maximum(size - kept, 1))
-    places = jnp.full(vocab, size, jnp.int32).at[ids].set(slots.astype(jnp.int32))
-    return Sample(ids, counts, places[targets])
+    return Sample(ids, counts)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
-def _weighted_sum(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits, sample):
-    return _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits, sample)[0]
+def sampler(vocab: int, size: int | None) -> Callable | None:
+    """targets -> `Sample` of `size` entries; None where all of them are taken."""
+    return functools.partial(draw_sample, vocab=vocab, size=size) if size and size < vocab else None
 
 
-def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eight_bits, sample):
-    drawn = draw_sample(targets, vocab, sample) if sample else None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _weighted_sum(hidden, head, targets, weights, drawn, vocab, softcap, chunk, eight_bits):
+    return _weighted_sum_fwd(hidden, head, targets, weights, drawn, vocab, softcap, chunk, eight_bits)[0]
+
+
+def _weighted_sum_fwd(hidden, head, targets, weights, drawn, vocab, softcap, chunk, eight_bits):
+    size, places = vocab, targets  # of the entries that are multiplied, and of the targets in them
     if drawn:
-        method = functools.partial(_blocks, counts=drawn.counts)
+        method, size = functools.partial(_blocks, counts=drawn.counts), len(drawn.ids)
+        places = jnp.full(len(head), size, jnp.int32).at[drawn.ids].set(jnp.arange(size, dtype=jnp.int32))[targets]
     elif _by_kernels():
         method = _eight_bit_kernels if eight_bits else _kernel
     else:
         method = _eight_bits if eight_bits else _blocks
-    start, add_chunk, joined = method(head[drawn.ids] if drawn else head, sample or vocab, softcap)
+    start, add_chunk, joined = method(head[drawn.ids] if drawn else head, size, softcap)
 
     def body(carry, xs):
         (total, d_head), (x, y, w, place, *xt) = carry, xs
@@ -220,7 +226,7 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
         dx = dx + done.d_y[:, None] * done.rows
         return (total + done.nll, d_head), (dx.astype(x.dtype), done.d_y)
 
-    chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights, drawn.places if drawn else targets))
+    chunks = tuple(_split(a, chunk) for a in (hidden, targets, weights, places))
     if drawn or method is _blocks:
         chunks = (*chunks, chunks[0].transpose(0, 2, 1))
     (total, d_head), (dx, d_y) = jax.lax.scan(body, (jnp.float32(0), start), chunks)
@@ -231,9 +237,9 @@ def _weighted_sum_fwd(hidden, head, targets, weights, vocab, softcap, chunk, eig
     return total, (dx.reshape(-1, hidden.shape[-1])[:n], d_head.astype(head.dtype))
 
 
-def _weighted_sum_bwd(vocab, softcap, chunk, eight_bits, sample, kept, g):
+def _weighted_sum_bwd(vocab, softcap, chunk, eight_bits, kept, g):
     d_hidden, d_head = kept
-    return (g * d_hidden).astype(d_hidden.dtype), (g * d_head).astype(d_head.dtype), None, None
+    return (g * d_hidden).astype(d_hidden.dtype), (g * d_head).astype(d_head.dtype), None, None, None
 
 
 _weighted_sum.defvjp(_weighted_sum_fwd, _weighted_sum_bwd)
@@ -258,22 +264,21 @@ def weighted_nll(
     softcap: float,
     chunk: int | None = None,
     eight_bits: bool = False,
-    sample: int | None = None,
+    drawn: Sample | None = None,
 ) -> jax.Array:
     """sum_t weights_t * -log p(targets_t), a float32 scalar; differentiable in hidden and head only. It always computes
     the gradients; `token_nll` is for evaluation.
 
     hidden (..., D) and head (padded V, D) in one dtype; targets (...) int32, any negative one is ignored;
     weights (...) float32. Softmax over the first `vocab` entries of softcap * tanh(z / softcap).
-    eight_bits: products in 8-bit floats (kernels/fp8.py), but for the target's own term. sample: so many entries stand
-    for the vocabulary, where it has more; their products are in the type of `head`.
+    eight_bits: products in 8-bit floats (kernels/fp8.py), but for the target's own term. drawn: entries that
+    stand for the vocabulary; their products are in the type of `head`.
     """
     targets, weights = targets.reshape(-1), weights.reshape(-1).astype(jnp.float32)
     weights = jnp.where(targets >= 0, weights, 0.0)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    sample = sample if sample and sample < vocab else None
-    chunk = _chunk(hidden.shape[0], chunk, hidden.dtype if _by_kernels() and not sample else jnp.float32)
-    return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, vocab, softcap, chunk, eight_bits, sample)
+    chunk = _chunk(hidden.shape[0], chunk, hidden.dtype if _by_kernels() and not drawn else jnp.float32)
+    return _weighted_sum(hidden, head, jnp.maximum(targets, 0), weights, drawn, vocab, softcap, chunk, eight_bits)
 
 
 def token_nll(hidden, head, targets, *, vocab: int, softcap: float, chunk: int | None = None, entropy: bool = False):

@@ -15,6 +15,7 @@ from nanochat_jax.config import BaseConfig, GPTConfig, ModelConfig, RunConfig, T
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model import scaling
 from nanochat_jax.model.gpt import graph_of
+from nanochat_jax.model.loss import sampler
 from nanochat_jax.planning import targets
 from nanochat_jax.training import loop, optim
 
@@ -58,8 +59,8 @@ class TrainStep:
     def jitted(self, level: str = "none") -> Any:
         """level: of `remat`."""
         graph = graph_of(self.cfg, self.dtype, self.config.base.fp8, level)
-        sample = self.config.base.vocab_sample
-        return loop.make_step(graph, self._optimizer, self.dtype, self.mesh, vocab_sample=sample)
+        draw = sampler(self.cfg.vocab_size, self.config.base.vocab_sample)
+        return loop.make_step(graph, self._optimizer, self.dtype, self.mesh, draw=draw)
 
     def init(self, params=None) -> loop.TrainState:
         return loop.init_state(self.cfg, self._optimizer, self.config.seed, self.mesh, params)

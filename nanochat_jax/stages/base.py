@@ -3,6 +3,7 @@
 from evals.core import evaluate_core
 from nanochat_jax.data.bundle import find_bundle
 from nanochat_jax.model import scaling
+from nanochat_jax.model.loss import sampler
 from nanochat_jax.stages import common
 from nanochat_jax.stages.preview import preview
 from nanochat_jax.stages.run import Run
@@ -33,8 +34,8 @@ def main(run: Run) -> dict:
     optimizer = common.make_optimizer(run, cfg.optim, plan.steps, plan.batch_tokens, decay)
     wanted = plan.steps * plan.batch_tokens // run.config.model.sequence_len
     with run.packed("val") as val_rows, run.packed("train", wanted) as train_rows:
-        sample = cfg.vocab_sample
-        step = compile_step(run, "base", optimizer, plan.batch_tokens, cfg.fp8, vocab_sample=sample)
+        draw = sampler(run.gpt_config.vocab_size, cfg.vocab_sample)
+        step = compile_step(run, "base", optimizer, plan.batch_tokens, cfg.fp8, draw=draw)
         run.log.say(
             f"base: {plan.steps} steps of {plan.batch_tokens:,} tokens ({step.accumulation} x {step.rows} rows), "
             f"{scaling.param_counts(run.gpt_config)['total']:,} parameters, {run.training_dtype}"

@@ -30,12 +30,12 @@ def compile_step(
     batch_tokens: int,
     eight_bits: bool = False,
     lora_rank: int | None = None,
-    vocab_sample: int | None = None,
+    draw: Callable | None = None,
 ) -> Step:
     """The step of stage `name` for a batch of `batch_tokens`.
 
     eight_bits: with its products in 8-bit floats. lora_rank: of adapters; it then takes the frozen parameters as well.
-    vocab_sample: entries that stand for the vocabulary in the loss.
+    draw: as `loop.make_step` has it.
     """
     length = run.config.model.sequence_len
     per_device = memory.rows_per_device(name, batch_tokens, length, run.mesh)
@@ -47,7 +47,7 @@ def compile_step(
 
     def step_of(level: str):
         graph = graph_of(run.gpt_config, run.training_dtype, eight_bits, level)
-        return loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join, vocab_sample=vocab_sample)
+        return loop.make_step(graph, optimizer, run.training_dtype, run.mesh, join, draw=draw)
 
     arrays = {"tokens": np.int32, "targets": np.int32}
     state = abstract_state(run, optimizer, lora_rank)

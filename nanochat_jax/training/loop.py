@@ -51,35 +51,37 @@ def make_step(
     mesh,
     join: Callable | None = None,
     temperature: float = 1.0,
-    vocab_sample: int | None = None,
+    draw: Callable | None = None,
 ) -> Callable:
     """step(state, batch) -> state, metrics; jitted, the state's buffers donated.
 
     join: (frozen, params) -> the model's parameters, where the state has only a part of them or a change to them, such
     as adapters; then it is step(state, batch, frozen), and frozen, in `dtype`, is neither donated nor differentiated.
-    temperature: of the softmax whose log-likelihood is the loss. vocab_sample: entries that stand for the vocabulary.
+    temperature: of the softmax whose log-likelihood is the loss. draw: targets (A, R, T) -> `loss.Sample`, entries that
+    stand for the vocabulary in the loss of the whole batch, whatever its micro-batches.
 
     batch: tokens and targets (A, R, T) int32, A micro-batches of R rows, targets negative where there is none; weights
     (A, R, T) float32, or absent for the mean over all targets. metrics: loss and grad_norm, float32 scalars.
     """
 
-    def micro_loss(params, frozen, tokens, targets, weights):
+    def micro_loss(params, given, tokens, targets, weights):
+        frozen, drawn = given
         params = join(frozen, params) if join else params
         model, head = merge(graph, params), params["lm_head"]["weight"]
         hidden, softcap = tempered(model.hidden(tokens), model.cfg.softcap, temperature)
-        more = {"softcap": softcap, "eight_bits": model.lm_head.eight_bits, "sample": vocab_sample}
+        more = {"softcap": softcap, "eight_bits": model.lm_head.eight_bits, "drawn": drawn}
         return weighted_nll(hidden, head, targets, weights, vocab=model.cfg.vocab_size, **more)
 
-    def micro(params, frozen, *rows):
-        found = jax.value_and_grad(micro_loss)(params, frozen, *rows)
+    def micro(params, given, *rows):
+        found = jax.value_and_grad(micro_loss)(params, given, *rows)
         return jax.tree.map(lambda a: a.astype(jnp.float32), found)
 
-    def sum_over_micro_batches(params, frozen, *batch):
+    def sum_over_micro_batches(params, given, *batch):
         def add(total, rows):
-            return jax.tree.map(jnp.add, total, micro(params, frozen, *rows)), None
+            return jax.tree.map(jnp.add, total, micro(params, given, *rows)), None
 
         if batch[0].shape[0] == 1:
-            return micro(params, frozen, *(x[0] for x in batch))
+            return micro(params, given, *(x[0] for x in batch))
         several = sharding.data_parallel(mesh) > 1
         zeros = (jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
         total, _ = jax.lax.scan(add, zeros, tuple(x[:-1] if several else x for x in batch))
@@ -96,7 +98,8 @@ def make_step(
             is_target = (targets >= 0).astype(jnp.float32)
             weights = is_target / jnp.maximum(is_target.sum(), 1.0)
         params = cast_matrices(state.params, dtype)
-        loss, grads = sharding.over_rows(sum_over_micro_batches, mesh)(params, frozen or {}, tokens, targets, weights)
+        given = frozen or {}, draw(targets) if draw else None
+        loss, grads = sharding.over_rows(sum_over_micro_batches, mesh)(params, given, tokens, targets, weights)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updates = sharding.constrain(updates, mesh, sharding.state_spec)  # computed where the moments are

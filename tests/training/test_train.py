@@ -13,6 +13,7 @@ from nanochat_jax.config import GPTConfig, MeshConfig, OptimConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.gpt import graph_of, init_params
+from nanochat_jax.model.loss import sampler
 from nanochat_jax.stages.common import permutation
 from nanochat_jax.stages.step import place
 from nanochat_jax.training import loop, memory, optim
@@ -21,9 +22,10 @@ CFG = GPTConfig(vocab_size=250, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, seq
 STEPS = 3
 
 
-def optimizer(mesh=None, dtype=jnp.float32):
-    schedules = optim.make_schedules(OptimConfig(warmup_steps=0), STEPS, 0.1, "modern")
-    return optim.make_optimizer(CFG, OptimConfig(), schedules, 2**19, dtype, mesh)
+def optimizer(mesh=None, dtype=jnp.float32, **settings):
+    cfg = OptimConfig(warmup_steps=0, **settings)
+    schedules = optim.make_schedules(cfg, STEPS, 0.1, "modern")
+    return optim.make_optimizer(CFG, cfg, schedules, 2**19, dtype, mesh)
 
 
 def batches(rows=16, masked=False):
@@ -47,13 +49,13 @@ def start():
     return jax.tree.map(filled, init_params(CFG, 0))
 
 
-def run(mesh_config, accumulation, masked=False, dtype=jnp.float32):
-    """(losses, parameters) of three steps on the mesh."""
+def run(mesh_config, accumulation, masked=False, dtype=jnp.float32, sample=None, **settings):
+    """(losses, parameters) of three steps on the mesh; settings: of the optimizer."""
     count = int(np.prod([n for n in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)]))
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    opt = optimizer(mesh, dtype)
+    opt = optimizer(mesh, dtype, **settings)
     state = loop.init_state(CFG, opt, 0, mesh, start())
-    step, losses = loop.make_step(graph_of(CFG, dtype), opt, dtype, mesh), []
+    step, losses = loop.make_step(graph_of(CFG, dtype), opt, dtype, mesh, draw=sampler(CFG.vocab_size, sample)), []
     for batch in batches(masked=masked):
         state, metrics = step(state, place(batch, accumulation, mesh))
         losses.append(float(metrics["loss"]))
@@ -89,6 +91,16 @@ def test_eight_devices_equal_one(one_device, mesh, accumulation):
     losses, params = run(mesh, accumulation)
     assert relative_error(losses, one_device[0]) < 1e-5
     assert differing(params, one_device[1]) == []
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)], ids=["data", "data-fsdp-tensor"])
+def test_eight_devices_equal_one_with_every_addition(mesh):
+    """Also the sample of the vocabulary, which is the whole batch's however it is split."""
+    settings = {"sample": 96, "average": 0.5, "lookahead": 0.6, "update_floor": 0.35}
+    (losses, params), (want, wanted) = run(mesh, 1, **settings), run(MeshConfig(1, 1, 1), 4, **settings)
+    assert relative_error(losses, want) < 1e-5
+    assert differing(params, wanted) == []
+    assert relative_error(losses[:1], run(MeshConfig(1, 1, 1), 1)[0][:1]) > 1e-5
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
