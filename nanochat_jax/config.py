@@ -136,6 +136,7 @@ class OptimConfig:
     weight_decay: Rate | None = None  # of Muon's matrices; None: the scaling rule
     lr_scale: Rate = 1.0  # multiplies every rate
     warmup_steps: Natural = 40  # over which the rate rises
+    momentum_steps: Count | None = None  # over which Muon's momentum rises; None: 400, of classic 300
     warmdown: Share = 0.65  # share of the steps over which the rate falls
     final_lr: Rate = 0.05  # as a share of the peak
     average: Share = 0.0  # share of the steps, the last ones, whose weights' mean is the result; 0: the last weights
