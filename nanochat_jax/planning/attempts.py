@@ -1,8 +1,8 @@
 """One number for the working tree as it is, and a log of such numbers: what to keep when many things are tried.
 
-A line of log.tsv is an attempt: when, commit, tree (the hash of all files as they stood), seed, what was changed, bits
-per byte, tokens, tokens/s and the verdict. An attempt on a tree that the log has already takes the next seed. How far
-apart seeds of one tree lie says what chance does.
+A line of log.tsv is an attempt: when, commit, tree (the hash of all files as they stood, and of the settings), minutes,
+seed, what was changed, bits per byte, tokens, tokens/s and the verdict. An attempt on a tree that the log has already
+takes the next seed. How far apart seeds of one tree lie says what chance does. Attempts of other minutes do not count.
 """
 
 import csv
@@ -18,20 +18,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from nanochat_jax.config import RunConfig
+from nanochat_jax.config import RunConfig, fingerprint
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text
 from nanochat_jax.planning.runs import ROOT, base_result, point, probe, speed, train
 
 LOG = "log.tsv"
-FIELDS = ("when", "commit", "tree", "seed", "change", "val_bpb", "tokens", "tokens_per_second", "verdict")
+FIELDS = ("when", "commit", "tree", "minutes", "seed", "change", "val_bpb", "tokens", "tokens_per_second", "verdict")
 FAR = 2.0  # standard errors of a difference beyond which it is no chance
 
 
 def attempt(config: RunConfig, out: Path, minutes: float, change: str) -> dict:
     """Trains `config`'s base model for so many minutes of steps; returns its line, which the log in `out` then has."""
-    commit, tree = _git("rev-parse", "--short", "HEAD"), _tree()
-    earlier = read(out / LOG)
+    commit, tree = _git("rev-parse", "--short", "HEAD"), f"{_tree()}-{fingerprint(config)[:6]}"
+    lines, length = read(out / LOG), f"{minutes:g}"
+    earlier = [row for row in lines if row["minutes"] == length]
     seed = sum(row["tree"] == tree for row in earlier)
     for name in ("probe", "attempt"):  # of another tree
         shutil.rmtree(out / name, ignore_errors=True)
@@ -43,9 +44,9 @@ def attempt(config: RunConfig, out: Path, minutes: float, change: str) -> dict:
     found = base_result(out / run.name)
     numbers = (round(found.bpb, 5), found.tokens, round(found.tokens / found.seconds))
     change = " ".join(change.split()) or _git("log", "-1", "--format=%s")
-    row = dict(zip(FIELDS, (time.strftime("%F %R"), commit, tree, seed, change, *numbers), strict=False))
+    row = dict(zip(FIELDS, (time.strftime("%F %R"), commit, tree, length, seed, change, *numbers), strict=False))
     row["verdict"] = verdict(row, earlier)
-    _write(out / LOG, [*earlier, row])
+    _write(out / LOG, [*lines, row])
     return row
 
 

@@ -82,14 +82,19 @@ def results(wanted: list[Point], out: Path) -> dict[int, Run]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m nanochat_jax.planning.experiment", description=__doc__.split("\n\n")[0])
+    p = argparse.ArgumentParser(prog="python -m nanochat_jax.planning.experiment", description=__doc__)
     p.add_argument("file", metavar="FILE", help="settings of a run and a section `experiment`")
     p.add_argument("--mesh", help="YAML file of mesh axes, such as configs/mesh/h100_x8.yaml")
     p.add_argument("--out", type=Path, help="folder of the runs; default: runs/<name of the file>")
     p.add_argument("--jobs", type=positive, default=1, help="runs at a time, each on its part of the cores or GPUs")
-    p.add_argument("--minutes", type=float, help="train the base once, for so long, and keep a line of it")
+    p.add_argument("--minutes", type=float, help="train the base once, for so many minutes, and add a line to log.tsv")
     p.add_argument("--note", default="", help="with --minutes: what was changed, for the log")
-    p.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    p.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="settings that override the file's; a variant's own override these",
+    )
     return p.parse_intermixed_args(argv)
 
 
@@ -98,6 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.minutes is not None and args.minutes <= 0:
         raise UserError("--minutes must be more than 0")
+    if args.note and args.minutes is None:
+        raise UserError("--note is for the log of attempts: give --minutes as well")
+    if args.jobs > 1 and args.minutes is not None:
+        raise UserError("an attempt is one run: leave --jobs out, or --minutes")
     experiment = read_experiment(args.file, args.mesh, args.settings)
     out = args.out or ROOT / "runs" / Path(args.file).stem
     with claim(out / ".lock"):

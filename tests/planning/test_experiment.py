@@ -168,5 +168,10 @@ def test_mistakes(tiny, capsys):
     ):
         with pytest.raises(UserError, match=said):
             experiment.read_experiment(str(tiny), None, settings)
-    assert experiment.main([str(tiny), "--minutes", "0"]) == 2
-    assert "--minutes must be more than 0" in capsys.readouterr().err
+    for options, said in (
+        (["--minutes", "0"], "--minutes must be more than 0"),
+        (["--note", "wider"], "give --minutes as well"),
+        (["--minutes", "1", "--jobs", "2"], "leave --jobs out"),
+    ):
+        assert experiment.main([str(tiny), *options]) == 2
+        assert said in capsys.readouterr().err
