@@ -60,6 +60,7 @@ class GPTConfig:
     residual_scalars: bool = True
     value_embeds: bool = True
     smear: bool = True
+    bigram_rows: int = 0  # of the table of pairs of tokens; 0: none
     backout: bool = True
     vocab_multiple: int = 64
     init: str = "modern"  # modern | classic
@@ -96,6 +97,8 @@ class ModelConfig:
     n_kv_head: Count | None = None  # heads of keys and values, for grouped-query attention; None: as many as queries
     sequence_len: Count = 2048  # tokens of a training row, and the longest context
     window_pattern: str | None = None  # tiled over layers; S: a quarter of the context, L: all; None: SSSL, classic L
+    # rows of a table that a hash of every two tokens looks up: it lowers bits per byte more than it helps on tasks
+    bigram_rows: Natural = 0
 
 
 @dataclass(frozen=True)

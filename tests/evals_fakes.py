@@ -36,7 +36,7 @@ class ByteTokenizer:
         return np.array([1] * 256 + [0] * len(SPECIAL_TOKENS), np.int32)
 
 
-def tiny_model(sequence_len=192, vocab_size=ByteTokenizer.vocab_size, seed=0):
+def tiny_model(sequence_len=192, vocab_size=ByteTokenizer.vocab_size, seed=0, **more):
     """A GPT whose output is not constant: the projections that start at zero, and the head, get random weights."""
     cfg = GPTConfig(
         vocab_size=vocab_size,
@@ -46,12 +46,16 @@ def tiny_model(sequence_len=192, vocab_size=ByteTokenizer.vocab_size, seed=0):
         n_embd=32,
         sequence_len=sequence_len,
         window_pattern="SL",
+        **more,
     )
     model = GPT(cfg, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)
     for block in model.blocks:
         for linear in (block.attn.proj, block.mlp.proj):
             linear.weight[...] = jnp.asarray(0.1 * rng.normal(size=linear.weight.shape), jnp.float32)
+    if model.cfg.bigram_rows:
+        table = model.bigrams.embedding
+        table[...] = jnp.asarray(rng.normal(size=table.shape), jnp.float32)
     model.lm_head.weight[...] = jnp.asarray(0.5 * rng.normal(size=model.lm_head.weight.shape), jnp.float32)
     return model
 

@@ -361,7 +361,8 @@ def step(model: GPT, params: dict, cache: list, slots, max_len: int, token, posi
     cfg, eps = model.cfg, model.cfg.norm_eps
     rope = tuple(t[:, 0] for t in rotary_tables(jnp.arange(max_len), cfg.head_dim, cfg.rope_base))
     x = model.embed(token[:, None])
-    x = (model._smear(x, before) if cfg.smear else x)[:, 0]
+    x = model._smear(x, before) if cfg.smear else x
+    x = (x + model._bigrams(token[:, None], before) if cfg.bigram_rows else x)[:, 0]
     x0 = kept = x
     if cfg.residual_scalars:
         x = mixture(x, x0, params["factors"][0])

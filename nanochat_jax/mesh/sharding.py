@@ -31,7 +31,7 @@ RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp",
 
 # the end of a parameter's path -> its logical axes; what is not here is small and replicated
 _LOGICAL = {
-    "(wte/embedding|lm_head/weight)": ("vocab", "embed"),
+    "(wte/embedding|bigrams/embedding|lm_head/weight)": ("vocab", "embed"),
     "[qkv]/weight": ("heads", "embed"),
     "attn/proj/weight": ("embed", "heads"),
     "fc/weight": ("mlp", "embed"),

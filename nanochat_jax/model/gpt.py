@@ -30,6 +30,8 @@ from nanochat_jax.model.scaling import GATE_CHANNELS, SMEAR_CHANNELS
 # (layer, q (B, T, H, N), k (B, T, K, N), v (B, T, K, N)) -> (B, T, H, N)
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]
 
+HASH = np.uint32(2654435761)  # 2^32 over the golden ratio, a prime (Knuth, volume 3, section 6.4)
+
 
 def rotary_tables(positions: jax.Array, head_dim: int, base: float) -> tuple[jax.Array, jax.Array]:
     """cos and sin (..., T, 1, N/2) for positions (..., T). RoPE: Su et al., arXiv 2104.09864."""
@@ -155,6 +157,8 @@ class GPT(nnx.Module):
             self.smear_lambda = nnx.Param(jnp.zeros((1,), jnp.float32))
         if cfg.backout:
             self.backout_lambda = nnx.Param(jnp.full((1,), 0.2, jnp.float32))
+        if cfg.bigram_rows:
+            self.bigrams = Embedding(cfg.bigram_rows, D, zeros, rngs)
         if cfg.value_embeds:
             kv, layers = cfg.n_kv_head * cfg.head_dim, filter(cfg.has_value_embed, range(cfg.n_layer))
             self.value_embeds = nnx.Dict({str(i): Embedding(V, kv, init["value"], rngs) for i in layers})
@@ -172,6 +176,13 @@ class GPT(nnx.Module):
         shifted = jnp.concatenate([before, x[:, :-1]], axis=1) if before.shape[1] == 1 else before
         gate = jax.nn.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + self.smear_lambda[...].astype(x.dtype) * gate * shifted
+
+    def _bigrams(self, tokens, prev_tokens):
+        """Rows (B, T, D) of every token and the one before it, by a hash; prev_tokens as in `trunk`."""
+        before = jnp.full_like(tokens[:, :1], -1) if prev_tokens is None else prev_tokens.reshape(len(tokens), -1)
+        before = jnp.concatenate([before, tokens[:, :-1]], axis=1) if before.shape[1] == 1 else before
+        pairs = before.astype(jnp.uint32) * HASH + tokens.astype(jnp.uint32)
+        return self.bigrams((pairs * HASH % self.cfg.bigram_rows).astype(jnp.int32)).astype(self.dtype)
 
     def _layer(self, i: int, tokens, rope, attend: Attend, x, mlp_out, x0):
         """One layer: x, the MLP's result, which is not yet added to it, and x0, all for the next.
@@ -200,6 +211,8 @@ class GPT(nnx.Module):
         cfg, x = self.cfg, self.embed(tokens)
         if cfg.smear:
             x = self._smear(x, prev_tokens)
+        if cfg.bigram_rows:
+            x = x + self._bigrams(tokens, prev_tokens)
         rope = rotary_tables(positions, cfg.head_dim, cfg.rope_base)
         x0 = x
         mlp_out: Any = None  # of the last layer, not yet added to x

@@ -30,6 +30,7 @@ def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
         n_embd=width,
         sequence_len=cfg.sequence_len,
         window_pattern=cfg.window_pattern or ("L" if cfg.arch == "classic" else "SSSL"),
+        bigram_rows=cfg.bigram_rows,
     )
     if cfg.arch != "classic":
         return modern
@@ -48,6 +49,8 @@ def param_counts(cfg: GPTConfig) -> dict[str, int]:
         "transformer_matrices": L * (2 * D * D + 2 * D * kv + 8 * D * D) + with_value * GATE_CHANNELS * cfg.n_kv_head,
         "scalars": 2 * L * cfg.residual_scalars + (SMEAR_CHANNELS + 1) * cfg.smear + cfg.backout,
     }
+    if cfg.bigram_rows:
+        counts["bigrams"] = cfg.bigram_rows * D
     return {**counts, "total": sum(counts.values())}
 
 

@@ -245,6 +245,7 @@ _ADAMW = {
 # the first name of a parameter's path -> its group, where that is named otherwise
 _GROUP_OF = {
     "blocks": "muon",
+    "bigrams": "value_embeds",
     "resid_scalars": "resid",
     "x0_scalars": "x0",
     **dict.fromkeys(("smear_gate", "smear_lambda", "backout_lambda"), "smear"),

@@ -29,8 +29,14 @@ FIXED = {
 }
 
 
+def _known_elsewhere(cfg: GPTConfig) -> None:
+    if cfg.bigram_rows:
+        raise UserError(f"model.bigram_rows={cfg.bigram_rows}: no other code base has such a table")
+
+
 def transformers_config(cfg: GPTConfig) -> dict:
     """The config.json of a `classic` model, without the ids of special tokens. UserError where it has windows."""
+    _known_elsewhere(cfg)
     if any(window < cfg.sequence_len for window in cfg.windows):
         pattern = f"model.window_pattern={cfg.window_pattern}"
         raise UserError(f"{pattern}: transformers' `nanochat` attends to the whole context")
@@ -46,6 +52,7 @@ def transformers_config(cfg: GPTConfig) -> dict:
 
 def reference_config(cfg: GPTConfig) -> dict:
     """The config.json of a `modern` model; `model_config` is what the reference's GPTConfig takes."""
+    _known_elsewhere(cfg)
     return {
         "architectures": ["GPT"],
         "model_type": "nanochat-modern",

@@ -57,6 +57,22 @@ def test_greedy_equals_the_full_forward_for_unequal_lengths_over_windows(engine,
         assert all(margin_of(full, ids, i) > -1e-4 for i in range(len(prompt), len(ids)))
 
 
+def test_pairs_of_tokens_are_known_to_the_engine():
+    model = tiny_model(MAX_LEN, bigram_rows=53)
+    full, asked = FullLogits(model), prompts(1, 20, 64)
+    for prompt, done in zip(
+        asked, Engine(model, slots=SLOTS, max_len=MAX_LEN).generate([Request(p, 20, 0.0) for p in asked])
+    ):
+        ids = prompt + done.ids
+        assert all(margin_of(full, ids, i) > -1e-4 for i in range(len(prompt), len(ids)))
+    # the same ids in another order are other pairs
+    a, b = full([5, 9, 7])[-1], full([9, 5, 7])[-1]
+    model.bigrams.embedding[...] *= 0
+    assert (
+        np.abs(a - b).max() > 2 * np.abs(FullLogits(model)([5, 9, 7])[-1] - FullLogits(model)([9, 5, 7])[-1]).max() > 0
+    )
+
+
 def test_a_ring_that_wraps_equals_the_full_forward_at_every_position():
     # window 256, ring 512: prompts end at each side of every window, and rows go on for three windows and a half
     model = tiny_model(sequence_len=896)

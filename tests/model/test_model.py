@@ -1,5 +1,7 @@
 """The model and the loss against the reference's figures, and against their own definitions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,8 +135,11 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     assert abs(float(mean_loss(model, tokens[:, :-1], tokens[:, 1:])) - np.log(TINY.vocab_size)) < 0.05
 
 
-def test_no_position_sees_the_future():
-    model = GPT(TINY, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("bigram_rows", [0, 50])
+def test_no_position_sees_the_future(bigram_rows):
+    model = GPT(dataclasses.replace(TINY, bigram_rows=bigram_rows), rngs=nnx.Rngs(0))
+    if bigram_rows:
+        model.bigrams.embedding[...] = jax.random.normal(jax.random.key(4), (bigram_rows, TINY.n_embd))
     model.smear_lambda[...] = jnp.ones(1)
     for block in model.blocks:  # the zero-initialised projections would hide a leak
         for linear in (block.attn.proj, block.mlp.proj):

@@ -188,6 +188,12 @@ def test_windows_cannot_be_said():
         configs.transformers_config(scaling.gpt_config(model, 512))
 
 
+@pytest.mark.parametrize("write", [configs.transformers_config, configs.reference_config])
+def test_a_table_of_pairs_cannot_be_said(write):
+    with pytest.raises(UserError, match="model.bigram_rows=64: no other code base"):
+        write(scaling.gpt_config(load_config(None, None, ["model.arch=classic", "model.bigram_rows=64"]).model, 512))
+
+
 def test_tensors_are_safetensors(tmp_path):
     """What the package of that name reads and writes; the same arrays give the same bytes."""
     rng = np.random.default_rng(0)
