@@ -14,7 +14,10 @@ from evals.scoring import Scorer, crop_left
 from nanochat_jax.config import MeshConfig
 from nanochat_jax.mesh import sharding
 
-CLASSIC = {"residual_scalars": False, "value_embeds": False, "smear": False, "backout": False, "window_pattern": "L"}
+CLASSIC = {
+    **dict.fromkeys(("residual_scalars", "value_embeds", "smear", "backout"), False),
+    **{"window_pattern": "L", "bigram_rows": 0},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -159,7 +162,7 @@ def question(rng, shared, ends, first=0):
 
 def windowed(**switches):
     """A model with windows of 128 in a context of 300, every switch of the architecture on but where `switches` say."""
-    made = tiny_model(sequence_len=300)
+    made = tiny_model(sequence_len=300, bigram_rows=53)
     made.smear_lambda[...] = jnp.asarray([0.7])
     if not switches:
         return made
