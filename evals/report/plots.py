@@ -201,6 +201,7 @@ class Cloud(NamedTuple):
 def clouds(path: Path, panels: Sequence[tuple[str, str, Sequence[Cloud]]], y_label: str) -> None:
     """Writes panels (title, x label, clouds) of the same y side by side, over logarithmic scales; one legend."""
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator, NullLocator
 
     with _drawing(path, 3.6) as figure:
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False).ravel()
@@ -211,8 +212,8 @@ def clouds(path: Path, panels: Sequence[tuple[str, str, Sequence[Cloud]]], y_lab
                 if cloud.line:
                     axes.plot(*cloud.line, color=colour, linewidth=1.5)
             axes.set(title=title, xlabel=x_label, xscale="log")
-            for of_axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-                of_axis(lambda x, _: count(x))
-            axes.tick_params(axis="x", which="both", labelrotation=30)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x < 1e3 else count(x))
         grid[0].set_ylabel(y_label)
         figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper")

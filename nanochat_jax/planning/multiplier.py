@@ -45,7 +45,7 @@ def multipliers(base: Sequence[Mapping[int, Run]], variant: Mapping[int, Run]) -
         """Logarithms of both multipliers for the seeds `chosen`."""
         means = bpb[:, chosen].mean(axis=1)
         gained = _inverse(x[:-1][order], means[:-1][order], means[-1]) - x[-1]
-        return gained, gained + np.log(rates[:-1, chosen].mean() / rates[-1, chosen].mean())
+        return gained, gained + np.log(np.median(rates[:-1, chosen]) / np.median(rates[-1, chosen]))
 
     n = len(places)
     centre = np.array(ratio(np.arange(n)))
