@@ -136,7 +136,7 @@ class OptimConfig:
     embedding_lr: Rate = 0.3  # AdamW: the token and value embeddings
     unembedding_lr: Rate = 0.008  # AdamW: the output head
     scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream; of smear and backout 0.4 times as much
-    weight_decay: Rate | None = None  # of Muon's matrices; None: the scaling rule
+    weight_decay: Rate | None = None  # of the blocks' matrices; None: the scaling rule, with AdamW 0.1
     lr_scale: Rate = 1.0  # multiplies every rate
     warmup_steps: Natural = 40  # over which the rate rises
     momentum_steps: Count | None = None  # over which Muon's momentum rises; None: 400, of classic 300
@@ -155,7 +155,8 @@ class BaseConfig:
     ratio: Positive = 12.0  # training tokens per scaling parameter
     tokens: Count | None = None  # overrides ratio
     fp8: bool = False  # products of the training step in 8-bit floats; for H100s and later, emulated elsewhere
-    # entries of the vocabulary that stand for all in the training loss: the batch's own and others at random; None: all
+    # entries of the vocabulary that stand for all in the training loss: the batch's own and others at random. Their
+    # products are never in 8 bits. None: all
     vocab_sample: Count | None = None
     batch_tokens: Count | None = None  # tokens per optimizer step; None: the scaling rule
     micro_batch: Count = 8  # rows per data-parallel device and micro-step

@@ -88,11 +88,27 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
     ("data.source", lambda v, c: v != "local" or c.data.dir, "needs data.dir=<folder>"),
     ("data.dir", lambda v, c: not v or Path(v).is_dir(), "is not a folder; leave it out for the embedded data"),
     (
+        "base.vocab_sample",
+        lambda v, c: 2 <= v < c.tokenizer.vocab_size,
+        "must be 2 or more and less than tokenizer.vocab_size={0.tokenizer.vocab_size}",
+    ),
+    (
+        "base.optim.matrices mid.optim.matrices sft.optim.matrices rl.optim.matrices",
+        lambda v, c: v == "muon" or not _without_muon(c),
+        "leaves nothing that update_floor and momentum_steps apply to: they are Muon's",
+    ),
+    (
         "base.batch_tokens mid.batch_tokens sft.batch_tokens",
         lambda v, c: v % c.model.sequence_len == 0,
         "must be a multiple of model.sequence_len={0.model.sequence_len}",
     ),
 )
+
+
+def _without_muon(config: Any) -> list[Any]:
+    """Optimizers that have settings of Muon's and not Muon."""
+    each = [getattr(config, stage).optim for stage in STAGES]
+    return [o for o in each if o.matrices != "muon" and (o.update_floor or o.momentum_steps)]
 
 
 def _heads(model: Any) -> int:

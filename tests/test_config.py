@@ -66,6 +66,8 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("rl.epochs=2", "rl.epochs=2 needs rl.top_k=0, not 50"),
         ("rl.minibatches=2", "rl.minibatches=2 needs rl.top_k=0, not 50"),
         ("rl.temperature=0.1", "must be at least 0.25"),
+        ("base.vocab_sample=32768", "less than tokenizer.vocab_size=32768"),
+        ("base.vocab_sample=1", "must be 2 or more"),
         ("rl.temperature=nan", "must be a finite number"),
         ("checkpoints.save_minutes=0", "must be more than 0; leave it out"),
         ("model.head_dim=3", "must be even"),

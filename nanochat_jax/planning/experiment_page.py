@@ -1,6 +1,7 @@
 """What an experiment found, as experiment.md with its plot and experiment.json."""
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,8 +42,7 @@ def rows(found: Mapping[tuple[str, float], Runs], base: str) -> list[Row]:
         each = list(runs.values())
         together = [place for place in runs if all(place in of for of in lengths)]
         known = multipliers(lengths, runs) if name != base and len(together) > 1 else None
-        means = (statistics.fmean(getattr(run, of) for run in each) for of in ("bpb", "tokens"))
-        bpb, tokens = means
+        bpb, tokens = _mean(each, "bpb"), _mean(each, "tokens")
         error = statistics.stdev(run.bpb for run in each) / len(each) ** 0.5 if len(each) > 1 else float("nan")
         speed = statistics.median(run.tokens / run.seconds for run in each)
         out.append(Row(name, length, bpb, error, tokens, speed, max(r.memory_gb for r in each), len(each), known))
@@ -57,7 +57,7 @@ def write(
     figures = {
         "settings": dataclasses.asdict(settings),
         "level": LEVEL,
-        "rows": [dataclasses.asdict(row) for row in every],
+        "rows": [_plain(dataclasses.asdict(row)) for row in every],
         "runs": {
             f"{name} x{length:g}": {place: dataclasses.asdict(run) for place, run in runs.items()}
             for (name, length), runs in found.items()
@@ -72,9 +72,15 @@ def write(
     said = {}
     for row in every:
         if row.multipliers:
-            by = {name: dataclasses.asdict(getattr(row.multipliers, name)) for name in ("tokens", "seconds")}
-            said[row.name] = {"val_bpb": row.bpb, **by}
+            said[row.name] = {"val_bpb": row.bpb, **_plain(dataclasses.asdict(row.multipliers))}
     return {"out": str(out), "failed": failed, "variants": said}
+
+
+def _plain(value):
+    """Without numbers that JSON has not: None in their place."""
+    if isinstance(value, dict):
+        return {key: _plain(of) for key, of in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(every: list[Row]) -> str:
@@ -92,15 +98,17 @@ def _table(every: list[Row]) -> str:
 
 
 def _said(i: Interval) -> str:
+    if math.isnan(i.value):
+        return "not known: more training does not help the base"
     return f"{i.value:.3f} ({i.low:.3f} to {i.high:.3f})"
 
 
 def _notes(settings: ExperimentConfig, every: list[Row], failed: list[str]) -> list[str]:
     changes = [f"- {name}: `{' '.join(changed) or 'nothing'}`" for name, changed in settings.variants.items()]
     notes = [
-        f"Multipliers: how many times the tokens, or the seconds, the base needs for a variant's bits per byte, with "
-        f"{LEVEL:.0%} intervals over seeds. More than 1 is a gain; an interval that holds 1 shows none. Seconds are "
-        "those of the steps, at the median speed of each run."
+        "Multipliers: how many times the tokens, or the seconds, the base needs for a variant's bits per byte, with "
+        f"{LEVEL:.0%} intervals over seeds. More than 1 is a gain; an interval that holds 1 shows neither gain nor "
+        "loss. Seconds are those of the steps, at the median speed of each run."
     ]
     if any(row.multipliers and row.multipliers.beyond for row in every):
         notes.append("\\* beyond what the base's lengths reach: its curve is drawn on, straight.")

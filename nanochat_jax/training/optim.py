@@ -294,6 +294,8 @@ def make_optimizer(
         if name in parts:
             continue
         betas, decay = ((0.8, 0.95), 0.0) if classic else modern
+        if name == "muon" and cfg.weight_decay is not None:
+            decay = cfg.weight_decay
         parts[name] = adamw(peak[name], betas, decay, schedules.lr, light)
     joined = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(lambda p, _: group(p), params))
     whole = optax.chain(optax.clip_by_global_norm(1.0), joined) if classic else joined

@@ -1,5 +1,6 @@
 """Experiments: multipliers of runs from a known curve, the log of attempts, and an experiment that is killed."""
 
+import dataclasses
 import json
 import math
 import time
@@ -72,6 +73,13 @@ def test_the_page(tmp_path):
     assert "better: `base.optim.lr_scale=2`" in page and "base, 1.4 times the budget" in page
     assert "Failed, and left out: broken-0" in page and "| one_seed | 1 |" in page
     assert (tmp_path / "experiment.png").stat().st_size > 20_000
+
+    for place, run in found["base", 1.4].items():  # a base that more training makes worse
+        found["base", 1.4][place] = dataclasses.replace(run, bpb=3.0)
+    said = experiment_page.write(tmp_path, "base", settings, found, [])
+    assert said["variants"]["better"]["tokens"] == {"value": None, "low": 0.0, "high": None}
+    json.loads((tmp_path / "experiment.json").read_text(), parse_constant=pytest.fail)
+    assert "not known: more training does not help" in (tmp_path / "experiment.md").read_text()
 
 
 def line(tree: str, bpb: float) -> dict:

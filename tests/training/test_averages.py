@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from nanochat_jax.config import MeshConfig, load_config
+from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
 from nanochat_jax.planning.step import TrainStep
 from nanochat_jax.training import averages, optim
@@ -63,18 +64,27 @@ def test_an_update_is_no_smaller_than_its_floor():
     assert float(jnp.linalg.norm(a["large"])) < float(jnp.linalg.norm(b["large"])) / 10
 
 
-@pytest.mark.parametrize("settings", [["average=0.2"], ["lookahead=0.6"], ["matrices=adamw"], ["update_floor=0.3"]])
+def test_what_is_for_muon_alone_needs_muon():
+    for setting in ("update_floor=0.3", "momentum_steps=60"):
+        with pytest.raises(UserError, match="they are Muon's"):
+            load_config(None, overrides=["mid.optim.matrices=adamw", f"mid.optim.{setting}"])
+
+
+@pytest.mark.parametrize(
+    "settings", [["average=0.2"], ["lookahead=0.6"], ["matrices=adamw"], ["update_floor=0.3"], ["momentum_steps=1"]]
+)
 def test_settings_reach_the_optimizer(settings):
-    """One step of a tiny model: each setting changes the state or the update."""
+    """Two steps of a tiny model: each setting changes the state or the update."""
     tiny = ["model.depth=2", "model.width=32", "model.head_dim=16", "model.sequence_len=32", "tokenizer.vocab_size=600"]
     tiny += ["base.batch_tokens=64", "base.tokens=640"]
 
     def after(more):
         mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         step = TrainStep(load_config(None, overrides=[*tiny, *(f"base.optim.{s}" for s in more)]), mesh)
-        state = step.init()
+        state, run = step.init(), step.jitted()
         batch = np.arange(64, dtype=np.int32).reshape(1, 2, 32)
-        state, _ = step.jitted()(state, {"tokens": batch, "targets": batch})
+        for _ in range(2):
+            state, _ = run(state, {"tokens": batch, "targets": batch})
         return state
 
     plain, changed = after([]), after(settings)
