@@ -25,12 +25,18 @@ from nanochat_jax.planning.runs import ROOT, base_result, point, probe, speed, t
 
 LOG = "log.tsv"
 FIELDS = ("when", "commit", "tree", "minutes", "seed", "change", "val_bpb", "tokens", "tokens_per_second", "verdict")
+NOTHING = "-"
 FAR = 2.0  # standard errors of a difference beyond which it is no chance
 
 
 def attempt(config: RunConfig, out: Path, minutes: float, change: str) -> dict:
     """Trains `config`'s base model for so many minutes of steps; returns its line, which the log in `out` then has."""
-    commit, tree = _git("rev-parse", "--short", "HEAD"), f"{_tree()}-{fingerprint(config)[:6]}"
+    commit, files = _git("rev-parse", "--short", "HEAD"), _tree()
+    if files == NOTHING:
+        raise UserError(
+            f"an attempt is known by git's hash of the files, and {ROOT} is not a checkout, or git is missing"
+        )
+    tree = f"{files}-{fingerprint(config)[:6]}"
     lines, length = read(out / LOG), f"{minutes:g}"
     earlier = [row for row in lines if row["minutes"] == length]
     seed = sum(row["tree"] == tree for row in earlier)
@@ -96,14 +102,14 @@ def _write(path: Path, rows: Sequence[dict]) -> None:
 
 
 def _git(*args: str, **more: str) -> str:
-    """What git says of the checkout; "-" outside of one."""
+    """What git says of the checkout; NOTHING outside of one."""
     try:
         done = subprocess.run(
             ["git", "-C", ROOT, *args], capture_output=True, text=True, check=True, env=os.environ | more
         )
         return done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "-"
+        return NOTHING
 
 
 def _tree() -> str:

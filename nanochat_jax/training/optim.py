@@ -222,7 +222,10 @@ def muon(
             for place, i in enumerate(members):
                 moments[i] = moment[place]
                 if floor:
-                    x = x.at[place].multiply(jnp.maximum(1, floor * _frobenius(p[i]) / _frobenius(x[place])))
+                    least = (
+                        floor * _frobenius(p[i]) / jnp.maximum(_frobenius(x[place]), TINY)
+                    )  # where there is a gradient
+                    x = x.at[place].multiply(jnp.maximum(1, least))
                 # cautious weight decay: only of elements that the update does not push outwards
                 out[i] = -scaled * (x[place] + wd * p[i] * (x[place] * p[i] >= 0))
         return tree.unflatten(out), MuonState(state.count + 1, _stored(momentum, light), tree.unflatten(moments))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT, kill_when
-from nanochat_jax.config import ExperimentConfig
+from nanochat_jax.config import ExperimentConfig, RunConfig
 from nanochat_jax.errors import UserError
 from nanochat_jax.planning import attempts, experiment, experiment_page
 from nanochat_jax.planning import multiplier as multiplier_file
@@ -97,6 +97,13 @@ def test_verdicts():
     # the best is the tree whose mean is lowest, and another seed of it is held against the next best
     assert "+0.1000" in attempts.verdict(line("c", 2.0), [*known, line("b", 1.9)])
     assert "-0.1000" in attempts.verdict(line("b", 1.9), [*known, line("b", 1.9)])
+
+
+def test_an_attempt_needs_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(attempts, "ROOT", tmp_path)
+    with pytest.raises(UserError, match="is not a checkout"):
+        attempts.attempt(RunConfig(), tmp_path / "out", 1.0, "")
+    assert not (tmp_path / "out").exists()
 
 
 TINY = """
