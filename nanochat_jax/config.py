@@ -61,6 +61,7 @@ class GPTConfig:
     value_embeds: bool = True
     smear: bool = True
     bigram_rows: int = 0  # of the table of pairs of tokens; 0: none
+    head_gates: bool = False  # on what each head of attention gives
     backout: bool = True
     vocab_multiple: int = 64
     init: str = "modern"  # modern | classic
@@ -99,6 +100,7 @@ class ModelConfig:
     window_pattern: str | None = None  # tiled over layers; S: a quarter of the context, L: all; None: SSSL, classic L
     # rows of a table that a hash of every two tokens looks up: it lowers bits per byte more than it helps on tasks
     bigram_rows: Natural = 0
+    head_gates: bool = False  # on what each head of attention gives
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(decode_kernels, "_reads", lambda width: True)
 
 
-@pytest.mark.parametrize(("slots", "int8"), [(1, True), (3, False)])
-def test_an_engine_of_kernels_says_what_the_full_forward_says(interpreted, slots, int8):
-    model = tiny_model(sequence_len=640)  # window 256, ring 512
+@pytest.mark.parametrize(("slots", "int8", "gates"), [(1, True, False), (3, False, True)])
+def test_an_engine_of_kernels_says_what_the_full_forward_says(interpreted, slots, int8, gates):
+    model = tiny_model(sequence_len=640, head_gates=gates)  # window 256, ring 512
     engine = Engine(model, slots=slots, max_len=640, int8=int8)
     assert "qkv" in engine.params["blocks"][0]["attn"]
     full = FullLogits(rounded(model) if int8 else model)

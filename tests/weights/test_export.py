@@ -189,9 +189,10 @@ def test_windows_cannot_be_said():
 
 
 @pytest.mark.parametrize("write", [configs.transformers_config, configs.reference_config])
-def test_a_table_of_pairs_cannot_be_said(write):
-    with pytest.raises(UserError, match="model.bigram_rows=64: no other code base"):
-        write(scaling.gpt_config(load_config(None, None, ["model.arch=classic", "model.bigram_rows=64"]).model, 512))
+@pytest.mark.parametrize("own", ["bigram_rows=64", "head_gates=true"])
+def test_what_no_other_code_base_has_cannot_be_said(write, own):
+    with pytest.raises(UserError, match=f"model.{own}: no other code base"):
+        write(scaling.gpt_config(load_config(None, None, ["model.arch=classic", f"model.{own}"]).model, 512))
 
 
 def test_tensors_are_safetensors(tmp_path):
