@@ -91,7 +91,7 @@ class GPTConfig:
 class ModelConfig:
     """The model's size. None: derived from depth or arch."""
 
-    arch: Arch = "modern"  # modern | classic (the $100 run of October 2025)
+    arch: Arch = "modern"  # modern | classic (the $100 run of October 2025) | next (modern, with what NEXT below sets)
     depth: Count = 4  # transformer layers; by default everything else follows from it
     width: Count | None = None  # of the residual stream; None: 64 * depth, rounded up to whole heads
     head_dim: Count = 128  # of each attention head; even
@@ -310,6 +310,7 @@ class ExperimentConfig:
 # ---------------------------------------------------------------------------------------------- building
 
 
+NEXT: dict = {"model": {"head_gates": True}}
 NOTHING = ("", "null", "~")  # as text
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -447,13 +448,17 @@ def check(config: RunConfig) -> None:
 
 
 def read_settings(path: str | Path | None, mesh: str | Path | None, overrides: Sequence[str]) -> dict:
-    """What the file, the mesh file and the `key=value` overrides say together, nested; the later win. UserError."""
+    """What the file, the mesh file and the `key=value` overrides say together, nested; the later win. UserError.
+
+    Where they ask for `next`, it says what they leave open.
+    """
     values = _read_yaml(Path(path)) if path else {}
     if mesh:
         values = _merge(values, {"mesh": _read_yaml(Path(mesh))})
     for text in overrides:
         values = _merge(values, _parse_override(text))
-    return values
+    model = values.get("model")
+    return _merge(NEXT, values) if isinstance(model, dict) and model.get("arch") == "next" else values
 
 
 def load_config(

@@ -1,4 +1,4 @@
-"""Tools as Python says them: the signature of a function for its JSON schema and back, and calls with their arguments.
+"""Tools as Python says them: the signature of a function for its JSON schema, and calls with their arguments.
 
     def weather(city: str, days: int = 3): "The weather of a city.\\ncity: its name"
     weather(city="Oslo", days=2)
@@ -7,29 +7,27 @@ Values are JSON's, also true, false and null. A parameter with `= ...` may be le
 docstring are about parameters. What a type does not say stands beside it: `Annotated[int, {"minimum": 1}]`.
 
 The common subset of JSON schema is `type` (also a list), `properties`, `required`, `items`, `additionalProperties`,
-`enum`, `anyOf`, and whatever bounds or describes one value (`PLAIN`). `function_of(signature(f)) == f` for all of it.
+`enum`, `anyOf`, and whatever bounds or describes one value (`PLAIN`). Nothing of it is lost: the tests read it back.
 """
 
 import ast
 import json
 import keyword
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 TYPES = {"string": "str", "integer": "int", "number": "float", "boolean": "bool", "null": "None"}
 TYPES |= {"array": "list", "object": "dict"}
-_NAMES = {name: type for type, name in TYPES.items()}
 PLAIN = {"title", "description", "default", "const", "examples", "format", "pattern", "nullable", "deprecated"}
 PLAIN |= {"minLength", "maxLength", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 PLAIN |= {"minItems", "maxItems", "uniqueItems", "minProperties", "maxProperties", "readOnly", "writeOnly", "$schema"}
 SUBSET = PLAIN | {"type", "properties", "required", "items", "additionalProperties", "enum", "anyOf"}
 UNSAID = {"title", "$schema", "examples", "deprecated", "readOnly", "writeOnly", "$defs", "definitions"}  # in a prompt
 NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
-_DEFINITION = re.compile(r"def (?P<name>[a-zA-Z0-9_.-]{1,64})(?P<rest>\(.*)", re.DOTALL)
 _CALL = re.compile(r"\s*(?P<name>[a-zA-Z0-9_.-]{1,64})(?P<rest>\(.*)", re.DOTALL)
-_CONSTANTS = {"true": True, "false": False, "null": None}
 _ABSENT: Any = object()
+_CONSTANTS = {"true": True, "false": False, "null": None}
 
 
 class Unsayable(ValueError):
@@ -113,6 +111,23 @@ def _doc(description: str | None, docs: Mapping[str, str]) -> str | None:
     return "\n".join(lines) if lines else None
 
 
+def _read_doc(doc: str | None, names: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """(the description, what is said of parameters) of a docstring."""
+    if doc is None:
+        return None, {}
+    lines, left, found = doc.split("\n"), list(names), {}
+    if len(lines) > 1 and not lines[-1]:  # so it says that no line before is about a parameter
+        return "\n".join(lines[:-1]), {}
+    while lines and left:
+        key, colon, about = lines[-1].partition(": ")
+        if not colon or not about or key not in left:
+            break
+        del left[left.index(key) :]
+        found[key] = about
+        lines.pop()
+    return ("\n".join(lines) if lines else None), dict(reversed(found.items()))
+
+
 def _annotation(schema: Any, where: str) -> str:
     """The type of a value."""
     if isinstance(schema, bool):
@@ -176,118 +191,14 @@ def _json(value: Any) -> str:
         raise Unsayable(f"not JSON: {e}") from None
 
 
-# ------------------------------------------------------------------------------------------------ signature to schema
+# ------------------------------------------------------------------------------------------------ calls
 
 
-def function_of(text: str) -> dict:
-    """The function (name, description, parameters) of a signature. ValueError where it is none."""
-    found = _DEFINITION.fullmatch(text.strip())
-    try:
-        tree = ast.parse(f"def _{found['rest']}").body if found else []
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        tree = []
-    match tree:
-        case [ast.FunctionDef(args=args, body=[ast.Expr(ast.Constant(doc))])] if found:
-            parameters, descriptions = _schema_of_arguments(args), dict[str, str]()
-            function: dict[str, Any] = {"name": found["name"]}
-            if isinstance(doc, str):
-                description, descriptions = _read_doc(doc, [a.arg for a in (*args.args, *args.kwonlyargs)])
-                function |= {} if description is None else {"description": description}
-            for key, about in descriptions.items():
-                parameters["properties"][key]["description"] = about
-            return function | ({} if parameters is _ABSENT else {"parameters": parameters})
-    raise ValueError(f"not a signature: {text!r:.80}")
-
-
-def _read_doc(doc: str | None, names: Sequence[str]) -> tuple[str | None, dict[str, str]]:
-    """(the description, what is said of parameters) of a docstring."""
-    if doc is None:
-        return None, {}
-    lines, left, found = doc.split("\n"), list(names), {}
-    if len(lines) > 1 and not lines[-1]:  # so it says that no line before is about a parameter
-        return "\n".join(lines[:-1]), {}
-    while lines and left:
-        key, colon, about = lines[-1].partition(": ")
-        if not colon or not about or key not in left:
-            break
-        del left[left.index(key) :]
-        found[key] = about
-        lines.pop()
-    return ("\n".join(lines) if lines else None), dict(reversed(found.items()))
-
-
-def _schema_of_arguments(args: ast.arguments) -> Any:
-    if args.vararg or args.posonlyargs:
-        raise ValueError("not a signature: *args and / have no schema")
-    if args.kwarg:
-        if args.args or args.kwonlyargs:
-            raise ValueError("not a signature: ** beside other parameters")
-        return _schema_of(args.kwarg.annotation) if args.kwarg.annotation else _ABSENT
-    first: list[Any] = [None] * (len(args.args) - len(args.defaults))
-    properties, required = {}, []
-    defaults = [*first, *args.defaults, *args.kw_defaults]
-    for arg, default in zip([*args.args, *args.kwonlyargs], defaults):
-        schema = _schema_of(arg.annotation) if arg.annotation else {}
-        if default is None:
-            required.append(arg.arg)
-        elif not (isinstance(default, ast.Constant) and default.value is ...):
-            schema = {**schema, "default": _value_of(default)}
-        properties[arg.arg] = schema
-    return {"type": "object", "properties": properties} | ({"required": required} if required else {})
-
-
-def _schema_of(node: ast.AST | None) -> Any:
-    match node:
-        case ast.Name("Any"):
-            return {}
-        case ast.Name("object"):
-            return True
-        case ast.Name("Never"):
-            return False
-        case ast.Name(name) if name in _NAMES:
-            return {"type": _NAMES[name]}
-        case ast.Constant(None):
-            return {"type": "null"}
-        case ast.Subscript(ast.Name("Annotated"), ast.Tuple([base, rest])):
-            said = _value_of(rest)
-            return {**_schema_of(base), **said} if isinstance(said, dict) else _refuse(node)
-        case ast.Subscript(ast.Name("Union"), of):
-            return {"type": [_schema_of(one)["type"] for one in _elements(of)]}
-        case ast.Subscript(ast.Name("Literal"), of):
-            values = [_value_of(one) for one in _elements(of)]
-            kinds = {_type_of(value) for value in values}
-            return {"type": kinds.pop(), "enum": values} if len(kinds) == 1 else {"enum": values}
-        case ast.Subscript(ast.Name("list"), of):
-            return {"type": "array", "items": _schema_of(of)}
-        case ast.Subscript(ast.Name("dict"), ast.Tuple([_, of])):
-            return {"type": "object", "additionalProperties": _schema_of(of)}
-        case ast.Dict(keys, values):
-            return _schema_of_fields([_value_of(key) for key in keys], values)
-        case ast.BinOp(left, ast.BitOr(), right):
-            before = _schema_of(left)
-            joined = isinstance(left, ast.BinOp)
-            return {"anyOf": [*(before["anyOf"] if joined else [before]), _schema_of(right)]}
-    return _refuse(node)
-
-
-def _schema_of_fields(names: list, types: Iterable[ast.AST]) -> dict:
-    properties, required = {}, []
-    for name, node in zip(names, types):
-        match node:
-            case ast.Subscript(ast.Name("NotRequired"), of):
-                properties[name] = _schema_of(of)
-            case _:
-                properties[name] = _schema_of(node)
-                required.append(name)
-    return {"type": "object", "properties": properties} | ({"required": required} if required else {})
-
-
-def _elements(node: ast.AST) -> Sequence[ast.AST]:
-    return node.elts if isinstance(node, ast.Tuple) else [node]
-
-
-def _refuse(node: ast.AST | None) -> Any:
-    raise ValueError(f"not a type of a signature: {ast.unparse(node) if node else 'nothing'}"[:120])
+def call_text(name: str, arguments: Mapping) -> str:
+    """A call of a function."""
+    if all(map(is_plain_name, arguments)):
+        return f"{name}({', '.join(f'{key}={_json(value)}' for key, value in arguments.items())})"
+    return f"{name}(**{_json(dict(arguments))})"
 
 
 def _value_of(node: ast.AST | None) -> Any:
@@ -306,16 +217,6 @@ def _value_of(node: ast.AST | None) -> Any:
             if all(isinstance(name, str) for name in names):
                 return dict(zip(names, map(_value_of, values)))
     raise ValueError(f"not a value: {ast.unparse(node) if node else 'nothing'}"[:120])
-
-
-# ------------------------------------------------------------------------------------------------ calls
-
-
-def call_text(name: str, arguments: Mapping) -> str:
-    """A call of a function."""
-    if all(map(is_plain_name, arguments)):
-        return f"{name}({', '.join(f'{key}={_json(value)}' for key, value in arguments.items())})"
-    return f"{name}(**{_json(dict(arguments))})"
 
 
 def read_call(text: str) -> tuple[str, dict]:

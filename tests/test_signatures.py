@@ -5,8 +5,9 @@ import ast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from signature_reader import function_of
 
-from nanochat_jax.signatures import Unsayable, call_text, function_of, functions_of, prompted, read_call, signature
+from nanochat_jax.signatures import Unsayable, call_text, functions_of, prompted, read_call, signature
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=20) | st.sampled_from(
     ["city: its name", "a\nb: c", "", "\n", '"']

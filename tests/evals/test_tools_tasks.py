@@ -5,10 +5,11 @@ import re
 
 import pytest
 from evals_fakes import ByteTokenizer
+from signature_reader import function_of
 
 from evals.tasks.thinking import WITHIN, Thinking
 from evals.tasks.tools import Tools, run_call, same
-from nanochat_jax.signatures import function_of, read_call
+from nanochat_jax.signatures import read_call
 from tokenizer.chat import render
 
 MANY = 300
