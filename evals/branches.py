@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nanochat_jax.model.attention import causal_attention
+from nanochat_jax.model.attention import is_offset
 
 STEM, NOTHING = 0, -1  # in place of a branch's number: what all attend to, and padding
 
@@ -71,12 +71,12 @@ def grow(answers: Sequence[Answer]) -> Tree:
 
 def prefix_states(model, tokens: jax.Array, width: int) -> Kept:
     """Keys and values of prefixes (R, P), padded to `width` places. What the last layer does with them is dropped."""
-    windows, kept = model.cfg.windows, []
+    kept: Kept = []
     room = ((0, 0), (0, width - tokens.shape[1]), (0, 0), (0, 0))
 
     def attend(i, q, k, v):
         kept.append((jnp.pad(k, room), jnp.pad(v, room)))
-        return causal_attention(q, k, v, windows[i])
+        return model.attend(i, q, k, v)
 
     model.trunk(tokens, jnp.arange(tokens.shape[1]), attend)
     return kept
@@ -91,11 +91,30 @@ def branch_hidden(model, kept: Kept, lengths, tokens, before, positions, branch)
     same = (branch[:, :, None] == branch[:, None, :]) | (branch == STEM)[:, None, :]
     same &= jnp.arange(S)[:, None] >= jnp.arange(S)
 
+    previous = _previous(P, lengths, positions, branch) if model.cfg.key_offset else None
+
     def attend(i, q, k, v):
         seen = jnp.concatenate([there & (far <= windows[i]), same & (near <= windows[i])], axis=-1)
-        return _attend(q, (kept[i][0], k), (kept[i][1], v), seen)
+        keys = (kept[i][0], k) if previous is None else _offset(kept[i][0], k, previous)
+        return _attend(q, keys, (kept[i][1], v), seen)
 
     return model.trunk(tokens, positions, attend, prev_tokens=before)
+
+
+def _previous(P: int, lengths, positions, branch) -> jax.Array:
+    """(R, P + S): the place, of prefix and row together, of the token before each in its text; -1 for none."""
+    place = P + jnp.arange(positions.shape[1]) - 1
+    after_stem = (positions == lengths[:, None] + 1) & (branch[:, :1] == STEM)
+    of_row = jnp.where(after_stem, P, jnp.where(positions == lengths[:, None], lengths[:, None] - 1, place))
+    return jnp.concatenate([jnp.broadcast_to(jnp.arange(P) - 1, (len(of_row), P)), of_row], axis=1)
+
+
+def _offset(prefix, row, previous) -> tuple[jax.Array, jax.Array]:
+    """Keys (R, P, K, N) and (R, S, K, N), of which half are those of the token before: `attention.offset_keys`."""
+    keys = jnp.concatenate([prefix, row], axis=1)
+    before = jnp.take_along_axis(keys, jnp.maximum(previous, 0)[:, :, None, None], axis=1)
+    keys = jnp.where(is_offset(keys.shape[-1]), jnp.where(previous[:, :, None, None] >= 0, before, 0), keys)
+    return keys[:, : prefix.shape[1]], keys[:, prefix.shape[1] :]
 
 
 def _attend(q, keys, values, seen) -> jax.Array:

@@ -62,6 +62,7 @@ class GPTConfig:
     smear: bool = True
     bigram_rows: int = 0  # of the table of pairs of tokens; 0: none
     head_gates: bool = False  # on what each head of attention gives
+    key_offset: bool = False  # half of each key is that of the position before
     backout: bool = True
     vocab_multiple: int = 64
     init: str = "modern"  # modern | classic
@@ -101,6 +102,7 @@ class ModelConfig:
     # rows of a table that a hash of every two tokens looks up: it lowers bits per byte more than it helps on tasks
     bigram_rows: Natural = 0
     head_gates: bool = False  # on what each head of attention gives
+    key_offset: bool = False  # half of each key is that of the position before
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class OptimConfig:
     scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream; of smear and backout 0.4 times as much
     weight_decay: Rate | None = None  # of the blocks' matrices; None: the scaling rule, with AdamW 0.1
     lr_scale: Rate = 1.0  # multiplies every rate
+    batch_power: Rate = 0.5  # rates are as the batch to this power; 0: whatever the batch
     warmup_steps: Natural = 40  # over which the rate rises
     momentum_steps: Count | None = None  # over which Muon's momentum rises; None: 400, of classic 300
     warmdown: Share = 0.65  # share of the steps over which the rate falls

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from nanochat_jax.mesh import sharding
+from nanochat_jax.model.attention import is_offset
 
 SLACK = 256  # the longest chunk of prefill, and the most that a sequence may be rolled back
 
@@ -123,18 +124,25 @@ def append(kept: jax.Array, new: jax.Array, positions: jax.Array, ring: int) -> 
     return flat.at[rows, jnp.repeat(place, K, axis=0)].set(new, mode="drop").reshape(kept.shape)
 
 
-def attend(q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, newest, window: int, ring: int):
+def attend(
+    q: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array, newest, window: int, ring: int, offset=False
+):
     """Queries q (M, T, H, N) at positions (M, T) against keys and values (M, K, R, N) -> (M, T, H, N).
 
-    newest (M,) is the newest position in the cache. Positions after it or outside the window are masked.
+    newest (M,) is the newest position in the cache. Positions after it or outside the window are masked. offset: half
+    of each key is that of the place before, as in `attention.offset_keys`.
     """
     M, T, H, N = q.shape
     K, places = keys.shape[1], jnp.arange(keys.shape[2])
     q = (q * N**-0.5).reshape(M, T, K, H // K, N).transpose(0, 2, 3, 1, 4).reshape(M, K, H // K * T, N)
-    scores = jnp.einsum("mktn,mkrn->mktr", q, keys, preferred_element_type=jnp.float32)
+    parts = [q] if not offset else [jnp.where(of, q, 0).astype(q.dtype) for of in (~is_offset(N), is_offset(N))]
+    scores = jnp.einsum("mktn,mkrn->mktr", jnp.concatenate(parts, 2), keys, preferred_element_type=jnp.float32)
     held = newest[:, None] - (newest[:, None] - places) % ring  # the position at each place; negative: none
     distance = positions[:, :, None] - held[:, None, :]
     seen = (distance >= 0) & (distance <= window) & (held >= 0)[:, None, :]  # (M, T, R)
+    if offset:  # the cache's keys are read once; what is added to a place's score is that of the place before
+        scores, before = jnp.split(scores, 2, axis=2)
+        scores += jnp.where((held > 0)[:, None, None], jnp.roll(before, 1, axis=-1), 0.0)
     scores = scores.reshape(M, K, H // K, T, -1)
     probs = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -1e30), axis=-1).astype(values.dtype)
     out = jnp.einsum("mktr,mkrn->mktn", probs.reshape(M, K, H // K * T, -1), values)

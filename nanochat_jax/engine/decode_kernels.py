@@ -47,7 +47,9 @@ def _rotated(ref, row, first, cos, sin, gain, eps):
     return a * cos + b * sin, b * cos - a * sin
 
 
-def _attend(position, slot, token, cos, sin, qkv, table, keys, values, *outs, H, K, N, ring, window, part, gain, eps):
+def _attend(
+    position, slot, token, cos, sin, qkv, table, keys, values, *outs, H, K, N, ring, window, part, gain, eps, offset
+):
     """Program (s, k, m): part s - 1 of the positions that row m sees before its newest; s = 0: the newest itself."""
     out, lse, new_keys, new_values = outs
     s, head, row = (pl.program_id(i) for i in range(3))
@@ -56,6 +58,7 @@ def _attend(position, slot, token, cos, sin, qkv, table, keys, values, *outs, H,
     p, at = position[row], slot[row]
     cos, sin = (t[jnp.maximum(p, 0), :] for t in (cos, sin))
     scale = N**-0.5
+    slow = lax.iota(jnp.int32, half) >= half // 2  # `is_offset`, of each half of a head
 
     def query(g):
         a, b = _rotated(qkv, row, (head * G + g) * N, cos, sin, gain, eps)
@@ -79,6 +82,11 @@ def _attend(position, slot, token, cos, sin, qkv, table, keys, values, *outs, H,
             new_keys[at, head, place, pl.ds(half, half)] = kb
             new_values[at, head, place, :] = v
 
+        if offset:  # the cache has keys as they are; half of what is seen is that of the position before
+            before = lax.rem(jnp.maximum(p - 1, 0), ring)
+            old = (keys[at, head, before, pl.ds(side, half)] for side in (0, half))
+            ka, kb = (jnp.where(slow, jnp.where(p > 0, x, 0), y) for x, y in zip(old, (ka, kb)))
+
         for g in range(G):
             qa, qb = query(g)
             score = jnp.sum(qa * ka.astype(jnp.float32) + qb * kb.astype(jnp.float32))
@@ -97,8 +105,12 @@ def _attend(position, slot, token, cos, sin, qkv, table, keys, values, *outs, H,
             return first + j * block + lax.iota(jnp.int32, block)
 
         def read(j):
-            place = lax.rem(p - jnp.minimum(ages(j), last), ring)[:, None]
-            return tuple(ref[at, head, place, left + side] for ref in (keys, values) for side in (0, half))
+            position = (p - jnp.minimum(ages(j), last))[:, None]
+            place, nothing = lax.rem(position, ring), slow[None] & (position == 0)
+            of_key = jnp.where(slow[None], lax.rem(jnp.maximum(position - 1, 0), ring), place) if offset else place
+            tiles = [keys[at, head, of_key, left + side] for side in (0, half)]
+            tiles = [jnp.where(nothing, 0, tile) for tile in tiles] if offset else tiles
+            return *tiles, *(values[at, head, place, left + side] for side in (0, half))
 
         def visit(j, carry):
             tiles, states = carry
@@ -140,13 +152,14 @@ def _combine(out, lse, o, *, parts, padded):
     o[row, head, :] = (total / jnp.sum(weight)).astype(o.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("heads", "window", "gain", "eps"))
-def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps, value_embed=None):
+@functools.partial(jax.jit, static_argnames=("heads", "window", "gain", "eps", "offset"))
+def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps, value_embed=None, offset=False):
     """What one position of M rows sees, through the cache: (M, H * N), and keys and values with the new ones in them.
 
     qkv (M, >= (H + 2 K) N): raw products, behind which the K gates' stand where there is a value_embed, (tokens (M,),
     table (V, K N)). keys, values (S, K, R, N) are written in place, at the positions (M,) of the slots (M,), all below
     S; a negative position writes and sees nothing. rope: cos and sin (positions, N/2), of all that there can be.
+    offset: see `cache.attend`.
     """
     M, (_, K, R, N), H = len(qkv), keys.shape, heads
     seen = min(window, R - 1)
@@ -155,7 +168,7 @@ def attend(qkv, keys, values, position, slot, rope, *, heads, window, gain, eps,
     parts = pl.cdiv(seen, part) + 1
     tokens, table = value_embed or (position, None)
     sizes = {"H": H, "K": K, "N": N, "ring": R, "window": window, "part": part}
-    kernel = functools.partial(_attend, **sizes, gain=gain, eps=eps)
+    kernel = functools.partial(_attend, **sizes, gain=gain, eps=eps, offset=offset)
     args = (position, slot, tokens, *rope, qkv, table, keys, values)
     n_arrays = len(jax.tree.leaves(args))  # without a table that is not there
     results = [((parts, M, H, N), jnp.float32), ((parts, M, H), jnp.float32)]
@@ -375,7 +388,7 @@ def step(model: GPT, params: dict, cache: list, slots, max_len: int, token, posi
         attn, mlp = block["attn"], block["mlp"]
         qkv = dense(x, attn["qkv"]["weight"], norm=eps)
         table = params["value_embeds"][str(i)]["embedding"] if cfg.has_value_embed(i) else None
-        how = {"heads": cfg.n_head, "window": cfg.windows[i], "gain": cfg.qk_gain, "eps": eps}
+        how = {"heads": cfg.n_head, "window": cfg.windows[i], "gain": cfg.qk_gain, "eps": eps, "offset": cfg.key_offset}
         value = None if table is None else (token, table)
         seen, *written = attend(qkv, *cache[i], position, slots, rope, **how, value_embed=value)
         cache[i] = tuple(written)

@@ -134,7 +134,8 @@ class Program:
             ring = rings[layer]
             keys, values = (kv.append(c, x, positions, ring) for c, x in zip(rows[layer], (k, v)))
             rows[layer] = (keys, values)
-            return kv.attend(q, keys, values, positions, newest, self.cfg.windows[layer], ring)
+            window, offset = self.cfg.windows[layer], self.cfg.key_offset
+            return kv.attend(q, keys, values, positions, newest, window, ring, offset)
 
         return model, model.trunk(tokens, positions, attend, prev_tokens=before)
 

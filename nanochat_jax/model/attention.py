@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanochat_jax import devices
 from nanochat_jax.errors import UserError
@@ -70,6 +71,19 @@ def causal_attention(
     shape = Shape(T, H, k.shape[2], N, str(q.dtype), _bounded(window, T))
     name = backend or _chosen.get(shape) or ("blocks" if devices.partitioned() else default_backend(q.dtype))
     return BACKENDS[name].run(q, k, v, shape.window)
+
+
+def is_offset(head_dim: int) -> np.ndarray:
+    """(N,) bool, which channels of a key are those of the position before, where a model has `key_offset`: the half
+    that rotates slowly, and so hardly says where it is. A query then finds what followed a token in one layer, where
+    else it takes two (modded-nanogpt's record of December 2025)."""
+    return np.arange(head_dim) % (head_dim // 2) >= head_dim // 4
+
+
+def offset_keys(k: jax.Array) -> jax.Array:
+    """Rotated keys (B, T, K, N) with half of each from the position before, 0 before the first."""
+    before = jnp.pad(k[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+    return jnp.where(is_offset(k.shape[-1]), before, k)
 
 
 def default_backend(dtype) -> str:

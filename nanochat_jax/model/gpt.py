@@ -24,7 +24,7 @@ from nanochat_jax.kernels.fused import add_and_norm, mix_and_norm, relu_squared,
 from nanochat_jax.kernels.products import is_one_step, product
 from nanochat_jax.kernels.segments import look_up
 from nanochat_jax.model import remat
-from nanochat_jax.model.attention import causal_attention
+from nanochat_jax.model.attention import causal_attention, offset_keys
 from nanochat_jax.model.scaling import GATE_CHANNELS, SMEAR_CHANNELS
 
 # (layer, q (B, T, H, N), k (B, T, K, N), v (B, T, K, N)) -> (B, T, H, N)
@@ -238,8 +238,11 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """tokens (B, T) from position 0 -> (B, T, D), each position seeing itself and its window."""
-        windows, positions = self.cfg.windows, jnp.arange(tokens.shape[1])
-        return self.trunk(tokens, positions, lambda i, q, k, v: causal_attention(q, k, v, windows[i]))
+        return self.trunk(tokens, jnp.arange(tokens.shape[1]), self.attend)
+
+    def attend(self, i: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Layer i's attention over rows from position 0."""
+        return causal_attention(q, offset_keys(k) if self.cfg.key_offset else k, v, self.cfg.windows[i])
 
     def uncapped(self, hidden: jax.Array) -> jax.Array:
         """hidden (..., D) -> logits (..., V) float32 before the softcap, the padding sliced away."""

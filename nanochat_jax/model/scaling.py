@@ -32,6 +32,7 @@ def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
         window_pattern=cfg.window_pattern or ("L" if cfg.arch == "classic" else "SSSL"),
         bigram_rows=cfg.bigram_rows,
         head_gates=cfg.head_gates,
+        key_offset=cfg.key_offset,
     )
     if cfg.arch != "classic":
         return modern

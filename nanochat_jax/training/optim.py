@@ -262,7 +262,7 @@ def group(path) -> str:
 
 def rates(gpt: GPTConfig, cfg: OptimConfig, batch_tokens: int) -> dict[str, float]:
     """Peak rate by group, at a batch of `batch_tokens`; Muon's before the factor sqrt(max(1, out / in))."""
-    b = 1.0 if gpt.init == "classic" else math.sqrt(batch_tokens / REFERENCE_BATCH)
+    b = 1.0 if gpt.init == "classic" else (batch_tokens / REFERENCE_BATCH) ** cfg.batch_power
     d = (gpt.n_embd / REFERENCE_WIDTH) ** -0.5
     peak = {
         "lm_head": cfg.unembedding_lr * b * d,

@@ -21,7 +21,7 @@ def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32)
 
 
-def plain(qkv, keys, values, position, slot, heads, window, value_embed):
+def plain(qkv, keys, values, position, slot, heads, window, value_embed, offset):
     """The same by the functions that other platforms run: (out, keys, values)."""
     (_, K, R, N), M, H = keys.shape, len(qkv), heads
     q, k, v, gate = jnp.split(qkv[:, None], [H * N, (H + K) * N, (H + 2 * K) * N], axis=-1)
@@ -34,16 +34,16 @@ def plain(qkv, keys, values, position, slot, heads, window, value_embed):
     cache = [(keys[None], values[None])]
     [rows] = kv.take(cache, slot[None], R)
     rows = tuple(kv.append(c, x, position[:, None], R) for c, x in zip(rows, (k, v)))
-    out = kv.attend(q, *rows, position[:, None], position, window, R)
+    out = kv.attend(q, *rows, position[:, None], position, window, R, offset)
     [(keys, values)] = kv.put(cache, slot[None], [rows], position[:, None])
     return out.reshape(M, H * N), keys[0], values[0]
 
 
 @pytest.mark.parametrize(
-    ("window", "ring", "heads", "kv_heads", "with_value"),
-    [(70, 326, 4, 2, True), (70, 326, 1, 1, False), (130, 130, 1, 1, True)],
+    ("window", "ring", "heads", "kv_heads", "with_value", "offset"),
+    [(70, 326, 4, 2, True, True), (70, 326, 1, 1, False, False), (130, 130, 1, 1, True, True)],
 )
-def test_attend_is_append_and_attend(window, ring, heads, kv_heads, with_value):
+def test_attend_is_append_and_attend(window, ring, heads, kv_heads, with_value, offset):
     N, S = 16, 7
     # rows: the first position, inside the window, at its ends, wrapped once and more, and two that are not meant
     position = [0, 69, 70, ring, 5 * ring + 7, -1, 325] if ring > window + 1 else [0, 3, ring - 1, ring - 2, 64, -1, -1]
@@ -54,9 +54,9 @@ def test_attend_is_append_and_attend(window, ring, heads, kv_heads, with_value):
     rope = tuple(t[:, 0] for t in rotary_tables(jnp.arange(5 * ring + 8), N, 10000.0))
     got = decode_kernels.attend(
         qkv, keys, values, position, slot, rope,
-        heads=heads, window=window, gain=GAIN, eps=EPS, value_embed=value_embed,
+        heads=heads, window=window, gain=GAIN, eps=EPS, value_embed=value_embed, offset=offset,
     )  # fmt: skip
-    want = plain(qkv, keys, values, position, slot, heads, window, value_embed)
+    want = plain(qkv, keys, values, position, slot, heads, window, value_embed, offset)
     meant = np.asarray(position) >= 0
     np.testing.assert_allclose(got[0][meant], want[0][meant], atol=2e-5)
     assert np.isfinite(got[0]).all()
@@ -99,9 +99,11 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(decode_kernels, "_reads", lambda width: True)
 
 
-@pytest.mark.parametrize(("slots", "int8", "gates"), [(1, True, False), (3, False, True)])
-def test_an_engine_of_kernels_says_what_the_full_forward_says(interpreted, slots, int8, gates):
-    model = tiny_model(sequence_len=640, head_gates=gates)  # window 256, ring 512
+@pytest.mark.parametrize(
+    ("slots", "int8", "more"), [(1, True, {}), (3, False, {"head_gates": True, "key_offset": True})]
+)
+def test_an_engine_of_kernels_says_what_the_full_forward_says(interpreted, slots, int8, more):
+    model = tiny_model(sequence_len=640, **more)  # window 256, ring 512
     engine = Engine(model, slots=slots, max_len=640, int8=int8)
     assert "qkv" in engine.params["blocks"][0]["attn"]
     full = FullLogits(rounded(model) if int8 else model)
