@@ -147,9 +147,6 @@ class OptimConfig:
     momentum_steps: Count | None = None  # over which Muon's momentum rises; None: 400, of classic 300
     warmdown: Share = 0.65  # share of the steps over which the rate falls
     final_lr: Rate = 0.05  # as a share of the peak
-    average: Share = 0.0  # share of the steps, the last ones, whose weights' mean is the result; 0: the last weights
-    lookahead: Rate = 0.0  # how far ahead gradients are taken, in moving averages of the step (EMA-Nesterov); 0: not
-    update_floor: Rate = 0.0  # Muon's least update before its rate, as a share of the matrix's norm; 0: none
 
 
 @dataclass(frozen=True)
@@ -313,7 +310,8 @@ class ExperimentConfig:
 # ---------------------------------------------------------------------------------------------- building
 
 
-NEXT: dict = {"model": {"head_gates": True}}
+# what `model.arch=next` sets where a person does not: what was measured to help (planning/README.md)
+NEXT: dict = {"model": {"key_offset": True, "head_gates": True}, "base": {"optim": {"batch_power": 0}}}
 NOTHING = ("", "null", "~")  # as text
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

@@ -95,7 +95,7 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
     (
         "base.optim.matrices mid.optim.matrices sft.optim.matrices rl.optim.matrices",
         lambda v, c: v == "muon" or not _without_muon(c),
-        "leaves nothing that update_floor and momentum_steps apply to: they are Muon's",
+        "leaves nothing that momentum_steps applies to: it is Muon's",
     ),
     (
         "base.batch_tokens mid.batch_tokens sft.batch_tokens",
@@ -108,7 +108,7 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
 def _without_muon(config: Any) -> list[Any]:
     """Optimizers that have settings of Muon's and not Muon."""
     each = [getattr(config, stage).optim for stage in STAGES]
-    return [o for o in each if o.matrices != "muon" and (o.update_floor or o.momentum_steps)]
+    return [o for o in each if o.matrices != "muon" and o.momentum_steps]
 
 
 def _heads(model: Any) -> int:

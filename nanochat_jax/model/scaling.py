@@ -86,7 +86,7 @@ class Plan:
     target_tokens: int
     batch_tokens: int
     steps: int
-    lr_scale: float  # b: sqrt(batch / 2^19), multiplies every rate but the smear's
+    lr_scale: float  # b: (batch / 2^19)^batch_power, multiplies every rate but the smear's
     adamw_lr_scale: float  # d: (width / 768)^-0.5, multiplies the rates of tables and head
     weight_decay: float  # of Muon's matrices, at the first step
 
@@ -96,8 +96,15 @@ class Plan:
 
 
 def base_plan(gpt: GPTConfig, config: RunConfig) -> Plan:
-    base, head_dim = config.base, config.model.head_dim
-    return plan(gpt, ratio=base.ratio, tokens=base.tokens, batch_tokens=base.batch_tokens, head_dim=head_dim)
+    base = config.base
+    return plan(
+        gpt,
+        ratio=base.ratio,
+        tokens=base.tokens,
+        batch_tokens=base.batch_tokens,
+        batch_power=base.optim.batch_power,
+        head_dim=config.model.head_dim,
+    )
 
 
 def plan(
@@ -107,6 +114,7 @@ def plan(
     tokens: int | None = None,
     batch_tokens: int | None = None,
     reference_decay: float = REFERENCE_DECAY,
+    batch_power: float = 0.5,
     head_dim: int = 128,
 ) -> Plan:
     """Tokens, batch, steps and scales for an architecture at `ratio` tokens per parameter; tokens and batch override.
@@ -122,12 +130,14 @@ def plan(
     batch = batch_tokens
     if batch is None:
         batch = REFERENCE_BATCH if classic else 2 ** round(math.log2(REFERENCE_BATCH * (target / reference) ** 0.383))
-    lr_scale = 1.0 if classic else math.sqrt(batch / REFERENCE_BATCH)
+    share = batch / REFERENCE_BATCH
+    lr_scale = 1.0 if classic else share**batch_power
     return Plan(
         target_tokens=target,
         batch_tokens=batch,
         steps=max(1, target // batch),
         lr_scale=lr_scale,
         adamw_lr_scale=(cfg.n_embd / REFERENCE_WIDTH) ** -0.5,
-        weight_decay=0.0 if classic else reference_decay * lr_scale * reference / target,
+        # rate times decay times steps: the same for every run
+        weight_decay=0.0 if classic else reference_decay * share / lr_scale * reference / target,
     )

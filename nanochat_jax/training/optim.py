@@ -17,7 +17,6 @@ from nanochat_jax.config import GPTConfig, OptimConfig
 from nanochat_jax.kernels.products import matmul
 from nanochat_jax.mesh import sharding
 from nanochat_jax.model.scaling import REFERENCE_BATCH, REFERENCE_WIDTH
-from nanochat_jax.training import averages
 
 # Polar Express for 5 iterations: (a, b, c) of X <- aX + (bA + cAA)X with A = X X^T (arXiv 2505.16932)
 POLAR_EXPRESS = (
@@ -42,7 +41,6 @@ class Schedules:
     lr: Schedule  # multiplies every rate
     momentum: Schedule  # Muon's
     weight_decay: Schedule  # Muon's
-    steps: int = 0  # of which the last one is steps - 1
 
 
 def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str) -> Schedules:
@@ -71,7 +69,7 @@ def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str)
     def decay(step):
         return weight_decay * 0.5 * (1.0 + jnp.cos(math.pi * step / steps))
 
-    return Schedules(lr, momentum, decay, steps)
+    return Schedules(lr, momentum, decay)
 
 
 # ------------------------------------------------------------------------------------------------- AdamW
@@ -181,13 +179,12 @@ class MuonState(NamedTuple):
 
 
 def muon(
-    rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None, light: bool = False, floor: float = 0.0
+    rate: float, schedules: Schedules, orth_dtype, arch: str, mesh=None, light: bool = False
 ) -> optax.GradientTransformation:
     """Muon over a tree of matrices; those of one shape are stacked and orthogonalised as one batch.
 
     On a mesh every device orthogonalises its share of whole matrices, so that the products need no communication.
-    light: the momentum is kept in bfloat16. floor: the least norm of an update before its rate, as a share of its
-    matrix's norm.
+    light: the momentum is kept in bfloat16.
     """
 
     def init(params):
@@ -221,11 +218,6 @@ def muon(
             scaled = rate * lr * math.sqrt(max(1.0, shape[0] / shape[1]))
             for place, i in enumerate(members):
                 moments[i] = moment[place]
-                if floor:
-                    least = (
-                        floor * _frobenius(p[i]) / jnp.maximum(_frobenius(x[place]), TINY)
-                    )  # where there is a gradient
-                    x = x.at[place].multiply(jnp.maximum(1, least))
                 # cautious weight decay: only of elements that the update does not push outwards
                 out[i] = -scaled * (x[place] + wd * p[i] * (x[place] * p[i] >= 0))
         return tree.unflatten(out), MuonState(state.count + 1, _stored(momentum, light), tree.unflatten(moments))
@@ -291,7 +283,7 @@ def make_optimizer(
     matrices in fewer bytes.
     """
     peak, classic = rates(gpt, cfg, batch_tokens), gpt.init == "classic"
-    muons = muon(peak["muon"], schedules, orth_dtype, gpt.init, mesh, light, cfg.update_floor)
+    muons = muon(peak["muon"], schedules, orth_dtype, gpt.init, mesh, light)
     parts = {} if cfg.matrices == "adamw" else {"muon": muons}
     for name, modern in _ADAMW.items():
         if name in parts:
@@ -301,7 +293,4 @@ def make_optimizer(
             decay = cfg.weight_decay
         parts[name] = adamw(peak[name], betas, decay, schedules.lr, light)
     joined = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(lambda p, _: group(p), params))
-    whole = optax.chain(optax.clip_by_global_norm(1.0), joined) if classic else joined
-    if cfg.lookahead:
-        whole = averages.lookahead(whole, cfg.lookahead, schedules.lr, schedules.steps)
-    return averages.averaged(whole, schedules.steps, cfg.average) if cfg.average else whole
+    return optax.chain(optax.clip_by_global_norm(1.0), joined) if classic else joined

@@ -1,6 +1,7 @@
 """The optimizer against the reference's three steps, and its parts against their definitions."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import pytest
 
 from conftest import relative_error
 from nanochat_jax.config import MeshConfig, OptimConfig, load_config
+from nanochat_jax.errors import UserError
 from nanochat_jax.mesh import sharding
+from nanochat_jax.model import scaling
 from nanochat_jax.model.gpt import graph_of
 from nanochat_jax.planning.step import TrainStep
 from nanochat_jax.training import loop, optim
@@ -92,6 +95,48 @@ def test_schedules_at_their_corners():
     classic = optim.make_schedules(OptimConfig(warmup_steps=0, warmdown=0.2, final_lr=0.0), 1000, 0.0, "classic")
     assert float(classic.lr(0)) == 1.0 and float(classic.lr(1000)) == 0.0
     assert float(classic.momentum(300)) == pytest.approx(0.95)
+
+
+@pytest.mark.parametrize("setting", ["matrices=adamw", "momentum_steps=1", "batch_power=0"])
+def test_settings_reach_the_optimizer(setting):
+    """Two steps of a tiny model: each setting changes the state or the update."""
+    tiny = ["model.depth=2", "model.width=32", "model.head_dim=16", "model.sequence_len=32", "tokenizer.vocab_size=600"]
+    tiny += ["base.batch_tokens=64", "base.tokens=640"]
+
+    def after(*more):
+        mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        step = TrainStep(load_config(None, overrides=[*tiny, *more]), mesh)
+        state, run = step.init(), step.jitted()
+        batch = np.arange(64, dtype=np.int32).reshape(1, 2, 32)
+        for _ in range(2):
+            state, _ = run(state, {"tokens": batch, "targets": batch})
+        return state
+
+    plain, changed = after(), after(f"base.optim.{setting}")
+    # at first the projections are zero, and so are the gradients of what they read
+    assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(changed.params))
+    same_state = jax.tree.structure(plain.opt_state) == jax.tree.structure(changed.opt_state)
+    same_weights = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), plain.params, changed.params)))
+    assert not (same_state and same_weights)
+
+
+def test_rates_by_the_batch_and_a_decay_that_undoes_it():
+    """A run shrinks by the product of rate, decay and steps: that is the same whatever the power and the batch."""
+    by = {}
+    for power in (0.5, 0):
+        for batch in (2**14, 2**19):
+            settings = ["base.tokens=100_000_000", f"base.batch_tokens={batch}", f"base.optim.batch_power={power}"]
+            config = load_config(None, overrides=settings)
+            gpt = scaling.gpt_config(config.model, config.tokenizer.vocab_size)
+            plan, rate = scaling.base_plan(gpt, config), optim.rates(gpt, config.base.optim, batch)["muon"]
+            by[power, batch] = rate, rate * plan.weight_decay * plan.steps
+    assert by[0.5, 2**14][0] == pytest.approx(0.02 / math.sqrt(32)) and by[0, 2**14][0] == pytest.approx(0.02)
+    assert [shrinks for _, shrinks in by.values()] == pytest.approx([by[0.5, 2**19][1]] * 4, rel=0.01)
+
+
+def test_what_is_for_muon_alone_needs_muon():
+    with pytest.raises(UserError, match="it is Muon's"):
+        load_config(None, overrides=["mid.optim.matrices=adamw", "mid.optim.momentum_steps=60"])
 
 
 def test_a_light_state_has_fewer_bytes_and_the_same_updates_where_it_can():

@@ -1,5 +1,6 @@
 """The step and the loop: accumulation, meshes, metrics, stops. Bit-exact resuming is in test_speedrun.py."""
 
+import dataclasses
 import math
 import re
 
@@ -22,8 +23,8 @@ CFG = GPTConfig(vocab_size=250, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, seq
 STEPS = 3
 
 
-def optimizer(mesh=None, dtype=jnp.float32, **settings):
-    cfg = OptimConfig(warmup_steps=0, **settings)
+def optimizer(mesh=None, dtype=jnp.float32):
+    cfg = OptimConfig(warmup_steps=0)
     schedules = optim.make_schedules(cfg, STEPS, 0.1, "modern")
     return optim.make_optimizer(CFG, cfg, schedules, 2**19, dtype, mesh)
 
@@ -39,23 +40,23 @@ def batches(rows=16, masked=False):
         yield {"tokens": ids[:, :-1], "targets": targets}
 
 
-def start():
+def start(cfg=CFG):
     """Parameters whose every part matters: what starts at zero gets values."""
     rng = np.random.default_rng(1)
 
     def filled(p):
         return p if np.any(p) else jnp.asarray(0.02 * rng.normal(size=p.shape), jnp.float32)
 
-    return jax.tree.map(filled, init_params(CFG, 0))
+    return jax.tree.map(filled, init_params(cfg, 0))
 
 
-def run(mesh_config, accumulation, masked=False, dtype=jnp.float32, sample=None, **settings):
-    """(losses, parameters) of three steps on the mesh; settings: of the optimizer."""
+def run(mesh_config, accumulation, masked=False, dtype=jnp.float32, sample=None, cfg=CFG):
+    """(losses, parameters) of three steps on the mesh."""
     count = int(np.prod([n for n in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)]))
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    opt = optimizer(mesh, dtype, **settings)
-    state = loop.init_state(CFG, opt, 0, mesh, start())
-    step, losses = loop.make_step(graph_of(CFG, dtype), opt, dtype, mesh, draw=sampler(CFG.vocab_size, sample)), []
+    opt = optimizer(mesh, dtype)
+    state = loop.init_state(cfg, opt, 0, mesh, start(cfg))
+    step, losses = loop.make_step(graph_of(cfg, dtype), opt, dtype, mesh, draw=sampler(CFG.vocab_size, sample)), []
     for batch in batches(masked=masked):
         state, metrics = step(state, place(batch, accumulation, mesh))
         losses.append(float(metrics["loss"]))
@@ -96,8 +97,8 @@ def test_eight_devices_equal_one(one_device, mesh, accumulation):
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)], ids=["data", "data-fsdp-tensor"])
 def test_eight_devices_equal_one_with_every_addition(mesh):
     """Also the sample of the vocabulary, which is the whole batch's however it is split."""
-    settings = {"sample": 96, "average": 0.5, "lookahead": 0.6, "update_floor": 0.35}
-    (losses, params), (want, wanted) = run(mesh, 1, **settings), run(MeshConfig(1, 1, 1), 4, **settings)
+    cfg = dataclasses.replace(CFG, head_gates=True, key_offset=True, bigram_rows=40)
+    (losses, params), (want, wanted) = run(mesh, 1, sample=96, cfg=cfg), run(MeshConfig(1, 1, 1), 4, sample=96, cfg=cfg)
     assert relative_error(losses, want) < 1e-5
     assert differing(params, wanted) == []
     assert relative_error(losses[:1], run(MeshConfig(1, 1, 1), 1)[0][:1]) > 1e-5
