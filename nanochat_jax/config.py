@@ -310,8 +310,6 @@ class ExperimentConfig:
 # ---------------------------------------------------------------------------------------------- building
 
 
-# what `model.arch=next` sets where a person does not: what was measured to help (planning/README.md)
-NEXT: dict = {"model": {"key_offset": True, "head_gates": True}, "base": {"optim": {"batch_power": 0}}}
 NOTHING = ("", "null", "~")  # as text
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -459,7 +457,24 @@ def read_settings(path: str | Path | None, mesh: str | Path | None, overrides: S
     for text in overrides:
         values = _merge(values, _parse_override(text))
     model = values.get("model")
-    return _merge(NEXT, values) if isinstance(model, dict) and model.get("arch") == "next" else values
+    return with_next(values) if isinstance(model, dict) and model.get("arch") == "next" else values
+
+
+# what `model.arch=next` sets where a person does not: what was measured to help (planning/README.md)
+NEXT: dict = {"model": {"key_offset": True, "head_gates": True}, "base": {"optim": {"batch_power": 0}}}
+LARGE_VOCABULARY = 32768  # of which a quarter is enough for a batch of as many tokens, or fewer
+
+
+def with_next(values: dict) -> dict:
+    """Nested settings, with what `next` sets where they say nothing."""
+    values = _merge(NEXT, values)
+    tokenizer, base = values.get("tokenizer", {}), values["base"]
+    if isinstance(tokenizer, dict) and isinstance(base, dict) and base.get("batch_tokens"):
+        vocabulary = _convert(tokenizer.get("vocab_size", TokenizerConfig.vocab_size), Count, "tokenizer.vocab_size")
+        quarter, batch = vocabulary // 4, _convert(base["batch_tokens"], Count | None, "base.batch_tokens")
+        if vocabulary >= LARGE_VOCABULARY and (batch or quarter + 1) <= quarter:
+            base.setdefault("vocab_sample", quarter)
+    return values
 
 
 def load_config(

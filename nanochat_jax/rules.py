@@ -98,6 +98,11 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
         "leaves nothing that momentum_steps applies to: it is Muon's",
     ),
     (
+        "base.optim.batch_power mid.optim.batch_power sft.optim.batch_power rl.optim.batch_power",
+        lambda v, c: v == 0.5 or c.model.arch != "classic",
+        "must be left out with model.arch=classic, whose rates are the same for every batch",
+    ),
+    (
         "base.batch_tokens mid.batch_tokens sft.batch_tokens",
         lambda v, c: v % c.model.sequence_len == 0,
         "must be a multiple of model.sequence_len={0.model.sequence_len}",

@@ -29,6 +29,36 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
     assert c.load_config(tmp_path / "b.yaml") == got
 
 
+def test_next_sets_what_a_person_leaves_open(tmp_path):
+    (tmp_path / "a.yaml").write_text("model: {arch: next, depth: 6}\nbase: {optim: {lr_scale: 2}}\n")
+    got = c.load_config(tmp_path / "a.yaml", None, ["model.head_gates=false"])
+    assert got.model.key_offset and not got.model.head_gates and got.base.optim.batch_power == 0
+    assert (got.model.depth, got.base.optim.lr_scale, got.mid.optim.batch_power) == (6, 2, 0.5)
+    assert c.load_config(None, None, ["model.arch=next"]) == c.load_config(tmp_path / "a.yaml", None, BACK)
+    (tmp_path / "b.yaml").write_text(c.dump_yaml(got))
+    assert c.load_config(tmp_path / "b.yaml") == got  # a run directory's file says all of it
+    assert not c.load_config(None, None, ["model.arch=modern"]).model.key_offset
+
+
+@pytest.mark.parametrize(
+    ("settings", "sample"),
+    [
+        (["base.batch_tokens=8192"], 8192),
+        (["base.batch_tokens=8192", "base.vocab_sample=null"], None),
+        (["base.batch_tokens=8192", "base.vocab_sample=512"], 512),
+        (["base.batch_tokens=16384"], None),
+        (["base.batch_tokens=null"], None),
+        (["base.batch_tokens=2048", "tokenizer.vocab_size=8192"], None),
+        ([], None),
+    ],
+)
+def test_next_samples_a_large_vocabulary_in_small_batches(settings, sample):
+    assert c.load_config(None, None, ["model.arch=next", *settings]).base.vocab_sample == sample
+
+
+BACK = ["model.depth=4", "base.optim.lr_scale=1"]
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -39,7 +69,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("model.depth=0", "must be at least 1"),
         ("model=4", "model is a section"),
         ("model.depth", "written key=value"),
-        ("model.arch=modren", "is not one of modern, classic"),
+        ("model.arch=modren", "is not one of modern, classic, next"),
         ("model.width=100", "must be a multiple of model.head_dim"),
         ("model.width=16", "take 24 or more"),
         ("model.window_pattern=SXL", "only the letters S and L"),
@@ -68,6 +98,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
         ("rl.temperature=0.1", "must be at least 0.25"),
         ("base.vocab_sample=32768", "less than tokenizer.vocab_size=32768"),
         ("base.vocab_sample=1", "must be 2 or more"),
+        (["model.arch=classic", "base.optim.batch_power=0"], "must be left out with model.arch=classic"),
         ("rl.temperature=nan", "must be a finite number"),
         ("checkpoints.save_minutes=0", "must be more than 0; leave it out"),
         ("model.head_dim=3", "must be even"),
@@ -101,7 +132,7 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
 )
 def test_mistakes_are_one_line_that_says_what_to_do(override, says):
     with pytest.raises(UserError) as e:
-        c.load_config(None, None, [override])
+        c.load_config(None, None, [override] if isinstance(override, str) else override)
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
