@@ -61,7 +61,6 @@ class GPTConfig:
     value_embeds: bool = True
     smear: bool = True
     bigram_rows: int = 0  # of the table of pairs of tokens; 0: none
-    head_gates: bool = False  # on what each head of attention gives
     key_offset: bool = False  # half of each key is that of the position before
     backout: bool = True
     vocab_multiple: int = 64
@@ -101,7 +100,6 @@ class ModelConfig:
     window_pattern: str | None = None  # tiled over layers; S: a quarter of the context, L: all; None: SSSL, classic L
     # rows of a table that a hash of every two tokens looks up: it lowers bits per byte more than it helps on tasks
     bigram_rows: Natural = 0
-    head_gates: bool = False  # on what each head of attention gives
     key_offset: bool = False  # half of each key is that of the position before
 
 
@@ -461,7 +459,7 @@ def read_settings(path: str | Path | None, mesh: str | Path | None, overrides: S
 
 
 # what `model.arch=next` sets where a person does not: what was measured to help (planning/README.md)
-NEXT: dict = {"model": {"key_offset": True, "head_gates": True}, "base": {"optim": {"batch_power": 0}}}
+NEXT: dict = {"model": {"key_offset": True}, "base": {"optim": {"batch_power": 0}}}
 LARGE_VOCABULARY = 32768  # of which a quarter is enough for a batch of as many tokens, or fewer
 
 

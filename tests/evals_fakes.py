@@ -53,9 +53,6 @@ def tiny_model(sequence_len=192, vocab_size=ByteTokenizer.vocab_size, seed=0, **
     for block in model.blocks:
         for linear in (block.attn.proj, block.mlp.proj):
             linear.weight[...] = jnp.asarray(0.1 * rng.normal(size=linear.weight.shape), jnp.float32)
-    for block in model.blocks if model.cfg.head_gates else ():
-        gate = block.attn.head_gate.weight
-        gate[...] = jnp.asarray(rng.normal(size=gate.shape), jnp.float32)
     if model.cfg.bigram_rows:
         table = model.bigrams.embedding
         table[...] = jnp.asarray(rng.normal(size=table.shape), jnp.float32)

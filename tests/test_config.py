@@ -31,8 +31,8 @@ def test_file_mesh_and_overrides_in_this_order(tmp_path):
 
 def test_next_sets_what_a_person_leaves_open(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {arch: next, depth: 6}\nbase: {optim: {lr_scale: 2}}\n")
-    got = c.load_config(tmp_path / "a.yaml", None, ["model.head_gates=false"])
-    assert got.model.key_offset and not got.model.head_gates and got.base.optim.batch_power == 0
+    got = c.load_config(tmp_path / "a.yaml", None, ["model.key_offset=false"])
+    assert not got.model.key_offset and got.base.optim.batch_power == 0
     assert (got.model.depth, got.base.optim.lr_scale, got.mid.optim.batch_power) == (6, 2, 0.5)
     assert c.load_config(None, None, ["model.arch=next"]) == c.load_config(tmp_path / "a.yaml", None, BACK)
     (tmp_path / "b.yaml").write_text(c.dump_yaml(got))

@@ -22,12 +22,11 @@ from nanochat_jax import devices
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.kernels.fused import rms_norm, rotate_and_norm
 from nanochat_jax.kernels.launch import launch
-from nanochat_jax.model.gpt import GPT, gated, merge, product, rotary_tables
+from nanochat_jax.model.gpt import GPT, merge, product, rotary_tables
 from nanochat_jax.model.quantize import Int8, dequantize
 
 _WHOLE = pl.no_block_spec  # of an array that a kernel gets whole, to read where it wants
 _MASKED = -1e30  # finite: what is not seen at all then weighs 0 and not NaN
-GATES = ("ve_gate", "head_gate")  # in the order of the joined matrix's rows
 PAD = 64  # rows of the joined matrix that end with a gate are a multiple of it
 PART = 64  # positions of a program of `attend`, at least
 PROGRAMS = 1024  # of one call of it: some eight for each multiprocessor of an H100, so that reads overlap
@@ -105,9 +104,9 @@ def _attend(
             return first + j * block + lax.iota(jnp.int32, block)
 
         def read(j):
-            position = (p - jnp.minimum(ages(j), last))[:, None]
-            place, nothing = lax.rem(position, ring), slow[None] & (position == 0)
-            of_key = jnp.where(slow[None], lax.rem(jnp.maximum(position - 1, 0), ring), place) if offset else place
+            there = (p - jnp.minimum(ages(j), last))[:, None]  # positions
+            place, nothing = lax.rem(there, ring), slow[None] & (there == 0)
+            of_key = jnp.where(slow[None], lax.rem(jnp.maximum(there - 1, 0), ring), place) if offset else place
             tiles = [keys[at, head, of_key, left + side] for side in (0, half)]
             tiles = [jnp.where(nothing, 0, tile) for tile in tiles] if offset else tiles
             return *tiles, *(values[at, head, place, left + side] for side in (0, half))
@@ -290,7 +289,7 @@ def takes(cfg: GPTConfig) -> bool:
 
 
 def joined(params: dict) -> dict:
-    """The nested dict with one matrix `qkv` (O, D) in each block's attention, the gates' rows last, filled with 0.
+    """The nested dict with one matrix `qkv` (O, D) in each block's attention, the gate's rows last, filled with 0.
 
     And `factors`, where the model has them: of each layer, those of the residual stream and of its beginning, (2,).
     """
@@ -299,8 +298,8 @@ def joined(params: dict) -> dict:
         if "qkv" in attn:
             return attn
         parts = [attn[name]["weight"] for name in ("q", "k", "v")]
-        if gates := [attn[name]["weight"] for name in GATES if name in attn]:
-            gate = jnp.concatenate(gates)
+        if "ve_gate" in attn:
+            gate = attn["ve_gate"]["weight"]
             parts.append(jnp.pad(gate, ((0, -len(gate) % PAD), (0, parts[0].shape[1] - gate.shape[1]))))
         return {"qkv": {"weight": jnp.concatenate(parts)}, "proj": attn["proj"]}
 
@@ -316,7 +315,7 @@ def model(graph, cfg: GPTConfig, params: dict, dtype) -> GPT:
     params = dequantize(params, dtype)
     blocks = {}
     for i, block in params["blocks"].items():  # q, k, v and gate are asked for, and never read
-        names = ["q", "k", "v", "proj", *["ve_gate"] * cfg.has_value_embed(int(i)), *["head_gate"] * cfg.head_gates]
+        names = ["q", "k", "v", "proj", *["ve_gate"] * cfg.has_value_embed(int(i))]
         blocks[i] = {**block, "attn": dict.fromkeys(names, block["attn"]["proj"])}
     model = merge(graph, {name: p for name, p in params.items() if name != "factors"} | {"blocks": blocks})
     for block, joint in zip(model.blocks, _in_order(params["blocks"])):
@@ -327,15 +326,12 @@ def model(graph, cfg: GPTConfig, params: dict, dtype) -> GPT:
 def _attention(cfg: GPTConfig, params: dict, x, rope, attend, value_embed=None):
     """`model.Attention` of joined parameters: x (B, T, D) -> (B, T, D)."""
     (B, T, D), kv, N = x.shape, cfg.n_kv_head * cfg.head_dim, cfg.head_dim
-    q, k, v, gates = jnp.split(product(x, params["qkv"]["weight"]), [D, D + kv, D + 2 * kv], axis=-1)
+    q, k, v, gate = jnp.split(product(x, params["qkv"]["weight"]), [D, D + kv, D + 2 * kv], axis=-1)
     q, k, v = (y.reshape(B, T, -1, N) for y in (q, k, v))
     if value_embed is not None:
-        v = v + 3.0 * jax.nn.sigmoid(gates[..., : cfg.n_kv_head, None]) * value_embed.reshape(v.shape)
-        gates = gates[..., cfg.n_kv_head :]
+        v = v + 3.0 * jax.nn.sigmoid(gate[..., : cfg.n_kv_head, None]) * value_embed.reshape(v.shape)
     q, k = (rotate_and_norm(y, rope, cfg.qk_gain, cfg.norm_eps) for y in (q, k))
-    seen = attend(q, k, v)
-    seen = gated(seen, gates[..., : cfg.n_head]) if cfg.head_gates else seen
-    return product(seen.reshape(B, T, D), params["proj"]["weight"])
+    return product(attend(q, k, v).reshape(B, T, D), params["proj"]["weight"])
 
 
 def _in_order(blocks: dict) -> list[dict]:
@@ -392,9 +388,6 @@ def step(model: GPT, params: dict, cache: list, slots, max_len: int, token, posi
         value = None if table is None else (token, table)
         seen, *written = attend(qkv, *cache[i], position, slots, rope, **how, value_embed=value)
         cache[i] = tuple(written)
-        if cfg.head_gates:
-            first = (cfg.n_head + 2 * cfg.n_kv_head) * cfg.head_dim + cfg.n_kv_head * cfg.has_value_embed(i)
-            seen = gated(seen.reshape(len(x), cfg.n_head, -1), qkv[:, first : first + cfg.n_head]).reshape(len(x), -1)
         x = dense(seen, attn["proj"]["weight"], residual=x)
         wide = dense(x, mlp["fc"]["weight"], norm=eps, square=True)
         mix = (x0, params["factors"][i + 1]) if cfg.residual_scalars and i + 1 < len(blocks) else None

@@ -103,9 +103,8 @@ class Attention(nnx.Module):
         self.k = Linear(D, kv, init["qkv"], rngs)
         self.v = Linear(D, kv, init["qkv"], rngs)
         self.proj = Linear(D, D, zeros, rngs)
-        with_value = cfg.has_value_embed(layer)
-        self.ve_gate = Linear(GATE_CHANNELS, cfg.n_kv_head, uniform(0.02), rngs) if with_value else None
-        self.head_gate = Linear(GATE_CHANNELS, cfg.n_head, zeros, rngs) if cfg.head_gates else None
+        gated = cfg.has_value_embed(layer)
+        self.ve_gate = Linear(GATE_CHANNELS, cfg.n_kv_head, uniform(0.02), rngs) if gated else None
 
     def __call__(self, x, rope, attend, value_embed=None):
         """x (B, T, D); value_embed (B, T, K * N) or None. ResFormer's value residual: arXiv 2410.17897."""
@@ -116,16 +115,7 @@ class Attention(nnx.Module):
             gate = 3.0 * jax.nn.sigmoid(self.ve_gate(x[..., :GATE_CHANNELS]))  # (B, T, K)
             v = v + gate[..., None] * value_embed.reshape(v.shape)
         q, k = (rotate_and_norm(t, rope, cfg.qk_gain, cfg.norm_eps) for t in (q, k))
-        seen = attend(q, k, v)
-        if self.head_gate is not None:
-            seen = gated(seen, self.head_gate(x[..., :GATE_CHANNELS]))
-        return remat.named(self.proj(seen.reshape(B, T, D)), "attended")
-
-
-def gated(seen: jax.Array, gates: jax.Array) -> jax.Array:
-    """What each head gives (..., H, N) times 2 sigmoid(gates (..., H)), so that a head can say nothing (arXiv
-    2505.06708)."""
-    return seen * (2.0 * jax.nn.sigmoid(gates))[..., None]
+        return remat.named(self.proj(attend(q, k, v).reshape(B, T, D)), "attended")
 
 
 class MLP(nnx.Module):

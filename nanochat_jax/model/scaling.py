@@ -15,7 +15,7 @@ REFERENCE_DEPTH = 12  # where the rates were tuned
 REFERENCE_BATCH = 2**19  # tokens
 REFERENCE_WIDTH = 768
 REFERENCE_DECAY = 0.28
-GATE_CHANNELS, SMEAR_CHANNELS = 12, 24  # inputs of the gates in attention, and of the smear gate
+GATE_CHANNELS, SMEAR_CHANNELS = 12, 24  # inputs of the value-embedding gate and of the smear gate
 
 
 def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
@@ -31,7 +31,6 @@ def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
         sequence_len=cfg.sequence_len,
         window_pattern=cfg.window_pattern or ("L" if cfg.arch == "classic" else "SSSL"),
         bigram_rows=cfg.bigram_rows,
-        head_gates=cfg.head_gates,
         key_offset=cfg.key_offset,
     )
     if cfg.arch != "classic":
@@ -44,12 +43,11 @@ def param_counts(cfg: GPTConfig) -> dict[str, int]:
     """Parameters by group, the vocabulary's padding included; `total` is their sum."""
     D, L, kv = cfg.n_embd, cfg.n_layer, cfg.n_kv_head * cfg.head_dim
     with_value = sum(cfg.has_value_embed(i) for i in range(L))
-    gates = GATE_CHANNELS * (with_value * cfg.n_kv_head + L * cfg.n_head * cfg.head_gates)
     counts = {
         "wte": cfg.padded_vocab * D,
         "value_embeds": with_value * cfg.padded_vocab * kv,
         "lm_head": cfg.padded_vocab * D,
-        "transformer_matrices": L * (2 * D * D + 2 * D * kv + 8 * D * D) + gates,
+        "transformer_matrices": L * (2 * D * D + 2 * D * kv + 8 * D * D) + with_value * GATE_CHANNELS * cfg.n_kv_head,
         "scalars": 2 * L * cfg.residual_scalars + (SMEAR_CHANNELS + 1) * cfg.smear + cfg.backout,
     }
     if cfg.bigram_rows:

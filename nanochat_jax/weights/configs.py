@@ -32,9 +32,8 @@ FIXED = {
 def _known_elsewhere(cfg: GPTConfig) -> None:
     if cfg.bigram_rows:
         raise UserError(f"model.bigram_rows={cfg.bigram_rows}: no other code base has this")
-    for name in ("head_gates", "key_offset"):
-        if getattr(cfg, name):
-            raise UserError(f"model.{name}=true: no other code base has this")
+    if cfg.key_offset:
+        raise UserError("model.key_offset=true: no other code base has this")
 
 
 def transformers_config(cfg: GPTConfig) -> dict:

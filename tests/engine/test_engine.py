@@ -57,8 +57,8 @@ def test_greedy_equals_the_full_forward_for_unequal_lengths_over_windows(engine,
         assert all(margin_of(full, ids, i) > -1e-4 for i in range(len(prompt), len(ids)))
 
 
-def test_pairs_of_tokens_gates_and_offsets_are_known_to_the_engine():
-    model = tiny_model(MAX_LEN, bigram_rows=53, head_gates=True, key_offset=True)
+def test_pairs_of_tokens_and_offsets_are_known_to_the_engine():
+    model = tiny_model(MAX_LEN, bigram_rows=53, key_offset=True)
     full, asked = FullLogits(model), prompts(1, 20, 64)
     for prompt, done in zip(
         asked, Engine(model, slots=SLOTS, max_len=MAX_LEN).generate([Request(p, 20, 0.0) for p in asked])

@@ -137,7 +137,7 @@ def test_initial_loss_is_that_of_a_uniform_guess():
 
 @pytest.mark.parametrize("bigram_rows", [0, 50])
 def test_no_position_sees_the_future(bigram_rows):
-    model = GPT(dataclasses.replace(TINY, bigram_rows=bigram_rows, head_gates=True, key_offset=True), rngs=nnx.Rngs(0))
+    model = GPT(dataclasses.replace(TINY, bigram_rows=bigram_rows, key_offset=True), rngs=nnx.Rngs(0))
     if bigram_rows:
         model.bigrams.embedding[...] = jax.random.normal(jax.random.key(4), (bigram_rows, TINY.n_embd))
     model.smear_lambda[...] = jnp.ones(1)
