@@ -140,7 +140,7 @@ class OptimConfig:
     scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream; of smear and backout 0.4 times as much
     weight_decay: Rate | None = None  # of the blocks' matrices; None: the scaling rule, with AdamW 0.1
     lr_scale: Rate = 1.0  # multiplies every rate
-    batch_power: Rate = 0.5  # rates are as the batch to this power; 0: whatever the batch
+    batch_power: Rate = 0.5  # rates are proportional to the batch to this power; 0: the same for every batch
     warmup_steps: Natural = 40  # over which the rate rises
     momentum_steps: Count | None = None  # over which Muon's momentum rises; None: 400, of classic 300
     warmdown: Share = 0.65  # share of the steps over which the rate falls
@@ -469,9 +469,9 @@ def with_next(values: dict) -> dict:
     tokenizer, base = values.get("tokenizer", {}), values["base"]
     if isinstance(tokenizer, dict) and isinstance(base, dict) and base.get("batch_tokens"):
         vocabulary = _convert(tokenizer.get("vocab_size", TokenizerConfig.vocab_size), Count, "tokenizer.vocab_size")
-        quarter, batch = vocabulary // 4, _convert(base["batch_tokens"], Count | None, "base.batch_tokens")
-        if vocabulary >= LARGE_VOCABULARY and (batch or quarter + 1) <= quarter:
-            base.setdefault("vocab_sample", quarter)
+        batch = _convert(base["batch_tokens"], Count | None, "base.batch_tokens")
+        if vocabulary >= LARGE_VOCABULARY and batch and batch <= vocabulary // 4:
+            base.setdefault("vocab_sample", vocabulary // 4)
     return values
 
 

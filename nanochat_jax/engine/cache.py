@@ -135,12 +135,13 @@ def attend(
     M, T, H, N = q.shape
     K, places = keys.shape[1], jnp.arange(keys.shape[2])
     q = (q * N**-0.5).reshape(M, T, K, H // K, N).transpose(0, 2, 3, 1, 4).reshape(M, K, H // K * T, N)
-    parts = [q] if not offset else [jnp.where(of, q, 0).astype(q.dtype) for of in (~is_offset(N), is_offset(N))]
-    scores = jnp.einsum("mktn,mkrn->mktr", jnp.concatenate(parts, 2), keys, preferred_element_type=jnp.float32)
+    if offset:  # the cache's keys are read once for both halves
+        q = jnp.concatenate([jnp.where(is_offset(N), 0, q), jnp.where(is_offset(N), q, 0)], axis=2)
+    scores = jnp.einsum("mktn,mkrn->mktr", q, keys, preferred_element_type=jnp.float32)
     held = newest[:, None] - (newest[:, None] - places) % ring  # the position at each place; negative: none
     distance = positions[:, :, None] - held[:, None, :]
     seen = (distance >= 0) & (distance <= window) & (held >= 0)[:, None, :]  # (M, T, R)
-    if offset:  # the cache's keys are read once; what is added to a place's score is that of the place before
+    if offset:  # a place's score takes its other half from the place before
         scores, before = jnp.split(scores, 2, axis=2)
         scores += jnp.where((held > 0)[:, None, None], jnp.roll(before, 1, axis=-1), 0.0)
     scores = scores.reshape(M, K, H // K, T, -1)

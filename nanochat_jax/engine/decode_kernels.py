@@ -46,6 +46,34 @@ def _rotated(ref, row, first, cos, sin, gain, eps):
     return a * cos + b * sin, b * cos - a * sin
 
 
+def _is_slow(half):
+    """`attention.is_offset`, of either half (N/2,) of a head."""
+    return lax.iota(jnp.int32, half) >= half // 2
+
+
+def _keys_of(keys, at, head, position, ring, offset):
+    """Both halves (n, N/2) of the keys at positions (n, 1); offset: half of each from the position before."""
+    half = keys.shape[-1] // 2
+    place, columns, slow = lax.rem(position, ring), lax.iota(jnp.int32, half)[None], _is_slow(half)[None]
+    if offset:
+        place = jnp.where(slow, lax.rem(jnp.maximum(position - 1, 0), ring), place)
+    tiles = [keys[at, head, place, columns + side] for side in (0, half)]
+    return [jnp.where(slow & (position == 0), 0, tile) for tile in tiles] if offset else tiles
+
+
+def _joined(a, b, tops, totals):
+    """Softmaxes beside each other as one: both halves (N/2,) of the result, and the logarithm of the sum.
+
+    a, b (n, N/2): sums of weighted values, of weights below exp(tops (n,)); totals (n,) of the weights.
+    """
+    top = jnp.max(tops)
+    weight = jnp.exp(tops - top)
+    total = jnp.sum(totals * weight)
+    floored = jnp.maximum(total, 1e-30)
+    halves = (jnp.sum(x * weight[:, None], axis=0) / floored for x in (a, b))
+    return *halves, jnp.where(total > 0, top + jnp.log(floored), _MASKED)
+
+
 def _attend(
     position, slot, token, cos, sin, qkv, table, keys, values, *outs, H, K, N, ring, window, part, gain, eps, offset
 ):
@@ -57,7 +85,6 @@ def _attend(
     p, at = position[row], slot[row]
     cos, sin = (t[jnp.maximum(p, 0), :] for t in (cos, sin))
     scale = N**-0.5
-    slow = lax.iota(jnp.int32, half) >= half // 2  # `is_offset`, of each half of a head
 
     def query(g):
         a, b = _rotated(qkv, row, (head * G + g) * N, cos, sin, gain, eps)
@@ -84,7 +111,7 @@ def _attend(
         if offset:  # the cache has keys as they are; half of what is seen is that of the position before
             before = lax.rem(jnp.maximum(p - 1, 0), ring)
             old = (keys[at, head, before, pl.ds(side, half)] for side in (0, half))
-            ka, kb = (jnp.where(slow, jnp.where(p > 0, x, 0), y) for x, y in zip(old, (ka, kb)))
+            ka, kb = (jnp.where(_is_slow(half), jnp.where(p > 0, x, 0), y) for x, y in zip(old, (ka, kb)))
 
         for g in range(G):
             qa, qb = query(g)
@@ -104,12 +131,9 @@ def _attend(
             return first + j * block + lax.iota(jnp.int32, block)
 
         def read(j):
-            there = (p - jnp.minimum(ages(j), last))[:, None]  # positions
-            place, nothing = lax.rem(there, ring), slow[None] & (there == 0)
-            of_key = jnp.where(slow[None], lax.rem(jnp.maximum(there - 1, 0), ring), place) if offset else place
-            tiles = [keys[at, head, of_key, left + side] for side in (0, half)]
-            tiles = [jnp.where(nothing, 0, tile) for tile in tiles] if offset else tiles
-            return *tiles, *(values[at, head, place, left + side] for side in (0, half))
+            there = (p - jnp.minimum(ages(j), last))[:, None]
+            values_there = (values[at, head, lax.rem(there, ring), left + side] for side in (0, half))
+            return *_keys_of(keys, at, head, there, ring, offset), *values_there
 
         def visit(j, carry):
             tiles, states = carry
@@ -129,14 +153,10 @@ def _attend(
         none += jnp.full(block, _MASKED, jnp.float32), jnp.zeros(block, jnp.float32)
         blocks = lax.div(jnp.maximum(last - first + 1, 0) + block - 1, block)
         _, found = lax.fori_loop(0, blocks, visit, (read(0), (none,) * G))
-        for g, (a, b, tops, totals) in enumerate(found):
-            top = jnp.max(tops)
-            weight = jnp.exp(tops - top)
-            total = jnp.sum(totals * weight)
-            floored = jnp.maximum(total, 1e-30)
-            for x, side in ((a, 0), (b, half)):
-                out[s, row, head * G + g, pl.ds(side, half)] = jnp.sum(x * weight[:, None], axis=0) / floored
-            lse[s, row, head * G + g] = jnp.where(total > 0, top + jnp.log(floored), _MASKED)
+        for g, parts in enumerate(found):
+            *halves, lse[s, row, head * G + g] = _joined(*parts)
+            for x, side in zip(halves, (0, half)):
+                out[s, row, head * G + g, pl.ds(side, half)] = x
 
 
 def _combine(out, lse, o, *, parts, padded):
