@@ -84,19 +84,16 @@ def _attend(
     block = max(8, 32 // pl.next_power_of_2(G))  # positions that are read at once: as registers allow
     p, at = position[row], slot[row]
     cos, sin = (t[jnp.maximum(p, 0), :] for t in (cos, sin))
-    scale = N**-0.5
 
     def query(g):
-        a, b = _rotated(qkv, row, (head * G + g) * N, cos, sin, gain, eps)
-        return a * scale, b * scale
+        return (x * N**-0.5 for x in _rotated(qkv, row, (head * G + g) * N, cos, sin, gain, eps))
 
     @pl.when(s == 0)
     def _newest():
         ka, kb = (x.astype(keys.dtype) for x in _rotated(qkv, row, (H + head) * N, cos, sin, gain, eps))
         v = qkv[row, pl.ds((H + K + head) * N, N)].astype(jnp.float32)
         if table is not None:
-            gate = qkv[row, (H + 2 * K) * N + head].astype(jnp.float32)
-            gate = 3.0 / (1.0 + jnp.exp(-gate))
+            gate = 3.0 / (1.0 + jnp.exp(-qkv[row, (H + 2 * K) * N + head].astype(jnp.float32)))
             id = jnp.clip(token[row], 0, table.shape[0] - 1)
             v = v + gate * table[id, pl.ds(head * N, N)].astype(jnp.float32)
         v = v.astype(values.dtype)
@@ -121,7 +118,7 @@ def _attend(
 
     @pl.when(s > 0)
     def _before():
-        queries = [query(g) for g in range(G)]
+        queries = [tuple(query(g)) for g in range(G)]
         seen = jnp.minimum(p, window)  # ages 1 .. seen are before the newest, and in the cache
         first = (s - 1) * part + 1
         last = jnp.minimum(seen, first + part - 1)
