@@ -309,6 +309,7 @@ class ExperimentConfig:
 
 
 NOTHING = ("", "null", "~")  # as text
+OFF = (*NOTHING, "0", "0.0", "false")
 _TRUTH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
@@ -519,7 +520,14 @@ def config_file(run_dir: str | Path) -> Path:
 
 def read_run_config(run_dir: str | Path) -> RunConfig:
     """The settings of a run directory, unchecked: its data may be elsewhere by now. UserError if there is none."""
-    return from_dict(RunConfig, _read_yaml(config_file(run_dir)))
+    return from_dict(RunConfig, _without_gone(_read_yaml(config_file(run_dir)), RunConfig))
+
+
+def _without_gone(values: dict, of: typing.Any) -> dict:
+    """Without the settings that an earlier version had, where they were off: the run is what it would be without."""
+    hints = typing.get_type_hints(of) if dataclasses.is_dataclass(of) else values
+    kept = {k: v for k, v in values.items() if k in hints or v not in OFF}
+    return {k: _without_gone(v, hints.get(k)) if isinstance(v, dict) else v for k, v in kept.items()}
 
 
 def check_same(run_dir: Path, config: RunConfig, option: str) -> None:

@@ -56,6 +56,18 @@ def test_next_samples_a_large_vocabulary_in_small_batches(settings, sample):
     assert c.load_config(None, None, ["model.arch=next", *settings]).base.vocab_sample == sample
 
 
+def test_a_run_of_an_earlier_version_is_read_where_what_is_gone_was_off(tmp_path):
+    said = c.dump_yaml(c.RunConfig()).replace("    warmup_steps: 40", "    average: 0.0\n    warmup_steps: 40", 1)
+    (tmp_path / "config.yaml").write_text(said)
+    assert c.read_run_config(tmp_path) == c.RunConfig()
+    (tmp_path / "config.yaml").write_text(said.replace("average: 0.0", "average: 0.1"))
+    with pytest.raises(UserError, match="unknown setting base.optim.average"):
+        c.read_run_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("experimnt: {a: {b: 1}}")
+    with pytest.raises(UserError, match="unknown setting experimnt"):
+        c.read_run_config(tmp_path)
+
+
 BACK = ["model.depth=4", "base.optim.lr_scale=1"]
 
 
