@@ -9,6 +9,9 @@ One process packs, in order. Every SHARD_ROWS rows it writes
 in this order, each whole or not at all, and only then removes resume_<n>.npz: whenever it is killed, the files that
 belong to the manifest are there. Its lock on the folder ends with it. Other processes that want the same rows read
 them meanwhile, and pack the rest where rows are missing and the lock is free.
+
+Where training wants more rows than the beginnings of its documents fill, it gets what lies behind them: a second walk
+over the text cuts what no row could hold into documents of its own, before any row comes again.
 """
 
 import contextlib
@@ -22,7 +25,7 @@ import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -43,8 +46,8 @@ REFILL = 256  # documents that the buffer takes in at a time: the more wait in i
 PAUSE = 0.5  # seconds between two tries for the lock
 NICE = 10  # training has priority
 
-Document = tuple[int, np.ndarray]  # tokens, and the ids of as many of them as a row can hold
-Place = tuple[int, int]  # a file, and how many of its documents were taken
+Document = tuple[int, bool, np.ndarray]  # tokens; whether it is what lay behind a row; the ids that a row can hold
+Place = tuple[int, int, int]  # a walk over the files, a file, and how many of its documents were taken
 
 
 @dataclass(frozen=True)
@@ -183,14 +186,21 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
     manifest, buffer, place = _resumed(job)
     first = manifest["rows"]
 
-    def batches() -> Iterator[list[Document]]:
+    def batches(walk: int) -> Iterator[list[Document]]:
         nonlocal place
-        texts = _texts(job, place)
+        texts = _texts(job, place if place[0] == walk else (walk, 0, 0))
         while batch := list(itertools.islice(texts, REFILL)):
             place = batch[-1][0]
-            yield tokenize(job.tok, [text for _, text in batch], job.row_len, threads)
+            encoded = job.tok.encode_batch([text for _, text in batch], num_threads=threads)
+            yield [document for ids in encoded for document in _documents(job, walk, ids)]
 
-    rows = best_fit(batches(), job.row_len, job.buffer, crop=True, length=operator.itemgetter(0), buffer=buffer)
+    def all_rows() -> Iterator[list[tuple[Document, int]]]:
+        for walk in range(place[0], 2 if job.split == "train" else 1):
+            yield from best_fit(
+                batches(walk), job.row_len, job.buffer, crop=True, length=operator.itemgetter(0), buffer=buffer
+            )
+
+    rows = all_rows()
     while not manifest["complete"] and (job.goal is None or manifest["rows"] < job.goal):
         used = list(itertools.islice(rows, job.shard_rows))
         manifest["complete"] = len(used) < job.shard_rows
@@ -210,17 +220,20 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
 
 def _texts(job: Job, place: Place) -> Iterator[tuple[Place, str]]:
     """The documents from a place on, each with the place after it."""
-    first, skip = place
+    walk, first, skip = place
     for i, texts in enumerate(itertools.islice(job.documents.files(job.split), first, None), first):
         for taken, text in enumerate(itertools.islice(texts, skip, None), skip + 1):
-            yield (i, taken), text
+            yield (walk, i, taken), text
         skip = 0
 
 
-def tokenize(tok: Tokenizer, texts: Sequence[str], row_len: int, threads: int) -> list[Document]:
-    """The ids of each text begin with <|bos|> and end where a row does; its length counts all of them."""
-    encoded, dtype = tok.encode_batch(texts, num_threads=threads), dtype_of(tok)
-    return [(len(ids) + 1, np.array([tok.bos, *ids[: row_len - 1]], dtype)) for ids in encoded]
+def _documents(job: Job, walk: int, ids: list[int]) -> Iterator[Document]:
+    """In the first walk a text, whose length counts all of it; in the second what lay behind a row, in parts that fill
+    one. Each begins with <|bos|>."""
+    room, length = job.row_len - 1, len(ids) + 1
+    for start in range(room, len(ids), room) if walk else (0,):
+        part = np.array([job.tok.bos, *ids[start : start + room]], dtype_of(job.tok))
+        yield len(part) if walk else length, walk > 0, part
 
 
 def _add(job: Job, manifest: dict, rows: list[list[tuple[Document, int]]], buffer: Buffer, place: Place) -> None:
@@ -228,19 +241,20 @@ def _add(job: Job, manifest: dict, rows: list[list[tuple[Document, int]]], buffe
     n = len(manifest["shards"])
     with writing(job.folder):
         if rows:
-            used = [(ids[:taken], length) for row in rows for (length, ids), taken in row]
-            tokens = np.concatenate([ids for ids, _ in used]).reshape(-1, job.row_len)
+            used = [(document, taken) for row in rows for document, taken in row]
+            tokens = np.concatenate([ids[:taken] for (_, _, ids), taken in used]).reshape(-1, job.row_len)
             shard = write_shard(job.folder, n, {"tokens": tokens})
-            shard |= {"documents": len(used), "tokens": tokens.size}
-            shard["tokens_cropped"] = sum(length for _, length in used) - tokens.size
+            shard |= {"documents": sum(not again for (_, again, _), _ in used), "tokens": tokens.size}
+            # what lay behind a row was cropped before: all of it but its <|bos|> is no more
+            shard["tokens_cropped"] = sum(1 if again else length for (length, again, _), _ in used) - tokens.size
             manifest["shards"].append(shard)
             for name in COUNTS:
                 manifest[name] += shard[name]
         if not manifest["complete"]:
             waiting = buffer.in_order()
-            lengths = np.array([length for length, _ in waiting], np.int64)
-            ids = np.concatenate([np.empty(0, manifest["dtype"]), *(ids for _, ids in waiting)])
-            state = {"lengths": lengths, "ids": ids, "file_and_taken": np.array(place, np.int64)}
+            state = {"lengths": np.array([length for length, _, _ in waiting], np.int64)}
+            state["ids"] = np.concatenate([np.empty(0, manifest["dtype"]), *(ids for _, _, ids in waiting)])
+            state["place"] = np.array(place, np.int64)
             write_arrays(_resume(job, n + 1), np.savez, **state)
         atomic_write_json(job.folder / MANIFEST, manifest)
         _resume(job, n).unlink(missing_ok=True)
@@ -260,17 +274,17 @@ def _resumed(job: Job) -> tuple[dict, Buffer[Document], Place]:
             pass  # the same rows come out again, so that what others have read of them stays right
     manifest = {"row_len": job.row_len, "dtype": dtype_of(job.tok).name, "masked": False, "tokenizer": job.tok.hash}
     manifest |= {"shard_rows": job.shard_rows, "complete": False, "shards": [], **dict.fromkeys(COUNTS, 0)}
-    return manifest, Buffer(), (0, 0)
+    return manifest, Buffer(), (0, 0, 0)
 
 
 def _read_state(job: Job, n: int) -> tuple[Buffer[Document], Place]:
     buffer: Buffer[Document] = Buffer()
     with np.load(_resume(job, n)) as state:
-        lengths, (file, taken) = state["lengths"], state["file_and_taken"].tolist()
+        lengths, (walk, file, taken) = state["lengths"], state["place"].tolist()
         ends = np.minimum(lengths, job.row_len).cumsum()
         for length, ids in zip(lengths.tolist(), np.split(state["ids"], ends)):
-            buffer.add(length, (length, ids))
-    return buffer, (file, taken)
+            buffer.add(length, (length, walk > 0, ids))
+    return buffer, (walk, file, taken)
 
 
 def _resume(job: Job, n: int) -> Path:

@@ -2,7 +2,8 @@
 
 Every row starts with <|bos|>. Where no document fits what is left of a row, a pretraining row is filled with the
 beginning of the shortest one, and a row of conversations is padded. The rest of a cropped document is dropped: about a
-third of all tokens at a context of 2048. In exchange every token sees its document from the start.
+third of all tokens at a context of 2048. In exchange every token sees its document from the start. Before rows come
+again, what lay behind a row in longer documents makes rows of its own (packer.py).
 """
 
 import itertools
@@ -22,7 +23,7 @@ from nanochat_jax.files import read_json
 from nanochat_jax.processes import cores
 from tokenizer.chat import render_batch
 
-VERSION = 3  # of what is packed: part of the cache's key
+VERSION = 4  # of what is packed: part of the cache's key
 BATCH = 128  # conversations rendered at a time; the rows depend on it
 BUFFER = 200  # conversations that a row is chosen from; the rows depend on it
 

@@ -16,10 +16,11 @@ import psutil
 import pytest
 from data_fakes import Bytes, Texts, limit_files, pack_documents, print_and_exit, random_texts, tell_modules
 
+from nanochat_jax.config import DataConfig, ModelConfig, RunConfig
 from nanochat_jax.data import packer
 from nanochat_jax.data.fit import best_fit
 from nanochat_jax.data.packed import PackedDataset
-from nanochat_jax.data.packing import pack_conversations
+from nanochat_jax.data.packing import pack_conversations, pack_split
 from nanochat_jax.errors import UserError
 
 ROWS = 8  # of a shard
@@ -63,22 +64,43 @@ def whole(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- what is packed
 
 
-def test_the_rows_are_those_of_best_fit_over_the_documents_in_order(whole, tmp_path):
+def test_the_rows_are_those_of_best_fit_over_the_documents_in_order_and_then_over_what_no_row_held(whole, tmp_path):
     tok = Bytes()
-    documents = [[tok.bos, *tok.encode(text)] for text in TEXTS]
-    batches = (documents[i : i + packer.REFILL] for i in range(0, len(documents), packer.REFILL))
-    used = list(best_fit(batches, SEQ + 1, 10, crop=True))
+    encoded = [tok.encode(text) for text in TEXTS]
+    behind = [[ids[i : i + SEQ] for i in range(SEQ, len(ids), SEQ)] for ids in encoded]
+    used = []
+    for of_texts in ([[ids] for ids in encoded], behind):
+        documents = [[[tok.bos, *ids] for ids in several] for several in of_texts]
+        batches = (sum(documents[i : i + packer.REFILL], []) for i in range(0, len(documents), packer.REFILL))
+        used += best_fit(batches, SEQ + 1, 10, crop=True)
     want = [[i for document, taken in row for i in document[:taken]] for row in used]
     data = packed(Texts(TEXTS), tmp_path, workers=0)
     assert data.rows(range(len(data)))["tokens"].tolist() == want
     manifest = json.loads(whole["manifest.json"])
     assert manifest["complete"] and manifest["rows"] == len(want) and manifest["tokens"] == len(want) * (SEQ + 1)
-    assert manifest["documents"] == sum(map(len, used))
-    assert manifest["tokens_cropped"] == sum(len(d) - taken for row in used for d, taken in row)
+    assert 0 < manifest["documents"] <= len(TEXTS)
+    given, taken = sum(map(len, encoded)), sum(taken - 1 for row in used for _, taken in row)
+    # what waits when the last row of a walk cannot be filled counts as neither
+    assert 0 <= given - taken - manifest["tokens_cropped"] < 2 * SEQ
     for name in ("rows", "documents", "tokens", "tokens_cropped"):
         assert manifest[name] == sum(shard[name] for shard in manifest["shards"])
     assert {shard["rows"] for shard in manifest["shards"][:-1]} == {ROWS}
     assert not list(data.path.glob("resume*"))
+
+
+def test_a_long_text_is_read_to_its_end_before_its_rows_come_again(tmp_path):
+    """Also where packing is stopped and resumed in the second walk; of validation the beginnings alone are rows."""
+    texts = tuple("".join(chr(0x100 + (97 * n + i) % 5000) for i in range(700)) for n in range(4))
+    for goal in (3, 20, 21, None):
+        data = packed(Texts(texts), tmp_path, workers=0, goal_rows=goal)
+    seen = data.rows(range(len(data)))["tokens"]
+    pairs = {pair for row in seen.tolist() for pair in zip(row, row[1:])}
+    wanted = {pair for text in texts for pair in zip(text.encode(), text.encode()[1:])}
+    assert len(wanted - pairs) < len(wanted) / SEQ  # those that a cut parts
+    assert data.manifest["documents"] == 4 and 0 <= data.manifest["tokens_cropped"] < 3 * SEQ
+    config = RunConfig(model=ModelConfig(sequence_len=SEQ), data=DataConfig(pack_workers=0))
+    with pack_split(config, Texts(texts), Bytes(), tmp_path, "val", log=list) as rows:
+        assert len(rows) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 3])
