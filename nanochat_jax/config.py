@@ -91,7 +91,7 @@ class GPTConfig:
 class ModelConfig:
     """The model's size. None: derived from depth or arch."""
 
-    arch: Arch = "modern"  # modern | classic (the $100 run of October 2025) | next (modern, with what NEXT below sets)
+    arch: Arch = "modern"  # modern | classic (the $100 run of October 2025) | next (modern, and what with_next sets)
     depth: Count = 4  # transformer layers; by default everything else follows from it
     width: Count | None = None  # of the residual stream; None: 64 * depth, rounded up to whole heads
     head_dim: Count = 128  # of each attention head; even
@@ -459,15 +459,19 @@ def read_settings(path: str | Path | None, mesh: str | Path | None, overrides: S
     return with_next(values) if isinstance(model, dict) and model.get("arch") == "next" else values
 
 
-# what `model.arch=next` sets where a person does not: what was measured to help (planning/README.md)
-NEXT: dict = {"model": {"key_offset": True}, "base": {"optim": {"batch_power": 0}}}
-LARGE_VOCABULARY = 32768  # of which a quarter is enough for a batch of as many tokens, or fewer
+RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
+LARGE_VOCABULARY = 32768  # of which a quarter is enough for a batch of no more tokens than that quarter
 
 
 def with_next(values: dict) -> dict:
-    """Nested settings, with what `next` sets where they say nothing."""
-    values = _merge(NEXT, values)
+    """Nested settings, and where they say nothing what was measured to help (planning/README.md). Rates that they set
+    are for the default `batch_power`, which then stays."""
+    values = _merge({"model": {"key_offset": True}, "base": {"optim": {}}}, values)
     tokenizer, base = values.get("tokenizer", {}), values["base"]
+    if isinstance(base, dict) and isinstance(base["optim"], dict) and RATES.isdisjoint(base["optim"]):
+        base["optim"].setdefault("batch_power", 0)
+    if isinstance(base, dict) and isinstance(base["optim"], dict) and not any(name in base["optim"] for name in RATES):
+        base["optim"].setdefault("batch_power", 0)
     if isinstance(tokenizer, dict) and isinstance(base, dict) and base.get("batch_tokens"):
         vocabulary = _convert(tokenizer.get("vocab_size", TokenizerConfig.vocab_size), Count, "tokenizer.vocab_size")
         batch = _convert(base["batch_tokens"], Count | None, "base.batch_tokens")

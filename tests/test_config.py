@@ -41,6 +41,16 @@ def test_next_sets_what_a_person_leaves_open(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "file", sorted(Path(run_speedrun.__file__).parent.glob("configs/*.yaml")), ids=lambda p: p.stem
+)
+def test_next_leaves_rates_that_a_file_sets_as_they_are(file):
+    said, changed = (c.read_settings(file, None, more) for more in ((), ["model.arch=next"]))
+    of, instead = (c.from_dict(c.OptimConfig, s.get("base", {}).get("optim", {}), "optim") for s in (said, changed))
+    rated = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"} & set(said.get("base", {}).get("optim", {}))
+    assert instead == (of if rated else dataclasses.replace(of, batch_power=0))
+
+
+@pytest.mark.parametrize(
     ("settings", "sample"),
     [
         (["base.batch_tokens=8192"], 8192),

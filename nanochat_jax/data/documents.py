@@ -1,7 +1,7 @@
 """Pretraining documents, and those in a folder of files.
 
 The validation split is pinned: in a folder or on the hub it is the last file by name, whatever the number of training
-files, so that bits per byte compare between runs.
+files, so that bits per byte compare between runs. Of a single file it is every `HELD`th document.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from nanochat_jax import formats
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import content_hashes
 from nanochat_jax.formats import kind_of, some, texts_of
+
+HELD = 20
 
 
 class Documents(Protocol):
@@ -42,7 +44,7 @@ class Documents(Protocol):
 
 def local_documents(folder: Path, column: str, cache_dir: Path) -> FileDocuments:
     """The files in and below folder/pretrain or, where there is no such folder, those in `folder` itself. UserError
-    where there are fewer than two. cache_dir: where their hashes are kept."""
+    where there are none. cache_dir: where their hashes are kept."""
     root = folder / "pretrain"
     paths = root.rglob("*") if root.is_dir() else folder.glob("*")
     root = root if root.is_dir() else folder
@@ -52,29 +54,35 @@ def local_documents(folder: Path, column: str, cache_dir: Path) -> FileDocuments
     train, val = split_names(names)
     if not train:
         raise UserError(
-            f"{root} holds {len(names)} files of documents (.parquet; .jsonl or .txt, also .gz or .zst); "
-            "it takes two or more, the last for validation"
+            f"{root} holds no files of documents (.parquet; .jsonl or .txt, also .gz or .zst); "
+            "put text there, or name another folder by data.dir"
         )
     others += sorted({*names} - {*train, val})
-    notes = (f"{some(others)} in {root} not read as documents",) if others else ()
-    return FileDocuments(root, tuple(train), val, column, cache_dir, notes)
+    notes = [f"{some(others)} in {root} not read as documents"] if others else []
+    if val in train:
+        notes.append(f"{val} is the only file to train on: every {HELD}th of its documents is for validation")
+    return FileDocuments(root, tuple(train), val, column, cache_dir, tuple(notes))
 
 
 _SPLIT = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?=[-_./])")
 
 
 def split_names(names: Sequence[str]) -> tuple[list[str], str]:
-    """(training files, the validation file) of sorted names; no training files where there are too few.
-
-    The last is validation. Where every name says its split, as the hub's do (train-00000-of-00004.parquet, val/0.txt),
+    """(training files, the validation file) of sorted names. The last is validation, and trained on as well where it is
+    alone: see `shared_out`. Where every name says its split, as the hub's do (train-00000-of-00004.parquet, val/0.txt),
     a test split is left out, and training files are those of train.
     """
     said = [m and m[1] for m in map(_SPLIT.search, names)]
     if all(said) and "train" in said:
         held = [n for n, split in zip(names, said) if split not in ("train", "test")]
         train = [n for n, split in zip(names, said) if split == "train"]
-        return (train, held[-1]) if held else (train[:-1], train[-1])
-    return list(names[:-1]), names[-1] if names else ""
+        return (train, held[-1]) if held else (train[:-1] or train, train[-1])
+    return list(names[:-1] or names), names[-1] if names else ""
+
+
+def shared_out(texts: Iterator[str], split: str) -> Iterator[str]:
+    """The split's documents of a file that is all there is: the first and every `HELD`th from there are validation."""
+    return (text for i, text in enumerate(texts) if (i % HELD == 0) == (split == "val"))
 
 
 @dataclass(frozen=True)
@@ -96,4 +104,5 @@ class FileDocuments(Documents):
 
     def files(self, split: str) -> Iterator[Iterator[str]]:
         names = self.train_names if split == "train" else (self.val_name,)
-        return (texts_of(self.root / name, self.column) for name in names)
+        each = (texts_of(self.root / name, self.column) for name in names)
+        return (shared_out(texts, split) for texts in each) if self.val_name in self.train_names else each

@@ -3,6 +3,7 @@
 One process packs, in order. Every SHARD_ROWS rows it writes
 
     tokens_<n>.npy       the rows
+    cropped_<n>.npy      the documents that were cropped, and after how many tokens
     resume_<n + 1>.npz   the documents that wait in the buffer, and the place in the documents
     manifest.json        which makes the shard count
 
@@ -10,8 +11,8 @@ in this order, each whole or not at all, and only then removes resume_<n>.npz: w
 belong to the manifest are there. Its lock on the folder ends with it. Other processes that want the same rows read
 them meanwhile, and pack the rest where rows are missing and the lock is free.
 
-Where training wants more rows than the beginnings of its documents fill, it gets what lies behind them: a second walk
-over the text cuts what no row could hold into documents of its own, before any row comes again.
+Where training wants more rows than that makes, a second walk over the text packs what was cropped, in parts that a row
+can hold, before any row comes again.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,8 +48,15 @@ REFILL = 256  # documents that the buffer takes in at a time: the more wait in i
 PAUSE = 0.5  # seconds between two tries for the lock
 NICE = 10  # training has priority
 
-Document = tuple[int, bool, np.ndarray]  # tokens; whether it is what lay behind a row; the ids that a row can hold
-Place = tuple[int, int, int]  # a walk over the files, a file, and how many of its documents were taken
+# a walk over the files, a file, how many of its documents were taken, and how many of all files
+Place = tuple[int, int, int, int]
+AGAIN = -1  # the number of what was cropped before
+
+
+class Document(NamedTuple):
+    length: int  # tokens
+    ids: np.ndarray  # as many of them as a row can hold
+    number: int  # of the text, from 1 in the order of the walk
 
 
 @dataclass(frozen=True)
@@ -186,19 +195,26 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
     manifest, buffer, place = _resumed(job)
     first = manifest["rows"]
 
+    crops: dict[int, int] = {}  # in the first walk's rows that are not written yet: of a document, its ids in the row
+
     def batches(walk: int) -> Iterator[list[Document]]:
         nonlocal place
-        texts = _texts(job, place if place[0] == walk else (walk, 0, 0))
+        starts = _written_crops(job) | crops if walk else None
+        texts = _texts(job, place if place[0] == walk else (walk, 0, 0, 0))
         while batch := list(itertools.islice(texts, REFILL)):
             place = batch[-1][0]
-            encoded = job.tok.encode_batch([text for _, text in batch], num_threads=threads)
-            yield [document for ids in encoded for document in _documents(job, walk, ids)]
+            wanted = [(number, text) for (*_, number), text in batch if starts is None or number in starts]
+            encoded = job.tok.encode_batch([text for _, text in wanted], num_threads=threads)
+            each = ((ids, number, starts[number] if starts else None) for (number, _), ids in zip(wanted, encoded))
+            yield [document for one in each for document in _documents(job, *one)]
 
     def all_rows() -> Iterator[list[tuple[Document, int]]]:
+        length = operator.attrgetter("length")
         for walk in range(place[0], 2 if job.split == "train" else 1):
-            yield from best_fit(
-                batches(walk), job.row_len, job.buffer, crop=True, length=operator.itemgetter(0), buffer=buffer
-            )
+            for row in best_fit(batches(walk), job.row_len, job.buffer, crop=True, length=length, buffer=buffer):
+                if walk == 0:
+                    crops.update({d.number: taken - 1 for d, taken in row if taken < d.length})
+                yield row
 
     rows = all_rows()
     while not manifest["complete"] and (job.goal is None or manifest["rows"] < job.goal):
@@ -209,7 +225,8 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
                 f"the {job.split} documents do not fill one row of {job.row_len} tokens; give more text or a "
                 "smaller model.sequence_len"
             )
-        _add(job, manifest, used, buffer, place)
+        _add(job, manifest, used, crops, buffer, place)
+        crops.clear()
     cropped = manifest["tokens_cropped"] / (manifest["tokens"] + manifest["tokens_cropped"])
     seconds = time.perf_counter() - began
     yield (
@@ -220,41 +237,52 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
 
 def _texts(job: Job, place: Place) -> Iterator[tuple[Place, str]]:
     """The documents from a place on, each with the place after it."""
-    walk, first, skip = place
+    walk, first, skip, number = place
     for i, texts in enumerate(itertools.islice(job.documents.files(job.split), first, None), first):
         for taken, text in enumerate(itertools.islice(texts, skip, None), skip + 1):
-            yield (walk, i, taken), text
+            number += 1
+            yield (walk, i, taken, number), text
         skip = 0
 
 
-def _documents(job: Job, walk: int, ids: list[int]) -> Iterator[Document]:
-    """In the first walk a text, whose length counts all of it; in the second what lay behind a row, in parts that fill
-    one. Each begins with <|bos|>."""
-    room, length = job.row_len - 1, len(ids) + 1
-    for start in range(room, len(ids), room) if walk else (0,):
-        part = np.array([job.tok.bos, *ids[start : start + room]], dtype_of(job.tok))
-        yield len(part) if walk else length, walk > 0, part
+def _documents(job: Job, ids: list[int], number: int, start: int | None) -> Iterator[Document]:
+    """A text, or what is left of it from `start` on, in parts that a row can hold. Each begins with <|bos|>."""
+    room, dtype = job.row_len - 1, dtype_of(job.tok)
+    if start is None:
+        yield Document(len(ids) + 1, np.array([job.tok.bos, *ids[:room]], dtype), number)
+    else:
+        for at in range(start, len(ids), room):
+            part = np.array([job.tok.bos, *ids[at : at + room]], dtype)
+            yield Document(len(part), part, AGAIN)
 
 
-def _add(job: Job, manifest: dict, rows: list[list[tuple[Document, int]]], buffer: Buffer, place: Place) -> None:
+def _add(
+    job: Job,
+    manifest: dict,
+    rows: list[list[tuple[Document, int]]],
+    crops: dict[int, int],
+    buffer: Buffer,
+    place: Place,
+) -> None:
     """Writes a shard (none where there are no rows), what it takes to resume after it, and the manifest with it."""
     n = len(manifest["shards"])
     with writing(job.folder):
         if rows:
             used = [(document, taken) for row in rows for document, taken in row]
-            tokens = np.concatenate([ids[:taken] for (_, _, ids), taken in used]).reshape(-1, job.row_len)
+            tokens = np.concatenate([document.ids[:taken] for document, taken in used]).reshape(-1, job.row_len)
             shard = write_shard(job.folder, n, {"tokens": tokens})
-            shard |= {"documents": sum(not again for (_, again, _), _ in used), "tokens": tokens.size}
-            # what lay behind a row was cropped before: all of it but its <|bos|> is no more
-            shard["tokens_cropped"] = sum(1 if again else length for (length, again, _), _ in used) - tokens.size
+            write_arrays(_crops(job, n), np.save, np.array([*crops.items()], np.int64).reshape(-1, 2))
+            shard |= {"documents": sum(d.number != AGAIN for d, _ in used), "tokens": tokens.size}
+            # of what was cropped before, all but its <|bos|> is not any more
+            shard["tokens_cropped"] = sum(1 if d.number == AGAIN else d.length for d, _ in used) - tokens.size
             manifest["shards"].append(shard)
             for name in COUNTS:
                 manifest[name] += shard[name]
         if not manifest["complete"]:
             waiting = buffer.in_order()
-            state = {"lengths": np.array([length for length, _, _ in waiting], np.int64)}
-            state["ids"] = np.concatenate([np.empty(0, manifest["dtype"]), *(ids for _, _, ids in waiting)])
-            state["place"] = np.array(place, np.int64)
+            state = {"lengths": np.array([d.length for d in waiting], np.int64), "place": np.array(place, np.int64)}
+            state["ids"] = np.concatenate([np.empty(0, manifest["dtype"]), *(d.ids for d in waiting)])
+            state["numbers"] = np.array([d.number for d in waiting], np.int64)
             write_arrays(_resume(job, n + 1), np.savez, **state)
         atomic_write_json(job.folder / MANIFEST, manifest)
         _resume(job, n).unlink(missing_ok=True)
@@ -274,17 +302,27 @@ def _resumed(job: Job) -> tuple[dict, Buffer[Document], Place]:
             pass  # the same rows come out again, so that what others have read of them stays right
     manifest = {"row_len": job.row_len, "dtype": dtype_of(job.tok).name, "masked": False, "tokenizer": job.tok.hash}
     manifest |= {"shard_rows": job.shard_rows, "complete": False, "shards": [], **dict.fromkeys(COUNTS, 0)}
-    return manifest, Buffer(), (0, 0, 0)
+    return manifest, Buffer(), (0, 0, 0, 0)
 
 
 def _read_state(job: Job, n: int) -> tuple[Buffer[Document], Place]:
     buffer: Buffer[Document] = Buffer()
     with np.load(_resume(job, n)) as state:
-        lengths, (walk, file, taken) = state["lengths"], state["place"].tolist()
+        lengths, (walk, file, taken, number) = state["lengths"], state["place"].tolist()
         ends = np.minimum(lengths, job.row_len).cumsum()
-        for length, ids in zip(lengths.tolist(), np.split(state["ids"], ends)):
-            buffer.add(length, (length, walk > 0, ids))
-    return buffer, (walk, file, taken)
+        for length, ids, n in zip(lengths.tolist(), np.split(state["ids"], ends), state["numbers"].tolist()):
+            buffer.add(length, Document(length, ids, n))
+    return buffer, (walk, file, taken, number)
+
+
+def _written_crops(job: Job) -> dict[int, int]:
+    """Of each document that was cropped in the first walk, by its number, how many ids are in the written rows."""
+    paths = sorted(job.folder.glob("cropped_*.npy"))
+    return {number: taken for path in paths for number, taken in np.load(path).tolist()}
+
+
+def _crops(job: Job, n: int) -> Path:
+    return job.folder / f"cropped_{n:05d}.npy"
 
 
 def _resume(job: Job, n: int) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from nanochat_jax import formats
 from nanochat_jax.data import hub
 from nanochat_jax.data.cache import writing
-from nanochat_jax.data.documents import Documents, split_names
+from nanochat_jax.data.documents import Documents, shared_out, split_names
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 from nanochat_jax.formats import kind_of, texts_of
@@ -51,7 +51,7 @@ class HubDocuments(Documents):
         return ["hub", formats.VERSION, self.repo, self.column, *files]
 
     def all_files(self) -> tuple[HubFile, ...]:
-        return (*self.train_files, self.val_file)
+        return tuple(dict.fromkeys((*self.train_files, self.val_file)))
 
     def path(self, file: HubFile) -> Path:
         return self.folder / file.name
@@ -64,7 +64,8 @@ class HubDocuments(Documents):
 
     def files(self, split: str) -> Iterator[Iterator[str]]:
         for path in self.fetched(self.train_files if split == "train" else (self.val_file,)):
-            yield texts_of(path, self.column)
+            texts = texts_of(path, self.column)
+            yield shared_out(texts, split) if self.val_file in self.train_files else texts
 
     def fetched(
         self, files: Iterable[HubFile], prefetch: int = PREFETCH, progress: Callable[[int], object] = lambda n: None

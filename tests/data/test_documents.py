@@ -185,7 +185,7 @@ def test_damage_to_parquet_is_told(tmp_path):
 def test_local_documents_pin_the_last_file(tmp_path):
     (tmp_path / "pretrain").mkdir()
     data = DataConfig(dir=str(tmp_path))
-    with pytest.raises(UserError, match="holds 0 files .* two or more"):
+    with pytest.raises(UserError, match="holds no files .* data.dir"):
         open_documents(data, tmp_path)
     for i in range(3):
         pq.write_table(pa.table({"text": [f"shard {i}", ""]}), tmp_path / "pretrain" / f"s{i}.parquet")
@@ -221,8 +221,21 @@ def test_a_folder_that_itself_holds_the_files(tmp_path):
     (tmp_path / "c.csv").touch()
     (tmp_path / "d.md").touch()
     assert local_documents(tmp_path).notes == (f"c.csv, d.md in {tmp_path} not read as documents",)
-    with pytest.raises(UserError, match="holds 0 files"):
+    with pytest.raises(UserError, match="holds no files"):
         local_documents(tmp_path / "not here")
+
+
+@pytest.mark.parametrize("others", [(), ("test.txt",)], ids=["alone", "beside a test split"])
+def test_a_single_file_has_both_splits(tmp_path, others):
+    texts = [f"document {i}" for i in range(45)]
+    (tmp_path / "train.txt").write_text("<|endoftext|>".join(texts))
+    for name in others:
+        (tmp_path / name).write_text("not to be seen")
+    found = local_documents(tmp_path)
+    assert list(found.val()) == texts[::20]
+    assert list(found.train()) == [text for text in texts if text not in texts[::20]]
+    assert "train.txt is the only file to train on" in found.notes[-1]
+    assert bool(others) == ("test.txt in" in found.notes[0])
 
 
 def test_kinds_of_files():
@@ -236,7 +249,8 @@ def test_kinds_of_files():
     "names, train, val",
     [
         ([], [], ""),
-        (["a"], [], "a"),
+        (["a"], ["a"], "a"),
+        (["test.txt", "train.txt"], ["train.txt"], "train.txt"),
         (["a", "b", "c"], ["a", "b"], "c"),
         (["train-0.txt", "train-1.txt"], ["train-0.txt"], "train-1.txt"),
         (["d/test-0", "d/train-0", "d/train-1", "d/validation-0"], ["d/train-0", "d/train-1"], "d/validation-0"),

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_hub import BLOCK, COMMIT, REPO, FakeHub
 
@@ -89,9 +91,11 @@ def test_one_kind_of_files_is_taken_and_a_folder_if_asked_for(server, dataset, t
     assert names(hub_documents(REPO, None, 1, cache)) == ["de/a.jsonl", "en/b.jsonl"]
     assert names(hub_documents(REPO, "en/", 1, cache)) == ["en/a.jsonl.gz", "en/b.jsonl"]
     assert names(hub_documents(REPO, "de", 1, cache)) == ["de/a.jsonl", "de/deep/b.jsonl.zst"]
-    (folder / "en/a.parquet").write_bytes(b"x")
-    with pytest.raises(UserError, match="has 0 training files"):
-        hub_documents(REPO, None, 1, cache / "anew")
+    pq.write_table(pa.table({"text": ["a", "b"]}), folder / "en/a.parquet")
+    alone = hub_documents(REPO, None, 1, cache / "anew")
+    assert names(alone) == ["en/a.parquet"] and (list(alone.train()), list(alone.val())) == (["b"], ["a"])
+    with pytest.raises(UserError, match="has 1 training files"):
+        hub_documents(REPO, None, 2, cache / "anew")
 
 
 def test_settings_reach_the_documents(server, cache, monkeypatch):

@@ -64,22 +64,26 @@ def whole(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- what is packed
 
 
-def test_the_rows_are_those_of_best_fit_over_the_documents_in_order_and_then_over_what_no_row_held(whole, tmp_path):
+def test_the_rows_are_those_of_best_fit_over_the_documents_in_order_and_then_over_what_was_cropped(whole, tmp_path):
     tok = Bytes()
-    encoded = [tok.encode(text) for text in TEXTS]
-    behind = [[ids[i : i + SEQ] for i in range(SEQ, len(ids), SEQ)] for ids in encoded]
-    used = []
-    for of_texts in ([[ids] for ids in encoded], behind):
-        documents = [[[tok.bos, *ids] for ids in several] for several in of_texts]
-        batches = (sum(documents[i : i + packer.REFILL], []) for i in range(0, len(documents), packer.REFILL))
-        used += best_fit(batches, SEQ + 1, 10, crop=True)
+    documents = [[tok.bos, *tok.encode(text)] for text in TEXTS]
+
+    def batches(of):  # (texts,) lists of documents
+        return (sum(of[i : i + packer.REFILL], []) for i in range(0, len(of), packer.REFILL))
+
+    used = list(best_fit(batches([[d] for d in documents]), SEQ + 1, 10, crop=True))
+    rest = {id(d): d[taken:] for row in used for d, taken in row}
+    parts = [
+        [[tok.bos, *r[i : i + SEQ]] for r in [rest.get(id(d), [])] for i in range(0, len(r), SEQ)] for d in documents
+    ]
+    used += best_fit(batches(parts), SEQ + 1, 10, crop=True)
     want = [[i for document, taken in row for i in document[:taken]] for row in used]
     data = packed(Texts(TEXTS), tmp_path, workers=0)
     assert data.rows(range(len(data)))["tokens"].tolist() == want
     manifest = json.loads(whole["manifest.json"])
     assert manifest["complete"] and manifest["rows"] == len(want) and manifest["tokens"] == len(want) * (SEQ + 1)
     assert 0 < manifest["documents"] <= len(TEXTS)
-    given, taken = sum(map(len, encoded)), sum(taken - 1 for row in used for _, taken in row)
+    given, taken = sum(len(d) - 1 for d in documents), sum(taken - 1 for row in used for _, taken in row)
     # what waits when the last row of a walk cannot be filled counts as neither
     assert 0 <= given - taken - manifest["tokens_cropped"] < 2 * SEQ
     for name in ("rows", "documents", "tokens", "tokens_cropped"):
