@@ -37,10 +37,10 @@ RUN = (  # in the order of the documents: some make what later ones take
     r"-m nanochat_jax.(checkpoint|export|import)",
     r"-m nanochat_jax.chat .*-p",
     r"run_speedrun.py --config runs/(backwards|mine)",
-    r"run_speedrun.py --config configs/hindi.yaml",
+    r"run_speedrun.py --config configs/(hindi|demo).yaml",
 )
 FLAGS = (  # for a GPU, a network, hours, or somebody who watches
-    r"run_speedrun.py( --config configs/d24| --config configs/d12|$)",
+    r"run_speedrun.py( --config configs/d24| --config configs/d12| model.arch=next|$)",
     r"-m nanochat_jax.(bench|data|scaling|chat|planning.experiment)",
     r"-m server",
     r"-m evals --run-dir runs/demo --tasks humaneval",
@@ -139,6 +139,8 @@ def work(whole, place, tmp_path_factory):
             f.write(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}, ensure_ascii=False) + "\n")
     shutil.copytree(folder / "hindi", folder / "mine")  # somebody's own conversations
     shutil.copy(place / "data" / "pretrain" / "shard_0.parquet", folder / "text.parquet")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "book.txt").write_text("\n\n".join(pq.read_table(folder / "text.parquet")["text"].to_pylist()))
     return folder
 
 

@@ -11,8 +11,8 @@ in this order, each whole or not at all, and only then removes resume_<n>.npz: w
 belong to the manifest are there. Its lock on the folder ends with it. Other processes that want the same rows read
 them meanwhile, and pack the rest where rows are missing and the lock is free.
 
-Where training wants more rows than that makes, a second walk over the text packs what was cropped, in parts that a row
-can hold, before any row comes again.
+Where more rows are wanted than that makes, a second walk over the text packs what was cropped, in parts that a row can
+hold, before any row comes again.
 """
 
 import contextlib
@@ -210,7 +210,7 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
 
     def all_rows() -> Iterator[list[tuple[Document, int]]]:
         length = operator.attrgetter("length")
-        for walk in range(place[0], 2 if job.split == "train" else 1):
+        for walk in range(place[0], 2):
             for row in best_fit(batches(walk), job.row_len, job.buffer, crop=True, length=length, buffer=buffer):
                 if walk == 0:
                     crops.update({d.number: taken - 1 for d, taken in row if taken < d.length})

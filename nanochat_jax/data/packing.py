@@ -2,8 +2,8 @@
 
 Every row starts with <|bos|>. Where no document fits what is left of a row, a pretraining row is filled with the
 beginning of the shortest one, and a row of conversations is padded. The rest of a cropped document is dropped: about a
-third of all tokens at a context of 2048. In exchange every token sees its document from the start. Before rows to train
-on come again, what was cropped makes rows of its own (packer.py).
+third of all tokens at a context of 2048. In exchange every token sees its document from the start. Where more
+rows are wanted, what was cropped makes rows of its own (packer.py).
 """
 
 import itertools

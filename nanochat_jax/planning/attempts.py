@@ -1,6 +1,6 @@
 """One number for the working tree as it is, and a log of such numbers: what to keep when many things are tried.
 
-A line of log.tsv is an attempt: when, commit, tree (the hash of all files as they stood, and of the settings), minutes,
+A line of log.tsv is an attempt: when, commit, tree (the hash of the code as it stood, and of the settings), minutes,
 seed, what was changed, bits per byte, tokens, tokens/s and the verdict. An attempt on a tree that the log has already
 takes the next seed. How far apart seeds of one tree lie says what chance does. Attempts of other minutes do not count.
 """
@@ -8,38 +8,37 @@ takes the next seed. How far apart seeds of one tree lie says what chance does. 
 import csv
 import io
 import math
-import os
 import shutil
 import statistics
-import subprocess
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from scipy.special import stdtrit
+
 from nanochat_jax.config import RunConfig, fingerprint
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_text
-from nanochat_jax.planning.runs import ROOT, base_result, point, probe, speed, train
+from nanochat_jax.planning.runs import base_result, point, probe, speed, train
+from nanochat_jax.planning.tree import NOTHING, ROOT, git, tree
 
 LOG = "log.tsv"
 FIELDS = ("when", "commit", "tree", "minutes", "seed", "change", "val_bpb", "tokens", "tokens_per_second", "verdict")
-NOTHING = "-"
-FAR = 2.0  # standard errors of a difference beyond which it is no chance
+SURE = 0.95  # of the interval, Student's, beyond which a difference is no chance
 
 
 def attempt(config: RunConfig, out: Path, minutes: float, change: str) -> dict:
     """Trains `config`'s base model for so many minutes of steps; returns its line, which the log in `out` then has."""
-    commit, files = _git("rev-parse", "--short", "HEAD"), _tree()
+    commit, files = git("rev-parse", "--short", "HEAD"), tree()
     if files == NOTHING:
         raise UserError(
             f"an attempt is known by git's hash of the files, and {ROOT} is not a checkout, or git is missing"
         )
-    tree = f"{files}-{fingerprint(config)[:6]}"
+    of = f"{files}-{fingerprint(config)[:6]}"
     lines, length = read(out / LOG), f"{minutes:g}"
     earlier = [row for row in lines if row["minutes"] == length]
-    seed = sum(row["tree"] == tree for row in earlier)
+    seed = sum(row["tree"] == of for row in earlier)
     for name in ("probe", "attempt"):  # of another tree
         shutil.rmtree(out / name, ignore_errors=True)
     run = probe("probe", config)
@@ -49,8 +48,8 @@ def attempt(config: RunConfig, out: Path, minutes: float, change: str) -> dict:
     _trained(run, out)
     found = base_result(out / run.name)
     numbers = (round(found.bpb, 5), found.tokens, round(found.tokens / found.seconds))
-    change = " ".join(change.split()) or _git("log", "-1", "--format=%s")
-    row = dict(zip(FIELDS, (time.strftime("%F %R"), commit, tree, length, seed, change, *numbers), strict=False))
+    change = " ".join(change.split()) or git("log", "-1", "--format=%s")
+    row = dict(zip(FIELDS, (time.strftime("%F %R"), commit, of, length, seed, change, *numbers), strict=False))
     row["verdict"] = verdict(row, earlier)
     _write(out / LOG, [*lines, row])
     return row
@@ -78,7 +77,8 @@ def verdict(row: dict, earlier: Sequence[dict]) -> str:
     free = sum(len(values) - 1 for values in repeated)
     deviation = math.sqrt(sum((len(v) - 1) * statistics.variance(v) for v in repeated) / free)
     error = deviation * math.sqrt(1 / len(mine) + 1 / len(best))
-    kind = "within chance" if abs(change) <= FAR * error else "better" if change < 0 else "worse"
+    surely = abs(change) > error * stdtrit(free, (1 + SURE) / 2)
+    kind = "within chance" if not surely else "better" if change < 0 else "worse"
     return f"{kind}: {said}, standard error {error:.4f}"
 
 
@@ -99,22 +99,3 @@ def _write(path: Path, rows: Sequence[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     atomic_write_text(path, text.getvalue())
-
-
-def _git(*args: str, **more: str) -> str:
-    """What git says of the checkout; NOTHING outside of one."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", ROOT, *args], capture_output=True, text=True, check=True, env=os.environ | more
-        )
-        return done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return NOTHING
-
-
-def _tree() -> str:
-    """The hash of all files of the checkout as they stand, in an index of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        index = str(Path(folder) / "index")
-        _git("add", "--all", GIT_INDEX_FILE=index)
-        return _git("write-tree", GIT_INDEX_FILE=index)[:12]

@@ -2,7 +2,8 @@
 
 The file holds the settings of a run and a section `experiment`. Every run trains a base model in a process of its own,
 in a folder of --out; the same command resumes, also with more seeds, lengths and variants. The results are
-experiment.md, its plot and experiment.json in --out. Weights are not kept. One host only.
+experiment.md, its plot and experiment.json in --out; what ran with other code is named there. Weights are not kept. One
+host only.
 With --minutes it trains the base alone, for so long, prints its bits per byte and adds a line to --out's log.tsv.
 """
 
@@ -19,7 +20,8 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import claim
 from nanochat_jax.model import scaling
 from nanochat_jax.planning import attempts, experiment_page
-from nanochat_jax.planning.runs import ROOT, Point, Run, base_result, point, probe, speed, train
+from nanochat_jax.planning.runs import Point, Run, base_result, point, probe, speed, train
+from nanochat_jax.planning.tree import ROOT
 
 BASE = "base"
 

@@ -67,7 +67,7 @@ def write(
     atomic_write_json(out / "experiment.json", figures)
     draw(out / PLOT, base, found)
     text = ["# Experiment", f"![Bits per byte by tokens and by seconds]({PLOT})", _table(every)]
-    text += _notes(settings, every, failed)
+    text += _notes(settings, every, failed, found)
     atomic_write_text(out / "experiment.md", "\n\n".join(text) + "\n")
     said = {}
     for row in every:
@@ -103,7 +103,9 @@ def _said(i: Interval) -> str:
     return f"{i.value:.3f} ({i.low:.3f} to {i.high:.3f})"
 
 
-def _notes(settings: ExperimentConfig, every: list[Row], failed: list[str]) -> list[str]:
+def _notes(
+    settings: ExperimentConfig, every: list[Row], failed: list[str], found: Mapping[tuple[str, float], Runs]
+) -> list[str]:
     changes = [f"- {name}: `{' '.join(changed) or 'nothing'}`" for name, changed in settings.variants.items()]
     notes = [
         "Multipliers: how many times the tokens, or the seconds, the base needs for a variant's bits per byte, with "
@@ -112,6 +114,13 @@ def _notes(settings: ExperimentConfig, every: list[Row], failed: list[str]) -> l
     ]
     if any(row.multipliers and row.multipliers.beyond for row in every):
         notes.append("\\* beyond what the base's lengths reach: its curve is drawn on, straight.")
+    codes: dict[str, dict[str, None]] = {}
+    for (name, _), runs in found.items():
+        for run in runs.values():
+            codes.setdefault(run.code, {})[name] = None
+    if len(codes) > 1:
+        each = "; ".join(f"{code}: {listed([*names])}" for code, names in codes.items())
+        notes.append(f"Not all runs are of the same code. By its hash, {each}.")
     if failed:
         notes.append(f"Failed, and left out: {listed(failed)}. Their log.txt says why.")
     return [*notes, *(["## Variants", "\n".join(changes)] if changes else [])]

@@ -19,10 +19,12 @@ from nanochat_jax.errors import Interrupted, UserError
 from nanochat_jax.files import atomic_write_text, whole_folder
 from nanochat_jax.mesh.preemption import Stop
 from nanochat_jax.model import scaling
+from nanochat_jax.planning.tree import NOTHING, ROOT, tree
 from nanochat_jax.processes import die_with_parent
 from nanochat_jax.tracking.tracking import read_records
+from nanochat_jax.words import listed
 
-ROOT = Path(__file__).resolve().parents[2]
+CODE = "code.txt"  # in a run directory: of each start, the hash of the code that ran
 SETTLED = 3  # steps that compile and warm up: their times are not counted
 PROBE = 12  # steps
 _GPUS = Path("/proc/driver/nvidia/gpus")
@@ -45,6 +47,7 @@ class Run:
     seconds: float  # of its steps alone
     bpb: float
     memory_gb: float
+    code: str = NOTHING  # its hash; several where it was resumed with other code
 
 
 def point(name: str, config: RunConfig, tokens: float, seed: int) -> Point:
@@ -109,6 +112,8 @@ def _start(point: Point, out: Path, place: int, jobs: int) -> subprocess.Popen:
     machine."""
     run_dir, config = out / point.name, out / point.name / "config.yaml"
     atomic_write_text(config, dump_yaml(point.config))
+    with open(run_dir / CODE, "a", encoding="utf-8") as code:
+        code.write(f"{tree()}\n")
     if not read_done(run_dir / "tokenizer") and (trained := _tokenizer_of(point, out)):
         with whole_folder(run_dir / "tokenizer") as folder:
             shutil.copytree(trained, folder, dirs_exist_ok=True)
@@ -159,4 +164,6 @@ def base_result(run_dir: Path) -> Run:
     if (done := read_done(run_dir / "base")) is None:
         raise ValueError(f"{run_dir} has not trained its base model")
     memory = max(r.get("memory_gb", 0.0) for r in read_records(run_dir / "base" / "metrics.jsonl"))
-    return Run(done["tokens"], done["tokens"] / speed(run_dir), done["metrics"]["val_bpb"], memory)
+    code = (run_dir / CODE).read_text().split() if (run_dir / CODE).is_file() else [NOTHING]
+    seconds, bpb = done["tokens"] / speed(run_dir), done["metrics"]["val_bpb"]
+    return Run(done["tokens"], seconds, bpb, memory, listed([*dict.fromkeys(code)]))

@@ -20,8 +20,9 @@ from nanochat_jax.errors import UserError
 from nanochat_jax.files import claim
 from nanochat_jax.model import scaling
 from nanochat_jax.planning import plan, sweep_page
-from nanochat_jax.planning.runs import ROOT, Point, train
+from nanochat_jax.planning.runs import Point, train
 from nanochat_jax.planning.sweep_page import Result
+from nanochat_jax.planning.tree import ROOT
 from nanochat_jax.words import count, duration
 
 

@@ -31,9 +31,9 @@ FIXED = {
 
 def _known_elsewhere(cfg: GPTConfig) -> None:
     if cfg.bigram_rows:
-        raise UserError(f"model.bigram_rows={cfg.bigram_rows}: no other code base has this")
+        raise UserError(f"model.bigram_rows={cfg.bigram_rows}: no format that is exported has this")
     if cfg.key_offset:
-        raise UserError("model.key_offset=true: no other code base has this")
+        raise UserError("model.key_offset=true: no format that is exported has this")
 
 
 def transformers_config(cfg: GPTConfig) -> dict:

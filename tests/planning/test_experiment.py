@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, kill_when
 from nanochat_jax.config import ExperimentConfig, RunConfig
 from nanochat_jax.errors import UserError
-from nanochat_jax.planning import attempts, experiment, experiment_page
+from nanochat_jax.planning import attempts, experiment, experiment_page, tree
 from nanochat_jax.planning import multiplier as multiplier_file
 from nanochat_jax.planning.multiplier import multipliers
 from nanochat_jax.planning.runs import Run
@@ -73,6 +73,11 @@ def test_the_page(tmp_path):
     assert "better: `base.optim.lr_scale=2`" in page and "base, 1.4 times the budget" in page
     assert "Failed, and left out: broken-0" in page and "| one_seed | 1 |" in page
     assert (tmp_path / "experiment.png").stat().st_size > 20_000
+    assert "same code" not in page
+
+    found["better", 1][0] = dataclasses.replace(found["better", 1][0], code="0123")
+    experiment_page.write(tmp_path, "base", settings, found, [])
+    assert "not all runs are of the same code" in (tmp_path / "experiment.md").read_text().lower()
 
     for place, run in found["base", 1.4].items():  # a base that more training makes worse
         found["base", 1.4][place] = dataclasses.replace(run, bpb=3.0)
@@ -82,8 +87,8 @@ def test_the_page(tmp_path):
     assert "not known: more training does not help" in (tmp_path / "experiment.md").read_text()
 
 
-def line(tree: str, bpb: float) -> dict:
-    return {**dict.fromkeys(attempts.FIELDS, ""), "tree": tree, "val_bpb": str(bpb)}
+def line(of: str, bpb: float) -> dict:
+    return {**dict.fromkeys(attempts.FIELDS, ""), "tree": of, "val_bpb": str(bpb)}
 
 
 def test_verdicts():
@@ -100,7 +105,7 @@ def test_verdicts():
 
 
 def test_an_attempt_needs_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(attempts, "ROOT", tmp_path)
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
     with pytest.raises(UserError, match="is not a checkout"):
         attempts.attempt(RunConfig(), tmp_path / "out", 1.0, "")
     assert not (tmp_path / "out").exists()
