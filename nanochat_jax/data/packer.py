@@ -199,7 +199,7 @@ def _pack(job: Job, threads: int) -> Iterator[str]:
 
     def batches(walk: int) -> Iterator[list[Document]]:
         nonlocal place
-        starts = _written_crops(job) | crops if walk else None
+        starts = _written_crops(job, len(manifest["shards"])) | crops if walk else None
         texts = _texts(job, place if place[0] == walk else (walk, 0, 0, 0))
         while batch := list(itertools.islice(texts, REFILL)):
             place = batch[-1][0]
@@ -315,10 +315,13 @@ def _read_state(job: Job, n: int) -> tuple[Buffer[Document], Place]:
     return buffer, (walk, file, taken, number)
 
 
-def _written_crops(job: Job) -> dict[int, int]:
+def _written_crops(job: Job, shards: int) -> dict[int, int]:
     """Of each document that was cropped in the first walk, by its number, how many ids are in the written rows."""
-    paths = sorted(job.folder.glob("cropped_*.npy"))
-    return {number: taken for path in paths for number, taken in np.load(path).tolist()}
+    try:
+        written = [np.load(_crops(job, n)).tolist() for n in range(shards)]
+    except (OSError, ValueError, EOFError):
+        raise UserError(f"{job.folder} is damaged; remove it to have it packed anew") from None
+    return dict(itertools.chain.from_iterable(written))
 
 
 def _crops(job: Job, n: int) -> Path:

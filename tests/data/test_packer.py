@@ -289,6 +289,14 @@ def test_a_damaged_state_packs_from_the_beginning(whole, tmp_path):
 # ---------------------------------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_bytes(b"")], ids=["missing", "empty"])
+def test_without_the_places_of_crops_nothing_is_guessed(tmp_path, damage):
+    few = packed(Texts(TEXTS), tmp_path, workers=0, goal_rows=ROWS)
+    damage(few.path / "cropped_00000.npy")
+    with pytest.raises(UserError, match="damaged; remove it to have it packed anew"):
+        packed(Texts(TEXTS), tmp_path, workers=0)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_what_a_worker_cannot_read_reaches_the_trainer(tmp_path, workers):
     error = UserError("shard 3 is damaged; fetch it again")
