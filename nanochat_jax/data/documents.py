@@ -58,10 +58,8 @@ def local_documents(folder: Path, column: str, cache_dir: Path) -> FileDocuments
             "put text there, or name another folder by data.dir"
         )
     others += sorted({*names} - {*train, val})
-    notes = [f"{some(others)} in {root} not read as documents"] if others else []
-    if val in train:
-        notes.append(f"{val} is the only file to train on: every {HELD}th of its documents is for validation")
-    return FileDocuments(root, tuple(train), val, column, cache_dir, tuple(notes))
+    notes = (f"{some(others)} in {root} not read as documents",) if others else ()
+    return FileDocuments(root, tuple(train), val, column, cache_dir, (*notes, *of_one_file(train, val)))
 
 
 _SPLIT = re.compile(r"(?:^|/)(train|validation|valid|val|dev|test)(?=[-_./])")
@@ -78,6 +76,13 @@ def split_names(names: Sequence[str]) -> tuple[list[str], str]:
         train = [n for n, split in zip(names, said) if split == "train"]
         return (train, held[-1]) if held else (train[:-1] or train, train[-1])
     return list(names[:-1] or names), names[-1] if names else ""
+
+
+def of_one_file(train: Sequence[str], val: str) -> tuple[str, ...]:
+    """What to say where the validation file is trained on as well."""
+    if val not in train:
+        return ()
+    return (f"{val} is the only file to train on: every {HELD}th of its documents is for validation",)
 
 
 def shared_out(texts: Iterator[str], split: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from nanochat_jax import formats
 from nanochat_jax.data import hub
 from nanochat_jax.data.cache import writing
-from nanochat_jax.data.documents import Documents, shared_out, split_names
+from nanochat_jax.data.documents import Documents, of_one_file, shared_out, split_names
 from nanochat_jax.errors import UserError
 from nanochat_jax.files import atomic_write_json, read_json
 from nanochat_jax.formats import kind_of, texts_of
@@ -44,6 +44,7 @@ class HubDocuments(Documents):
     val_file: HubFile
     folder: Path  # where they are kept
     column: str
+    notes: tuple[str, ...] = ()
 
     @property
     def key(self) -> list:
@@ -115,7 +116,8 @@ def hub_documents(
     train, val = split_names(list(files))
     if len(train) < n_shards:
         raise UserError(f"{repo} has {len(train)} training files; data.hub_shards={n_shards} (-n) asks for more")
-    return HubDocuments(repo, tuple(files[n] for n in train[:n_shards]), files[val], folder, column)
+    wanted = tuple(files[n] for n in train[:n_shards])
+    return HubDocuments(repo, wanted, files[val], folder, column, of_one_file(train, val))
 
 
 def _listing(repo: str, subfolder: str, folder: Path) -> list[HubFile]:

@@ -94,6 +94,7 @@ def test_one_kind_of_files_is_taken_and_a_folder_if_asked_for(server, dataset, t
     pq.write_table(pa.table({"text": ["a", "b"]}), folder / "en/a.parquet")
     alone = hub_documents(REPO, None, 1, cache / "anew")
     assert names(alone) == ["en/a.parquet"] and (list(alone.train()), list(alone.val())) == (["b"], ["a"])
+    assert "en/a.parquet is the only file to train on" in alone.notes[0]
     with pytest.raises(UserError, match="has 1 training files"):
         hub_documents(REPO, None, 2, cache / "anew")
 
