@@ -470,8 +470,6 @@ def with_next(values: dict) -> dict:
     tokenizer, base = values.get("tokenizer", {}), values["base"]
     if isinstance(base, dict) and isinstance(base["optim"], dict) and RATES.isdisjoint(base["optim"]):
         base["optim"].setdefault("batch_power", 0)
-    if isinstance(base, dict) and isinstance(base["optim"], dict) and not any(name in base["optim"] for name in RATES):
-        base["optim"].setdefault("batch_power", 0)
     if isinstance(tokenizer, dict) and isinstance(base, dict) and base.get("batch_tokens"):
         vocabulary = _convert(tokenizer.get("vocab_size", TokenizerConfig.vocab_size), Count, "tokenizer.vocab_size")
         batch = _convert(base["batch_tokens"], Count | None, "base.batch_tokens")
