@@ -24,7 +24,7 @@ from nanochat_jax.kernels.fused import add_and_norm, mix_and_norm, relu_squared,
 from nanochat_jax.kernels.products import is_one_step, product
 from nanochat_jax.kernels.segments import look_up
 from nanochat_jax.model import remat
-from nanochat_jax.model.attention import causal_attention, offset_keys
+from nanochat_jax.model.attention import causal_attention, is_offset, offset_keys
 from nanochat_jax.model.scaling import GATE_CHANNELS, SMEAR_CHANNELS
 
 # (layer, q (B, T, H, N), k (B, T, K, N), v (B, T, K, N)) -> (B, T, H, N)
@@ -56,6 +56,14 @@ def _initialisers(cfg: GPTConfig) -> dict[str, Callable]:
     s = math.sqrt(3 / cfg.n_embd)
     qkv, fc = _uniform(s), _uniform(0.4 * s)
     return {"wte": normal(0.8), "head": normal(0.001), "qkv": qkv, "fc": fc, "value": _uniform(s)}
+
+
+def _like_queries(k: jax.Array, q: jax.Array, cfg: GPTConfig) -> jax.Array:
+    """Weights of keys (K * N, D) whose offset channels start as those of a query: from the first step on a token sees
+    what followed the same token before, which else takes hundreds of steps to be found."""
+    K, N, D = cfg.n_kv_head, cfg.head_dim, cfg.n_embd
+    first = q.reshape(K, -1, N, D)[:, 0]  # of the query heads that read a key head
+    return jnp.where(is_offset(N)[:, None], first, k.reshape(K, N, D)).reshape(K * N, D)
 
 
 class Linear(nnx.Module):
@@ -101,6 +109,8 @@ class Attention(nnx.Module):
         init, D, kv = _initialisers(cfg), cfg.n_embd, cfg.n_kv_head * cfg.head_dim
         self.q = Linear(D, D, init["qkv"], rngs)
         self.k = Linear(D, kv, init["qkv"], rngs)
+        if cfg.key_offset and layer == cfg.n_layer - 1:
+            self.k.weight[...] = _like_queries(self.k.weight[...], self.q.weight[...], cfg)
         self.v = Linear(D, kv, init["qkv"], rngs)
         self.proj = Linear(D, D, zeros, rngs)
         gated = cfg.has_value_embed(layer)

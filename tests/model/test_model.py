@@ -11,7 +11,7 @@ from flax import nnx
 from conftest import relative_error
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.model import loss as loss_lib
-from nanochat_jax.model.attention import causal_attention
+from nanochat_jax.model.attention import causal_attention, offset_keys
 from nanochat_jax.model.gpt import GPT
 from nanochat_jax.weights.names import to_reference
 
@@ -133,6 +133,24 @@ def test_initial_loss_is_that_of_a_uniform_guess():
     model = GPT(TINY, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, TINY.vocab_size)
     assert abs(float(mean_loss(model, tokens[:, :-1], tokens[:, 1:])) - np.log(TINY.vocab_size)) < 0.05
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+def test_last_layer_starts_by_looking_at_what_followed_the_same_token(n_kv_head):
+    cfg = dataclasses.replace(TINY, vocab_size=64, n_head=2, n_kv_head=n_kv_head, n_embd=128, key_offset=True)
+    seen = {}
+
+    def attend(layer, q, k, v):
+        seen[layer] = q, jnp.repeat(offset_keys(k), cfg.n_head // n_kv_head, axis=2)
+        return jnp.zeros_like(q)
+
+    tokens = jax.random.permutation(jax.random.key(1), 64)[None, :40]
+    tokens = tokens.at[0, 30].set(tokens[0, 11])
+    GPT(cfg, rngs=nnx.Rngs(0)).trunk(tokens, jnp.arange(40), attend)
+    scores = [jnp.einsum("hn,thn->ht", q[0, 30], k[0, :31]) for q, k in seen.values()]
+    heads = slice(0, None, cfg.n_head // n_kv_head)  # of the queries that keys are alike to
+    assert (scores[-1][heads].argmax(axis=-1) == 12).all()
+    assert not (scores[0].argmax(axis=-1) == 12).any()
 
 
 @pytest.mark.parametrize("bigram_rows", [0, 50])
