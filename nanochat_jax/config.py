@@ -59,6 +59,7 @@ class GPTConfig:
     softcap: float = 15.0  # logits = softcap * tanh(z / softcap)
     residual_scalars: bool = True
     value_embeds: bool = True
+    head_values: bool = False  # the last layer's value embeddings are the head's rows
     smear: bool = True
     bigram_rows: int = 0  # of the table of pairs of tokens; 0: none
     key_offset: bool = False  # half of each key is that of the position before
@@ -82,9 +83,15 @@ class GPTConfig:
         tiled[-1] = "L"
         return tuple(short if c == "S" else self.sequence_len for c in tiled)
 
-    def has_value_embed(self, layer: int) -> bool:
+    def has_value_table(self, layer: int) -> bool:
         """Value embeddings stand in every second layer, the last one included."""
-        return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2
+        return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2 and not self.reads_head(layer)
+
+    def reads_head(self, layer: int) -> bool:
+        return self.head_values and layer == self.n_layer - 1
+
+    def has_value_embed(self, layer: int) -> bool:
+        return self.has_value_table(layer) or self.reads_head(layer)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,7 @@ class ModelConfig:
     # rows of a table that a hash of every two tokens looks up: it lowers bits per byte more than it helps on tasks
     bigram_rows: Natural = 0
     key_offset: bool = False  # half of each key is that of the position before
+    head_values: bool = False  # the last layer's value embeddings are the output head's rows
 
 
 @dataclass(frozen=True)
@@ -466,7 +474,7 @@ LARGE_VOCABULARY = 32768  # of which a quarter is enough for a batch of no more 
 def with_next(values: dict) -> dict:
     """Nested settings, and where they say nothing what was measured to help (planning/README.md). Rates that they set
     are for the default `batch_power`, which then stays."""
-    values = _merge({"model": {"key_offset": True}, "base": {"optim": {}}}, values)
+    values = _merge({"model": {"key_offset": True, "head_values": True}, "base": {"optim": {}}}, values)
     tokenizer, base = values.get("tokenizer", {}), values["base"]
     if isinstance(base, dict) and isinstance(base["optim"], dict) and RATES.isdisjoint(base["optim"]):
         base["optim"].setdefault("batch_power", 0)

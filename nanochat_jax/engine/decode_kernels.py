@@ -400,9 +400,12 @@ def step(model: GPT, params: dict, cache: list, slots, max_len: int, token, posi
     for i, block in enumerate(blocks):
         attn, mlp = block["attn"], block["mlp"]
         qkv = dense(x, attn["qkv"]["weight"], norm=eps)
-        table = params["value_embeds"][str(i)]["embedding"] if cfg.has_value_embed(i) else None
+        value = None
+        if cfg.has_value_table(i):
+            value = token, params["value_embeds"][str(i)]["embedding"]
+        elif cfg.reads_head(i):
+            value = jnp.arange(len(token)), model.value_embed(i, token)
         how = {"heads": cfg.n_head, "window": cfg.windows[i], "gain": cfg.qk_gain, "eps": eps, "offset": cfg.key_offset}
-        value = None if table is None else (token, table)
         seen, *written = attend(qkv, *cache[i], position, slots, rope, **how, value_embed=value)
         cache[i] = tuple(written)
         x = dense(seen, attn["proj"]["weight"], residual=x)

@@ -170,12 +170,23 @@ class GPT(nnx.Module):
         if cfg.bigram_rows:
             self.bigrams = Embedding(cfg.bigram_rows, D, zeros, rngs)
         if cfg.value_embeds:
-            kv, layers = cfg.n_kv_head * cfg.head_dim, filter(cfg.has_value_embed, range(cfg.n_layer))
+            kv, layers = cfg.n_kv_head * cfg.head_dim, filter(cfg.has_value_table, range(cfg.n_layer))
             self.value_embeds = nnx.Dict({str(i): Embedding(V, kv, init["value"], rngs) for i in layers})
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Normed token embeddings (..., D), before the smear."""
         return rms_norm(self.wte(tokens).astype(self.dtype), self.cfg.norm_eps)
+
+    def value_embed(self, i: int, tokens: jax.Array) -> jax.Array | None:
+        """What layer i adds to the values of `tokens`, (..., K * N), or None. The head's rows stand for tokens to come:
+        where they are the values, a layer that has found what followed a token before can say it."""
+        cfg = self.cfg
+        if cfg.has_value_table(i):
+            return self.value_embeds[str(i)](tokens).astype(self.dtype)
+        if not cfg.reads_head(i):
+            return None
+        rows = look_up(self.lm_head.weight[...], tokens)[..., : cfg.n_kv_head * cfg.head_dim]
+        return rms_norm(rows, cfg.norm_eps).astype(self.dtype)
 
     def _smear(self, x, prev_tokens):
         """Adds a gated copy of the previous token's embedding; prev_tokens as in `trunk`."""
@@ -207,8 +218,7 @@ class GPT(nnx.Module):
             normed = rms_norm(x, cfg.norm_eps)
         else:
             x, normed = add_and_norm(x, mlp_out, cfg.norm_eps)
-        value_embed = self.value_embeds[str(i)](tokens).astype(x.dtype) if cfg.has_value_embed(i) else None
-        attended = block.attn(normed, rope, functools.partial(attend, i), value_embed)
+        attended = block.attn(normed, rope, functools.partial(attend, i), self.value_embed(i, tokens))
         x, normed = add_and_norm(x, attended, cfg.norm_eps)
         return x, block.mlp(normed), x0
 

@@ -32,6 +32,7 @@ def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
         window_pattern=cfg.window_pattern or ("L" if cfg.arch == "classic" else "SSSL"),
         bigram_rows=cfg.bigram_rows,
         key_offset=cfg.key_offset,
+        head_values=cfg.head_values,
     )
     if cfg.arch != "classic":
         return modern
@@ -42,12 +43,13 @@ def gpt_config(cfg: ModelConfig, vocab_size: int) -> GPTConfig:
 def param_counts(cfg: GPTConfig) -> dict[str, int]:
     """Parameters by group, the vocabulary's padding included; `total` is their sum."""
     D, L, kv = cfg.n_embd, cfg.n_layer, cfg.n_kv_head * cfg.head_dim
-    with_value = sum(cfg.has_value_embed(i) for i in range(L))
+    gates = sum(cfg.has_value_embed(i) for i in range(L))
+    tables = sum(cfg.has_value_table(i) for i in range(L))
     counts = {
         "wte": cfg.padded_vocab * D,
-        "value_embeds": with_value * cfg.padded_vocab * kv,
+        "value_embeds": tables * cfg.padded_vocab * kv,
         "lm_head": cfg.padded_vocab * D,
-        "transformer_matrices": L * (2 * D * D + 2 * D * kv + 8 * D * D) + with_value * GATE_CHANNELS * cfg.n_kv_head,
+        "transformer_matrices": L * (2 * D * D + 2 * D * kv + 8 * D * D) + gates * GATE_CHANNELS * cfg.n_kv_head,
         "scalars": 2 * L * cfg.residual_scalars + (SMEAR_CHANNELS + 1) * cfg.smear + cfg.backout,
     }
     if cfg.bigram_rows:

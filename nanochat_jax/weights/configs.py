@@ -32,8 +32,9 @@ FIXED = {
 def _known_elsewhere(cfg: GPTConfig) -> None:
     if cfg.bigram_rows:
         raise UserError(f"model.bigram_rows={cfg.bigram_rows}: no format that is exported has this")
-    if cfg.key_offset:
-        raise UserError("model.key_offset=true: no format that is exported has this")
+    for name in ("key_offset", "head_values"):
+        if getattr(cfg, name):
+            raise UserError(f"model.{name}=true: no format that is exported has this")
 
 
 def transformers_config(cfg: GPTConfig) -> dict:

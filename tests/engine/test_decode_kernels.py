@@ -99,7 +99,9 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(decode_kernels, "_reads", lambda width: True)
 
 
-@pytest.mark.parametrize(("slots", "int8", "more"), [(1, True, {}), (3, False, {"key_offset": True})])
+@pytest.mark.parametrize(
+    ("slots", "int8", "more"), [(1, True, {}), (3, False, {"key_offset": True, "head_values": True})]
+)
 def test_an_engine_of_kernels_says_what_the_full_forward_says(interpreted, slots, int8, more):
     model = tiny_model(sequence_len=640, **more)  # window 256, ring 512
     engine = Engine(model, slots=slots, max_len=640, int8=int8)

@@ -58,7 +58,7 @@ def test_greedy_equals_the_full_forward_for_unequal_lengths_over_windows(engine,
 
 
 def test_pairs_of_tokens_and_offsets_are_known_to_the_engine():
-    model = tiny_model(MAX_LEN, bigram_rows=53, key_offset=True)
+    model = tiny_model(MAX_LEN, bigram_rows=53, key_offset=True, head_values=True)
     full, asked = FullLogits(model), prompts(1, 20, 64)
     for prompt, done in zip(
         asked, Engine(model, slots=SLOTS, max_len=MAX_LEN).generate([Request(p, 20, 0.0) for p in asked])

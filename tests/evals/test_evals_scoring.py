@@ -16,7 +16,7 @@ from nanochat_jax.mesh import sharding
 
 CLASSIC = {
     **dict.fromkeys(("residual_scalars", "value_embeds", "smear", "backout"), False),
-    **{"window_pattern": "L", "bigram_rows": 0, "key_offset": False},
+    **{"window_pattern": "L", "bigram_rows": 0, "key_offset": False, "head_values": False},
 }
 
 
@@ -162,7 +162,7 @@ def question(rng, shared, ends, first=0):
 
 def windowed(**switches):
     """A model with windows of 128 in a context of 300, every switch of the architecture on but where `switches` say."""
-    made = tiny_model(sequence_len=300, bigram_rows=53, key_offset=True)
+    made = tiny_model(sequence_len=300, bigram_rows=53, key_offset=True, head_values=True)
     made.smear_lambda[...] = jnp.asarray([0.7])
     if not switches:
         return made

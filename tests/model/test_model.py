@@ -155,7 +155,7 @@ def test_last_layer_starts_by_looking_at_what_followed_the_same_token(n_kv_head)
 
 @pytest.mark.parametrize("bigram_rows", [0, 50])
 def test_no_position_sees_the_future(bigram_rows):
-    model = GPT(dataclasses.replace(TINY, bigram_rows=bigram_rows, key_offset=True), rngs=nnx.Rngs(0))
+    model = GPT(dataclasses.replace(TINY, bigram_rows=bigram_rows, key_offset=True, head_values=True), rngs=nnx.Rngs(0))
     if bigram_rows:
         model.bigrams.embedding[...] = jax.random.normal(jax.random.key(4), (bigram_rows, TINY.n_embd))
     model.smear_lambda[...] = jnp.ones(1)

@@ -97,7 +97,7 @@ def test_eight_devices_equal_one(one_device, mesh, accumulation):
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)], ids=["data", "data-fsdp-tensor"])
 def test_eight_devices_equal_one_with_every_addition(mesh):
     """Also the sample of the vocabulary, which is the whole batch's however it is split."""
-    cfg = dataclasses.replace(CFG, key_offset=True, bigram_rows=40)
+    cfg = dataclasses.replace(CFG, key_offset=True, head_values=True, bigram_rows=40)
     (losses, params), (want, wanted) = run(mesh, 1, sample=96, cfg=cfg), run(MeshConfig(1, 1, 1), 4, sample=96, cfg=cfg)
     assert relative_error(losses, want) < 1e-5
     assert differing(params, wanted) == []

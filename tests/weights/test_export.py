@@ -189,7 +189,7 @@ def test_windows_cannot_be_said():
 
 
 @pytest.mark.parametrize("write", [configs.transformers_config, configs.reference_config])
-@pytest.mark.parametrize("own", ["bigram_rows=64", "key_offset=true"])
+@pytest.mark.parametrize("own", ["bigram_rows=64", "key_offset=true", "head_values=true"])
 def test_what_no_other_code_base_has_cannot_be_said(write, own):
     with pytest.raises(UserError, match=f"model.{own}: no format that is exported has this"):
         write(scaling.gpt_config(load_config(None, None, ["model.arch=classic", f"model.{own}"]).model, 512))
