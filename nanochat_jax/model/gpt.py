@@ -169,8 +169,8 @@ class GPT(nnx.Module):
             self.backout_lambda = nnx.Param(jnp.full((1,), 0.2, jnp.float32))
         if cfg.bigram_rows:
             self.bigrams = Embedding(cfg.bigram_rows, D, zeros, rngs)
-        if cfg.value_embeds:
-            kv, layers = cfg.n_kv_head * cfg.head_dim, filter(cfg.has_value_table, range(cfg.n_layer))
+        if layers := [i for i in range(cfg.n_layer) if cfg.has_value_table(i)]:
+            kv = cfg.n_kv_head * cfg.head_dim
             self.value_embeds = nnx.Dict({str(i): Embedding(V, kv, init["value"], rngs) for i in layers})
 
     def embed(self, tokens: jax.Array) -> jax.Array:
