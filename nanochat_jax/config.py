@@ -145,6 +145,7 @@ class OptimConfig:
     matrix_lr: Rate = 0.02  # of the blocks' matrices; AdamW's wants to be some tenth of Muon's
     embedding_lr: Rate = 0.3  # AdamW: the token and value embeddings
     unembedding_lr: Rate = 0.008  # AdamW: the output head
+    centred_head: bool = False  # the mean of the output head's rows stays where it began
     scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream; of smear and backout 0.4 times as much
     weight_decay: Rate | None = None  # of the blocks' matrices; None: the scaling rule, with AdamW 0.1
     lr_scale: Rate = 1.0  # multiplies every rate
@@ -474,7 +475,8 @@ LARGE_VOCABULARY = 32768  # of which a quarter is enough for a batch of no more 
 def with_next(values: dict) -> dict:
     """Nested settings, and where they say nothing what was measured to help (planning/README.md). Rates that they set
     are for the default `batch_power`, which then stays."""
-    values = _merge({"model": {"key_offset": True, "head_values": True}, "base": {"optim": {}}}, values)
+    ours = {"key_offset": True, "head_values": True}
+    values = _merge({"model": ours, "base": {"optim": {"centred_head": True}}}, values)
     tokenizer, base = values.get("tokenizer", {}), values["base"]
     if isinstance(base, dict) and isinstance(base["optim"], dict) and RATES.isdisjoint(base["optim"]):
         base["optim"].setdefault("batch_power", 0)

@@ -129,6 +129,16 @@ def adamw(
     return optax.GradientTransformation(init, update)
 
 
+def centred(rows: int) -> optax.GradientTransformation:
+    """Updates whose first `rows` rows have lost their mean. To the softmax, which it adds the same logit everywhere, a
+    mean of the head's rows says nothing, but AdamW's equal steps of many rare rows make it large (arXiv 2601.02031)."""
+
+    def update(updates, params=None):
+        return jax.tree.map(lambda u: u.at[:rows].add(-u[:rows].mean(axis=0)), updates)
+
+    return optax.stateless(update)
+
+
 def _stored(tree, light: bool):
     """First moments as they are kept between steps."""
     return jax.tree.map(lambda x: x.astype(jnp.bfloat16) if light and x.ndim == 2 else x, tree)
@@ -292,5 +302,7 @@ def make_optimizer(
         if name == "muon" and cfg.weight_decay is not None:
             decay = cfg.weight_decay
         parts[name] = adamw(peak[name], betas, decay, schedules.lr, light)
+        if name == "lm_head" and cfg.centred_head:
+            parts[name] = optax.chain(parts[name], centred(gpt.vocab_size))
     joined = optax.partition(parts, lambda params: jax.tree_util.tree_map_with_path(lambda p, _: group(p), params))
     return optax.chain(optax.clip_by_global_norm(1.0), joined) if classic else joined

@@ -97,7 +97,7 @@ def test_schedules_at_their_corners():
     assert float(classic.momentum(300)) == pytest.approx(0.95)
 
 
-@pytest.mark.parametrize("setting", ["matrices=adamw", "momentum_steps=1", "batch_power=0"])
+@pytest.mark.parametrize("setting", ["matrices=adamw", "momentum_steps=1", "batch_power=0", "centred_head=true"])
 def test_settings_reach_the_optimizer(setting):
     """Two steps of a tiny model: each setting changes the state or the update."""
     tiny = ["model.depth=2", "model.width=32", "model.head_dim=16", "model.sequence_len=32", "tokenizer.vocab_size=600"]
@@ -118,6 +118,19 @@ def test_settings_reach_the_optimizer(setting):
     same_state = jax.tree.structure(plain.opt_state) == jax.tree.structure(changed.opt_state)
     same_weights = all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), plain.params, changed.params)))
     assert not (same_state and same_weights)
+
+
+def test_a_centred_head_keeps_its_mean_and_its_padding():
+    params = {"w": jax.random.normal(jax.random.key(0), (8, 4)).at[6:].set(0)}
+    optimizer = optax.chain(optim.adamw(0.1, (0.8, 0.96), 0.01, lambda step: jnp.float32(1)), optim.centred(6))
+    state = optimizer.init(params)
+    for n in range(3):
+        grads = {"w": jnp.abs(jax.random.normal(jax.random.key(n), (8, 4))).at[6:].set(0)}
+        updates, state = optimizer.update(grads, state, params)
+        new = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(new["w"][:6].mean(axis=0), params["w"][:6].mean(axis=0), atol=1e-6)
+        assert not np.any(new["w"][6:]) and np.abs(new["w"][:6] - params["w"][:6]).max() > 0.01
+        params = new
 
 
 def test_rates_by_the_batch_and_a_decay_that_undoes_it():

@@ -23,10 +23,10 @@ CFG = GPTConfig(vocab_size=250, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, seq
 STEPS = 3
 
 
-def optimizer(mesh=None, dtype=jnp.float32):
-    cfg = OptimConfig(warmup_steps=0)
+def optimizer(mesh=None, dtype=jnp.float32, gpt=CFG):
+    cfg = OptimConfig(warmup_steps=0, centred_head=gpt.head_values)
     schedules = optim.make_schedules(cfg, STEPS, 0.1, "modern")
-    return optim.make_optimizer(CFG, cfg, schedules, 2**19, dtype, mesh)
+    return optim.make_optimizer(gpt, cfg, schedules, 2**19, dtype, mesh)
 
 
 def batches(rows=16, masked=False):
@@ -54,7 +54,7 @@ def run(mesh_config, accumulation, masked=False, dtype=jnp.float32, sample=None,
     """(losses, parameters) of three steps on the mesh."""
     count = int(np.prod([n for n in (mesh_config.data, mesh_config.fsdp, mesh_config.tensor)]))
     mesh = sharding.make_mesh(mesh_config, jax.devices()[:count])
-    opt = optimizer(mesh, dtype)
+    opt = optimizer(mesh, dtype, cfg)
     state = loop.init_state(cfg, opt, 0, mesh, start(cfg))
     step, losses = loop.make_step(graph_of(cfg, dtype), opt, dtype, mesh, draw=sampler(CFG.vocab_size, sample)), []
     for batch in batches(masked=masked):
