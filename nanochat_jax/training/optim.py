@@ -130,8 +130,9 @@ def adamw(
 
 
 def centred(rows: int) -> optax.GradientTransformation:
-    """Updates whose first `rows` rows have lost their mean. To the softmax, which it adds the same logit everywhere, a
-    mean of the head's rows says nothing, but AdamW's equal steps of many rare rows make it large (arXiv 2601.02031)."""
+    """Takes their mean from the first `rows` rows of each update. What all rows of the head have in common adds the same
+    to every logit, which the softmax does not see; AdamW's equal steps of many rare rows make it large, and the rows
+    alike (mu-centering: arXiv 2601.02031)."""
 
     def update(updates, params=None):
         return jax.tree.map(lambda u: u.at[:rows].add(-u[:rows].mean(axis=0)), updates)
