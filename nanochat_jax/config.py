@@ -145,13 +145,12 @@ class OptimConfig:
     matrix_lr: Rate = 0.02  # of the blocks' matrices; AdamW's wants to be some tenth of Muon's
     embedding_lr: Rate = 0.3  # AdamW: the token and value embeddings
     unembedding_lr: Rate = 0.008  # AdamW: the output head
-    centred_head: bool = False  # the mean of the output head's rows stays where it began
     scalar_lr: Rate = 0.5  # AdamW: the scalars of the residual stream; of smear and backout 0.4 times as much
+    centred_head: bool = False  # the mean of the output head's rows stays where it began
     weight_decay: Rate | None = None  # of the blocks' matrices; None: the scaling rule, with AdamW 0.1
     lr_scale: Rate = 1.0  # multiplies every rate
     batch_power: Rate = 0.5  # rates are proportional to the batch to this power; 0: the same for every batch
     warmup_steps: Natural = 40  # over which the rate rises
-    momentum_steps: Count | None = None  # over which Muon's momentum rises; None: 400, of classic 300
     warmdown: Share = 0.65  # share of the steps over which the rate falls
     final_lr: Rate = 0.05  # as a share of the peak
 

@@ -93,11 +93,6 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
         "must be 2 or more and less than tokenizer.vocab_size={0.tokenizer.vocab_size}",
     ),
     (
-        "base.optim.matrices mid.optim.matrices sft.optim.matrices rl.optim.matrices",
-        lambda v, c: v == "muon" or not _without_muon(c),
-        "leaves nothing that momentum_steps applies to: it is Muon's",
-    ),
-    (
         "base.optim.batch_power mid.optim.batch_power sft.optim.batch_power rl.optim.batch_power",
         lambda v, c: v == 0.5 or c.model.arch != "classic",
         "must be left out with model.arch=classic, whose rates are the same for every batch",
@@ -108,12 +103,6 @@ _RULES: tuple[tuple[str, Callable[[Any, Any], object], str], ...] = (
         "must be a multiple of model.sequence_len={0.model.sequence_len}",
     ),
 )
-
-
-def _without_muon(config: Any) -> list[Any]:
-    """Optimizers that have settings of Muon's and not Muon."""
-    each = [getattr(config, stage).optim for stage in STAGES]
-    return [o for o in each if o.matrices != "muon" and o.momentum_steps]
 
 
 def _heads(model: Any) -> int:

@@ -60,11 +60,10 @@ def make_schedules(cfg: OptimConfig, steps: int, weight_decay: float, arch: str)
         return jnp.where(step < cfg.warmup_steps, up, 1.0 + warmdown_progress(step) * (cfg.final_lr - 1.0))
 
     def momentum(step):
-        rises = cfg.momentum_steps or (300 if arch == "classic" else 400)
         if arch == "classic":
-            return 0.85 + 0.10 * jnp.minimum(step / rises, 1.0)
-        warmup = 0.85 + 0.12 * step / rises
-        return jnp.where(step < rises, warmup, 0.97 + warmdown_progress(step) * (0.90 - 0.97))
+            return 0.85 + 0.10 * jnp.minimum(step / 300, 1.0)
+        warmup = 0.85 + 0.12 * step / 400
+        return jnp.where(step < 400, warmup, 0.97 + warmdown_progress(step) * (0.90 - 0.97))
 
     def decay(step):
         return weight_decay * 0.5 * (1.0 + jnp.cos(math.pi * step / steps))
@@ -130,9 +129,9 @@ def adamw(
 
 
 def centred(rows: int) -> optax.GradientTransformation:
-    """Takes their mean from the first `rows` rows of each update. What all rows of the head have in common adds the same
-    to every logit, which the softmax does not see; AdamW's equal steps of many rare rows make it large, and the rows
-    alike (mu-centering: arXiv 2601.02031)."""
+    """Takes their mean from the first `rows` rows of each update. What all rows of the head share, it adds to every
+    logit alike, which the softmax does not see; AdamW's equal steps of many rare rows make it large
+    (mu-centering: arXiv 2601.02031)."""
 
     def update(updates, params=None):
         return jax.tree.map(lambda u: u.at[:rows].add(-u[:rows].mean(axis=0)), updates)
