@@ -84,10 +84,11 @@ class GPTConfig:
         return tuple(short if c == "S" else self.sequence_len for c in tiled)
 
     def has_value_table(self, layer: int) -> bool:
-        """Value embeddings stand in every second layer, the last one included."""
+        """A table of value embeddings stands in every second layer, the last one included unless it reads the head."""
         return self.value_embeds and layer % 2 == (self.n_layer - 1) % 2 and not self.reads_head(layer)
 
     def reads_head(self, layer: int) -> bool:
+        """Whether the head's rows are the layer's value embeddings."""
         return self.head_values and layer == self.n_layer - 1
 
     def has_value_embed(self, layer: int) -> bool:
@@ -107,7 +108,8 @@ class ModelConfig:
     window_pattern: str | None = None  # tiled over layers; S: a quarter of the context, L: all; None: SSSL, classic L
     # rows of a table that a hash of every two tokens looks up: it lowers bits per byte more than it helps on tasks
     bigram_rows: Natural = 0
-    key_offset: bool = False  # half of each key is that of the position before
+    # half of each key is that of the position before; in the last layer that half is initialised as the queries are
+    key_offset: bool = False
     head_values: bool = False  # the last layer's value embeddings are the output head's rows
 
 

@@ -59,8 +59,9 @@ def _initialisers(cfg: GPTConfig) -> dict[str, Callable]:
 
 
 def _like_queries(k: jax.Array, q: jax.Array, cfg: GPTConfig) -> jax.Array:
-    """Weights of keys (K * N, D) whose offset channels start as those of a query: from the first step on a token sees
-    what followed the same token before, which else takes hundreds of steps to be found."""
+    """Weights of keys (K * N, D) with their offset channels initialised as the queries': an induction head from the
+    first step on (a token attends to what followed the same token before), which else takes hundreds of steps to form.
+    """
     K, N, D = cfg.n_kv_head, cfg.head_dim, cfg.n_embd
     first = q.reshape(K, -1, N, D)[:, 0]  # of the query heads that read a key head
     return jnp.where(is_offset(N)[:, None], first, k.reshape(K, N, D)).reshape(K * N, D)
@@ -178,8 +179,8 @@ class GPT(nnx.Module):
         return rms_norm(self.wte(tokens).astype(self.dtype), self.cfg.norm_eps)
 
     def value_embed(self, i: int, tokens: jax.Array) -> jax.Array | None:
-        """What layer i adds to the values of `tokens`, (..., K * N), or None. The head's rows stand for tokens to come:
-        where they are the values, a layer that has found what followed a token before can say it."""
+        """What layer i adds to the values of `tokens`, (..., K * N), or None. Where these are the head's rows (their first
+        K * N channels), what an induction head finds is in the terms of the logits."""
         cfg = self.cfg
         if cfg.has_value_table(i):
             return self.value_embeds[str(i)](tokens).astype(self.dtype)

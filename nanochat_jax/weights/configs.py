@@ -30,11 +30,9 @@ FIXED = {
 
 
 def _known_elsewhere(cfg: GPTConfig) -> None:
-    if cfg.bigram_rows:
-        raise UserError(f"model.bigram_rows={cfg.bigram_rows}: no format that is exported has this")
-    for name in ("key_offset", "head_values"):
-        if getattr(cfg, name):
-            raise UserError(f"model.{name}=true: no format that is exported has this")
+    for name in ("bigram_rows", "key_offset", "head_values"):
+        if value := getattr(cfg, name):
+            raise UserError(f"model.{name}={str(value).lower()}: no format that is exported has this")
 
 
 def transformers_config(cfg: GPTConfig) -> dict:
