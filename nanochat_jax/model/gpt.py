@@ -179,8 +179,8 @@ class GPT(nnx.Module):
         return rms_norm(self.wte(tokens).astype(self.dtype), self.cfg.norm_eps)
 
     def value_embed(self, i: int, tokens: jax.Array) -> jax.Array | None:
-        """What layer i adds to the values of `tokens`, (..., K * N), or None. Where these are the head's rows (their first
-        K * N channels), what an induction head finds is in the terms of the logits."""
+        """What layer i adds to the values of `tokens`, (..., K * N), or None. Where these are the head's rows (the
+        first K * N channels of each), what an induction head finds is in the terms of the logits."""
         cfg = self.cfg
         if cfg.has_value_table(i):
             return self.value_embeds[str(i)](tokens).astype(self.dtype)
